@@ -1,0 +1,249 @@
+"""Every field of a run: name, type, default, meaning and check. The one place.
+
+A config is an `ml_collections.ConfigDict`. Config files start from `default_config()` and set what differs. Fields
+whose default is None and that `FIDELITY` names are filled by the preset `fidelity` when the run starts
+(`resolve`), unless the config file or the command line set them.
+"""
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from jsft.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field. `kind` is its type; `object` takes a string, a list or a mapping."""
+
+    name: str
+    kind: type
+    default: Any
+    help: str
+    choices: tuple | None = None
+    minimum: float | None = None
+    above: float | None = None
+    maximum: float | None = None
+
+    def check(self, value: Any) -> None:
+        if value is None:
+            return
+        if self.choices and value not in self.choices:
+            near = nearest(str(value), map(str, self.choices))
+            raise ConfigError(f"{self.name}={value!r}: choose one of {', '.join(map(str, self.choices))}{near}")
+        if self.minimum is not None and value < self.minimum:
+            raise ConfigError(f"{self.name}={value}: must be at least {self.minimum}")
+        if self.above is not None and value <= self.above:
+            raise ConfigError(f"{self.name}={value}: must be above {self.above}")
+        if self.maximum is not None and value > self.maximum:
+            raise ConfigError(f"{self.name}={value}: must be at most {self.maximum}")
+
+
+_PARAMS = ("float32", "bfloat16", "bfloat16_stochastic")
+_FLOATS = ("float32", "bfloat16")
+
+FIELDS: tuple[Field, ...] = (
+    Field("fidelity", str, "best", "Preset for objective, precision and shuffle: what we recommend, or the "
+          "published runs' arithmetic.", choices=("best", "reference")),
+    Field("model.path", str, None, "Base model: a Hugging Face directory, or a hub id."),
+    Field("model.revision", str, None, "Revision of a hub id."),
+    Field("data.train", object, None, "Training data: parquet or JSON-lines paths (comma-separated or a list), or "
+          "a hub data set id."),
+    Field("data.eval", object, None, "Held-out data: a path, a list of paths, or {name: path}; its loss is "
+          "computed every eval.every steps."),
+    Field("data.prompt_key", str, "message", "Column with the prompt: a list of {role, content}, or a string."),
+    Field("data.response_key", str, "response", "Column with the response string."),
+    Field("data.advantage_key", str, "advantage", "Column with the row's advantage; read only when "
+          "objective.use_advantage is on."),
+    Field("data.answer_key", str, "answer", "Column with the reference answer; never trained on."),
+    Field("data.messages_key", str, None, "Column with whole conversations; replaces prompt and response."),
+    Field("data.train_turns", str, "all", "With data.messages_key: which assistant turns are trained.",
+          choices=("all", "last")),
+    Field("data.max_length", int, 20000, "Longest document in tokens, prompt and EOS included.", minimum=2),
+    Field("data.truncation", str, "right", "What happens to longer documents: keep the first tokens (the last kept "
+          "position is then not trained), keep the last, or refuse.", choices=("right", "left", "error")),
+    Field("data.pack_length", int, 20480, "Positions of a packed row; at least data.max_length.", minimum=128),
+    Field("data.rows_per_device", int, 1, "Packed rows per device in a micro batch.", minimum=1),
+    Field("data.shuffle", bool, None, "Shuffle rows each epoch by train.seed; off keeps the file's order."),
+    Field("data.strip_default_system", bool, False, "Remove the system turn that Qwen2.5's chat template adds by "
+          "itself."),
+    Field("data.enable_thinking", bool, None, "Passed to the chat template when set."),
+    Field("data.eos_token", str, None, "Token appended to every response; default: the tokenizer's EOS."),
+    Field("data.cache_dir", str, None, "Where tokenised data is cached; default: beside the data file."),
+    Field("data.on_bad_row", str, "error", "A row that cannot be used: stop, or leave it out and count it.",
+          choices=("error", "skip")),
+    Field("data.workers", int, 0, "Loader worker processes; 0 uses threads.", minimum=0),
+    Field("data.align", int, 1, "Start each document at a multiple of this many positions (a kernel option).",
+          minimum=1),
+    Field("train.global_batch", int, 256, "Rows (documents) of one update.", minimum=1),
+    Field("train.epochs", float, 1.0, "Passes over the data; fractions allowed.", above=0),
+    Field("train.max_steps", int, None, "Stop after this many updates; the schedule ends there too.", minimum=1),
+    Field("train.seed", int, 0, "The one seed; every use folds in a name and the step.", minimum=0),
+    Field("train.deterministic", bool, False, "Bitwise repeatable on GPU, at a small cost."),
+    Field("train.max_bad_steps", int, 10, "Stop after this many steps in a row with a non-finite gradient.",
+          minimum=1),
+    Field("objective.name", str, None, "How tokens are weighted: the published runs' per-micro-batch means, one "
+          "mean over the step's tokens, or a mean per sequence.", choices=("reference", "token_mean", "sequence_mean")),
+    Field("objective.use_advantage", bool, False, "Multiply each row's weights by its advantage."),
+    Field("objective.reference_ranks", int, 8, "Ranks of the published run, whatever devices this one has.", minimum=1),
+    Field("objective.reference_micro_batch", int, 4, "Rows per rank and micro batch of the published run.", minimum=1),
+    Field("optimizer.learning_rate", float, 5e-5, "Peak learning rate.", minimum=0),
+    Field("optimizer.schedule", str, "cosine", "After warm-up: cosine to 0, constant, or warm-up-stable-decay.",
+          choices=("cosine", "constant", "wsd")),
+    Field("optimizer.warmup_ratio", float, 0.1, "Share of all updates that warm up; the first update has rate 0.",
+          minimum=0, maximum=1),
+    Field("optimizer.decay_ratio", float, 0.1, "wsd only: share of all updates in the final linear decay.",
+          minimum=0, maximum=1),
+    Field("optimizer.b1", float, 0.9, "AdamW: decay of the first moment.", minimum=0, maximum=1),
+    Field("optimizer.b2", float, 0.999, "AdamW: decay of the second moment.", minimum=0, maximum=1),
+    Field("optimizer.eps", float, 1e-8, "AdamW: added to the root of the second moment.", above=0),
+    Field("optimizer.weight_decay", float, 0.01, "AdamW: decoupled weight decay, on every parameter.", minimum=0),
+    Field("optimizer.clip_norm", float, 1.0, "Clip the gradient to this global norm; 0 turns clipping off.", minimum=0),
+    Field("precision.params", str, None, "Dtype of the weights the optimizer keeps. bfloat16_stochastic rounds "
+          "stochastically.", choices=_PARAMS),
+    Field("precision.moments", str, None, "Dtype of both Adam moments.", choices=_FLOATS),
+    Field("precision.compute", str, "bfloat16", "Dtype of matmuls and activations.", choices=_FLOATS),
+    Field("precision.reduce", str, None, "Dtype in which gradients are reduced over devices and added over micro "
+          "batches.", choices=_FLOATS),
+    Field("mesh.replica", int, 1, "Copies of the sharded parameters (one per node keeps gathers inside a node).",
+          minimum=1),
+    Field("mesh.fsdp", int, -1, "Devices that divide the parameters; -1: all that mesh.replica leaves."),
+    Field("attention.implementation", str, "auto", "Attention kernel; auto is Pallas on Hopper, else plain XLA. A "
+          "kernel asked for by name and not available is an error.", choices=("auto", "pallas", "xla")),
+    Field("attention.backward", str, "auto", "Backward kernel of Pallas attention; train.deterministic forces "
+          "deterministic.", choices=("auto", "deterministic", "fused")),
+    Field("remat", str, "auto", "What each layer keeps for the backward pass: auto, full (only its input), none "
+          "(everything), or a comma-separated list of names."),
+    Field("checkpoint.every", int, 10, "Save the full state every this many updates; the last is always saved.",
+          minimum=1),
+    Field("checkpoint.keep", int, 2, "Full checkpoints kept, newest first.", minimum=1),
+    Field("checkpoint.milestones", tuple, (), "Steps whose parameters are kept for good."),
+    Field("eval.every", int, 0, "Compute data.eval's loss every this many updates; 0: never, 1 for each.", minimum=0),
+)
+
+BY_NAME = {field.name: field for field in FIELDS}
+
+# What `fidelity` decides, where nothing else did.
+FIDELITY: dict[str, dict[str, Any]] = {
+    "best": {
+        "objective.name": "token_mean",
+        "data.shuffle": True,
+        "precision.params": "float32",
+        "precision.moments": "float32",
+        "precision.reduce": "float32",
+    },
+    "reference": {
+        "objective.name": "reference",
+        "data.shuffle": False,
+        "precision.params": "bfloat16",
+        "precision.moments": "bfloat16",
+        "precision.reduce": "float32",
+    },
+}
+
+
+def nearest(name: str, names) -> str:
+    """' (nearest: a, b)' for the known names most like `name`, or ''."""
+    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    return f" (nearest: {', '.join(close)})" if close else ""
+
+
+def default_config() -> ConfigDict:
+    """A config with every field at its default; None where the preset or the user decides."""
+    config = ConfigDict()
+    for field in FIELDS:
+        parent = config
+        *groups, leaf = field.name.split(".")
+        for group in groups:
+            if group not in parent:
+                parent[group] = ConfigDict()
+            parent = parent[group]
+        parent[leaf] = config_dict.placeholder(field.kind) if field.default is None else field.default
+    return config
+
+
+def get(config: ConfigDict, name: str) -> Any:
+    """The value of the field with dotted `name`."""
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def put(config: ConfigDict, name: str, value: Any) -> None:
+    """Sets the field with dotted `name`."""
+    *groups, leaf = name.split(".")
+    for group in groups:
+        config = config[group]
+    config[leaf] = value
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """A frozen-value copy with the preset filled in and every field checked. Raises ConfigError."""
+    unknown = sorted(set(flatten(config)) - set(BY_NAME))
+    if unknown:
+        raise ConfigError(f"unknown config field {unknown[0]}{nearest(unknown[0], BY_NAME)}")
+    config = config.copy_and_resolve_references()
+    BY_NAME["fidelity"].check(config.fidelity)
+    for name, value in FIDELITY[config.fidelity].items():
+        if get(config, name) is None:
+            put(config, name, value)
+    for field in FIELDS:
+        field.check(get(config, field.name))
+    _check_together(config)
+    return config
+
+
+def _check_together(config: ConfigDict) -> None:
+    """Checks that need more than one field."""
+    for name in ("model.path", "data.train"):
+        if not get(config, name):
+            raise ConfigError(f"{name} is not set; give it in the config file or as --config.{name}=...")
+    data, objective, batch = config.data, config.objective, config.train.global_batch
+    if data.pack_length < data.max_length:
+        raise ConfigError(
+            f"data.pack_length={data.pack_length} is shorter than data.max_length={data.max_length}: the longest "
+            f"document would not fit in a packed row; raise the one or lower the other"
+        )
+    if data.pack_length % 128:
+        raise ConfigError(
+            f"data.pack_length={data.pack_length} is not a multiple of 128, the attention kernel's block; "
+            f"use {-(-data.pack_length // 128) * 128}"
+        )
+    group = objective.reference_ranks * objective.reference_micro_batch
+    if objective.name == "reference" and batch % group:
+        raise ConfigError(
+            f"train.global_batch={batch} is not a multiple of objective.reference_ranks x "
+            f"objective.reference_micro_batch = {group}, which the reference objective needs"
+        )
+    if config.optimizer.schedule == "wsd" and config.optimizer.warmup_ratio + config.optimizer.decay_ratio > 1:
+        raise ConfigError("optimizer.warmup_ratio + optimizer.decay_ratio is above 1: the wsd schedule does not fit")
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Dotted names and values, in schema order where known. data.eval's mapping stays one value."""
+    flat: dict[str, Any] = {}
+
+    def walk(node, prefix):
+        for key in node:
+            name = f"{prefix}{key}"
+            value = node[key]
+            if isinstance(value, ConfigDict) and name not in BY_NAME:
+                walk(value, f"{name}.")
+            else:
+                flat[name] = value.to_dict() if isinstance(value, ConfigDict) else value
+
+    walk(config, "")
+    order = {field.name: i for i, field in enumerate(FIELDS)}
+    return dict(sorted(flat.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def unflatten(flat: dict[str, Any]) -> ConfigDict:
+    """The config whose `flatten` is `flat`; fields that are missing get their default."""
+    config = default_config()
+    for name, value in flat.items():
+        if name not in BY_NAME:
+            raise ConfigError(f"unknown config field {name}{nearest(name, BY_NAME)}")
+        put(config, name, tuple(value) if BY_NAME[name].kind is tuple else value)
+    return config

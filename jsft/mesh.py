@@ -1,0 +1,82 @@
+"""The device mesh, and the rules that say which axis of which array is divided over it.
+
+Axes: `replica` holds copies of the parameters (one per node in a large run), `fsdp` divides them. Rows of a batch
+are divided over both. The mesh uses Auto axis types: XLA's partitioner places the collectives, as pjit did.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jsft.errors import ConfigError
+
+MESH_AXES = ("replica", "fsdp")
+BATCH = PartitionSpec(MESH_AXES)
+
+# Logical parameter axes that may be divided over `fsdp`, best first. Exactly one axis of a parameter is divided:
+# the vocabulary for the embeddings (so that the loss is vocabulary-parallel), else the model width, else the width
+# on the other side. Axes not named here (layers, norm, head_dim, bias) stay whole.
+FSDP_PREFERENCE = ("vocab", "embed", "mlp", "heads", "kv_heads")
+
+
+def make_mesh(replica: int = 1, fsdp: int = -1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A [replica, fsdp] mesh over `devices` (default: all). `fsdp=-1` takes what `replica` leaves.
+
+    Raises ConfigError when the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    count = len(devices)
+    if replica < 1 or count % replica:
+        raise ConfigError(f"mesh.replica={replica} does not divide {count} devices; choose one of {_divisors(count)}")
+    if fsdp == -1:
+        fsdp = count // replica
+    if replica * fsdp != count:
+        raise ConfigError(
+            f"mesh.replica={replica} x mesh.fsdp={fsdp} = {replica * fsdp} is not the number of devices, {count}; "
+            f"set mesh.fsdp=-1 to take what is left"
+        )
+    return Mesh(np.array(devices).reshape(replica, fsdp), MESH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """Where a parameter with logical `axes` lies: one axis over `fsdp`, by FSDP_PREFERENCE, if its size divides."""
+    size = mesh.shape["fsdp"]
+    for name in FSDP_PREFERENCE:
+        if name in axes and shape[axes.index(name)] % size == 0:
+            position = axes.index(name)
+            return PartitionSpec(*(["fsdp" if i == position else None for i in range(len(axes))]))
+    return PartitionSpec()
+
+
+def parameter_sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """NamedSharding of a parameter with logical `axes` and `shape`."""
+    return NamedSharding(mesh, partition_spec(axes, shape, mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of [R, ...] batch arrays: rows over all devices."""
+    return NamedSharding(mesh, BATCH)
+
+
+def shard_batch(batch, mesh: Mesh):
+    """Makes global arrays from this process's rows (a pytree of numpy arrays [R_local, ...])."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def describe(mesh: Mesh) -> str:
+    """One line for the run log."""
+    kinds = sorted({device.device_kind for device in mesh.devices.flat})
+    sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    return f"{mesh.size} x {', '.join(kinds)} ({sizes}), {jax.process_count()} process(es)"
