@@ -1,0 +1,111 @@
+"""Causal attention over packed documents: one function, two implementations.
+
+A document is the range [doc_start, doc_end) of its row. Position i sees the positions of its own document up to i.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jsft.errors import ConfigError
+from jsft.kernels import attention_xla
+
+IMPLEMENTATIONS = ("auto", "pallas", "xla")
+BACKWARDS = ("auto", "deterministic", "fused")
+
+
+def packed_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    doc_start: jax.Array,
+    doc_end: jax.Array,
+    *,
+    scale: float,
+    implementation: str = "auto",
+    backward: str = "auto",
+) -> jax.Array:
+    """softmax(scale * q k^T) v within each document, causal.
+
+    Works on local shards: under a mesh of several devices call it inside `shard_map`, split over rows and, if at all,
+    over heads. The output carries the checkpoint name "attention_out", and the Pallas kernel's log-sum-exp
+    "attention_lse"; a remat policy that saves both never runs the forward kernel twice.
+
+    Args:
+      q: [B, T, H, h].
+      k: [B, T, K, h], where K divides H; query head i reads key head i // (H // K).
+      v: [B, T, K, h].
+      doc_start: int32 [B, T]; first position of the document of each position. Padding: a document for each position.
+      doc_end: int32 [B, T]; one past the last position of that document.
+      scale: factor of the logits, usually h ** -0.5.
+      implementation: "pallas" (Hopper GPU; bfloat16 or float16; h 64 or 128), "xla" (any device, any float dtype; float32
+        inside) or "auto": Pallas where it can run, else XLA.
+      backward: of the Pallas kernel: "deterministic" (two kernels), "fused" (one kernel that adds dq with atomic
+        reductions: faster on long documents, last bits vary from run to run) or "auto": the faster for this shape.
+
+    Returns:
+      [B, T, H, h] in q's dtype.
+
+    Raises:
+      ValueError: arguments whose shapes, dtypes or (where known) ranges do not fit.
+      ConfigError: `implementation="pallas"` where it cannot run.
+    """
+    _check_arguments(q, k, v, doc_start, doc_end)
+    if _choose(implementation, backward) == "pallas":
+        raise ConfigError("attention.implementation: the Pallas kernel is not built yet; use 'xla' or 'auto'")
+    return attention_xla.packed_attention(q, k, v, doc_start, doc_end, scale=scale)
+
+
+def describe_attention(implementation: str = "auto", backward: str = "auto") -> str:
+    """One line for the run's log: which attention runs on this process's devices. Raises like `packed_attention`."""
+    _choose(implementation, backward)
+    return f"attention: plain XLA, float32 (device {jax.devices()[0].device_kind})"
+
+
+def check_document_ranges(doc_start, doc_end) -> None:
+    """Raises ValueError unless the ranges tile each row with documents. Takes concrete arrays, int32 [B, T]."""
+    start, end = np.asarray(doc_start), np.asarray(doc_end)
+    position = np.arange(start.shape[-1])
+    bad = (start > position) | (end <= position) | (start < 0) | (end > start.shape[-1])
+    bad[..., 1:] |= np.where(
+        start[..., 1:] == start[..., :-1], end[..., 1:] != end[..., :-1], start[..., 1:] != end[..., :-1]
+    )
+    bad[..., 0] |= start[..., 0] != 0
+    if bad.any():
+        row, at = np.argwhere(bad)[0]
+        raise ValueError(
+            f"doc_start, doc_end: row {row}, position {at}: [{start[row, at]}, {end[row, at]}) is not the range of a "
+            "document: ranges must hold their position, follow each other without gaps and never decrease"
+        )
+
+
+def _choose(implementation: str, backward: str) -> str:
+    if implementation not in IMPLEMENTATIONS:
+        raise ConfigError(f"attention.implementation: {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if backward not in BACKWARDS:
+        raise ConfigError(f"attention.backward: {backward!r} is not one of {', '.join(BACKWARDS)}")
+    return "pallas" if implementation == "pallas" else "xla"
+
+
+def _check_arguments(q, k, v, doc_start, doc_end) -> None:
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if array.ndim != 4:
+            raise ValueError(f"{name}: shape {array.shape}, want [B, T, heads, h]")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name}: dtype {array.dtype}, want a float dtype")
+        if array.dtype != q.dtype:
+            raise ValueError(f"{name}: dtype {array.dtype}, but q has {q.dtype}")
+    B, T, H, h = q.shape
+    if k.shape != v.shape:
+        raise ValueError(f"v: shape {v.shape}, but k has {k.shape}")
+    if k.shape[:2] != (B, T) or k.shape[3] != h:
+        raise ValueError(f"k: shape {k.shape} does not fit q {q.shape}: want [{B}, {T}, K, {h}]")
+    if k.shape[2] == 0 or H % k.shape[2]:
+        raise ValueError(f"k: {k.shape[2]} key/value heads do not divide the {H} query heads (q {q.shape}, k {k.shape})")
+    for name, array in (("doc_start", doc_start), ("doc_end", doc_end)):
+        if array.shape != (B, T):
+            raise ValueError(f"{name}: shape {array.shape}, want [B, T] = {(B, T)}")
+        if array.dtype != jnp.int32:
+            raise ValueError(f"{name}: dtype {array.dtype}, want int32")
+    if not any(isinstance(array, jax.core.Tracer) for array in (doc_start, doc_end)):
+        check_document_ranges(doc_start, doc_end)

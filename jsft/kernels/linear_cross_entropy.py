@@ -1,0 +1,200 @@
+"""Cross-entropy of a linear layer without ever holding the logits of all tokens.
+
+Chunked over tokens with the whole (local) vocabulary at once; the gradients are made in the forward pass, while the
+logits are there, so the three matrix products of a chunk are all there is. Vocabulary-parallel: each device keeps its
+rows of the unembedding, and a chunk of hidden states travels instead. Unsupervised tokens are never computed.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec as P
+
+_ROWS = ("replica", "fsdp")  # mesh axes of the batch rows
+_VOCABULARY = "fsdp"  # mesh axis of the vocabulary
+_LOGIT_BYTES = 2**31  # of one chunk on one device, at most
+_CHUNK_TOKENS = 8192  # over all devices of the vocabulary axis, at most: beyond it nothing is gained
+
+
+class LossSums(NamedTuple):
+    """Sums over the supervised tokens (weight != 0) of all devices; float32 scalars."""
+
+    loss: jax.Array  # sum of weight * nll: the objective
+    nll: jax.Array  # sum of -log p(target), natural log
+    entropy: jax.Array  # sum of the entropies of p, in nats
+    correct: jax.Array  # number of tokens whose target has the largest logit
+    count: jax.Array  # number of supervised tokens
+
+
+def linear_cross_entropy(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    mesh: Mesh,
+    chunk_tokens: int | None = None,
+    gradient_dtype: jnp.dtype = jnp.float32,
+) -> LossSums:
+    """Sums of the weighted negative log-likelihood and its companions; differentiable through `.loss` alone.
+
+    p = softmax(hidden @ unembedding^T). Products run in hidden's dtype with float32 accumulation; softmax, loss and
+    the sum over tokens of the unembedding's gradient in float32. The gradients come back in their argument's dtype:
+    hand over float32 master weights for a float32 gradient, with hidden in bfloat16.
+
+    Args:
+      hidden: [B, T, D], rows over the mesh axes ('replica', 'fsdp').
+      unembedding: [V, D], V over 'fsdp'. A V that the axis does not divide is padded (exact, at the cost of a copy).
+      targets: int32 [B, T], in [0, V).
+      weights: float32 [B, T]; 0 means not supervised: such a token costs nothing and its target is not read.
+      mesh: with axes 'replica' and 'fsdp'; one device is the same code.
+      chunk_tokens: tokens at a time over all devices of 'fsdp'. Default: as many as keep a device's logits under 2 GiB,
+        at most 8,192.
+      gradient_dtype: of the buffer that sums the unembedding's gradient over the chunks.
+
+    Raises:
+      ValueError: shapes that do not fit each other or the mesh.
+    """
+    _check_arguments(hidden, unembedding, targets, weights, mesh)
+    parts = mesh.shape[_VOCABULARY]
+    V = unembedding.shape[0]
+    padding = -V % parts
+    if padding:
+        unembedding = jnp.pad(unembedding, ((0, padding), (0, 0)))
+    local_tokens = targets.size // (parts * mesh.shape["replica"])
+    if chunk_tokens is None:
+        width = (V + padding) // parts
+        chunk_tokens = min(_CHUNK_TOKENS, 2 ** max(7, (_LOGIT_BYTES // (4 * width)).bit_length() - 1))
+    chunk = max(1, min(chunk_tokens // parts, local_tokens))
+    return _loss(hidden, unembedding, targets, weights.astype(jnp.float32), mesh, V, chunk, jnp.dtype(gradient_dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _loss(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype):
+    sums, _, _ = _sharded(hidden, unembedding, targets, weights, mesh, V, chunk, None)
+    return sums
+
+
+def _loss_forward(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype):
+    sums, d_hidden, d_unembedding = _sharded(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype)
+    # The empty array brings the dtype along: residuals are arrays.
+    return sums, (d_hidden, d_unembedding, jnp.empty((0,), unembedding.dtype))
+
+
+def _loss_backward(mesh, V, chunk, gradient_dtype, residuals, cotangents):
+    d_hidden, d_unembedding, like = residuals
+    factor = cotangents.loss
+    d_hidden = (d_hidden * factor).astype(d_hidden.dtype)
+    d_unembedding = (d_unembedding * factor).astype(like.dtype)
+    return d_hidden, d_unembedding, None, None
+
+
+_loss.defvjp(_loss_forward, _loss_backward)
+
+
+def _sharded(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype):
+    """-> (LossSums, d loss / d hidden, d loss / d unembedding); without `gradient_dtype` the last two are None."""
+    grads = gradient_dtype is not None
+    rows = P(_ROWS)
+    body = functools.partial(_local, V=V, chunk=chunk, parts=mesh.shape[_VOCABULARY], gradient_dtype=gradient_dtype)
+    return jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(rows, P(_VOCABULARY), rows, rows),
+        out_specs=(P(), rows if grads else None, P(_VOCABULARY) if grads else None),
+        check_vma=False,
+    )(hidden, unembedding, targets, weights)
+
+
+def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_dtype):
+    """One device's part: hidden [b, T, D], unembedding [V/N, D]."""
+    shape, dtype = hidden.shape, hidden.dtype
+    grads = gradient_dtype is not None
+    wide = jnp.promote_types(dtype, jnp.float32)
+    x, w = hidden.reshape(-1, shape[-1]), unembedding.astype(dtype)
+    target, weight = targets.reshape(-1), weights.reshape(-1)
+    tokens, width = x.shape[0], w.shape[0]
+    precision = lax.Precision.HIGHEST if dtype == wide else None
+    dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=wide)
+
+    def gather(a):
+        return lax.all_gather(a, _VOCABULARY, tiled=True) if parts > 1 else a
+
+    # Supervised tokens first; the others, and the tail of the last chunk, point past the end and read zeros.
+    supervised = jnp.sum(weight != 0)
+    order = jnp.where(jnp.arange(tokens) < supervised, jnp.argsort(weight == 0, stable=True), tokens)
+    order = jnp.pad(order, (0, -tokens % chunk), constant_values=tokens)
+    trips = lax.pmax((supervised + chunk - 1) // chunk, _ROWS)  # the same everywhere: collectives inside
+    first = lax.axis_index(_VOCABULARY) * width
+    column = jnp.arange(width)
+
+    def step(state):
+        i, sums, dx, dw = state
+        index = lax.dynamic_slice_in_dim(order, i * chunk, chunk)
+        xc = gather(x.at[index].get(mode="fill", fill_value=0))  # [C, D]
+        tc = gather(target.at[index].get(mode="fill", fill_value=0)) - first
+        wc = gather(weight.at[index].get(mode="fill", fill_value=0)).astype(wide)
+        logits = dot(xc, w, (((1,), (1,)), ((), ())))  # [C, V/N]
+        logits = jnp.where(first + column < V, logits, -jnp.inf)
+        top = lax.pmax(jnp.max(logits, axis=-1), _VOCABULARY)
+        exp = jnp.exp(logits - top[:, None])
+        is_target = column == tc[:, None]
+        safe = jnp.maximum(logits, jnp.finfo(wide).min)  # 0 * -inf of the padded columns would be NaN
+        local = jnp.stack([
+            jnp.sum(exp, axis=-1),
+            jnp.sum(exp * safe, axis=-1),
+            jnp.sum(jnp.where(is_target, safe, 0), axis=-1),
+        ])
+        total, exp_logits, at_target = lax.psum(local, _VOCABULARY)
+        log_z = top + jnp.log(total)
+        nll = log_z - at_target
+        on = wc != 0
+        sums += jnp.stack([
+            jnp.sum(wc * nll),
+            jnp.sum(jnp.where(on, nll, 0)),
+            jnp.sum(jnp.where(on, log_z - exp_logits / total, 0)),
+            jnp.sum(on & (at_target >= top)).astype(wide),
+            jnp.sum(on).astype(wide),
+        ])
+        if grads:
+            d_logits = (exp * (wc / total)[:, None] - jnp.where(is_target, wc[:, None], 0)).astype(dtype)
+            dw = (dw + dot(d_logits, xc, (((0,), (0,)), ((), ())))).astype(dw.dtype)
+            dxc = dot(d_logits, w, (((1,), (0,)), ((), ())))
+            if parts > 1:
+                dxc = lax.psum_scatter(dxc, _VOCABULARY, scatter_dimension=0, tiled=True)
+            dx = dx.at[index].set(dxc.astype(dtype), mode="drop")
+        return i + 1, sums, dx, dw
+
+    start = (
+        jnp.int32(0),
+        jnp.zeros(5, wide),
+        jnp.zeros_like(x) if grads else None,
+        jnp.zeros(w.shape, jnp.promote_types(gradient_dtype, wide) if wide == jnp.float64 else gradient_dtype)
+        if grads
+        else None,
+    )
+    _, sums, dx, dw = lax.while_loop(lambda state: state[0] < trips, step, start)
+    sums = lax.psum(sums, "replica")  # over 'fsdp' every device has seen all tokens
+    if grads:
+        dx, dw = dx.reshape(shape), lax.psum(dw, "replica")
+    return LossSums(*sums.astype(jnp.float32) if wide == jnp.float32 else sums), dx, dw
+
+
+def _check_arguments(hidden, unembedding, targets, weights, mesh) -> None:
+    if missing := [axis for axis in _ROWS if axis not in mesh.shape]:
+        raise ValueError(f"mesh: axes {tuple(mesh.shape)} lack {missing}")
+    if hidden.ndim != 3:
+        raise ValueError(f"hidden: shape {hidden.shape}, want [B, T, D]")
+    if unembedding.ndim != 2 or unembedding.shape[1] != hidden.shape[2]:
+        raise ValueError(f"unembedding: shape {unembedding.shape}, want [V, {hidden.shape[2]}] for hidden {hidden.shape}")
+    for name, array in (("targets", targets), ("weights", weights)):
+        if array.shape != hidden.shape[:2]:
+            raise ValueError(f"{name}: shape {array.shape}, want {hidden.shape[:2]} as hidden {hidden.shape}")
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ValueError(f"targets: dtype {targets.dtype}, want int32")
+    devices = mesh.shape["replica"] * mesh.shape["fsdp"]
+    if hidden.shape[0] % devices:
+        raise ValueError(f"hidden: {hidden.shape[0]} rows (shape {hidden.shape}) do not divide over {devices} devices")

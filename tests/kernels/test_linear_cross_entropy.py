@@ -1,0 +1,170 @@
+"""Linear cross-entropy against float64, over meshes, chunks, dtypes and odd vocabularies."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsft.kernels.linear_cross_entropy import linear_cross_entropy
+
+
+def make_mesh(replica: int, fsdp: int):
+    devices = np.array(jax.devices()[: replica * fsdp]).reshape(replica, fsdp)
+    return jax.sharding.Mesh(devices, ("replica", "fsdp"))
+
+
+def make_inputs(B=8, T=24, D=16, V=64, supervised=0.4, seed=0):
+    rng = np.random.default_rng(seed)
+    hidden = rng.normal(size=(B, T, D))
+    unembedding = rng.normal(size=(V, D)) * 0.5
+    targets = rng.integers(0, V, (B, T)).astype(np.int32)
+    weights = np.where(rng.random((B, T)) < supervised, rng.normal(size=(B, T)), 0.0)  # advantages may be negative
+    return hidden, unembedding, targets, weights
+
+
+def oracle(hidden, unembedding, targets, weights):
+    """Sums and the gradients of the loss in float64 numpy."""
+    z = hidden @ unembedding.T
+    z = z - z.max(-1, keepdims=True)
+    log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    p = np.exp(log_p)
+    at_target = np.take_along_axis(log_p, targets[..., None], -1)[..., 0]
+    on = weights != 0
+    sums = (
+        -(weights * at_target).sum(),
+        -at_target[on].sum(),
+        -(p * log_p).sum(-1)[on].sum(),
+        (on & (at_target >= log_p.max(-1))).sum(),
+        on.sum(),
+    )
+    d_z = (p - np.eye(z.shape[-1])[targets]) * weights[..., None]
+    return sums, d_z @ unembedding, np.einsum("btv,btd->vd", d_z, hidden)
+
+
+def run(inputs, mesh, dtype=jnp.float32, weight_dtype=None, **options):
+    hidden, unembedding, targets, weights = inputs
+    arguments = (jnp.asarray(hidden, dtype), jnp.asarray(unembedding, weight_dtype or dtype))
+
+    def loss(hidden, unembedding):
+        sums = linear_cross_entropy(
+            hidden, unembedding, jnp.asarray(targets), jnp.asarray(weights, jnp.float32), mesh=mesh, **options
+        )
+        return sums.loss, sums
+
+    (_, sums), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*arguments)
+    return sums, gradients
+
+
+def relative(a, b):
+    return np.linalg.norm(np.asarray(a, np.float64) - b) / max(np.linalg.norm(b), 1e-30)
+
+
+@pytest.mark.parametrize("replica, fsdp", [(1, 1), (1, 8), (2, 4), (4, 1)])
+@pytest.mark.parametrize("chunk_tokens", [None, 8, 20])
+def test_matches_float64_on_every_mesh(replica, fsdp, chunk_tokens):
+    inputs = make_inputs()
+    sums, (d_hidden, d_unembedding) = run(inputs, make_mesh(replica, fsdp), chunk_tokens=chunk_tokens)
+    want, want_hidden, want_unembedding = oracle(*inputs)
+    np.testing.assert_allclose(np.array(sums), want, rtol=2e-6)
+    assert relative(d_hidden, want_hidden) < 1e-6
+    assert relative(d_unembedding, want_unembedding) < 1e-6
+
+
+@pytest.mark.parametrize("V", [61, 3])  # 3: less than the devices
+def test_vocabulary_that_does_not_divide(V):
+    inputs = make_inputs(V=V)
+    sums, (d_hidden, d_unembedding) = run(inputs, make_mesh(1, 8))
+    want, want_hidden, want_unembedding = oracle(*inputs)
+    np.testing.assert_allclose(np.array(sums), want, rtol=2e-6)
+    assert d_unembedding.shape == (V, 16)
+    assert relative(d_hidden, want_hidden) < 1e-6 and relative(d_unembedding, want_unembedding) < 1e-6
+
+
+def test_bfloat16_hidden_with_float32_master_weights():
+    """Inputs exact in bfloat16, so the bounds are those of the arithmetic: float32 sums, bfloat16 d_logits."""
+    hidden, unembedding, targets, weights = make_inputs(B=8, T=64, D=64, V=512)
+    hidden, unembedding = (np.asarray(jnp.asarray(a, jnp.bfloat16), np.float64) for a in (hidden, unembedding))
+    inputs = hidden, unembedding, targets, weights
+    sums, (d_hidden, d_unembedding) = run(inputs, make_mesh(2, 4), jnp.bfloat16, jnp.float32, chunk_tokens=64)
+    want, want_hidden, want_unembedding = oracle(*inputs)
+    np.testing.assert_allclose(np.array(sums), want, rtol=1e-5)
+    assert d_hidden.dtype == jnp.bfloat16 and d_unembedding.dtype == jnp.float32
+    assert relative(d_hidden, want_hidden) < 4e-3
+    assert relative(d_unembedding, want_unembedding) < 4e-3
+    _, (_, narrow) = run(inputs, make_mesh(2, 4), jnp.bfloat16, jnp.bfloat16, gradient_dtype=jnp.bfloat16)
+    assert narrow.dtype == jnp.bfloat16 and relative(narrow, want_unembedding) < 2e-2
+
+
+def test_huge_logits_stay_finite():
+    hidden, unembedding, targets, weights = make_inputs()
+    inputs = hidden * 100, unembedding * 30, targets, weights
+    sums, gradients = run(inputs, make_mesh(1, 4))
+    want, *_ = oracle(*inputs)
+    np.testing.assert_allclose(np.array(sums), want, rtol=1e-4, atol=1e-4)
+    assert all(np.isfinite(np.asarray(g)).all() for g in gradients)
+
+
+def test_unsupervised_tokens_are_neither_read_nor_computed():
+    hidden, unembedding, targets, weights = make_inputs()
+    off = weights == 0
+    poisoned = hidden.copy()
+    poisoned[off] = np.nan
+    sums, (d_hidden, d_unembedding) = run((poisoned, unembedding, targets, weights), make_mesh(1, 4), chunk_tokens=8)
+    want, (want_hidden, want_unembedding) = run((hidden, unembedding, targets, weights), make_mesh(1, 4), chunk_tokens=8)
+    np.testing.assert_array_equal(np.array(sums), np.array(want))
+    np.testing.assert_array_equal(d_hidden, want_hidden)
+    np.testing.assert_array_equal(d_unembedding, want_unembedding)
+    assert (np.asarray(d_hidden)[off] == 0).all()
+
+
+def test_work_follows_the_supervised_tokens():
+    """All tokens unsupervised on all devices: no chunk is computed, sums and gradients are zero."""
+    hidden, unembedding, targets, weights = make_inputs()
+    sums, gradients = run((hidden, unembedding, targets, weights * 0), make_mesh(2, 4))
+    assert np.array(sums).tolist() == [0] * 5 and all((np.asarray(g) == 0).all() for g in gradients)
+
+
+def test_uneven_supervision_over_devices():
+    hidden, unembedding, targets, weights = make_inputs(supervised=1.0)
+    weights[1:5] = 0
+    weights[5, 3:] = 0
+    inputs = hidden, unembedding, targets, weights
+    sums, (d_hidden, _) = run(inputs, make_mesh(2, 4), chunk_tokens=20)
+    want, want_hidden, _ = oracle(*inputs)
+    np.testing.assert_allclose(np.array(sums), want, rtol=2e-6)
+    assert relative(d_hidden, want_hidden) < 1e-6
+
+
+def test_without_gradients_the_program_has_one_product_per_chunk():
+    hidden, unembedding, targets, weights = make_inputs()
+    call = lambda h, w: linear_cross_entropy(h, w, jnp.asarray(targets), jnp.asarray(weights), mesh=make_mesh(1, 1))
+    arguments = jnp.asarray(hidden, jnp.float32), jnp.asarray(unembedding, jnp.float32)
+    assert str(jax.make_jaxpr(call)(*arguments)).count("dot_general") == 1
+    gradient = jax.make_jaxpr(jax.grad(lambda h, w: call(h, w).loss, (0, 1)))(*arguments)
+    assert str(gradient).count("dot_general") == 3  # logits, d_unembedding, d_hidden: none twice
+
+
+def test_scale_of_the_loss_reaches_the_gradients():
+    inputs = make_inputs()
+    mesh = make_mesh(1, 2)
+    hidden, unembedding = (jnp.asarray(a, jnp.float32) for a in inputs[:2])
+    loss = lambda factor: lambda h: (
+        factor * linear_cross_entropy(h, unembedding, jnp.asarray(inputs[2]), jnp.asarray(inputs[3]), mesh=mesh).loss
+    )
+    once, thrice = (jax.grad(loss(factor))(hidden) for factor in (1.0, 3.0))
+    np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(hidden=(8, 24, 15)), "unembedding: shape"),
+        (dict(targets=(8, 23)), "targets: shape"),
+        (dict(hidden=(6, 24, 16), targets=(6, 24), weights=(6, 24)), "rows"),
+    ],
+)
+def test_bad_shapes(change, message):
+    shapes = dict(hidden=(8, 24, 16), unembedding=(64, 16), targets=(8, 24), weights=(8, 24)) | change
+    arrays = {name: jnp.zeros(shape, jnp.int32 if name == "targets" else jnp.float32) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**arrays, mesh=make_mesh(1, 4))
