@@ -15,10 +15,10 @@ from jsft.errors import ConfigError
 MESH_AXES = ("replica", "fsdp")
 BATCH = PartitionSpec(MESH_AXES)
 
-# Logical parameter axes that may be divided over `fsdp`, best first. Exactly one axis of a parameter is divided:
-# the vocabulary for the embeddings (so that the loss is vocabulary-parallel), else the model width, else the width
-# on the other side. Axes not named here (layers, norm, head_dim, bias) stay whole.
-FSDP_PREFERENCE = ("vocab", "embed", "mlp", "heads", "kv_heads")
+# Logical parameter axes that may be divided over `fsdp`. Exactly one axis of a parameter is divided, the first that can
+# be: gathering the major axis moves whole runs of bytes, and embeddings [V, D] are divided by vocabulary, as the
+# vocabulary-parallel loss wants them. Axes not named here (layers, norms, biases, single heads) stay whole.
+FSDP_AXES = frozenset(("vocab", "embed", "mlp", "heads", "kv_heads"))
 
 
 def make_mesh(replica: int = 1, fsdp: int = -1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -45,12 +45,11 @@ def _divisors(n: int) -> list[int]:
 
 
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """Where a parameter with logical `axes` lies: one axis over `fsdp`, by FSDP_PREFERENCE, if its size divides."""
+    """Where a parameter with logical `axes` lies: its first axis of FSDP_AXES whose size divides goes over `fsdp`."""
     size = mesh.shape["fsdp"]
-    for name in FSDP_PREFERENCE:
-        if name in axes and shape[axes.index(name)] % size == 0:
-            position = axes.index(name)
-            return PartitionSpec(*(["fsdp" if i == position else None for i in range(len(axes))]))
+    for position, (name, length) in enumerate(zip(axes, shape, strict=True)):
+        if name in FSDP_AXES and length % size == 0:
+            return PartitionSpec(*([None] * position), "fsdp")
     return PartitionSpec()
 
 
