@@ -1,0 +1,53 @@
+"""python -m jsft.train --config configs/qwen3_14b.py:math_cot_ep8
+
+Reads from top to bottom: config, mesh, model, data, run directory, state, programs, loop.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from jsft import cli, errors
+from jsft import config as schema
+from jsft.errors import ConfigError
+
+USAGE = """
+python -m jsft.train --config FILE.py:RECIPE [--config.FIELD=VALUE ...] [--workdir DIR] [--dry_run]
+
+Fine-tunes a model. The run lives in --workdir (default: runs/<config file>-<recipe>); the same command goes on from
+its newest checkpoint. SIGTERM or Ctrl-C ends the step, saves, and exits 0.
+
+Exit codes: 0 done or preempted (status.json says which), 2 configuration, 3 data, 4 model directory, 5 checkpoint,
+6 out of memory, 7 non-finite loss, 8 hang, 9 a peer process lost.
+"""
+
+
+def _define_flags(values) -> None:
+    from absl import flags
+
+    flags.DEFINE_string("workdir", None, "where the run lives (default: runs/<config file>-<recipe>)",
+                        flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "build mesh, model, one abstract step and the first plan; train nothing",
+                      flag_values=values)
+    flags.DEFINE_list("allow_changed", [], "fields that may differ from the run that --workdir holds",
+                      flag_values=values)
+
+
+def main(argv: list[str] | None = None) -> int:
+    config, name, flags = cli.parse(sys.argv[1:] if argv is None else argv, _define_flags, USAGE)
+    config = schema.resolve(config)
+    unknown = sorted(set(flags.allow_changed) - set(schema.BY_NAME))
+    if unknown:
+        raise ConfigError(f"--allow_changed: unknown config field {unknown[0]}{schema.nearest(unknown[0], schema.BY_NAME)}")
+    workdir = Path(flags.workdir or f"runs/{name}")
+
+    from jsft.training import run  # imports JAX: everything above answers at once
+
+    if flags.dry_run:
+        return run.dry_run(config, name)
+    return run.train(config, name, workdir, frozenset(flags.allow_changed))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    errors.run_command(main)

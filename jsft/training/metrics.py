@@ -1,0 +1,134 @@
+"""Where a step's numbers go: a JSON-lines file, TensorBoard, and the console."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class MetricsWriter:
+    """Appends each step's metrics to `metrics.jsonl`, held-out losses to `heldout.jsonl`, both to TensorBoard.
+
+    Only process 0 makes one. After a restart, lines of steps that are run again are dropped first: one line a step.
+    """
+
+    def __init__(self, workdir: Path, first_step: int):
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary = Event, Summary
+        self._files = {}
+        for name in ("metrics", "heldout"):
+            path = workdir / f"{name}.jsonl"
+            _drop_steps_after(path, first_step)
+            self._files[name] = path.open("a", encoding="utf-8")
+        self._board = EventFileWriter(str(workdir / "tensorboard"))
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """The numbers of update `step`; those that are not finite become null, which JSON can hold."""
+        self._append("metrics", "train", step, metrics)
+
+    def write_heldout(self, step: int, metrics: dict[str, Any]) -> None:
+        """Held-out losses after `step` updates."""
+        self._append("heldout", "heldout", step, metrics)
+
+    def _append(self, file: str, prefix: str, step: int, metrics: dict[str, Any]) -> None:
+        record = {"step": step} | {k: _json_number(v) for k, v in metrics.items()}
+        self._files[file].write(json.dumps(record) + "\n")
+        self._files[file].flush()
+        values = [
+            self._summary.Value(tag=f"{prefix}/{key}", simple_value=float(value))
+            for key, value in metrics.items()
+            if isinstance(value, (int, float))
+        ]
+        self._board.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
+        self._board.flush()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._board.close()
+
+
+def _json_number(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def _drop_steps_after(path: Path, step: int) -> None:
+    """Keeps the lines of steps up to `step`; a half-written last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    beside.replace(path)
+
+
+class RunLog:
+    """Prints lines and, on a terminal, a progress bar; the same lines go to `log.txt`."""
+
+    def __init__(self, log: Path | None, quiet: bool = False):
+        self._log = log.open("a", encoding="utf-8") if log else None
+        self._quiet = quiet
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task = None
+
+    def line(self, text: str) -> None:
+        """One line to the console and the log."""
+        if self._log:
+            self._log.write(text + "\n")
+            self._log.flush()
+        if not self._quiet:
+            self._console.print(text, markup=False)
+
+    def start(self, total: int, done: int) -> None:
+        """Begins the progress bar, where there is a terminal."""
+        if self._quiet or not self._console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("step"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self._console,
+        )
+        self._task = self._progress.add_task("", total=total, completed=done)
+        self._progress.start()
+
+    def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
+        """The progress bar's text on a terminal; a line a step elsewhere and in the log."""
+        short = (
+            f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  grad {metrics['grad_norm']:.3f}  "
+            f"{metrics['tokens_per_second']:,.0f} tok/s"
+        )
+        if self._progress:
+            self._progress.update(self._task, completed=step, description=short)
+            if self._log:
+                self._log.write(f"step {step}/{total}  {short}\n")
+                self._log.flush()
+        else:
+            self.line(f"step {step}/{total}  {short}")
+
+    def stop_progress(self) -> None:
+        """Ends the progress bar; lines go on."""
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+    def close(self) -> None:
+        self.stop_progress()
+        if self._log:
+            self._log.close()
+            self._log = None

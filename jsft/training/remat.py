@@ -1,0 +1,57 @@
+"""What each layer keeps for the backward pass: a ladder of named values, and the fastest rung that fits.
+
+Keeping more saves recompute and costs memory. `remat=auto` compiles the gradient program of each rung, from the one
+that keeps most, and takes the first whose own memory analysis fits the device beside the optimizer's state.
+"""
+
+import jax
+
+from jsft.errors import OutOfMemoryError
+from jsft.models.decoder import REMAT_NAMES
+
+# Best first. Each rung names what is kept; "none" means no recompute at all, "full" that only layer inputs are kept.
+_ATTENTION = ("attention_out", "attention_lse")
+LADDER: tuple[str, ...] = (
+    "none",
+    ",".join((*_ATTENTION, "query", "key", "value", "gate", "up")),
+    ",".join((*_ATTENTION, "gate", "up")),
+    ",".join((*_ATTENTION, "query", "key", "value")),
+    ",".join(_ATTENTION),
+    "full",
+)
+_HEADROOM = 0.94  # of the device's memory: the rest is for the allocator's gaps and the runtime's own buffers
+
+
+def choose_remat(parts, say) -> str:
+    """The config's remat, or for `auto` the first rung of LADDER that fits. Raises OutOfMemoryError if none does.
+
+    On a device that does not tell its memory (a CPU) auto is `none`.
+    """
+    asked = parts.config.remat
+    if asked != "auto":
+        return asked
+    stats = jax.local_devices()[0].memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    if not limit:
+        return "none"
+    from jsft.training.run import compile_gradients, shard_bytes
+
+    state = sum(map(shard_bytes, jax.tree.leaves(parts.abstract)))
+    parameters = sum(map(shard_bytes, jax.tree.leaves(parts.abstract.parameters)))
+    for rung in LADDER:
+        try:
+            memory = compile_gradients(parts, rung).memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                continue
+            raise
+        # The program's arguments are the parameters and the batch; the moments stay beside it.
+        needed = state - parameters + memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        needed += memory.output_size_in_bytes
+        if needed <= _HEADROOM * limit:
+            say(f"remat:     {rung} needs {needed / 2**30:.1f} of {limit / 2**30:.1f} GiB")
+            return rung
+    raise OutOfMemoryError(
+        f"even remat=full needs {needed / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB per device; lower "
+        f"data.rows_per_device or data.pack_length, use more devices, or set precision.params=bfloat16"
+    )

@@ -1,0 +1,230 @@
+"""From a resolved config to a finished run: builds every part, says what it built, and hands over to the loop."""
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+import jsft
+from jsft import mesh as meshes
+from jsft.data.loader import TrainingData, open_eval_data, open_training_data
+from jsft.errors import CheckpointError, OutOfMemoryError
+from jsft.hf.load import load_parameters
+from jsft.hf.resolve import resolve_model
+from jsft.kernels.attention import describe_attention
+from jsft.models.config import ModelConfig
+from jsft.models.families import abstract_parameters, matmul_parameters, read_config
+from jsft.training import checkpoint
+from jsft.training.flops import peak_flops, step_flops
+from jsft.training.loop import Loop, StopRequest
+from jsft.training.metrics import MetricsWriter, RunLog
+from jsft.training.optimizer import TrainState, initial_state, parameter_dtype
+from jsft.training.remat import choose_remat
+from jsft.training.rundir import RunDirectory
+from jsft.training.step import StepPrograms, abstract_batch, make_programs
+
+Say = Callable[[str], None]
+
+
+class Parts(NamedTuple):
+    """What a run is built from, before any weight is read."""
+
+    config: ConfigDict
+    model_dir: Path
+    model: ModelConfig
+    mesh: Mesh
+    abstract: TrainState  # shapes, dtypes and shardings
+    shardings: Any  # tree of NamedSharding of the parameters
+    data: TrainingData
+    rows: int  # packed rows of a micro batch, over all devices
+
+
+def build(config: ConfigDict) -> Parts:
+    """Mesh, model and data of a run; reads no weights. Raises the JsftError of whatever is wrong."""
+    _use_compilation_cache()
+    mesh = meshes.make_mesh(config.mesh.replica, config.mesh.fsdp)
+    model_dir = resolve_model(config.model.path, config.model.revision)
+    model = read_config(model_dir)
+    parameters = abstract_parameters(model, mesh, parameter_dtype(config))
+    rows = mesh.size * config.data.rows_per_device
+    data = open_training_data(
+        config, model_dir, rows_per_micro_batch=rows, process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    abstract = initial_state(parameters, config)
+    return Parts(
+        config, model_dir, model, mesh, abstract, jax.tree.map(lambda p: p.sharding, parameters), data, rows
+    )
+
+
+def train(config: ConfigDict, name: str, workdir: Path, allow_changed: frozenset[str]) -> int:
+    """Runs, or goes on with, the run in `workdir`. Returns 0; raises JsftError with its exit code."""
+    primary = jax.process_index() == 0
+    stop = StopRequest()
+    with _device_errors():
+        parts = build(config)
+        directory = RunDirectory(workdir) if primary else None
+        if directory:
+            directory.enter(config, name, allow_changed)
+            directory.keep_base_files(parts.model_dir)
+            directory.point_latest()
+        log = RunLog(workdir / "log.txt" if primary else None, quiet=not primary)
+        try:
+            _train(parts, name, workdir, directory, log, stop)
+        except BaseException as error:
+            if directory:
+                directory.status("failed", directory.last_step, " ".join(str(error).split())[:500])
+            raise
+        finally:
+            log.close()
+            if directory:
+                directory.release()
+    return 0
+
+
+def _train(
+    parts: Parts, name: str, workdir: Path, directory: RunDirectory | None, log: RunLog, stop: StopRequest
+) -> None:
+    """The run between its directory's opening and closing."""
+    config, total = parts.config, parts.data.total_steps
+    status = directory.status if directory else lambda *_: None
+    state = checkpoint.restore(workdir, parts.abstract, log.line)
+    step = int(state.step) if state is not None else 0
+    if step >= total:
+        status("done", step)
+        log.line(f"{workdir} is done: {step} of {total} steps")
+        return
+    status("running", step)
+    remat = choose_remat(parts, log.line)
+    introduce(parts, name, workdir, remat, step, log.line)
+    if state is None:
+        dtype = parameter_dtype(config)
+        state = initial_state(load_parameters(parts.model_dir, parts.model, parts.mesh, dtype), config)
+    facts = {
+        "version": jsft.__version__, "config": name, "data": parts.data.fingerprint, "devices": parts.mesh.size,
+    }
+    saver = checkpoint.Saver(workdir, config.checkpoint.keep, tuple(config.checkpoint.milestones), facts, log.line)
+    writer = MetricsWriter(workdir, step) if directory else None
+    count = matmul_parameters(parts.model)
+    loop = Loop(
+        config, parts.mesh, programs(parts, remat), saver, log, writer, stop, total,
+        flops=lambda data: step_flops(parts.model, count, data.tokens, data.sum_squared_lengths),
+        peak_flops=peak_flops(jax.devices()),
+        eval_data=_eval_data(parts),
+        on_step=directory.set_step if directory else lambda step: None,
+    )
+    try:
+        state, step, stopped = loop.run(state, parts.data, step)
+    finally:
+        saver.wait()
+        log.stop_progress()
+        if writer:
+            writer.close()
+    if saver.failed:
+        raise CheckpointError(f"{saver.failed}; free space and run the same command again")
+    if stopped:
+        status("preempted", step, f"{stop.signal} after step {step}")
+        log.line(f"stopped by {stop.signal} after step {step} of {total}, saved; the same command goes on from there")
+    else:
+        status("done", step)
+        log.line(f"done: {step} steps; export with: python -m jsft.export --workdir {workdir} --step {step}")
+
+
+def dry_run(config: ConfigDict, name: str) -> int:
+    """Builds everything on shapes alone, compiles one abstract step, prints the summary, and trains nothing."""
+    with _device_errors():
+        parts = build(config)
+        remat = choose_remat(parts, print)
+        introduce(parts, name, None, remat, 0, print)
+        compiled = compile_gradients(parts, remat)
+        memory = compiled.memory_analysis()
+        print(
+            f"step:      compiled; per device {memory.argument_size_in_bytes / 2**30:.2f} GiB of arguments, "
+            f"{memory.temp_size_in_bytes / 2**30:.2f} GiB of temporaries"
+        )
+        first = next(iter(parts.data.iterate(0)))
+        print(
+            f"plan:      first step has {first.documents} documents, {first.tokens:,} tokens "
+            f"({first.supervised_tokens:,} trained), {len(first.micro_batches)} micro batches, "
+            f"padding {first.padding_share:.1%}"
+        )
+    return 0
+
+
+def programs(parts: Parts, remat) -> StepPrograms:
+    """The compiled functions of this run."""
+    return make_programs(parts.model, parts.config, parts.mesh, parts.shardings, parts.data.total_steps, remat)
+
+
+def compile_gradients(parts: Parts, remat):
+    """The compiled gradient program of one full micro batch, from shapes alone."""
+    batch = abstract_batch(parts.rows, parts.config.data.pack_length, parts.mesh)
+    return programs(parts, remat).gradients.lower(parts.abstract.parameters, batch).compile()
+
+
+def introduce(parts: Parts, name: str, workdir: Path | None, remat, step: int, say: Say) -> None:
+    """What this run is: nothing that matters is decided silently."""
+    config, model = parts.config, parts.model
+    sizes = [x.size for x in jax.tree.leaves(parts.abstract.parameters)]
+    held = sum(map(shard_bytes, jax.tree.leaves(parts.abstract)))
+    precision = config.precision
+    say(f"run:       {name}" + (f" in {workdir}" if workdir else "") + (f", going on from step {step}" if step else ""))
+    say(f"model:     {parts.model_dir} ({model.family}, {sum(sizes) / 1e6:,.1f} M parameters, {model.num_layers} layers)")
+    say(f"mesh:      {meshes.describe(parts.mesh)}")
+    say(f"attention: {describe_attention(config.attention.implementation, config.attention.backward)}")
+    say(
+        f"precision: parameters {precision.params}, moments {precision.moments}, compute {precision.compute}, "
+        f"gradients {precision.gradients}; {held / 2**30:.2f} GiB of state per device; remat {remat}"
+    )
+    say(
+        f"objective: {config.objective.name} (fidelity {config.fidelity}); {config.optimizer.schedule} to "
+        f"{config.optimizer.learning_rate:g}, warm-up {config.optimizer.warmup_ratio:g}, clip {config.optimizer.clip_norm:g}"
+    )
+    for line in parts.data.describe():
+        say(f"data:      {line}")
+    say(f"steps:     {parts.data.total_steps} ({parts.data.steps_per_epoch} an epoch) of {config.train.global_batch} rows")
+    for line in parts.data.preview().splitlines():
+        say(f"           {line}")
+
+
+def shard_bytes(x: jax.ShapeDtypeStruct) -> int:
+    """Bytes of one device's part of `x`."""
+    size = 1
+    for n in x.sharding.shard_shape(x.shape):
+        size *= n
+    return size * x.dtype.itemsize
+
+
+def _eval_data(parts: Parts):
+    if not (parts.config.eval.every and parts.config.data.eval):
+        return {}
+    return open_eval_data(
+        parts.config, parts.model_dir, rows=parts.rows, process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _use_compilation_cache() -> None:
+    """Compiled programs are kept on disk: a second start of the same config compiles nothing."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jsft" / "compiled"
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JSFT_COMPILATION_CACHE", str(default)))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+@contextmanager
+def _device_errors():
+    """Turns the runtime's out-of-memory error into ours."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise OutOfMemoryError(
+                f"the device ran out of memory ({str(error).splitlines()[0][:200]}); set remat=full, lower "
+                f"data.rows_per_device or data.pack_length, or use more devices"
+            ) from error
+        raise

@@ -1,0 +1,112 @@
+"""The compiled programs of a run: gradient of one micro batch, the update, and the held-out loss.
+
+A step is `gradients` for each micro batch (added up in `precision.gradients`), then `update`. They are separate
+programs because the number of micro batches varies from step to step with what the packer could fit.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jsft.data.batch import Batch
+from jsft.kernels.linear_cross_entropy import LossSums, linear_cross_entropy
+from jsft.mesh import batch_sharding, replicated
+from jsft.models.config import ModelConfig
+from jsft.models.decoder import hidden_states, unembedding
+from jsft.training.optimizer import TrainState, apply_update, learning_rate_schedule
+
+Tree = Any
+
+
+class StepPrograms(NamedTuple):
+    """The jitted functions of a run. Gradients and sums are donated when they are added to."""
+
+    gradients: Callable[[Tree, Batch], tuple[Tree, LossSums]]
+    add_gradients: Callable[[Tree, Batch, Tree, LossSums], tuple[Tree, LossSums]]
+    update: Callable[[TrainState, Tree, LossSums, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+    evaluate: Callable[[Tree, Batch], LossSums]
+
+
+def loss_sums(parameters: Tree, batch: Batch, model: ModelConfig, config: ConfigDict, mesh: Mesh, remat) -> LossSums:
+    """Sums over the supervised tokens of `batch`; `.loss` = sum(loss_weights * -log p(target)), float32."""
+    backward = "deterministic" if config.train.deterministic else config.attention.backward
+    hidden = hidden_states(
+        parameters, model, batch.tokens, batch.positions, batch.doc_start, batch.doc_end, mesh=mesh, remat=remat,
+        compute_dtype=jnp.dtype(config.precision.compute), attention=config.attention.implementation,
+        backward=backward,
+    )
+    return linear_cross_entropy(
+        hidden, unembedding(parameters, model), batch.targets, batch.loss_weights, mesh=mesh
+    )
+
+
+def make_programs(
+    model: ModelConfig, config: ConfigDict, mesh: Mesh, shardings: Tree, total_steps: int, remat
+) -> StepPrograms:
+    """Builds the programs. `shardings`: tree of NamedSharding of the parameters; gradients and moments follow it."""
+    dtype = jnp.dtype(config.precision.gradients)
+    schedule = learning_rate_schedule(config, total_steps)
+    whole = replicated(mesh)
+    rows = batch_sharding(mesh)
+    state_sharding = TrainState(shardings, shardings, shardings, whole, whole)
+
+    def value_and_gradients(parameters, batch):
+        def objective(p):
+            sums = loss_sums(p, batch, model, config, mesh, remat)
+            return sums.loss, sums
+
+        (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(parameters)
+        gradients = jax.tree.map(lambda g: g.astype(dtype), gradients)
+        return jax.lax.with_sharding_constraint(gradients, shardings), sums
+
+    def add_gradients(parameters, batch, gradients, sums):
+        more, more_sums = value_and_gradients(parameters, batch)
+        return jax.tree.map(jnp.add, gradients, more), jax.tree.map(jnp.add, sums, more_sums)
+
+    def update(state, gradients, sums, weight_sum):
+        rate = schedule(state.step).astype(jnp.float32)
+        state, metrics = apply_update(state, gradients, rate, config)
+        count = jnp.maximum(sums.count, 1)
+        metrics |= {
+            "loss": sums.loss / weight_sum,
+            "nll": sums.nll / count,
+            "entropy": sums.entropy / count,
+            "accuracy": sums.correct / count,
+            "lr": rate,
+        }
+        return state, metrics
+
+    def evaluate(parameters, batch):
+        return loss_sums(parameters, batch, model, config, mesh, remat)
+
+    return StepPrograms(
+        jax.jit(value_and_gradients, in_shardings=(shardings, rows), out_shardings=(shardings, whole)),
+        jax.jit(
+            add_gradients,
+            in_shardings=(shardings, rows, shardings, whole),
+            out_shardings=(shardings, whole),
+            donate_argnums=(2, 3),
+        ),
+        jax.jit(
+            update,
+            in_shardings=(state_sharding, shardings, whole, whole),
+            out_shardings=(state_sharding, whole),
+            donate_argnums=(0, 1),
+        ),
+        jax.jit(evaluate, in_shardings=(shardings, rows), out_shardings=whole),
+    )
+
+
+def abstract_batch(rows: int, length: int, mesh: Mesh) -> Batch:
+    """Shapes of a micro batch of `rows` packed rows over all devices, for compiling without data."""
+    sharding = batch_sharding(mesh)
+
+    def array(dtype):
+        return jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding)
+
+    i32 = jnp.int32
+    return Batch(array(i32), array(i32), array(jnp.float32), array(i32), array(i32), array(i32))
