@@ -80,6 +80,8 @@ FIELDS: tuple[Field, ...] = (
     Field("train.global_batch", int, 256, "Rows (documents) of one update.", minimum=1),
     Field("train.epochs", float, 1.0, "Passes over the data; fractions allowed.", above=0),
     Field("train.max_steps", int, None, "Stop after this many updates; the schedule ends there too.", minimum=1),
+    Field("train.expect_steps", int, None, "Refuse to start when data and epochs give another number of updates; "
+          "-1: any number.", minimum=-1),
     Field("train.seed", int, 0, "The one seed; every use folds in a name and the step.", minimum=0),
     Field("train.deterministic", bool, False, "Bitwise repeatable on GPU, at a small cost."),
     Field("train.max_bad_steps", int, 10, "Stop after this many steps in a row with a non-finite gradient.",
@@ -105,8 +107,9 @@ FIELDS: tuple[Field, ...] = (
           "stochastically.", choices=_PARAMS),
     Field("precision.moments", str, None, "Dtype of both Adam moments.", choices=_FLOATS),
     Field("precision.compute", str, "bfloat16", "Dtype of matmuls and activations.", choices=_FLOATS),
-    Field("precision.reduce", str, None, "Dtype in which gradients are reduced over devices and added over micro "
-          "batches.", choices=_FLOATS),
+    Field("precision.reduce", str, None, "Dtype in which gradients are reduced over devices.", choices=_FLOATS),
+    Field("precision.gradients", str, None, "Dtype in which gradients are added over micro batches and reach the "
+          "optimizer.", choices=_FLOATS),
     Field("mesh.replica", int, 1, "Copies of the sharded parameters (one per node keeps gathers inside a node).",
           minimum=1),
     Field("mesh.fsdp", int, -1, "Devices that divide the parameters; -1: all that mesh.replica leaves."),
@@ -133,6 +136,7 @@ FIDELITY: dict[str, dict[str, Any]] = {
         "precision.params": "float32",
         "precision.moments": "float32",
         "precision.reduce": "float32",
+        "precision.gradients": "float32",
     },
     "reference": {
         "objective.name": "reference",
@@ -140,6 +144,7 @@ FIDELITY: dict[str, dict[str, Any]] = {
         "precision.params": "bfloat16",
         "precision.moments": "bfloat16",
         "precision.reduce": "float32",
+        "precision.gradients": "bfloat16",
     },
 }
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 import jsft
 from jsft import mesh as meshes
 from jsft.data.loader import TrainingData, open_eval_data, open_training_data
-from jsft.errors import CheckpointError, OutOfMemoryError
+from jsft.errors import CheckpointError, ConfigError, OutOfMemoryError
 from jsft.hf.load import load_parameters
 from jsft.hf.resolve import resolve_model
 from jsft.kernels.attention import describe_attention
@@ -56,6 +56,12 @@ def build(config: ConfigDict) -> Parts:
         config, model_dir, rows_per_micro_batch=rows, process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    expected = config.train.expect_steps
+    if expected not in (None, -1, data.total_steps):
+        raise ConfigError(
+            f"the recipe expects {expected} updates, but this data and train.epochs={config.train.epochs:g} give "
+            f"{data.total_steps}; use the recipe's data, or set train.expect_steps=-1"
+        )
     abstract = initial_state(parameters, config)
     return Parts(
         config, model_dir, model, mesh, abstract, jax.tree.map(lambda p: p.sharding, parameters), data, rows

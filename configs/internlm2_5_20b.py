@@ -1,0 +1,31 @@
+"""InternLM2.5-20B (internlm/internlm2_5-20b): 5 published runs.
+
+    python -m jsft.train --config configs/internlm2_5_20b.py:math_cot_ep8
+
+Recipe and published name:
+    math_cot_ep8     InternLM2.5-20B_Math-CoT-20k_lr5e-5_ep8_bs256
+    math_nocot_ep8   InternLM2.5-20B_Math-NoCoT-20k_lr5e-5_ep8_bs256
+    numina_ep8       InternLM2.5-20B_Numina-Math-20k_lr5e-5_ep8_bs256
+    countdown_ep8    InternLM2.5-20B_Countdown-CoT-20k_lr5e-5_ep8_bs256
+    deepseek_r1_ep8  InternLM2.5-20B_DeepSeek-R1-20k_lr5e-5_ep8_bs256
+
+The published runs had 2 rows per GPU and micro batch, so their gradient is 16 times the mean before the clip. EOS is
+the tokenizer's own. numina_ep8 cuts documents at 10,000 tokens.
+
+Cost: see the table in docs/recipes.md.
+"""
+
+from configs import recipes
+
+NAMES = {
+    "math_cot_ep8": "math_cot_ep8",
+    "math_nocot_ep8": "math_nocot_ep8",
+    "numina_ep8": "numina_ep8_len10k",
+    "countdown_ep8": "countdown_ep8",
+    "deepseek_r1_ep8": "deepseek_r1_ep8",
+}
+RECIPES = tuple(NAMES)
+
+
+def get_config(recipe: str | None = None):
+    return recipes.build("internlm/internlm2_5-20b", recipe or RECIPES[0], NAMES, micro_batch=2, eos_token=None)

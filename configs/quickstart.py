@@ -1,0 +1,33 @@
+"""A small run that a laptop finishes in minutes: Countdown puzzles with worked solutions, a small random Qwen3.
+
+    scripts/quickstart.sh
+
+makes the data and the model directory this config names, then trains, exports and evaluates. By hand:
+
+    python -m jsft.train --config configs/quickstart.py:countdown --workdir runs/quickstart/run
+"""
+
+from jsft.config import default_config
+
+RECIPES = ("countdown", "tiny")
+
+
+def get_config(recipe: str | None = None):
+    config = default_config()
+    config.model.path = "runs/quickstart/base"
+    config.data.train = "runs/quickstart/train.parquet"
+    config.data.eval = "runs/quickstart/heldout.parquet"
+    config.data.max_length = 512
+    config.data.pack_length = 512
+    config.data.eos_token = "<|im_end|>"
+    config.train.global_batch = 64
+    config.train.epochs = 1.0
+    config.optimizer.learning_rate = 3e-3
+    config.precision.compute = "float32"  # what a CPU multiplies fastest
+    config.checkpoint.every = 50
+    config.eval.every = 1000  # before the first step and after the last
+    if recipe == "tiny":  # seconds, for tests
+        config.train.global_batch = 16
+        config.train.max_steps = 4
+        config.checkpoint.every = 2
+    return config

@@ -1,0 +1,23 @@
+"""Qwen2.5-3B (Qwen/Qwen2.5-3B): 1 published run.
+
+    python -m jsft.train --config configs/qwen2_5_3b.py:math_cot_ep8
+
+Recipe and published name:
+    math_cot_ep8  Qwen2.5-3B_Math-CoT-20k_lr5e-5_ep8_bs256
+
+The authors' copies of Qwen2.5 ('-no-sys-prompt') are not public: these are the public weights, with the system turn
+that their chat template adds by itself taken out (`data.strip_default_system`).
+
+Cost: see the table in docs/recipes.md.
+"""
+
+from configs import recipes
+
+NAMES = {
+    "math_cot_ep8": "math_cot_ep8",
+}
+RECIPES = tuple(NAMES)
+
+
+def get_config(recipe: str | None = None):
+    return recipes.build("Qwen/Qwen2.5-3B", recipe or RECIPES[0], NAMES, strip_default_system=True)

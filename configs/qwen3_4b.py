@@ -1,0 +1,24 @@
+"""Qwen3-4B (Qwen/Qwen3-4B-Base): 3 published runs.
+
+    python -m jsft.train --config configs/qwen3_4b.py:math_cot_ep8
+
+Recipe and published name:
+    math_cot_ep8    Qwen3-4B_Math-CoT-20k_lr5e-5_ep8_bs256
+    math_nocot_ep8  Qwen3-4B_Math-NoCoT-20k_lr5e-5_ep8_bs256
+    countdown_ep8   Qwen3-4B_Countdown-CoT-20k_lr5e-5_ep8_bs256
+
+Cost: see the table in docs/recipes.md.
+"""
+
+from configs import recipes
+
+NAMES = {
+    "math_cot_ep8": "math_cot_ep8",
+    "math_nocot_ep8": "math_nocot_ep8",
+    "countdown_ep8": "countdown_ep8",
+}
+RECIPES = tuple(NAMES)
+
+
+def get_config(recipe: str | None = None):
+    return recipes.build("Qwen/Qwen3-4B-Base", recipe or RECIPES[0], NAMES)

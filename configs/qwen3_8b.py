@@ -1,0 +1,28 @@
+"""Qwen3-8B (Qwen/Qwen3-8B-Base): 5 published runs.
+
+    python -m jsft.train --config configs/qwen3_8b.py:math_cot_ep8
+
+Recipe and published name:
+    math_cot_ep8     Qwen3-8B_Math-CoT-20k_lr5e-5_ep8_bs256
+    math_nocot_ep8   Qwen3-8B_Math-NoCoT-20k_lr5e-5_ep8_bs256
+    numina_ep8       Qwen3-8B_Numina-Math-20k_lr5e-5_ep8_bs256
+    countdown_ep8    Qwen3-8B_Countdown-CoT-20k_lr5e-5_ep8_bs256
+    deepseek_r1_ep8  Qwen3-8B_DeepSeek-R1-20k_lr5e-5_ep8_bs256
+
+Cost: see the table in docs/recipes.md.
+"""
+
+from configs import recipes
+
+NAMES = {
+    "math_cot_ep8": "math_cot_ep8",
+    "math_nocot_ep8": "math_nocot_ep8",
+    "numina_ep8": "numina_ep8",
+    "countdown_ep8": "countdown_ep8",
+    "deepseek_r1_ep8": "deepseek_r1_ep8",
+}
+RECIPES = tuple(NAMES)
+
+
+def get_config(recipe: str | None = None):
+    return recipes.build("Qwen/Qwen3-8B-Base", recipe or RECIPES[0], NAMES)
