@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -23,7 +22,9 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None], usage
     `define` adds the command's own flags. `usage` is printed, with them, for --help. Raises ConfigError.
     """
     values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", None, "FILE.py:RECIPE", flag_values=values)
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "FILE.py:RECIPE", flag_values=values, sys_argv=["jsft", *argv]
+    )
     define(values)
     if not argv or "--help" in argv or "-h" in argv:
         _print_help(usage, values)
