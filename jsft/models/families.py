@@ -2,15 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import jax.numpy as jnp
-from jax.sharding import Mesh
+from typing import NamedTuple
 
 from jsft.errors import ModelError
-from jsft.models import parameters as parameters_
 from jsft.models.config import ConfigJson, ModelConfig
 from jsft.models.internlm2 import internlm2_table, read_internlm2
+from jsft.models.parameters import Table
 from jsft.models.qwen import qwen_table, read_qwen2, read_qwen3
 
 
@@ -18,7 +15,7 @@ class Family(NamedTuple):
     architecture: str  # config.json's architectures[0]
     model_type: str  # config.json's model_type
     read: Callable[[ConfigJson], ModelConfig]
-    table: Callable[[ModelConfig], parameters_.Table]
+    table: Callable[[ModelConfig], Table]
 
 
 FAMILIES = {
@@ -46,16 +43,6 @@ def read_config(model_dir: str | Path) -> ModelConfig:
     )
 
 
-def parameter_table(config: ModelConfig) -> parameters_.Table:
+def parameter_table(config: ModelConfig) -> Table:
     """Nested dict of ParameterSpec: the one declaration of every parameter."""
     return FAMILIES[config.family].table(config)
-
-
-def abstract_parameters(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> dict[str, Any]:
-    """Nested dict of jax.ShapeDtypeStruct with sharding, as `initial_parameters` returns arrays. Takes no memory."""
-    return parameters_.abstract_from(parameter_table(config), mesh, dtype)
-
-
-def initial_parameters(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype, seed: int) -> dict[str, Any]:
-    """Fresh sharded weights; the same numbers on every mesh."""
-    return parameters_.initial_from(parameter_table(config), mesh, dtype, seed, config.initializer_range)

@@ -1,0 +1,174 @@
+"""The forward pass of all families: pure functions on the nested dict of parameters, sharded over the mesh.
+
+One shard_map spans the whole decoder: every device runs its own rows, and the only communication is what
+jsft.models.layers writes out: each weight gathered once on the way forward and once on the way back, its gradient
+reduce-scattered, and the embedding's exchange.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+
+from jsft.errors import ConfigError
+from jsft.kernels.attention import packed_attention
+from jsft.mesh import BATCH, partition_spec
+from jsft.models.config import ModelConfig
+from jsft.models.families import parameter_table
+from jsft.models.layers import add_bias, embed, linear, rms_norm, rotary_tables, rotate, swiglu
+from jsft.models.parameters import ParameterSpec, leaves, tree_from
+
+# Values of a layer that remat may keep for the backward pass, in the order they are made; shapes per device.
+REMAT_NAMES = {
+    "attention_input": "[b, T, D] normalised input of the query, key and value projections",
+    "query_projection": "[b, T, H, h] before query norm and rotation",
+    "key_projection": "[b, T, K, h] before key norm and rotation",
+    "query": "[b, T, H, h] as attention reads it",
+    "key": "[b, T, K, h] as attention reads it",
+    "value": "[b, T, K, h]",
+    "attention_out": "[b, T, H, h] (named in the attention kernel)",
+    "attention_lse": "float32 [b, H, T] log-sum-exp (named in the Pallas kernel)",
+    "residual": "[b, T, D] residual stream after attention",
+    "mlp_input": "[b, T, D] normalised input of gate and up",
+    "gate": "[b, T, F]",
+    "up": "[b, T, F]",
+    "mlp_hidden": "[b, T, F] silu(gate) * up, input of the down projection",
+}
+
+
+def parse_remat(remat: str | Sequence[str]) -> str | tuple[str, ...]:
+    """'full', 'none', or the tuple of names to save, from a sequence or a comma-separated string. Raises ConfigError."""
+    if remat in ("full", "none"):
+        return remat
+    names = [name.strip() for name in remat.split(",")] if isinstance(remat, str) else list(remat)
+    if unknown := [name for name in names if name not in REMAT_NAMES]:
+        raise ConfigError(
+            f"remat: {unknown[0]!r} is not 'full', 'none' or a list of names among {', '.join(REMAT_NAMES)}"
+        )
+    return tuple(names)
+
+
+def hidden_states(
+    parameters: dict[str, Any],
+    config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    doc_start: jax.Array,
+    doc_end: jax.Array,
+    *,
+    compute_dtype: jnp.dtype,
+    attention: str = "auto",
+    backward: str = "auto",
+    remat: str | Sequence[str] = "full",
+    reduce_dtype: jnp.dtype = jnp.float32,
+    mesh: Mesh,
+) -> jax.Array:
+    """Final-norm output of the decoder for packed rows; multiply by `unembedding` for logits.
+
+    Args:
+      parameters: nested dict as `initial_parameters` makes it, any float dtype, sharded by the mesh's rules.
+      tokens, positions, doc_start, doc_end: int32 [B, T] as in `Batch`; B is a multiple of the mesh's devices.
+      compute_dtype: of activations and matrix products (whose sums are float32); norms and rotations are float32.
+      attention, backward: `implementation` and `backward` of `packed_attention`.
+      remat: what a layer keeps for the backward pass: "full" (recompute everything; only the layer's input is kept),
+        "none" (recompute nothing), or names of REMAT_NAMES.
+      reduce_dtype: in which weight gradients are summed over tokens and devices.
+      mesh: with axes ('replica', 'fsdp').
+
+    Returns [B, T, D] in compute_dtype, rows divided over the mesh.
+    Raises ValueError for rows that do not divide, ConfigError for an unknown remat name.
+    """
+    remat = parse_remat(remat)
+    if tokens.shape[0] % mesh.size:
+        raise ValueError(f"tokens: {tokens.shape[0]} rows do not divide over {mesh.size} devices")
+    table = parameter_table(config)
+    specs = tree_from(table, lambda _, spec: partition_spec(spec.axes, spec.shape, mesh))
+    divided = {path[-1]: "fsdp" in partition_spec(spec.axes, spec.shape, mesh) for path, spec in leaves(table)}
+    run = functools.partial(
+        _decode,
+        config=config,
+        dtype=jnp.dtype(compute_dtype),
+        reduce_dtype=jnp.dtype(reduce_dtype),
+        divided=divided,
+        parts=mesh.shape["fsdp"],
+        remat=remat,
+        attend=functools.partial(
+            packed_attention, scale=config.head_dim**-0.5, implementation=attention, backward=backward
+        ),
+    )
+    sharded = jax.shard_map(
+        run, mesh=mesh, in_specs=(specs, BATCH, BATCH, BATCH, BATCH), out_specs=BATCH, check_vma=False
+    )
+    return sharded(_widen_vectors(parameters, table), tokens, positions, doc_start, doc_end)
+
+
+def unembedding(parameters: dict[str, Any], config: ModelConfig) -> jax.Array:
+    """[V, D]: the output matrix, which is the embedding itself where they are tied."""
+    return parameters["embedding"] if config.tied_embeddings else parameters["unembedding"]
+
+
+def _widen_vectors(parameters, table):
+    """Norms and biases in float32, so that their gradients are summed over devices in it; they are small."""
+
+    def widen(value: jax.Array, spec: ParameterSpec) -> jax.Array:
+        return value.astype(jnp.float32) if len(spec.layer_shape) == 1 else value
+
+    return jax.tree.map(widen, parameters, table)
+
+
+def _decode(parameters, tokens, positions, doc_start, doc_end, *, config, dtype, reduce_dtype, divided, parts, remat, attend):
+    """One device's rows through the whole decoder; see `hidden_states`."""
+    x = embed(parameters["embedding"], tokens, dtype, divided["embedding"], parts)
+    cos_sin = rotary_tables(
+        positions,
+        doc_end - doc_start,
+        config.head_dim,
+        config.rope_theta,
+        config.rope_dynamic_factor,
+        config.max_positions,
+    )
+
+    def project(x, weights, name):
+        y = linear(x, weights[name], divided[name], reduce_dtype)
+        return add_bias(y, weights[f"{name}_bias"]) if f"{name}_bias" in weights else y
+
+    def layer(x, weights):
+        x = _attention(x, weights, project, config, cos_sin, lambda q, k, v: attend(q, k, v, doc_start, doc_end))
+        return _mlp(x, weights, project, config), None
+
+    if remat != "none":
+        names = () if remat == "full" else remat
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)  # the scan keeps XLA from merging the two runs
+    x, _ = jax.lax.scan(layer, x, parameters["layers"])
+    return rms_norm(x, parameters["final_norm"], config.rms_eps)
+
+
+def _attention(x, weights, project, config, cos_sin, attend):
+    B, T, _ = x.shape
+    normal = checkpoint_name(rms_norm(x, weights["attention_norm"], config.rms_eps), "attention_input")
+
+    def heads(name, count):
+        return project(normal, weights, name).reshape(B, T, count, config.head_dim)
+
+    query = checkpoint_name(heads("query", config.num_heads), "query_projection")
+    key = checkpoint_name(heads("key", config.num_kv_heads), "key_projection")
+    value = checkpoint_name(heads("value", config.num_kv_heads), "value")
+    if config.qk_norm:
+        query = rms_norm(query, weights["query_norm"], config.rms_eps)
+        key = rms_norm(key, weights["key_norm"], config.rms_eps)
+    query = checkpoint_name(rotate(query, *cos_sin), "query")
+    key = checkpoint_name(rotate(key, *cos_sin), "key")
+    out = attend(query, key, value).reshape(B, T, config.query_size)
+    return checkpoint_name(x + project(out, weights, "output"), "residual")
+
+
+def _mlp(x, weights, project, config):
+    normal = checkpoint_name(rms_norm(x, weights["mlp_norm"], config.rms_eps), "mlp_input")
+    gate = checkpoint_name(project(normal, weights, "gate"), "gate")
+    up = checkpoint_name(project(normal, weights, "up"), "up")
+    return x + project(checkpoint_name(swiglu(gate, up), "mlp_hidden"), weights, "down")

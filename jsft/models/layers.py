@@ -1,0 +1,196 @@
+"""The pieces of a decoder layer: pure functions on one device's rows, run inside shard_map over ('replica', 'fsdp').
+
+Weights arrive as this device's rows, in the dtype they are kept in. Where a weight is divided, `linear` casts it to
+the compute dtype, gathers it over 'fsdp', and forgets it: the backward pass gathers it again, and reduce-scatters its
+gradient. Norms and the gated activation keep only their inputs and work in float32.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+FSDP = "fsdp"
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]], out: jnp.dtype) -> jax.Array:
+    """Contraction in a's dtype with float32 sums, rounded to `out`; float32 inputs are multiplied as float32."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=out)
+
+
+def _gathered(weight: jax.Array, dtype: jnp.dtype, divided: bool) -> jax.Array:
+    weight = weight.astype(dtype)  # before the gather: half the bytes travel
+    return lax.all_gather(weight, FSDP, tiled=True) if divided else weight
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def linear(x: jax.Array, weight: jax.Array, divided: bool, reduce_dtype: jnp.dtype) -> jax.Array:
+    """x @ weight^T in x's dtype.
+
+    Args:
+      x: [..., in].
+      weight: [out, in], or this device's rows of it where `divided`; any float dtype.
+      divided: the rows lie divided over 'fsdp'.
+      reduce_dtype: of the weight's gradient while it is summed over tokens and devices.
+
+    Returns [..., out]. The weight's gradient has the weight's dtype and is divided as the weight is.
+    """
+    full = _gathered(weight, x.dtype, divided)
+    return _dot(x, full, ((x.ndim - 1,), (1,)), x.dtype)
+
+
+def _linear_forward(x, weight, divided, reduce_dtype):
+    return linear(x, weight, divided, reduce_dtype), (x, weight)
+
+
+def _linear_backward(divided, reduce_dtype, residuals, g):
+    x, weight = residuals
+    full = _gathered(weight, x.dtype, divided)
+    dx = _dot(g, full, ((g.ndim - 1,), (0,)), x.dtype)
+    tokens = tuple(range(x.ndim - 1))
+    dweight = _dot(g, x, (tokens, tokens), reduce_dtype)
+    if divided:
+        dweight = lax.psum_scatter(dweight, FSDP, tiled=True)
+    return dx, dweight.astype(weight.dtype)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis [..., n]; returns x's dtype.
+
+    Float32 inside; the normalised x is rounded to x's dtype before the weight multiplies it, as in transformers.
+    """
+    x32 = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * scale).astype(x.dtype) * weight.astype(x.dtype)
+
+
+def _rms_norm_forward(x, weight, eps):
+    return rms_norm(x, weight, eps), (x, weight)
+
+
+def _rms_norm_backward(eps, residuals, g):
+    x, weight = residuals
+    x32, g32 = x.astype(jnp.float32), g.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    normal = x32 * scale
+    g_normal = g32 * weight.astype(jnp.float32)
+    dx = scale * (g_normal - normal * jnp.mean(g_normal * normal, axis=-1, keepdims=True))
+    dweight = jnp.sum(g32 * normal, axis=tuple(range(x.ndim - 1)))
+    return dx.astype(x.dtype), dweight.astype(weight.dtype)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, elementwise; silu in float32, rounded to gate's dtype before the product."""
+    return jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
+
+
+def _swiglu_forward(gate, up):
+    return swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(residuals, g):
+    gate, up = residuals
+    gate32, g32 = gate.astype(jnp.float32), g.astype(jnp.float32)
+    sigmoid = jax.nn.sigmoid(gate32)
+    silu = gate32 * sigmoid
+    dgate = g32 * up.astype(jnp.float32) * (sigmoid + silu * (1 - sigmoid))
+    return dgate.astype(gate.dtype), (g32 * silu).astype(up.dtype)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x + bias over the last axis, in float32 (so that the bias's gradient sums in it), rounded to x's dtype."""
+    return (x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotary_tables(
+    positions: jax.Array, lengths: jax.Array, head_dim: int, theta: float, dynamic_factor: float | None, max_positions: int
+) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin), each float32 [B, T, 1, head_dim / 2], of the angles position * base^(-2i / head_dim).
+
+    `positions` and `lengths` (of each position's document) are int32 [B, T]. With a `dynamic_factor` f, a document of
+    n > max_positions tokens has base theta * (f * n / max_positions - (f - 1)) ^ (head_dim / (head_dim - 2)): dynamic
+    NTK scaling as InternLM2's and transformers' dynamic rope have it for a forward pass over n tokens.
+    """
+    exponents = -jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    if dynamic_factor is None:
+        frequencies = jnp.float32(theta) ** exponents
+    else:
+        n = jnp.maximum(lengths, max_positions).astype(jnp.float32)
+        stretch = dynamic_factor * n / max_positions - (dynamic_factor - 1)
+        base = theta * stretch ** (head_dim / (head_dim - 2))
+        frequencies = base[..., None] ** exponents
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding of [B, T, heads, h]: element i of the first half turns with element i of the second half."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def embed(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype, divided: bool, parts: int) -> jax.Array:
+    """Rows of the embedding for `tokens`, in `dtype`.
+
+    A divided table is never gathered: its rows are exchanged for columns (all-to-all of 1/parts of it), every device
+    looks up its columns for the tokens of all, and the results travel home. Where the columns do not divide (toy
+    sizes), it is gathered after all.
+
+    Args:
+      table: [V, D], or this device's rows of it where `divided`.
+      tokens: int32 [b, T] of this device.
+      parts: size of the mesh axis 'fsdp'.
+
+    Returns [b, T, D]. The gradient sums over tokens in float32 and has the table's dtype.
+    """
+    if not divided:
+        return table[tokens].astype(dtype)
+    table = table.astype(dtype)
+    if not _columns_divide(table, parts):
+        return lax.all_gather(table, FSDP, tiled=True)[tokens]
+    columns = lax.all_to_all(table, FSDP, split_axis=1, concat_axis=0, tiled=True)  # [V, D / parts]
+    everyone = lax.all_gather(tokens, FSDP, tiled=True)  # [parts * b, T]
+    return lax.all_to_all(columns[everyone], FSDP, split_axis=0, concat_axis=2, tiled=True)
+
+
+def _columns_divide(table: jax.Array, parts: int) -> bool:
+    return table.shape[1] % parts == 0
+
+
+def _embed_forward(table, tokens, dtype, divided, parts):
+    return embed(table, tokens, dtype, divided, parts), (table, tokens)
+
+
+def _embed_backward(dtype, divided, parts, residuals, g):
+    table, tokens = residuals
+
+    def summed(g, tokens, vocabulary):
+        g = g.reshape(-1, g.shape[-1]).astype(jnp.float32)
+        return jnp.zeros((vocabulary, g.shape[-1]), jnp.float32).at[tokens.reshape(-1)].add(g)
+
+    if not divided:
+        gradient = summed(g, tokens, table.shape[0])
+    elif not _columns_divide(table, parts):
+        gradient = lax.psum_scatter(summed(g, tokens, table.shape[0] * parts), FSDP, tiled=True)
+    else:
+        g = lax.all_to_all(g, FSDP, split_axis=2, concat_axis=0, tiled=True)  # [parts * b, T, D / parts]
+        columns = summed(g, lax.all_gather(tokens, FSDP, tiled=True), table.shape[0] * parts)
+        gradient = lax.all_to_all(columns, FSDP, split_axis=0, concat_axis=1, tiled=True)
+    return gradient.astype(table.dtype), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)
