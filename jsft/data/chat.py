@@ -1,0 +1,206 @@
+"""From a conversation to token ids and the spans that are trained.
+
+The template's text is tokenised apart from each trained turn, so no token straddles the border between what is read
+and what is learnt. A trained turn is its content and the token that ends it: the template's end-of-turn token where
+the conversation goes on, the configured EOS after the last turn.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jsft.data.examples import Example
+from jsft.errors import ConfigError, DataError, ModelError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system\n.*?<\|im_end\|>\n", re.DOTALL)
+
+
+class Document(NamedTuple):
+    """One conversation as tokens. A target (the token to predict) is trained when a span holds its index."""
+
+    tokens: np.ndarray  # int32 [L]
+    spans: np.ndarray  # int32 [S, 2]: trained ranges [start, end) of token indices, ascending
+    control_text: int  # control-token strings found in the data's text and tokenised as plain text
+
+
+class _Piece(NamedTuple):
+    text: str
+    trained: bool  # an assistant turn's content; else text of the template, with the other turns in it
+    guard: str  # the character that marks control-token text of the data; '' where there is none
+
+
+def load_tokenizer(model_dir: str | Path):
+    """The fast tokenizer of a Hugging Face model directory, as its `tokenizer.json` defines it.
+
+    Raises ModelError when the directory holds none, or one without chat template.
+    """
+    folder = Path(model_dir)
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelError(f"{folder}: no tokenizer.json; a model directory needs its tokenizer files")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # 'PyTorch was not found' is no news here
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception on a malformed file
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:160]})") from error
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{folder}: the tokenizer has no chat template; add chat_template.jinja or the "
+            "'chat_template' entry of tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def eos_id(tokenizer, eos_token: str | None = None) -> int:
+    """Id of the token appended to every response: `eos_token` where set, else the tokenizer's own EOS."""
+    if eos_token:
+        token = tokenizer.backend_tokenizer.token_to_id(eos_token)
+        if token is None:
+            raise ConfigError(f"data.eos_token={eos_token!r} is not a token of the model's tokenizer")
+        return token
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer has no EOS token; set data.eos_token to the token that ends a response")
+    return tokenizer.eos_token_id
+
+
+class Chat:
+    """Renders and tokenises conversations with one tokenizer and one set of choices.
+
+    strip_default_system: remove the system turn a ChatML template adds by itself when the data has none.
+    train_turns: 'all' assistant turns of a conversation, or only the 'last'.
+    enable_thinking: passed to the template when not None.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        *,
+        eos_token: str | None = None,
+        strip_default_system: bool = False,
+        enable_thinking: bool | None = None,
+        train_turns: str = "all",
+    ):
+        from tokenizers import Tokenizer
+
+        self.tokenizer = tokenizer
+        self.eos_id = eos_id(tokenizer, eos_token)
+        self.strip_default_system = strip_default_system
+        self.train_turns = train_turns
+        self._options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        backend = tokenizer.backend_tokenizer
+        self._plain, self._literal = (Tokenizer.from_str(backend.to_str()) for _ in range(2))
+        for one in (self._plain, self._literal):
+            one.no_truncation()
+            one.no_padding()
+        self._literal.encode_special_tokens = True  # control tokens' text becomes ordinary text
+        control = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special and t.content}
+        self._control_ids = control
+        pattern = "|".join(re.escape(text) for text in sorted(control, key=len, reverse=True))
+        self._control = re.compile(f"({pattern})") if pattern else None
+
+    def key(self) -> str:
+        """Changes with anything that changes the tokens: tokenizer, template, EOS, choices."""
+        key = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
+        template = self.tokenizer.chat_template
+        key.update(repr((template, self.tokenizer.special_tokens_map, self._options)).encode())
+        key.update(repr((self.eos_id, self.strip_default_system, self.train_turns)).encode())
+        return key.hexdigest()
+
+    def encode(self, example: Example, where: str) -> Document:
+        """Tokens and trained spans of one conversation; DataError naming `where` when the template refuses it."""
+        return self.tokenise(self.pieces(example, where))
+
+    def pieces(self, example: Example, where: str) -> tuple[list[_Piece], int]:
+        """The conversation cut into template text and assistant turns, and the count of control-token texts.
+
+        Control-token text inside the data is guarded by a private-use character while the template renders, so that
+        afterwards it can be told from the template's own control tokens.
+        """
+        messages, count, guard = example.messages, 0, ""
+        if self._control is not None:
+            count = sum(len(self._control.findall(turn["content"])) for turn in messages)
+        if count:
+            guard = next(c for c in map(chr, range(0xF0000, 0xFFFFD)) if all(c not in m["content"] for m in messages))
+            guarded = partial(self._control.sub, lambda match: match[0][0] + guard + match[0][1:])
+            messages = [{**turn, "content": guarded(turn["content"])} for turn in messages]
+        turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+        if self.train_turns == "last":
+            turns = turns[-1:]
+        pieces, done = [], ""
+        for turn in turns:
+            rendered = self._render(messages[:turn], where)
+            if not rendered.startswith(done):
+                raise DataError(
+                    f"{where}: the chat template rewrites assistant turn {turns[turns.index(turn) - 1]} once later "
+                    "turns follow (templates of thinking models drop the thinking); train with data.train_turns=last"
+                )
+            content = messages[turn]["content"]
+            pieces.append(_Piece(rendered[len(done) :], False, guard))
+            pieces.append(_Piece(content, True, guard))
+            done = rendered + content
+        return pieces, count
+
+    def tokenise(self, rendered: tuple[list[_Piece], int]) -> Document:
+        """Token ids and spans of `pieces`. Spends its time in the tokenizers library, without Python's lock."""
+        pieces, count = rendered
+        ids, spans, length = [], [], 0
+        for piece in pieces:
+            tokens = self._ids(piece)
+            if piece.trained:  # through the token that comes next: the template's end of turn, or EOS
+                spans.append((length, length + len(tokens) + 1))
+            ids.append(tokens)
+            length += len(tokens)
+        ids.append(np.array([self.eos_id], np.int32))
+        return Document(np.concatenate(ids), np.array(spans, np.int32).reshape(-1, 2), count)
+
+    def tokenise_all(self, rendered: Sequence, pool: ThreadPoolExecutor) -> list[Document]:
+        """`tokenise` over a sequence, on the pool's threads; order kept."""
+        return list(pool.map(self.tokenise, rendered))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of token ids, control tokens shown."""
+        return self.tokenizer.decode(list(map(int, tokens)), skip_special_tokens=False)
+
+    def _ids(self, piece: _Piece) -> np.ndarray:
+        if piece.trained:
+            return _encode(self._literal, piece.text.replace(piece.guard, "") if piece.guard else piece.text)
+        if not piece.guard:
+            return _encode(self._plain, piece.text)
+        ids = []
+        for segment in self._control.split(piece.text):
+            if segment in self._control_ids:
+                ids.append(np.array([self._control_ids[segment]], np.int32))
+            elif segment:
+                ids.append(_encode(self._literal, segment.replace(piece.guard, "")))
+        return np.concatenate(ids)
+
+    def _render(self, messages: list[dict[str, str]], where: str) -> str:
+        import jinja2
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, **self._options
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+            roles = ", ".join(turn["role"] for turn in messages)
+            raise DataError(
+                f"{where}: the model's chat template refuses the turns ({roles}): {' '.join(str(error).split())[:160]}"
+            ) from error
+        if self.strip_default_system and messages[0]["role"] != "system":
+            text = _DEFAULT_SYSTEM.sub("", text, count=1) if _DEFAULT_SYSTEM.match(text) else text
+        return text
+
+
+def _encode(tokenizer, text: str) -> np.ndarray:
+    # The batch call, unlike the single one, lets other Python threads run meanwhile.
+    (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+    return np.array(encoding.ids, np.int32)

@@ -1,0 +1,132 @@
+"""One row, checked: a conversation whose last turn is the assistant's, and its advantage."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jsft.errors import DataError
+
+ROLES = ("system", "user", "assistant", "tool")
+_MAY_FOLLOW = {  # role -> the roles it may come after; None: it may open the conversation
+    "system": (None,),
+    "user": (None, "system", "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+
+
+class Keys(NamedTuple):
+    """Column names of a data set. `messages`, where set, replaces `prompt` and `response`."""
+
+    prompt: str = "message"
+    response: str = "response"
+    advantage: str = "advantage"
+    answer: str = "answer"
+    messages: str | None = None
+
+
+class Example(NamedTuple):
+    """A conversation ready for the chat template."""
+
+    messages: list[dict[str, str]]  # role and content; the last turn is the assistant's
+    advantage: float  # 1.0 where the data has none
+
+
+def columns_to_read(columns: Sequence[str], keys: Keys, *, where: str, need_advantage: bool = False) -> list[str]:
+    """The columns of `columns` that training reads. Raises DataError, naming `where`, when one is missing."""
+    wanted = {keys.messages: "data.messages_key"} if keys.messages else {}
+    wanted = wanted or {keys.prompt: "data.prompt_key", keys.response: "data.response_key"}
+    if need_advantage:
+        wanted[keys.advantage] = "data.advantage_key"
+    for column, field in wanted.items():
+        if column not in columns:
+            hint = "; or data.messages_key=messages" if "messages" in columns and not keys.messages else ""
+            raise DataError(f"{where}: no column '{column}' (has {', '.join(columns) or 'none'}); set {field}{hint}")
+    return [*wanted, *([keys.advantage] if keys.advantage in columns and not need_advantage else [])]
+
+
+def parse_row(row: dict[str, Any], keys: Keys, where: str) -> Example:
+    """Checks a row and returns its conversation; a prompt that is a string is one user turn.
+
+    Raises DataError naming `where` (file and row), the field and what would mend it.
+    """
+    missing = [key for key in ([keys.messages] if keys.messages else keys[:2]) if key not in row]
+    if missing:
+        raise DataError(f"{where}: no field '{missing[0]}' (has {', '.join(row) or 'none'})")
+    if keys.messages:
+        field = keys.messages
+        messages = _turns(row[field], field, where)
+        if messages[-1]["role"] != "assistant":
+            raise DataError(f"{where}, field '{field}': ends with a {messages[-1]['role']} turn; nothing to train on")
+    else:
+        field = keys.response
+        prompt = row[keys.prompt]
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": _text(prompt, f"'{keys.prompt}'", where)}]
+        messages = _turns(prompt, keys.prompt, where)
+        if messages[-1]["role"] == "assistant":
+            raise DataError(
+                f"{where}, field '{keys.prompt}': ends with an assistant turn; "
+                f"it must end with the turn that '{keys.response}' answers"
+            )
+        messages.append({"role": "assistant", "content": _text(row[keys.response], f"'{keys.response}'", where)})
+    _check_order(messages, field, where)
+    return Example(messages, _advantage(row.get(keys.advantage, 1.0), keys.advantage, where))
+
+
+def _turns(value: Any, field: str, where: str) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        kind = "null" if value is None else "empty" if value == [] else f"a {type(value).__name__}"
+        raise DataError(f"{where}, field '{field}': is {kind}; expected a list of {{role, content}} or a string")
+    turns = []
+    for index, turn in enumerate(value):
+        name = f"'{field}[{index}]'"
+        if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
+            raise DataError(f"{where}, field {name}: expected {{role, content}}, found {str(turn)[:60]!r}")
+        if turn["role"] not in ROLES:
+            raise DataError(f"{where}, field {name}: unknown role {turn['role']!r}; use one of {', '.join(ROLES)}")
+        content = _text(turn["content"], name, where, may_be_blank=turn["role"] in ("system", "tool"))
+        turns.append({"role": turn["role"], "content": content})
+    return turns
+
+
+def _text(value: Any, field: str, where: str, may_be_blank: bool = False) -> str:
+    if not isinstance(value, str):
+        kind = "null" if value is None else f"a {type(value).__name__}"
+        raise DataError(f"{where}, field {field}: is {kind} where text is expected; mend or remove the row")
+    if not value.strip() and not may_be_blank:
+        raise DataError(f"{where}, field {field}: is {'blank' if value else 'empty'}; mend or remove the row")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}, field {field}: holds the lone surrogate {value[error.start]!a} at character {error.start}; "
+            "decode the text properly or remove the row"
+        ) from None
+    return value
+
+
+def _check_order(messages: list[dict[str, str]], field: str, where: str) -> None:
+    previous = None
+    for index, turn in enumerate(messages):
+        role = turn["role"]
+        if previous not in _MAY_FOLLOW[role]:
+            raise DataError(
+                f"{where}, field '{field}': roles out of order, turn {index} ({role}) comes "
+                f"{'first' if previous is None else f'after {previous}'}; "
+                f"{role} may come {_describe(_MAY_FOLLOW[role])}"
+            )
+        previous = role
+
+
+def _describe(allowed: tuple[str | None, ...]) -> str:
+    return " or ".join("first" if role is None else f"after {role}" for role in allowed)
+
+
+def _advantage(value: Any, field: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        kind = "null" if value is None else f"a {type(value).__name__}"
+        raise DataError(f"{where}, field '{field}': is {kind} where a number is expected; mend or remove the row")
+    if not math.isfinite(value):
+        raise DataError(f"{where}, field '{field}': is {value}; must be finite, mend or remove the row")
+    return float(value)

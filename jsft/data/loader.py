@@ -1,0 +1,276 @@
+"""Training and held-out data as micro batches: what the training loop sees of this room.
+
+A step's data is a function of its number, so the loader is random access and resuming needs nothing but the step.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jsft.data import plan as planning
+from jsft.data.batch import Batch, StepData
+from jsft.data.cache import TokenCache, open_cache
+from jsft.data.chat import Chat, load_tokenizer
+from jsft.data.documents import Documents
+from jsft.data.examples import Keys
+from jsft.data.objective import token_weights
+from jsft.data.sources import open_source
+from jsft.errors import ConfigError, DataError
+
+
+class Recipe(NamedTuple):
+    """What decides a step beside the documents' lengths."""
+
+    global_batch: int
+    shuffle: bool
+    seed: int
+    objective: str
+    use_advantage: bool
+    reference_ranks: int
+    reference_micro_batch: int
+
+
+class StepSource:
+    """Grain's random-access source: item k is the data of step k (`StepData`), this process's rows of it."""
+
+    def __init__(
+        self,
+        documents: Documents,
+        recipe: Recipe,
+        layout: planning.Layout,
+        steps: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        self.documents, self.recipe, self.layout, self.steps = documents, recipe, layout, steps
+        self.local_rows = _local_rows(layout.rows, process_index, process_count)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def rows(self, step: int) -> np.ndarray:
+        """int64 [B]: documents of a step, in batch order."""
+        recipe = self.recipe
+        return planning.step_rows(
+            step, len(self.documents), recipe.global_batch, shuffle=recipe.shuffle, seed=recipe.seed
+        )
+
+    def plan(self, step: int) -> tuple[np.ndarray, planning.StepPlan]:
+        """A step's documents and where each lies, over all processes."""
+        rows = self.rows(step)
+        return rows, planning.plan_step(self.documents.lengths[rows], self.layout)
+
+    def __getitem__(self, step: int) -> StepData:
+        rows, plan = self.plan(step)
+        recipe, documents = self.recipe, self.documents
+        supervised, lengths = documents.supervised[rows], documents.lengths[rows]
+        weights = token_weights(
+            recipe.objective,
+            supervised,
+            documents.advantages[rows] if recipe.use_advantage else None,
+            reference_ranks=recipe.reference_ranks,
+            reference_micro_batch=recipe.reference_micro_batch,
+        )
+        tokens = int(lengths.sum())
+        return StepData(
+            micro_batches=assemble(documents, rows, plan, weights, self.local_rows),
+            supervised_tokens=int(supervised.sum()),
+            tokens=tokens,
+            documents=len(rows),
+            sum_squared_lengths=int((lengths**2).sum()),
+            weight_sum=float(weights @ supervised),
+            padding_share=1 - tokens / (self.layout.rows * sum(plan.lengths)),
+        )
+
+
+def assemble(
+    documents: Documents, rows: np.ndarray, plan: planning.StepPlan, weights: np.ndarray, local_rows: slice
+) -> list[Batch]:
+    """The planned micro batches, rows `local_rows` of each. weights: float64 [B] per supervised token."""
+    first, count = local_rows.start, local_rows.stop - local_rows.start
+    batches = []
+    for length in plan.lengths:
+        tokens, targets, positions = (np.zeros((count, length), np.int32) for _ in range(3))
+        start = np.broadcast_to(np.arange(length, dtype=np.int32), (count, length)).copy()
+        batches.append(Batch(tokens, targets, np.zeros((count, length), np.float32), positions, start, start + 1))
+    for document, micro_batch, row, offset, weight in zip(rows, plan.micro_batch, plan.row, plan.offset, weights):
+        if not first <= row < first + count:
+            continue
+        batch, row = batches[micro_batch], row - first
+        ids = documents.tokens(document)
+        end = offset + len(ids)
+        batch.tokens[row, offset:end] = ids
+        batch.targets[row, offset : end - 1] = ids[1:]
+        batch.positions[row, offset:end] = np.arange(len(ids))
+        batch.doc_start[row, offset:end] = offset
+        batch.doc_end[row, offset:end] = end
+        for span_start, span_end in documents.spans(document):  # position i predicts token i + 1
+            batch.loss_weights[row, offset + max(span_start - 1, 0) : offset + span_end - 1] = weight
+    return batches
+
+
+class TrainingData:
+    """Everything the loop needs of the training data.
+
+    total_steps, steps_per_epoch; report: counts and statistics for the run's summary; fingerprint: changes with the
+    documents, their order or their weights, not with the devices.
+    """
+
+    def __init__(self, source: StepSource, steps_per_epoch: int, report: dict[str, Any], workers: int, chat: Chat):
+        self._source, self._workers, self._chat = source, workers, chat
+        self.steps_per_epoch, self.report = steps_per_epoch, report
+        self.total_steps = len(source)
+        self.fingerprint = hashlib.sha256(
+            repr((source.documents.fingerprint(), source.recipe, self.total_steps)).encode()
+        ).hexdigest()[:32]
+
+    def __getitem__(self, step: int) -> StepData:
+        """The data of one step, made on the spot."""
+        return self._source[step]
+
+    def iterate(self, first_step: int = 0) -> Iterator[StepData]:
+        """Steps from `first_step` to the last, made ahead by Grain's threads or worker processes."""
+        import grain
+
+        if first_step >= self.total_steps:
+            return
+        steps = grain.MapDataset.source(self._source).slice(slice(first_step, self.total_steps))
+        steps = steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
+        if self._workers:
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():  # Grain's worker processes read absl's flags
+                flags.FLAGS.mark_as_parsed()
+            steps = steps.mp_prefetch(grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=1))
+        yield from steps
+
+    def preview(self) -> str:
+        """The first document of step 0 as the model sees it, trained span marked."""
+        from jsft.data.preview import render_document
+
+        document = int(self._source.rows(0)[0])
+        return render_document(self._chat, self._source.documents, document)
+
+
+def open_training_data(
+    config, model_dir: str | Path, *, rows_per_micro_batch: int, process_index: int = 0, process_count: int = 1
+) -> TrainingData:
+    """Opens data.train of a resolved `config` for a model directory.
+
+    rows_per_micro_batch: packed rows of a micro batch over all devices; this process gets the contiguous slice
+    [p * R / P, (p + 1) * R / P). Raises ConfigError, DataError or ModelError before anything is trained.
+    """
+    data, train, objective = config.data, config.train, config.objective
+    recipe = Recipe(
+        global_batch=train.global_batch,
+        shuffle=bool(data.shuffle),
+        seed=train.seed,
+        objective=objective.name,
+        use_advantage=objective.use_advantage,
+        reference_ranks=objective.reference_ranks,
+        reference_micro_batch=objective.reference_micro_batch,
+    )
+    token_weights(  # an objective that does not fit the batch is refused before the data is read
+        recipe.objective,
+        np.ones(recipe.global_batch),
+        reference_ranks=recipe.reference_ranks,
+        reference_micro_batch=recipe.reference_micro_batch,
+    )
+    chat = make_chat(config, model_dir)
+    cache = _open(config, data.train, chat, need_advantage=recipe.use_advantage)
+    documents = Documents(cache, data.max_length, data.truncation)
+    layout = make_layout(config, documents, recipe, rows_per_micro_batch)
+    per_epoch = planning.steps_per_epoch(len(documents), recipe.global_batch)
+    steps = math.ceil(train.epochs * per_epoch)
+    if train.max_steps:
+        steps = min(steps, train.max_steps)
+    source = StepSource(documents, recipe, layout, steps, process_index, process_count)
+    return TrainingData(source, per_epoch, documents.report(), data.workers, chat)
+
+
+def open_eval_data(
+    config, model_dir: str | Path, *, rows: int, process_index: int = 0, process_count: int = 1
+) -> dict[str, list[Batch]]:
+    """Held-out sets of data.eval by name, each packed in batches of [rows, data.pack_length] with weight 1 per
+    supervised token. `objective.document_mean_weights` makes the weights of a loss per document.
+    """
+    chat = make_chat(config, model_dir)
+    layout = planning.Layout(rows, rows, config.data.pack_length, align=config.data.align)
+    local_rows = _local_rows(rows, process_index, process_count)
+    sets = {}
+    for name, spec in eval_specs(config.data.eval).items():
+        documents = Documents(_open(config, spec, chat), config.data.max_length, config.data.truncation)
+        everything = np.arange(len(documents))
+        plan = planning.plan_step(documents.lengths, layout)
+        sets[name] = assemble(documents, everything, plan, np.ones(len(documents)), local_rows)
+    return sets
+
+
+def eval_specs(value: Any) -> dict[str, str]:
+    """data.eval as {name: path}: from a mapping, a list, or comma-separated paths; a path is named by its stem."""
+    if not value:
+        return {}
+    if isinstance(value, Mapping) or hasattr(value, "items"):
+        return dict(value.items())
+    paths = [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
+    names = [Path(path).stem for path in paths]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"data.eval names two files alike ({', '.join(names)}); give {{name: path}} instead")
+    return dict(zip(names, paths))
+
+
+def make_chat(config, model_dir: str | Path) -> Chat:
+    """The chat template and tokenizer of a model directory with the choices of `config.data`."""
+    data = config.data
+    return Chat(
+        load_tokenizer(model_dir),
+        eos_token=data.eos_token,
+        strip_default_system=data.strip_default_system,
+        enable_thinking=data.enable_thinking,
+        train_turns=data.train_turns,
+    )
+
+
+def make_keys(config) -> Keys:
+    """The column names of `config.data`."""
+    data = config.data
+    return Keys(data.prompt_key, data.response_key, data.advantage_key, data.answer_key, data.messages_key)
+
+
+def make_layout(config, documents: Documents, recipe: Recipe, rows: int) -> planning.Layout:
+    """Shapes of the run's micro batches. DataError when a document is longer than a packed row."""
+    data = config.data
+    if rows % data.rows_per_device:
+        raise ConfigError(f"{rows} rows a micro batch are not a multiple of data.rows_per_device={data.rows_per_device}")
+    longest = int(documents.lengths.max())
+    if longest > data.pack_length:
+        raise DataError(
+            f"{documents.where(int(documents.lengths.argmax()))}: has {longest} tokens, more than a packed row of "
+            f"data.pack_length={data.pack_length}; raise it, or lower data.max_length"
+        )
+    return planning.Layout(rows, rows // data.rows_per_device, data.pack_length, align=data.align)
+
+
+def _open(config, spec: str | Sequence[str], chat: Chat, *, need_advantage: bool = False) -> TokenCache:
+    data = config.data
+    if isinstance(spec, str):
+        spec = [part.strip() for part in spec.split(",")]
+    return open_cache(
+        open_source(spec),
+        chat,
+        make_keys(config),
+        cache_dir=data.cache_dir,
+        on_bad_row=data.on_bad_row,
+        need_advantage=need_advantage,
+    )
+
+
+def _local_rows(rows: int, process_index: int, process_count: int) -> slice:
+    if rows % process_count:
+        raise ConfigError(f"{rows} rows of a micro batch do not divide over {process_count} processes")
+    each = rows // process_count
+    return slice(process_index * each, (process_index + 1) * each)
