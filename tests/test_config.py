@@ -1,0 +1,82 @@
+"""The schema, its presets and the command line: every wrong field is one line that names the nearest right ones."""
+
+from pathlib import Path
+
+import pytest
+
+from jsft import cli
+from jsft import config as schema
+from jsft.errors import ConfigError
+
+CONFIGS = sorted(p for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.name != "recipes.py")
+QWEN = str(next(p for p in CONFIGS if p.name == "qwen3_14b.py"))
+
+
+def parse(*arguments):
+    return cli.parse(list(arguments), lambda values: None, "usage")
+
+
+def filled(**fields):
+    config = schema.default_config()
+    config.model.path, config.data.train = "model", "data.parquet"
+    for name, value in fields.items():
+        schema.put(config, name.replace("__", "."), value)
+    return config
+
+
+def test_preset_fills_only_what_nothing_else_set():
+    best = schema.resolve(filled())
+    assert (best.objective.name, best.precision.params, best.data.shuffle) == ("token_mean", "float32", True)
+    reference = schema.resolve(filled(fidelity="reference", precision__params="float32"))
+    assert (reference.objective.name, reference.precision.params) == ("reference", "float32")
+    assert (reference.precision.moments, reference.data.shuffle) == ("bfloat16", False)
+
+
+def test_command_line_wins_over_the_preset():
+    config, name, _ = parse("--config", f"{QWEN}:math_cot_ep8", "--config.fidelity=best", "--config.data.shuffle=false")
+    config = schema.resolve(config)
+    assert name == "qwen3_14b-math_cot_ep8"
+    assert (config.objective.name, config.precision.params, config.data.shuffle) == ("token_mean", "float32", False)
+
+
+def test_flatten_and_unflatten_are_inverse():
+    config = schema.resolve(filled(checkpoint__milestones=(10, 20)))
+    assert schema.flatten(schema.unflatten(schema.flatten(config))) == schema.flatten(config)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
+def test_every_recipe_resolves(file):
+    for recipe in cli.recipes_of(file):
+        config, _, _ = parse("--config", f"{file}:{recipe}")
+        schema.resolve(config)
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--config", f"{QWEN}:math_cot_ep9"], "nearest: math_cot_ep8"),
+        (["--config", QWEN.replace("14b", "14")], "nearest: qwen3_14b.py"),
+        (["--config", QWEN, "--config.optimizer.learning_rat=1"], "nearest: optimizer.learning_rate"),
+        (["--config", QWEN, "--config.optimizer.learning_rate=abc"], "could not convert"),
+        (["--config", QWEN, "--config.objective.name=tokn_mean"], "nearest: token_mean"),
+        (["--config", QWEN, "--config.data.pack_length=1024"], "shorter than data.max_length"),
+        (["--config", QWEN, "--config.data.pack_length=20481"], "multiple of 128"),
+        (["--config", QWEN, "--config.train.global_batch=100"], "not a multiple of objective.reference_ranks"),
+        (["--config", QWEN, "--config.train.epochs=0"], "must be above 0"),
+        (["--config", QWEN, "--config.model.path="], "model.path is not set"),
+        (["--config", QWEN, "stray"], "argument not understood: stray"),
+        (["--workdir", "x"], "--config FILE.py:RECIPE is missing"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, expected):
+    with pytest.raises(ConfigError) as caught:
+        schema.resolve(parse(*arguments)[0])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_file_that_fails_is_named(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import nothing_like_this\n")
+    with pytest.raises(ConfigError, match="mine.py cannot be loaded: ModuleNotFoundError"):
+        parse("--config", str(file))
