@@ -1,0 +1,246 @@
+"""Countdown puzzles with worked solutions: numbers, a target, a chain of thought that searches and backtracks.
+
+Every puzzle is made from a solution, so it has one; every stated equation is computed in exact rational arithmetic;
+every final expression is checked (`countdown_check.check`) before it is written.
+"""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from itertools import combinations
+from typing import Any, NamedTuple
+
+from jsft.data.countdown_check import check
+from jsft.data.tables import check_output, read_columns, write_rows
+from jsft.errors import ConfigError
+
+OPERATIONS = ("+", "-", "*", "/")
+MAX_DRAWS = 2000  # puzzles drawn for one that is new, before giving up
+
+
+class Difficulty(NamedTuple):
+    """What makes a puzzle hard. attempts: dead ends that the chain of thought walks into, at most."""
+
+    min_numbers: int = 3
+    max_numbers: int = 4
+    max_number: int = 99
+    min_target: int = 10
+    max_target: int = 100
+    attempts: int = 8
+    operations: tuple[str, ...] = OPERATIONS
+
+    def check(self) -> None:
+        """Raises ConfigError for options that make no puzzle."""
+        if not 2 <= self.min_numbers <= self.max_numbers <= 8:
+            raise ConfigError(f"--numbers {self.min_numbers}-{self.max_numbers}: use 2 to 8, the smaller first")
+        if self.max_number < 2 or self.min_target < 1 or self.max_target < self.min_target:
+            raise ConfigError("--max_number must be at least 2, --target a range such as 10-100")
+        if self.attempts < 0:
+            raise ConfigError(f"--attempts {self.attempts}: must not be negative")
+        if not self.operations or not set(self.operations) <= set(OPERATIONS):
+            raise ConfigError(f"--operations {''.join(self.operations)}: use some of {''.join(OPERATIONS)}")
+
+
+class _Term(NamedTuple):
+    """A value on the table and how it was made."""
+
+    value: Fraction
+    text: str
+    operator: str  # outermost; '' for a given number
+
+
+def generate(
+    rows: int, seed: int, difficulty: Difficulty, known: Iterable[tuple] = (), *, repeat: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Yields `rows` rows: message, response, answer, advantage, numbers, target. Row i depends on seed and i.
+
+    No puzzle (numbers in any order, target) comes twice or is in `known`, unless `repeat` allows repetition among
+    the rows (never of `known`). Raises ConfigError when the options do not give that many puzzles.
+    """
+    difficulty.check()
+    seen = set(known)
+    for index in range(rows):
+        rng = random.Random(f"countdown/{seed}/{index}")
+        count = rng.randint(difficulty.min_numbers, difficulty.max_numbers)
+        for _ in range(MAX_DRAWS):
+            puzzle = _draw(rng, count, difficulty)
+            if puzzle is not None and identity(puzzle[0], puzzle[1]) not in seen:
+                break
+        else:
+            raise ConfigError(
+                f"only {index} of {rows} puzzles found with these options; widen --numbers, --max_number or --target, "
+                "ask for fewer rows, or allow --repeat"
+            )
+        numbers, target, steps = puzzle
+        if not repeat:
+            seen.add(identity(numbers, target))
+        yield _row(rng, numbers, target, steps, difficulty)
+
+
+def identity(numbers: list[int], target: int) -> tuple:
+    """What makes two puzzles the same."""
+    return (target, *sorted(int(number) for number in numbers))
+
+
+def prompt(numbers: list[int], target: int) -> str:
+    """The question, as a user asks it."""
+    listed = ", ".join(map(str, numbers))
+    return (
+        f"Make {target} from the numbers {listed}. Use each number exactly once, with +, -, *, / and parentheses. "
+        "Think step by step and put the expression in \\boxed{}."
+    )
+
+
+def write(
+    out: str,
+    rows: int,
+    seed: int,
+    difficulty: Difficulty,
+    *,
+    exclude: Sequence[str] = (),
+    repeat: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Generates a data set into the file `out`, leaving out the puzzles of the files `exclude`."""
+    from rich.progress import track
+
+    if rows < 1:
+        raise ConfigError(f"--rows {rows}: must be at least 1")
+    difficulty.check()
+    path = check_output(out, overwrite=overwrite)
+    known = {
+        identity(row["numbers"], row["target"])
+        for file in exclude
+        for row in read_columns(file, ["numbers", "target"])
+    }
+    puzzles = generate(rows, seed, difficulty, known, repeat=repeat)
+    count = write_rows(track(puzzles, "puzzles", total=rows, transient=True), path)
+    print(f"{path}: {count} puzzles, each solution checked")
+
+
+def _draw(rng: random.Random, count: int, difficulty: Difficulty):
+    """Numbers, a target, and one way to it as (index, index, operation) steps; None when this draw has none."""
+    numbers = [rng.randint(1, difficulty.max_number) for _ in range(count)]
+    terms = [Fraction(number) for number in numbers]
+    steps = []
+    while len(terms) > 1:
+        i, j = rng.sample(range(len(terms)), 2)
+        operation = rng.choice(difficulty.operations)
+        value = _apply(terms[i], terms[j], operation)
+        if value is None or value <= 0 or value.denominator != 1 or value > 100 * difficulty.max_target:
+            return None
+        steps.append((i, j, operation))
+        terms = [term for k, term in enumerate(terms) if k not in (i, j)] + [value]
+    target = terms[0]
+    if not difficulty.min_target <= target <= difficulty.max_target or int(target) in numbers:
+        return None
+    return numbers, int(target), steps
+
+
+def _row(rng: random.Random, numbers: list[int], target: int, steps: list, difficulty: Difficulty) -> dict[str, Any]:
+    table = [_Term(Fraction(number), str(number), "") for number in numbers]
+    thought = _Thought(rng, target, difficulty)
+    expression = thought.solve(table, steps)
+    if not check(expression, numbers, target):
+        raise AssertionError(f"{expression} does not make {target} from {numbers}")
+    thinking = "\n".join([f"I have {_list(table)} and need {target}.", *thought.lines, f"So {expression} = {target}."])
+    return {
+        "message": [{"role": "user", "content": prompt(numbers, target)}],
+        "response": f"<think>\n{thinking}\n</think>\n\n{expression} = {target}\n\n\\boxed{{{expression}}}",
+        "answer": expression,
+        "advantage": 1.0,
+        "numbers": numbers,
+        "target": target,
+    }
+
+
+class _Thought:
+    """A search told in words: wrong moves explored and given up, then the way that works."""
+
+    def __init__(self, rng: random.Random, target: int, difficulty: Difficulty):
+        self.rng, self.target, self.operations = rng, target, difficulty.operations
+        self.attempts = rng.randint(0, difficulty.attempts)
+        self.lines: list[str] = []
+
+    def solve(self, table: list[_Term], steps: list[tuple[int, int, str]]) -> str:
+        """Walks into `attempts` dead ends on the way along `steps`; the expression found first."""
+        for place, step in enumerate(steps):
+            if len(table) == 2:
+                return self.last_two(table)
+            here = self.attempts if place == len(steps) - 2 else self.rng.randint(0, self.attempts)
+            for _ in range(here):
+                self.attempts -= 1
+                if found := self.explore(table, avoid=step):
+                    return found
+                self.lines.append(f"Back to {_list(table)}.")
+            table = self.move(table, step)
+        return table[0].text
+
+    def explore(self, table: list[_Term], avoid: tuple | None = None) -> str | None:
+        """Follows one move other than `avoid` to its end; the expression if it happens to make the target."""
+        while len(table) > 2:
+            moves = [move for move in self.moves(table) if move != avoid]
+            if not moves:
+                self.lines.append(f"{_list(table)} cannot be combined into a whole number.")
+                return None
+            table, avoid = self.move(table, self.rng.choice(moves)), None
+        return self.last_two(table)
+
+    def moves(self, table: list[_Term]) -> list[tuple[int, int, str]]:
+        """Moves to a positive whole number, each unordered sum and product once."""
+        moves = []
+        for i, j in combinations(range(len(table)), 2):
+            if table[i].value < table[j].value:
+                i, j = j, i
+            for operation in self.operations:
+                value = _apply(table[i].value, table[j].value, operation)
+                if value is not None and value > 0 and value.denominator == 1:
+                    moves.append((i, j, operation))
+        return moves
+
+    def move(self, table: list[_Term], step: tuple[int, int, str]) -> list[_Term]:
+        i, j, operation = step
+        after = _combine(table, step)
+        self.lines.append(
+            f"Try {table[i].value} {operation} {table[j].value} = {after[-1].value}, leaving {_list(after)}."
+        )
+        return after
+
+    def last_two(self, table: list[_Term]) -> str | None:
+        """Tries all that two positive numbers give; what is left out is negative or not whole, so not the target."""
+        tried = []
+        for i, j, operation in self.moves(table):
+            (term,) = _combine(table, (i, j, operation))
+            tried.append(f"{table[i].value} {operation} {table[j].value} = {term.value}")
+            if term.value == self.target:
+                self.lines.append(f"{', '.join(tried)}: yes.")
+                return term.text
+        self.lines.append(f"{', '.join(tried) or 'Nothing whole'}: no.")
+        return None
+
+
+def _apply(a: Fraction, b: Fraction, operation: str) -> Fraction | None:
+    match operation:
+        case "+":
+            return a + b
+        case "-":
+            return a - b
+        case "*":
+            return a * b
+        case "/":
+            return a / b if b else None
+
+
+def _combine(table: list[_Term], step: tuple[int, int, str]) -> list[_Term]:
+    """The table after a move: the two terms gone, their result last; parentheses only where needed."""
+    i, j, operation = step
+    a, b = table[i], table[j]
+    left = f"({a.text})" if operation in "*/" and a.operator in ("+", "-") else a.text
+    weaker = {"+": (), "-": ("+", "-"), "*": ("+", "-"), "/": OPERATIONS}[operation]
+    right = f"({b.text})" if b.operator in weaker else b.text
+    result = _Term(_apply(a.value, b.value, operation), f"{left} {operation} {right}", operation)
+    return [term for k, term in enumerate(table) if k not in (i, j)] + [result]
+
+
+def _list(table: list[_Term]) -> str:
+    return ", ".join(str(term.value) for term in table)
