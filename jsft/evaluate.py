@@ -1,0 +1,119 @@
+"""python -m jsft.evaluate: benchmarks a model, a run's steps or a published checkpoint.
+
+Runs in the serving environment (scripts/eval_vllm.sh finds or makes it). Results go to
+`<workdir>/eval/step_<N>/<task>/` as results.json and samples.jsonl; see docs/evaluation.md.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from jsft.errors import ConfigError, JsftError, run_command
+from jsft.evaluation.models import Target, find_targets, model_digest
+from jsft.evaluation.runner import Model, Options, Outcome, run_tasks
+from jsft.evaluation.tasks import TASKS, get_task
+from jsft.evaluation.vllm_engine import VllmEngine, VllmSettings
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):  # one line and the exit code of bad configuration, as everywhere
+        raise ConfigError(f"{message}; --help lists the options")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="eval_vllm.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("model", nargs="?", help="model directory, run directory, or hub id[:subfolder]; bare: runs/latest")
+    add("--model", dest="model_flag", help="the same as a flag")
+    add("--tasks", default="countdown", help="names with commas, or all (default: countdown)")
+    add("--steps", help="of a run or a published model: 10,20,... or latest or all; 0 is the base model")
+    add("--list", action="store_true", help="list the tasks and end")
+    add("--out", type=Path, help="where results go (default: <workdir>/eval)")
+    add("--data_dir", type=Path, help="folder with <task>.jsonl, .json, .csv or .parquet (default: the hub)")
+    add("--limit", type=int, help="only the first N problems of each task")
+    add("--samples", type=int, help="samples per problem (default: the task's)")
+    add("--max_tokens", type=int, help="limit of a response in tokens (default: the task's)")
+    add("--seed", type=int, default=0)
+    add("--redo", action="store_true", help="throw away what these tasks have there")
+    engine = parser.add_argument_group("vLLM")
+    engine.add_argument("--tp", type=int, default=1, help="GPUs that share the model (tensor parallel)")
+    engine.add_argument("--dtype", default="auto", help="bfloat16, float32 or auto (the model's)")
+    engine.add_argument("--max_model_len", type=int, help="context in tokens (default: the model's, at most 32768)")
+    engine.add_argument("--gpu_memory", type=float, help="share of GPU memory vLLM takes (default: 0.85)")
+    engine.add_argument("--trust_remote_code", action="store_true", help="run Python code that the model brings")
+    options = parser.parse_args(argv)
+    if options.model and options.model_flag:
+        raise ConfigError("give the model once: as the first argument or with --model")
+    options.model = options.model or options.model_flag
+    for name in ("limit", "samples", "max_tokens", "max_model_len", "tp"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1")
+    if options.data_dir is not None and not options.data_dir.exists():
+        raise ConfigError(f"--data_dir {options.data_dir} does not exist")
+    return options
+
+
+def main() -> int:
+    options = parse(sys.argv[1:])
+    if options.list:
+        for task in TASKS.values():
+            s = task.sampling
+            print(f"{task.name:18} {task.title}: {task.samples} x T {s.temperature:g}, shows {task.primary}, {task.group}")
+        return 0
+    names = list(TASKS) if options.tasks == "all" else [n.strip() for n in options.tasks.split(",") if n.strip()]
+    tasks = [get_task(name) for name in names]
+    code = 0
+    for target in find_targets(options.model, options.steps, options.out):
+        try:
+            outcomes = _evaluate(target, tasks, options)
+        except JsftError as error:  # this model does not run; the others may
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            code = code or error.exit_code
+            continue
+        for outcome in outcomes:
+            _say(target, outcome)
+            if outcome.error:
+                code = code or outcome.error.exit_code
+    return code
+
+
+def _evaluate(target: Target, tasks: list, options: argparse.Namespace) -> list[Outcome]:
+    path = target.path or target.prepare()
+    fields = {f.name for f in dataclasses.fields(Options)} - {"judges"}
+    run_options = Options(**{name: getattr(options, name) for name in fields})
+    digest = model_digest(path) if (path / "config.json").exists() else None
+    model = Model(target.name, target.step, str(path), digest)
+
+    def open_engine() -> VllmEngine:
+        print(f"loading {path} into vLLM", flush=True)
+        return VllmEngine(
+            VllmSettings(
+                path, target.out / "vllm.log", options.tp, options.dtype, options.max_model_len, options.gpu_memory,
+                options.seed, options.trust_remote_code,
+            )
+        )  # fmt: skip
+
+    return run_tasks(tasks, model, target.out, run_options, open_engine)
+
+
+def _say(target: Target, outcome: Outcome) -> None:
+    where = target.name if target.step is None else f"{target.name} step {target.step}"
+    if outcome.error:
+        print(f"error: {where}: {' '.join(str(outcome.error).split())}", file=sys.stderr, flush=True)
+        return
+    results = outcome.results
+    score, response = results["score"], results["response"]
+    interval = f" [{100 * score['ci95'][0]:.1f}, {100 * score['ci95'][1]:.1f}]" if score["ci95"] else ""
+    kept = " (done before)" if outcome.state == "kept" else ""
+    print(
+        f"{where}: {results['task']} {results['primary']} {100 * score['mean']:.1f} %{interval}, "
+        f"{results['problems']} problems x {results['samples_per_problem']}, "
+        f"{response['tokens']['mean']:.0f} tokens, {100 * response['share_cut']:.0f} % cut{kept} "
+        f"-> {target.out / outcome.task}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,200 @@
+"""Runs tasks on one model: what is missing is sampled in one stream over all tasks, then graded, judged, summed up.
+
+A task that cannot run (no data, no judge, prompts too long) fails with one line and the others go on.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jsft.errors import ConfigError, DataError, JsftError
+from jsft.evaluation import data
+from jsft.evaluation.grading import GradingPool
+from jsft.evaluation.progress import SampleProgress
+from jsft.evaluation.results import summarise
+from jsft.evaluation.sampling import Completion, Request, sample_seed
+from jsft.evaluation.store import TaskFolder
+from jsft.evaluation.tasks.base import Grade, Problem, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line may change about every task."""
+
+    data_dir: Path | None = None
+    limit: int | None = None  # the first problems only
+    samples: int | None = None  # per problem
+    max_tokens: int | None = None
+    max_model_len: int | None = None
+    seed: int = 0
+    redo: bool = False
+    judges: dict[str, Any] = dataclasses.field(default_factory=dict)  # role -> client
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The model being evaluated, as results name it."""
+
+    name: str
+    step: int | None
+    where: str  # directory, hub id or URL
+    digest: str | None  # None: not known, because nothing but finished results was asked for
+
+
+@dataclasses.dataclass
+class Outcome:
+    """How one task ended: 'done', 'kept' (it was done before) or 'failed' with its error."""
+
+    task: str
+    state: str
+    results: dict[str, Any] | None = None
+    error: JsftError | None = None
+
+
+def run_tasks(
+    tasks: list[Task], model: Model, out: Path, options: Options, open_engine: Callable[[], Any]
+) -> list[Outcome]:
+    """Runs `tasks` on `model` into `out`/<task>/. `open_engine` is called only if samples are missing.
+
+    Raises what `open_engine` raises (the model is refused); errors of single tasks are in their outcomes.
+    """
+    outcomes: dict[str, Outcome] = {}
+    runs: list[_TaskRun] = []
+    for task in tasks:
+        try:
+            run = _TaskRun(task, model, out / task.name, options)
+            if run.done:
+                outcomes[task.name] = Outcome(task.name, "kept", run.folder.results)
+            else:
+                runs.append(run)
+        except JsftError as error:
+            outcomes[task.name] = Outcome(task.name, "failed", None, error)
+
+    def finish(run: _TaskRun) -> None:
+        try:
+            outcomes[run.task.name] = Outcome(run.task.name, "done", run.finish(engine_facts))
+        except JsftError as error:
+            run.folder.fail(str(error))
+            outcomes[run.task.name] = Outcome(run.task.name, "failed", None, error)
+
+    engine_facts: dict[str, Any] = {}
+    requests = [request for run in runs for request in run.pending()]
+    by_name = {run.task.name: run for run in runs}
+    if requests:
+        engine = open_engine()
+        engine_facts.update(engine.facts)
+        try:
+            with SampleProgress(requests[0].task, len(requests)) as progress:
+                for completion in engine.sample(requests, progress.add_tokens):
+                    by_name[completion.task].take(completion)
+                    progress.add_sample(completion.task)
+                engine_facts["tokens_per_second"] = round(progress.tokens / max(progress.seconds, 1e-6), 1)
+        finally:
+            engine.close()  # frees the GPU for a reward model
+    for run in runs:
+        finish(run)
+    return [outcomes[task.name] for task in tasks]
+
+
+class _TaskRun:
+    """One task on one model, from its rows to its results."""
+
+    def __init__(self, task: Task, model: Model, path: Path, options: Options):
+        self.task, self.model, self.options = task, model, options
+        missing = task.requirement()
+        if missing:
+            raise ConfigError(f"{task.name}: {missing}")
+        for role in task.judges:
+            if role not in options.judges:
+                raise ConfigError(f"{task.name}: needs a judge; name it with --judge {role}=URL#MODEL")
+            options.judges[role].check()
+        rows = task.rows(options.data_dir)
+        self.problems: list[Problem] = task.problems(rows)[: options.limit]
+        names = [p.id for p in self.problems]
+        if len(set(names)) < len(names):
+            raise DataError(f"{task.name}: two rows have the same id; ids must be unique")
+        self.samples = options.samples or task.samples
+        sampling = task.sampling
+        if options.max_tokens:
+            sampling = dataclasses.replace(sampling, max_tokens=options.max_tokens)
+        self.sampling = sampling
+        settings = {
+            "task": task.name,
+            "task_version": task.version,
+            "sampling": sampling.to_json(),
+            "samples_per_problem": self.samples,
+            "limit": options.limit,
+            "max_model_len": options.max_model_len,
+            "seed": options.seed,
+            "rows": data.digest(rows),
+        }
+        if task.judges:
+            settings["judges"] = {role: options.judges[role].name for role in task.judges}
+        if model.digest is not None:
+            settings["model"] = model.digest
+        self.errors: list[str] = []
+        self.folder = TaskFolder(path, settings)
+        self.done = self.folder.open(options.redo)
+
+    def pending(self) -> list[Request]:
+        """Requests whose samples are not there yet."""
+        return [
+            Request(
+                self.task.name, p.id, j, p.messages, self.sampling,
+                sample_seed(self.options.seed, self.task.name, p.id, j),
+            )
+            for p in self.problems
+            for j in range(self.samples)
+            if "response" not in self.folder.samples.get((p.id, j), {})
+        ]  # fmt: skip
+
+    def take(self, completion: Completion) -> None:
+        if completion.error is not None:
+            self.errors.append(completion.error)
+            return
+        self.folder.add(
+            {
+                "problem": completion.problem,
+                "sample": completion.sample,
+                "response": completion.text,
+                "tokens": completion.tokens,
+                "finish": completion.finish,
+            }
+        )
+
+    def finish(self, engine: dict[str, Any]) -> dict[str, Any]:
+        """Grades, asks the judges, writes samples and results; returns the results."""
+        if self.errors:
+            raise DataError(f"{self.task.name}: {len(self.errors)} samples could not be drawn: {self.errors[0]}")
+        samples = self.folder.samples
+        keys = [(p.id, j) for p in self.problems for j in range(self.samples)]
+        gold = {p.id: p.gold for p in self.problems}
+        if self.task.judges:
+            grades = self._judged(keys, gold)
+        else:
+            with SampleProgress(f"{self.task.name}: grading", len(keys), "responses") as progress:
+                with GradingPool(self.task) as pool:
+                    items = [(gold[problem], samples[problem, j]["response"]) for problem, j in keys]
+                    grades = pool.grade(items, progress.add_sample)
+        prompts = {p.id: p.messages for p in self.problems}
+        for key, grade in zip(keys, grades, strict=True):
+            entry = {"prompt": prompts[key[0]], "gold": gold[key[0]], "scores": grade.scores, "answer": grade.answer}
+            if grade.note:
+                entry["note"] = grade.note
+            samples[key] = {**samples[key], **entry}
+        results = {
+            "task": self.task.name,
+            "title": self.task.title,
+            "group": self.task.group,
+            "model": {"name": self.model.name, "step": self.model.step, "where": self.model.where},
+            "engine": engine or (self.folder.results or {}).get("engine"),
+            **summarise(self.task, self.problems, samples, self.samples),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        self.folder.finish(keys, results)
+        return self.folder.results
+
+    def _judged(self, keys: list[tuple[str, int]], gold: dict[str, Any]) -> list[Grade]:
+        raise NotImplementedError

@@ -1,0 +1,56 @@
+"""What is asked of a model and what comes back: the types that tasks, engines and stores share."""
+
+import dataclasses
+import hashlib
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled. `max_tokens` counts generated tokens; the model's context cuts it further."""
+
+    temperature: float = 0.6
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    max_tokens: int = 32768
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "stop": list(self.stop)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One sample to draw: sample number `sample` of problem `problem` of task `task`."""
+
+    task: str
+    problem: str
+    sample: int
+    messages: list[dict[str, str]]
+    sampling: Sampling
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """The answer to a request: the text, its length in tokens, and why it ended ('stop' or 'length').
+
+    `error` holds the reason of a request the model could not take (a prompt longer than its context); then there
+    is no text.
+    """
+
+    task: str
+    problem: str
+    sample: int
+    text: str = ""
+    tokens: int = 0
+    finish: str = "stop"
+    error: str | None = None
+
+
+def sample_seed(seed: int, task: str, problem: str, sample: int) -> int:
+    """Seed of one sample: a function of its name only, so that an interrupted run goes on with the same draws."""
+    name = f"{seed}/{task}/{problem}/{sample}".encode()
+    return int.from_bytes(hashlib.sha256(name).digest()[:4], "little") >> 1
