@@ -7,9 +7,17 @@ counted once with real document lengths; no recompute, no padding. N: all parame
 import jax
 
 from jsft.models.config import ModelConfig
+from jsft.models.families import parameter_table
+from jsft.models.parameters import count_parameters
 
 # Dense bfloat16 peak of one device, FLOP/s, from the vendors' data sheets; the first name found in device_kind counts.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+def matmul_parameters(model: ModelConfig) -> int:
+    """N: weights that are multiplied with; looking up an untied input embedding multiplies nothing."""
+    lookup = 0 if model.tied_embeddings else model.vocab_size * model.hidden_size
+    return count_parameters(parameter_table(model)) - lookup
 
 
 def step_flops(model: ModelConfig, matmul_parameters: int, tokens: int, sum_squared_lengths: int) -> float:

@@ -18,9 +18,10 @@ from jsft.hf.load import load_parameters
 from jsft.hf.resolve import resolve_model
 from jsft.kernels.attention import describe_attention
 from jsft.models.config import ModelConfig
-from jsft.models.families import abstract_parameters, matmul_parameters, read_config
+from jsft.models.families import read_config
+from jsft.models.module import abstract_parameters
 from jsft.training import checkpoint
-from jsft.training.flops import peak_flops, step_flops
+from jsft.training.flops import matmul_parameters, peak_flops, step_flops
 from jsft.training.loop import Loop, StopRequest
 from jsft.training.metrics import MetricsWriter, RunLog
 from jsft.training.optimizer import TrainState, initial_state, parameter_dtype
@@ -182,7 +183,7 @@ def introduce(parts: Parts, name: str, workdir: Path | None, remat, step: int, s
     say(f"run:       {name}" + (f" in {workdir}" if workdir else "") + (f", going on from step {step}" if step else ""))
     say(f"model:     {parts.model_dir} ({model.family}, {sum(sizes) / 1e6:,.1f} M parameters, {model.num_layers} layers)")
     say(f"mesh:      {meshes.describe(parts.mesh)}")
-    say(f"attention: {describe_attention(config.attention.implementation, config.attention.backward)}")
+    say(f"{describe_attention(config.attention.implementation, config.attention.backward)}")
     say(
         f"precision: parameters {precision.params}, moments {precision.moments}, compute {precision.compute}, "
         f"gradients {precision.gradients}; {held / 2**30:.2f} GiB of state per device; remat {remat}"
@@ -191,8 +192,8 @@ def introduce(parts: Parts, name: str, workdir: Path | None, remat, step: int, s
         f"objective: {config.objective.name} (fidelity {config.fidelity}); {config.optimizer.schedule} to "
         f"{config.optimizer.learning_rate:g}, warm-up {config.optimizer.warmup_ratio:g}, clip {config.optimizer.clip_norm:g}"
     )
-    for line in parts.data.describe():
-        say(f"data:      {line}")
+    for key, value in parts.data.report.items():
+        say(f"data:      {key} {value}")
     say(f"steps:     {parts.data.total_steps} ({parts.data.steps_per_epoch} an epoch) of {config.train.global_batch} rows")
     for line in parts.data.preview().splitlines():
         say(f"           {line}")

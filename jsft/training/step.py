@@ -37,7 +37,7 @@ def loss_sums(parameters: Tree, batch: Batch, model: ModelConfig, config: Config
     hidden = hidden_states(
         parameters, model, batch.tokens, batch.positions, batch.doc_start, batch.doc_end, mesh=mesh, remat=remat,
         compute_dtype=jnp.dtype(config.precision.compute), attention=config.attention.implementation,
-        backward=backward,
+        backward=backward, reduce_dtype=jnp.dtype(config.precision.reduce),
     )
     return linear_cross_entropy(
         hidden, unembedding(parameters, model), batch.targets, batch.loss_weights, mesh=mesh
@@ -95,7 +95,7 @@ def make_programs(
             update,
             in_shardings=(state_sharding, shardings, whole, whole),
             out_shardings=(state_sharding, whole),
-            donate_argnums=(0, 1),
+            donate_argnums=0,
         ),
         jax.jit(evaluate, in_shardings=(shardings, rows), out_shardings=whole),
     )
