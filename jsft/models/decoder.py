@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from jsft.errors import ConfigError
 from jsft.kernels.attention import packed_attention
@@ -86,15 +86,18 @@ def hidden_states(
     if tokens.shape[0] % mesh.size:
         raise ValueError(f"tokens: {tokens.shape[0]} rows do not divide over {mesh.size} devices")
     table = parameter_table(config)
-    specs = tree_from(table, lambda _, spec: partition_spec(spec.axes, spec.shape, mesh))
-    divided = {path[-1]: "fsdp" in partition_spec(spec.axes, spec.shape, mesh) for path, spec in leaves(table)}
+    specs = tree_from(table, lambda _, spec: _manual_spec(spec, mesh))
+    parts = mesh.shape["fsdp"]
+    divided = {
+        path[-1]: parts > 1 and "fsdp" in partition_spec(spec.axes, spec.shape, mesh) for path, spec in leaves(table)
+    }
     run = functools.partial(
         _decode,
         config=config,
         dtype=jnp.dtype(compute_dtype),
         reduce_dtype=jnp.dtype(reduce_dtype),
         divided=divided,
-        parts=mesh.shape["fsdp"],
+        parts=parts,
         remat=remat,
         attend=functools.partial(
             packed_attention, scale=config.head_dim**-0.5, implementation=attention, backward=backward
@@ -104,6 +107,19 @@ def hidden_states(
         run, mesh=mesh, in_specs=(specs, BATCH, BATCH, BATCH, BATCH), out_specs=BATCH, check_vma=False
     )
     return sharded(_widen_vectors(parameters, table), tokens, positions, doc_start, doc_end)
+
+
+def _manual_spec(spec: ParameterSpec, mesh: Mesh) -> PartitionSpec:
+    """The parameter's partition spec, with mesh axes of size 1 named on its first axis.
+
+    shard_map sums gradients over every mesh axis that a spec does not name; over an axis of size 1 that would be a
+    copy of the whole gradient for nothing.
+    """
+    entries = [*partition_spec(spec.axes, spec.shape, mesh)]
+    entries += [None] * (len(spec.shape) - len(entries))
+    ones = tuple(axis for axis, size in mesh.shape.items() if size == 1 and axis not in entries)
+    first = () if entries[0] is None else (entries[0],)
+    return PartitionSpec((*ones, *first) or None, *entries[1:])
 
 
 def unembedding(parameters: dict[str, Any], config: ModelConfig) -> jax.Array:
