@@ -1,0 +1,105 @@
+"""From a Hugging Face directory to sharded arrays: each process reads only the rows its devices own, leaf by leaf."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jsft.errors import ModelError
+from jsft.hf.safetensors_files import TensorFiles
+from jsft.mesh import parameter_sharding
+from jsft.models.config import ModelConfig
+from jsft.models.families import parameter_table
+from jsft.models.parameters import ParameterSpec, RowBlocks, Table, disk_tensors, leaves, tree_from
+
+_READERS = 8  # threads; reading a layer's rows releases the interpreter lock
+
+# Buffers that old exports carry beside the weights; they are computed, not learnt.
+_IGNORED = (".rotary_emb.inv_freq",)
+
+
+def load_parameters(model_dir: str | Path, config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> dict[str, Any]:
+    """The model's weights as the nested dict of the family's table, sharded over `mesh`, in `dtype`.
+
+    Host memory beyond the devices' own: one device's part of one parameter (all its layers). The cast to `dtype`
+    happens on the devices.
+    Raises ModelError when a tensor is missing, unknown, of another shape, or the files are broken.
+    """
+    table = parameter_table(config)
+    with TensorFiles(model_dir) as files, ThreadPoolExecutor(_READERS) as pool:
+        check_tensors(files, table, config)
+        return tree_from(table, lambda _, spec: _load_leaf(files, spec, mesh, jnp.dtype(dtype), pool.map))
+
+
+def check_tensors(files: TensorFiles, table: Table, config: ModelConfig) -> None:
+    """Raises ModelError unless the files hold exactly the tensors of the table, in its shapes.
+
+    A tied model may carry its unembedding as well, if the file's author kept a copy: it is not read.
+    """
+    wanted = disk_tensors(table)
+    where = files.model_dir
+    for name, tensor in wanted.items():
+        found = files.tensors.get(name)
+        if found is None:
+            raise ModelError(f"{where} lacks tensor {name} {list(tensor.shape)}, which {config.family} needs")
+        if found.shape != tensor.shape:
+            raise ModelError(
+                f"{where}: tensor {name} has shape {list(found.shape)}, but config.json asks for {list(tensor.shape)}"
+            )
+    extra = [name for name in files.tensors if name not in wanted and not name.endswith(_IGNORED)]
+    if config.tied_embeddings:
+        extra = [name for name in extra if name != "lm_head.weight"]
+    if extra:
+        raise ModelError(
+            f"{where} has a tensor that {config.family} does not know: {extra[0]} ({len(extra)} in all); config.json "
+            f"does not describe these weights"
+        )
+
+
+def _load_leaf(files: TensorFiles, spec: ParameterSpec, mesh: Mesh, dtype: jnp.dtype, map_: Callable) -> jax.Array:
+    sharding = parameter_sharding(spec.axes, spec.shape, mesh)
+    devices_of: dict[tuple, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, spec.shape))
+        devices_of.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, devices in devices_of.items():
+        part = _read_part(files, spec, bounds, map_)
+        on_devices = [jax.device_put(part, device) for device in devices]
+        jax.block_until_ready(on_devices)  # before the next part is read: one in flight
+        arrays += on_devices
+        del part, on_devices
+    leaf = jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)
+    del arrays
+    return leaf if leaf.dtype == dtype else jax.jit(lambda x: x.astype(dtype), out_shardings=sharding)(leaf)
+
+
+def _read_part(files: TensorFiles, spec: ParameterSpec, bounds: tuple[tuple[int, int], ...], map_: Callable) -> np.ndarray:
+    """One device's part of a parameter, in the dtype on disk (float32 where layers differ)."""
+    layers = range(*bounds[0]) if spec.stacked else [None]
+    (first, last), *columns = bounds[1:] if spec.stacked else bounds
+    names = [spec.tensor.format(layer=layer) for layer in layers]
+    dtypes = [files.tensors[name].dtype for name in names]
+    width = spec.layer_shape[1:]
+    dtype = dtypes[0] if len(set(dtypes)) == 1 else np.dtype(np.float32)
+    part = np.empty((len(names), last - first, *(b - a for a, b in columns)), dtype)
+    cut = tuple(slice(a, b) for a, b in columns)
+    # jsft's rules divide rows only; should a mesh rule divide columns, whole rows are read and cut.
+    direct = part.shape[2:] == width
+    blocks = spec.rows or RowBlocks(1, spec.layer_shape[0], 0, spec.layer_shape[0])
+
+    def read(i: int) -> None:
+        exact = direct and dtypes[i] == part.dtype
+        rows = part[i] if exact else np.empty((last - first, *width), dtypes[i])
+        for row, tensor_row, count in blocks.runs(first, last):
+            files.read_rows(names[i], tensor_row, rows[row - first : row - first + count])
+        if not exact:
+            part[i] = rows[(slice(None), *cut)]
+
+    list(map_(read, range(len(names))))
+    return part if spec.stacked else part[0]
