@@ -47,6 +47,7 @@ class TokenCache:
     def __init__(self, directory: Path, source: Source, bad: list[tuple[int, str]], parts: list[pa.RecordBatch]):
         self.directory, self.source, self.bad = directory, source, bad
         self.key = directory.name
+        self.ignored_columns: list[str] = []
         join = lambda name, dtype: np.concatenate(  # noqa: E731
             [np.zeros(0, dtype), *(part[name].to_numpy(zero_copy_only=False) for part in parts)]
         )
@@ -61,6 +62,9 @@ class TokenCache:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __reduce__(self):
+        return _load, (self.directory, self.source)  # a worker process maps the files itself
 
     def tokens(self, index: int) -> np.ndarray:
         """int32 tokens of document `index`: a view of the mapped file."""
@@ -111,6 +115,7 @@ def open_cache(
                 "make room, or set data.cache_dir to another disk; a build goes on where it stopped"
             ) from error
     cache = _load(directory, source)
+    cache.ignored_columns = [column for column in source.columns if column not in (*columns, keys.answer)]
     if cache.bad and on_bad_row == "error":
         raise DataError(cache.bad[0][1] + _SKIP)
     if len(cache) == 0:

@@ -69,7 +69,11 @@ class Documents:
             "supervised_tokens": int(self.supervised.sum()),
             "longest": int(self.lengths.max()),
             "truncated": self.truncated,
+            "max_length": self.max_length,
+            "truncation": self.truncation,
             "bad_rows": len(self.cache.bad),
+            "first_bad_row": self.cache.bad[0][1] if self.cache.bad else None,
+            "ignored_columns": self.cache.ignored_columns,
             "control_text": int(self.cache.control_text.sum()),
         }
 

@@ -22,6 +22,9 @@ from jsft.data.sources import open_source
 from jsft.errors import ConfigError, DataError
 
 
+EVAL_CHUNK = 4096  # held-out documents packed together
+
+
 class Recipe(NamedTuple):
     """What decides a step beside the documents' lengths."""
 
@@ -116,14 +119,14 @@ def assemble(
 class TrainingData:
     """Everything the loop needs of the training data.
 
-    total_steps, steps_per_epoch; report: counts and statistics for the run's summary; fingerprint: changes with the
-    documents, their order or their weights, not with the devices.
+    total_steps, steps_per_epoch; report: counts and statistics for the run's summary (`report_lines` in words);
+    fingerprint: changes with the documents, their order or their weights, not with the devices.
     """
 
-    def __init__(self, source: StepSource, steps_per_epoch: int, report: dict[str, Any], workers: int, chat: Chat):
+    def __init__(self, source: StepSource, steps_per_epoch: int, workers: int, chat: Chat):
         self._source, self._workers, self._chat = source, workers, chat
-        self.steps_per_epoch, self.report = steps_per_epoch, report
-        self.total_steps = len(source)
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, len(source)
+        self.report = source.documents.report() | packing_report(source, min(steps_per_epoch, len(source)))
         self.fingerprint = hashlib.sha256(
             repr((source.documents.fingerprint(), source.recipe, self.total_steps)).encode()
         ).hexdigest()[:32]
@@ -148,6 +151,25 @@ class TrainingData:
             steps = steps.mp_prefetch(grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=1))
         yield from steps
 
+    def report_lines(self) -> list[str]:
+        """The report in words, a line each."""
+        r = self.report
+        lines = [
+            f"{r['documents']:,} documents, {r['tokens']:,} tokens, {r['supervised_tokens']:,} trained "
+            f"({r['supervised_tokens'] / r['tokens']:.1%}); longest {r['longest']:,}",
+            f"{r['micro_batches']:.1f} micro batches of {r['shape']} a step; padding {r['padding_share']:.2%}, "
+            f"device imbalance {r['device_imbalance']:.2%} (means over {r['planned_steps']} steps)",
+        ]
+        if r["truncated"]:
+            lines.append(f"{r['truncated']} documents cut to {r['max_length']} tokens ({r['truncation']})")
+        if r["bad_rows"]:
+            lines.append(f"{r['bad_rows']} bad rows left out; the first: {r['first_bad_row']}")
+        if r["control_text"]:
+            lines.append(f"{r['control_text']} texts of control tokens in the data, tokenised as plain text")
+        if r["ignored_columns"]:
+            lines.append(f"columns not used: {', '.join(r['ignored_columns'])}")
+        return lines
+
     def preview(self) -> str:
         """The first document of step 0 as the model sees it, trained span marked."""
         from jsft.data.preview import render_document
@@ -157,12 +179,18 @@ class TrainingData:
 
 
 def open_training_data(
-    config, model_dir: str | Path, *, rows_per_micro_batch: int, process_index: int = 0, process_count: int = 1
+    config,
+    model_dir: str | Path,
+    *,
+    rows_per_micro_batch: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    attention_cost: float = planning.DEFAULT_ATTENTION_COST,
 ) -> TrainingData:
     """Opens data.train of a resolved `config` for a model directory.
 
     rows_per_micro_batch: packed rows of a micro batch over all devices; this process gets the contiguous slice
-    [p * R / P, (p + 1) * R / P). Raises ConfigError, DataError or ModelError before anything is trained.
+    [p * R / P, (p + 1) * R / P). attention_cost: the model's, from `plan.attention_cost`; it balances devices. Raises ConfigError, DataError or ModelError before anything is trained.
     """
     data, train, objective = config.data, config.train, config.objective
     recipe = Recipe(
@@ -183,13 +211,13 @@ def open_training_data(
     chat = make_chat(config, model_dir)
     cache = _open(config, data.train, chat, need_advantage=recipe.use_advantage)
     documents = Documents(cache, data.max_length, data.truncation)
-    layout = make_layout(config, documents, recipe, rows_per_micro_batch)
+    layout = make_layout(config, documents, rows_per_micro_batch, attention_cost)
     per_epoch = planning.steps_per_epoch(len(documents), recipe.global_batch)
     steps = math.ceil(train.epochs * per_epoch)
     if train.max_steps:
         steps = min(steps, train.max_steps)
     source = StepSource(documents, recipe, layout, steps, process_index, process_count)
-    return TrainingData(source, per_epoch, documents.report(), data.workers, chat)
+    return TrainingData(source, per_epoch, data.workers, chat)
 
 
 def open_eval_data(
@@ -204,9 +232,12 @@ def open_eval_data(
     sets = {}
     for name, spec in eval_specs(config.data.eval).items():
         documents = Documents(_open(config, spec, chat), config.data.max_length, config.data.truncation)
-        everything = np.arange(len(documents))
-        plan = planning.plan_step(documents.lengths, layout)
-        sets[name] = assemble(documents, everything, plan, np.ones(len(documents)), local_rows)
+        _check_fits(documents, config.data.pack_length)
+        sets[name] = []
+        for start in range(0, len(documents), EVAL_CHUNK):
+            chunk = np.arange(start, min(start + EVAL_CHUNK, len(documents)))
+            plan = planning.plan_step(documents.lengths[chunk], layout)
+            sets[name] += assemble(documents, chunk, plan, np.ones(len(chunk)), local_rows)
     return sets
 
 
@@ -241,18 +272,46 @@ def make_keys(config) -> Keys:
     return Keys(data.prompt_key, data.response_key, data.advantage_key, data.answer_key, data.messages_key)
 
 
-def make_layout(config, documents: Documents, recipe: Recipe, rows: int) -> planning.Layout:
+def make_layout(config, documents: Documents, rows: int, attention_cost: float) -> planning.Layout:
     """Shapes of the run's micro batches. DataError when a document is longer than a packed row."""
-    data = config.data
+    data, batch = config.data, config.train.global_batch
     if rows % data.rows_per_device:
         raise ConfigError(f"{rows} rows a micro batch are not a multiple of data.rows_per_device={data.rows_per_device}")
-    longest = int(documents.lengths.max())
-    if longest > data.pack_length:
-        raise DataError(
-            f"{documents.where(int(documents.lengths.argmax()))}: has {longest} tokens, more than a packed row of "
-            f"data.pack_length={data.pack_length}; raise it, or lower data.max_length"
+    _check_fits(documents, data.pack_length)
+    first_epoch = [
+        planning.step_rows(step, len(documents), batch, shuffle=bool(data.shuffle), seed=config.train.seed)
+        for step in range(planning.steps_per_epoch(len(documents), batch))
+    ]
+    last_lengths = planning.choose_last_lengths(
+        documents.lengths[np.concatenate(first_epoch)], rows, data.pack_length, batch, align=data.align
+    )
+    return planning.Layout(
+        rows, rows // data.rows_per_device, data.pack_length, last_lengths, attention_cost, data.align
+    )
+
+
+def packing_report(source: StepSource, steps: int, sample: int = 32) -> dict[str, Any]:
+    """Padding, imbalance and micro batches, averaged over up to `sample` of the first `steps` steps."""
+    chosen = np.unique(np.linspace(0, steps - 1, min(steps, sample)).astype(int))
+    found = []
+    for step in chosen:
+        rows, plan = source.plan(int(step))
+        found.append(
+            (
+                *planning.padding_and_imbalance(source.documents.lengths[rows], plan, source.layout),
+                len(plan.lengths),
+            )
         )
-    return planning.Layout(rows, rows // data.rows_per_device, data.pack_length, align=data.align)
+    padding, imbalance, micro_batches = np.mean(found, axis=0).tolist()
+    layout = source.layout
+    return {
+        "shape": f"{layout.rows} x {layout.length}",
+        "last_lengths": list(layout.last_lengths),
+        "micro_batches": micro_batches,
+        "padding_share": padding,
+        "device_imbalance": imbalance,
+        "planned_steps": len(chosen),
+    }
 
 
 def _open(config, spec: str | Sequence[str], chat: Chat, *, need_advantage: bool = False) -> TokenCache:
@@ -267,6 +326,15 @@ def _open(config, spec: str | Sequence[str], chat: Chat, *, need_advantage: bool
         on_bad_row=data.on_bad_row,
         need_advantage=need_advantage,
     )
+
+
+def _check_fits(documents: Documents, pack_length: int) -> None:
+    longest = int(documents.lengths.max())
+    if longest > pack_length:
+        raise DataError(
+            f"{documents.where(int(documents.lengths.argmax()))}: has {longest} tokens, more than a packed row of "
+            f"data.pack_length={pack_length}; raise it, or lower data.max_length"
+        )
 
 
 def _local_rows(rows: int, process_index: int, process_count: int) -> slice:
