@@ -1,0 +1,120 @@
+"""What a model directory holds beside weights: config, tokenizer, chat template, generation config, custom code.
+
+They leave as they came, byte for byte, but for what the training changed: dtype, stop token, chat template.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jsft.errors import ModelError
+from jsft.hf.tokenizer import add_fast_tokenizer
+
+_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".py")
+_NAMES = ("LICENSE", "NOTICE", "COPYING")  # with or without a suffix
+_DTYPE = re.compile(r'("(?:torch_)?dtype"\s*:\s*)"[^"]*"')
+
+
+def copy_base_files(base_dir: str | Path, out_dir: str | Path) -> None:
+    """Copies all that is not weights or a model card from `base_dir` to the existing `out_dir`.
+
+    A directory with only a sentencepiece tokenizer.model gets a tokenizer.json made from it. Raises ModelError when
+    config.json or the tokenizer is missing, OSError when the disk refuses.
+    """
+    base_dir, out_dir = Path(base_dir), Path(out_dir)
+    if not (base_dir / "config.json").is_file():
+        raise ModelError(f"{base_dir} has no config.json to export with the weights")
+    for file in sorted(base_dir.iterdir()):
+        named = file.stem.upper().startswith(_NAMES)
+        if file.is_file() and (file.suffix in _SUFFIXES or named) and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, out_dir / file.name)
+    add_fast_tokenizer(out_dir)
+
+
+def set_dtype(config_file: Path, dtype: str) -> None:
+    """States the weights' dtype in config.json, changing nothing else of its text."""
+    text = config_file.read_text(encoding="utf-8")
+    changed, count = _DTYPE.subn(rf'\g<1>"{dtype}"', text)
+    if not count:  # the base said nothing
+        changed = json.dumps(json.loads(text) | {"torch_dtype": dtype}, indent=2, ensure_ascii=False) + "\n"
+    if changed != text:
+        config_file.write_text(changed, encoding="utf-8")
+
+
+def ensure_stop_token(out_dir: Path, token_id: int) -> str | None:
+    """Makes `token_id`, with which the training ended responses, a stop token of generation_config.json.
+
+    Returns what was changed, in words, or None where it was one already.
+    """
+    file = out_dir / "generation_config.json"
+    existed = file.is_file()
+    config = _read_json(file) if existed else {}
+    ids = config.get("eos_token_id")
+    if ids is None and not existed:  # engines then fall back to config.json
+        ids = _read_json(out_dir / "config.json").get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if existed and token_id in ids:
+        return None
+    if token_id not in ids:
+        ids = [*ids, token_id]
+    config["eos_token_id"] = ids if len(ids) > 1 else ids[0]
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not existed:
+        return f"the base model has no generation_config.json: one with eos_token_id {config['eos_token_id']} was made"
+    return f"token {token_id}, which ends the trained responses, was added to generation_config.json's eos_token_id"
+
+
+def trained_template(template: str, strip_default_system: bool = False, enable_thinking: bool | None = None) -> str:
+    """The chat template that renders by itself what the training rendered with these two choices.
+
+    strip_default_system: a system turn that a ChatML template adds when the conversation has none is cut off.
+    enable_thinking: becomes the default of the template's variable of that name.
+    """
+    if enable_thinking is not None:
+        value = "true" if enable_thinking else "false"
+        default = f"{{%- if enable_thinking is not defined %}}{{%- set enable_thinking = {value} %}}{{%- endif -%}}\n"
+        template = default + template
+    if strip_default_system:
+        template = (
+            "{%- set rendered -%}\n" + template + "\n{%- endset -%}\n"
+            "{%- if messages[0]['role'] != 'system' and rendered.startswith('<|im_start|>system\\n') -%}\n"
+            "{{- rendered.split('<|im_end|>\\n', 1)[1] -}}\n"
+            "{%- else -%}\n{{- rendered -}}\n{%- endif -%}"
+        )
+    return template
+
+
+def read_template(model_dir: Path) -> str | None:
+    """The directory's chat template: chat_template.jinja, else tokenizer_config.json's; of several, the default."""
+    file = model_dir / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    config = model_dir / "tokenizer_config.json"
+    template = _read_json(config).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    return template
+
+
+def write_template(out_dir: Path, template: str) -> None:
+    """Puts `template` wherever the directory keeps its chat template (both places, where it has both)."""
+    config = out_dir / "tokenizer_config.json"
+    fields = _read_json(config) if config.is_file() else {}
+    file = out_dir / "chat_template.jinja"
+    if "chat_template" in fields:
+        fields["chat_template"] = template
+        config.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if file.is_file() or "chat_template" not in fields:
+        file.write_text(template, encoding="utf-8")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} holds a {type(value).__name__}, not an object")
+    return value

@@ -1,0 +1,237 @@
+"""From sharded arrays to a Hugging Face directory: one parameter at a time, each device's rows straight to their place.
+
+The layout of every file is known before the first weight is there, so parameters may come in any order, and no more
+than one of them is ever held. All is written beside the directory and renamed at the end.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jsft.errors import CheckpointError, ModelError
+from jsft.hf.base_files import copy_base_files, ensure_stop_token, read_template, set_dtype, write_template
+from jsft.hf.safetensors_files import DTYPE_NAMES, INDEX, SINGLE
+from jsft.models.config import ModelConfig
+from jsft.models.families import parameter_table
+from jsft.models.parameters import Path as LeafPath
+from jsft.models.parameters import disk_tensors, get_leaf, leaves
+
+MAX_SHARD_BYTES = 5 * 10**9
+MANIFEST = "jsft_export.json"  # marks a directory as ours, and says what it is
+
+
+class _Place(NamedTuple):
+    """Where a tensor goes."""
+
+    file: str
+    offset: int  # within the file
+    row_bytes: int
+
+
+def write_model(
+    parameters: dict[str, Any] | Callable[[LeafPath], jax.Array],
+    config: ModelConfig,
+    base_dir: str | Path,
+    out_dir: str | Path,
+    dtype: jnp.dtype | str,
+    *,
+    eos_token_id: int | None = None,
+    chat_template: str | None = None,
+    model_card: str | None = None,
+    facts: dict[str, Any] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Writes `out_dir`: safetensors shards with index, and the base model's other files.
+
+    Args:
+      parameters: nested dict of arrays as the family's table has it, on any mesh of this process; or a function from
+        a parameter's path to its array, which is then asked for one at a time.
+      base_dir: where config.json, tokenizer and the rest are copied from.
+      out_dir: replaced if an export of ours lies there; anything else there is an error.
+      dtype: of the weights on disk; config.json is made to say so.
+      eos_token_id: the token that ends the trained responses; made a stop token if it is none.
+      chat_template: replaces the base's.
+      model_card: text of README.md.
+      facts: goes into jsft_export.json.
+      say: told, in a line each, what differs from the base's files.
+
+    Returns `out_dir`. Raises ModelError for a base that cannot be exported, CheckpointError when `out_dir` cannot be
+    written; then nothing is left of it.
+    """
+    out_dir, base_dir, dtype = Path(out_dir), Path(base_dir), jnp.dtype(dtype)
+    check_output(out_dir)
+    files, places = _plan(config, dtype, max_shard_bytes)
+    beside = _fresh_directory_beside(out_dir)
+    try:
+        _check_space(beside, sum(size for _, size in files.values()))
+        _write_weights(parameters, config, beside, dtype, files, places)
+        copy_base_files(base_dir, beside)
+        set_dtype(beside / "config.json", dtype.name)
+        if eos_token_id is not None and (change := ensure_stop_token(beside, eos_token_id)):
+            say(change)
+        if chat_template is not None and chat_template != read_template(beside):
+            write_template(beside, chat_template)
+            say("the chat template is the run's, not the base model's")
+        if model_card is not None:
+            (beside / "README.md").write_text(model_card, encoding="utf-8")
+        manifest = {"family": config.family, "dtype": dtype.name, **(facts or {})}
+        (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        _replace(beside, out_dir)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CheckpointError(f"the disk of {out_dir} is full; free space and export again") from error
+        raise CheckpointError(f"{out_dir} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return out_dir
+
+
+def check_output(out_dir: Path) -> None:
+    """Raises CheckpointError unless `out_dir` is free or holds an export of ours."""
+    if out_dir.exists() and not (out_dir / MANIFEST).is_file():
+        raise CheckpointError(f"{out_dir} exists and is no export of jsft; choose another --out or move it away")
+
+
+def _plan(config: ModelConfig, dtype: jnp.dtype, limit: int) -> tuple[dict[str, tuple[bytes, int]], dict[str, _Place]]:
+    """File -> (header, size in bytes), and tensor -> place. Tensors fill shards in the model's order."""
+    shards: list[dict[str, tuple[tuple[int, ...], int]]] = []
+    filled = limit + 1
+    for name, tensor in disk_tensors(parameter_table(config)).items():
+        size = int(np.prod(tensor.shape, dtype=np.int64)) * dtype.itemsize
+        if filled + size > limit:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = (tensor.shape, size)
+        filled += size
+    files, places = {}, {}
+    for number, tensors in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name, (shape, size) in tensors.items():
+            span = [position, position + size]
+            entries[name] = {"dtype": DTYPE_NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": span}
+            places[name] = _Place(file, position, size // shape[0])
+            position += size
+        header = json.dumps(entries, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)  # the data begins aligned
+        header = len(header).to_bytes(8, "little") + header
+        for name in tensors:
+            places[name] = places[name]._replace(offset=places[name].offset + len(header))
+        files[file] = (header, len(header) + position)
+    return files, places
+
+
+def _fresh_directory_beside(out_dir: Path) -> Path:
+    beside = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
+    try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        for old in out_dir.parent.glob(f".{out_dir.name}.partial-*"):  # of exports that were killed
+            if not _alive(old.name.rpartition("-")[2]):
+                shutil.rmtree(old, ignore_errors=True)
+        beside.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"{out_dir} cannot be written: {error.strerror}; choose another --out") from error
+    return beside
+
+
+def _alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return int(process) != os.getpid()
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder.parent} has {free / 1e9:.2f} GB free, but the weights need {needed / 1e9:.2f} GB; free space or "
+            f"choose another --out"
+        )
+
+
+def _write_weights(parameters, config, folder, dtype, files, places) -> None:
+    table = parameter_table(config)
+    get = parameters if callable(parameters) else lambda path: get_leaf(parameters, path)
+    parts: dict[LeafPath, list[tuple[str, int | None, Any]]] = {}
+    for name, tensor in disk_tensors(table).items():
+        for part in tensor.parts:
+            parts.setdefault(part.path, []).append((name, part.layer, part.rows))
+    descriptors = {}
+    try:
+        for file, (header, size) in files.items():
+            descriptors[file] = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            os.posix_fallocate(descriptors[file], 0, size)  # a full disk shows before the work
+            _write_at(descriptors[file], header, 0)
+        for path, spec in leaves(table):
+            array = get(path)
+            if array.shape != spec.shape:
+                raise ModelError(f"parameter {'/'.join(path)} has shape {array.shape}, want {spec.shape}")
+            if array.dtype != dtype:
+                array = jax.jit(lambda x: x.astype(dtype), out_shardings=array.sharding)(array)
+            _write_leaf(array, spec, parts[path], descriptors, places)
+            del array
+        for descriptor in descriptors.values():
+            os.fsync(descriptor)
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+    if len(files) > 1:
+        total = sum(size - len(header) for header, size in files.values())
+        index = {"metadata": {"total_size": total}, "weight_map": {name: place.file for name, place in places.items()}}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_leaf(array: jax.Array, spec, parts, descriptors, places) -> None:
+    """Writes every device's part of one parameter into the tensors that hold it."""
+    if not array.is_fully_addressable:
+        raise ModelError("an export runs in one process; start `python -m jsft.export` on one host")
+    of_layer = {layer: (name, rows) for name, layer, rows in parts}
+    for shard in array.addressable_shards:
+        if shard.replica_id:
+            continue
+        host = np.asarray(shard.data)
+        bounds = [part.indices(size) for part, size in zip(shard.index, array.shape)]
+        layers = range(*bounds[0]) if spec.stacked else [None]
+        first, last, _ = bounds[1] if spec.stacked else bounds[0]
+        columns = bounds[2:] if spec.stacked else bounds[1:]
+        if any((a, b) != (0, size) for (a, b, _), size in zip(columns, spec.layer_shape[1:])):
+            raise ModelError("parameters must be divided by rows only to be exported")
+        for i, layer in enumerate(layers):
+            name, blocks = of_layer[layer]
+            place = places[name]
+            values = np.ascontiguousarray(host[i] if spec.stacked else host)
+            for row, tensor_row, count in blocks.runs(first, last):
+                data = values[row - first : row - first + count].reshape(-1).view(np.uint8)
+                _write_at(descriptors[place.file], data, place.offset + tensor_row * place.row_bytes)
+
+
+def _write_at(descriptor: int, data, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(descriptor, view[: 2**30], offset)
+        view, offset = view[count:], offset + count
+
+
+def _replace(beside: Path, out_dir: Path) -> None:
+    """Puts the finished directory in its place; an older export of ours goes only once the new one is whole."""
+    if not out_dir.exists():
+        beside.rename(out_dir)
+        return
+    old = out_dir.with_name(f".{out_dir.name}.old-{os.getpid()}")
+    out_dir.rename(old)
+    beside.rename(out_dir)
+    shutil.rmtree(old)
