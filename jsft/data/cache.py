@@ -180,7 +180,7 @@ def _rendered_parts(source, chat, keys, columns, start, on_bad_row) -> Iterator[
             if isinstance(value, DataError):
                 raise value
             where = source.where(row)
-            example = parse_row(value, keys, where)
+            example = parse_row(value, keys, columns, where)
             pieces = chat.pieces(example, where)
             if not any(piece.text for piece in pieces[0] if not piece.trained):
                 raise DataError(f"{where}: the chat template renders no prompt, so every token would be trained")

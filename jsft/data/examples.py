@@ -45,12 +45,14 @@ def columns_to_read(columns: Sequence[str], keys: Keys, *, where: str, need_adva
     return [*wanted, *([keys.advantage] if keys.advantage in columns and not need_advantage else [])]
 
 
-def parse_row(row: dict[str, Any], keys: Keys, where: str) -> Example:
+def parse_row(row: dict[str, Any], keys: Keys, columns: Sequence[str], where: str) -> Example:
     """Checks a row and returns its conversation; a prompt that is a string is one user turn.
+
+    columns: those of `columns_to_read`; the row must have them all.
 
     Raises DataError naming `where` (file and row), the field and what would mend it.
     """
-    missing = [key for key in ([keys.messages] if keys.messages else keys[:2]) if key not in row]
+    missing = [column for column in columns if column not in row]
     if missing:
         raise DataError(f"{where}: no field '{missing[0]}' (has {', '.join(row) or 'none'})")
     if keys.messages:

@@ -213,7 +213,7 @@ def open_training_data(
     documents = Documents(cache, data.max_length, data.truncation)
     layout = make_layout(config, documents, rows_per_micro_batch, attention_cost)
     per_epoch = planning.steps_per_epoch(len(documents), recipe.global_batch)
-    steps = math.ceil(train.epochs * per_epoch)
+    steps = math.ceil(round(train.epochs * per_epoch, 6))  # 1.1 * 10 is a little more than 11
     if train.max_steps:
         steps = min(steps, train.max_steps)
     source = StepSource(documents, recipe, layout, steps, process_index, process_count)
