@@ -1,7 +1,8 @@
 """From a Hugging Face directory to sharded arrays: each process reads only the rows its devices own, leaf by leaf."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from jsft.hf.safetensors_files import TensorFiles
 from jsft.mesh import parameter_sharding
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
-from jsft.models.parameters import ParameterSpec, RowBlocks, Table, disk_tensors, leaves, tree_from
+from jsft.models.parameters import ParameterSpec, RowBlocks, Table, disk_tensors, get_leaf, tree_from
+from jsft.models.parameters import Path as LeafPath
 
 _READERS = 8  # threads; reading a layer's rows releases the interpreter lock
 
@@ -30,10 +32,22 @@ def load_parameters(model_dir: str | Path, config: ModelConfig, mesh: Mesh, dtyp
     happens on the devices.
     Raises ModelError when a tensor is missing, unknown, of another shape, or the files are broken.
     """
+    with open_parameters(model_dir, config, mesh, dtype) as read:
+        return tree_from(parameter_table(config), lambda path, _: read(path))
+
+
+@contextmanager
+def open_parameters(
+    model_dir: str | Path, config: ModelConfig, mesh: Mesh, dtype: jnp.dtype | None
+) -> Iterator[Callable[[LeafPath], jax.Array]]:
+    """A function from a parameter's path to its sharded array, read when asked for; as `load_parameters` otherwise.
+
+    `dtype=None` keeps the dtype on disk.
+    """
     table = parameter_table(config)
     with TensorFiles(model_dir) as files, ThreadPoolExecutor(_READERS) as pool:
         check_tensors(files, table, config)
-        return tree_from(table, lambda _, spec: _load_leaf(files, spec, mesh, jnp.dtype(dtype), pool.map))
+        yield lambda path: _load_leaf(files, get_leaf(table, path), mesh, dtype and jnp.dtype(dtype), pool.map)
 
 
 def check_tensors(files: TensorFiles, table: Table, config: ModelConfig) -> None:
@@ -61,7 +75,7 @@ def check_tensors(files: TensorFiles, table: Table, config: ModelConfig) -> None
         )
 
 
-def _load_leaf(files: TensorFiles, spec: ParameterSpec, mesh: Mesh, dtype: jnp.dtype, map_: Callable) -> jax.Array:
+def _load_leaf(files: TensorFiles, spec: ParameterSpec, mesh: Mesh, dtype: jnp.dtype | None, map_: Callable) -> jax.Array:
     sharding = parameter_sharding(spec.axes, spec.shape, mesh)
     devices_of: dict[tuple, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
@@ -76,7 +90,9 @@ def _load_leaf(files: TensorFiles, spec: ParameterSpec, mesh: Mesh, dtype: jnp.d
         del part, on_devices
     leaf = jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)
     del arrays
-    return leaf if leaf.dtype == dtype else jax.jit(lambda x: x.astype(dtype), out_shardings=sharding)(leaf)
+    if dtype is None or leaf.dtype == dtype:
+        return leaf
+    return jax.jit(lambda x: x.astype(dtype), out_shardings=sharding)(leaf)
 
 
 def _read_part(files: TensorFiles, spec: ParameterSpec, bounds: tuple[tuple[int, int], ...], map_: Callable) -> np.ndarray:

@@ -1,0 +1,266 @@
+"""python -m jsft.export: any step checkpoint of a run as a Hugging Face model directory.
+
+It needs no accelerator (it runs on the CPU unless JAX_PLATFORMS says otherwise), holds one parameter at a time, and may
+run while the training goes on.
+"""
+
+import argparse
+import json
+import os
+import string
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jsft
+from jsft.errors import CheckpointError, ConfigError, ModelError, run_command
+
+ROOT = Path(__file__).resolve().parents[1]
+LATEST = Path("runs/latest")
+_TOLERANCE = 0.01  # nats between jsft and vLLM, both in float32; in practice below 1e-4
+
+_HELP = """\
+Writes the parameters after the given update(s) as a Hugging Face directory: safetensors shards with index, and the
+base model's config, tokenizer, chat template, generation config and custom code.
+
+examples:
+  python -m jsft.export --step 640                  step 640 of the run that runs/latest points to
+  python -m jsft.export --step all --workdir runs/qwen3_14b-math_cot_ep8
+  python -m jsft.export --step latest --check       and compare the result with the checkpoint and with vLLM
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0. Raises ConfigError, ModelError or CheckpointError."""
+    arguments = _parse(argv)
+    _prefer_cpu()
+    from jsft.training.checkpoint import list_steps
+
+    workdir = _workdir(arguments.workdir)
+    run = _read_run(workdir)
+    steps = _steps(arguments.step, list_steps(workdir), workdir)
+    for step in steps:
+        out = Path(arguments.out) if arguments.out else workdir / "hf"
+        if not arguments.out or len(steps) > 1:
+            out = out / f"step_{step}"
+        _export(workdir, run, step, out, arguments.dtype, arguments.check)
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m jsft.export", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--step", required=True, help="an update's number, several (10,20,40), 'latest' or 'all'")
+    parser.add_argument("--workdir", help="the run's directory (default: what runs/latest points to)")
+    parser.add_argument("--out", help="directory to write (default: WORKDIR/hf/step_N); with several steps, its parent")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the weights on disk")
+    parser.add_argument(
+        "--check", action="store_true",
+        help="compare every tensor with the checkpoint, and log-probabilities with vLLM's where .venv-serve exists",
+    )  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def _prefer_cpu() -> None:
+    """The accelerators may be busy training, and nothing here is worth one."""
+    import jax
+
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")
+
+
+def _workdir(given: str | None) -> Path:
+    if given:
+        workdir = Path(given)
+        if not workdir.is_dir():
+            raise CheckpointError(f"--workdir {given} does not exist")
+        return workdir
+    if not LATEST.exists():
+        raise CheckpointError(f"{LATEST} does not exist: no run was started here; name one with --workdir")
+    workdir = LATEST.parent / LATEST.resolve().name if LATEST.is_symlink() else LATEST
+    workdir = workdir if workdir.is_dir() else LATEST.resolve()
+    print(f"run: {workdir} (runs/latest)")
+    return workdir
+
+
+def _read_run(workdir: Path) -> dict[str, Any]:
+    file = workdir / "config.json"
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+        run["config"].items()
+    except FileNotFoundError:
+        raise CheckpointError(f"{workdir} has no config.json; --workdir must name a run's directory") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} cannot be read ({type(error).__name__}); --workdir must name a run") from error
+    return run
+
+
+def _steps(text: str, available: list[int], workdir: Path) -> list[int]:
+    if not available:
+        raise CheckpointError(f"{workdir} has no finished checkpoint yet")
+    if text == "all":
+        return available
+    if text == "latest":
+        return available[-1:]
+    try:
+        steps = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--step {text!r} is not a number, a list like 10,20, 'latest' or 'all'") from None
+    if unknown := [step for step in steps if step not in available]:
+        raise CheckpointError(
+            f"{workdir} has no finished checkpoint of step {unknown[0]}; there are: {', '.join(map(str, available))}"
+        )
+    return steps
+
+
+def _export(workdir: Path, run: dict[str, Any], step: int, out: Path, dtype: str, check: bool) -> None:
+    from jsft.data.chat import eos_id, load_tokenizer
+    from jsft.hf.base_files import read_template, trained_template
+    from jsft.hf.write import check_output, write_model
+    from jsft.mesh import make_mesh
+    from jsft.models.families import read_config
+
+    started = time.monotonic()
+    config, base = run["config"], workdir / "base"
+    if not base.is_dir():
+        raise CheckpointError(f"{workdir} has no base/ with the base model's files; was the run started at all?")
+    check_output(out)
+    model = read_config(base)
+    mesh = make_mesh()
+    checkpoint = _CheckpointParameters(workdir, step, model, mesh)
+    stop = eos_id(load_tokenizer(base), config.get("data.eos_token"))
+    template = read_template(base)
+    if template is not None:
+        options = config.get("data.strip_default_system", False), config.get("data.enable_thinking")
+        template = trained_template(template, *options)
+    facts = {"run": run.get("name"), "step": step, "base_model": config.get("model.path"), "jsft": jsft.__version__}
+    write_model(
+        checkpoint, model, base, out, dtype, eos_token_id=stop, chat_template=template,
+        model_card=_model_card(run, step, dtype, stop), facts=facts, say=lambda line: print(f"note: {line}"),
+    )  # fmt: skip
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    print(f"step {step}: {size / 1e9:.2f} GB in {time.monotonic() - started:.0f} s: {out}")
+    if check:
+        _check(checkpoint, out, dtype, mesh)
+
+
+class _CheckpointParameters:
+    """The parameters of one step checkpoint, by path, read from disk when asked for."""
+
+    def __init__(self, workdir: Path, step: int, model, mesh):
+        """Raises CheckpointError when the checkpoint is damaged or of another model."""
+        from orbax.checkpoint import v1 as ocp
+
+        from jsft.models.families import parameter_table
+        from jsft.models.parameters import get_leaf, leaves
+        from jsft.training.checkpoint import verify
+
+        self._name = f"checkpoint {step} in {workdir}"
+        self._folder = (workdir / "checkpoints" / str(step)).absolute()
+        self._table, self._mesh = parameter_table(model), mesh
+        if problem := verify(workdir, step, items=("parameters",)):
+            raise CheckpointError(f"{self._name} is damaged: {problem}; export another step")
+        try:
+            self._stored = ocp.checkpointables_metadata(str(self._folder)).metadata["parameters"]
+            for path, spec in leaves(self._table):
+                if get_leaf(self._stored, path).shape != spec.shape:
+                    raise CheckpointError(f"{self._name}: {'/'.join(path)} does not have the model's shape {spec.shape}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self._name} does not hold the parameters of {workdir}/base ({error})") from error
+
+    def __call__(self, path):
+        """The parameter in the dtype of the checkpoint, sharded over the mesh."""
+        import jax
+        from orbax.checkpoint import v1 as ocp
+
+        from jsft.mesh import parameter_sharding
+        from jsft.models.parameters import get_leaf
+
+        spec = get_leaf(self._table, path)
+        sharding = parameter_sharding(spec.axes, spec.shape, self._mesh)
+        wanted: Any = jax.ShapeDtypeStruct(spec.shape, get_leaf(self._stored, path).dtype, sharding=sharding)
+        for key in reversed(path):
+            wanted = {key: wanted}
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        try:
+            with context:
+                loaded = ocp.load_checkpointables(str(self._folder), {"parameters": wanted})["parameters"]
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{self._name} could not be read on ({str(error)[:200]}); was it removed by the running training?"
+            ) from error
+        return get_leaf(loaded, path)
+
+
+def _check(checkpoint, out: Path, dtype: str, mesh) -> None:
+    """Prints how the written directory compares; raises ModelError where it should not differ and does."""
+    from jsft.hf import verify
+    from jsft.models.families import read_config
+
+    model = read_config(out)
+    if differing := verify.compare_weights(checkpoint, out, model, mesh, dtype):
+        raise ModelError(f"{out} is wrong: {differing:,} weights differ from the checkpoint's; the disk may be bad")
+    print(f"check: every weight equals the checkpoint's, rounded to {dtype}")
+    prompts = verify.prompt_ids(out, limit=min(512, model.max_positions - 8))
+    ours = verify.log_probabilities(out, model, prompts, mesh)
+    mean = sum(map(sum, ours)) / sum(map(len, ours))
+    print(f"check: {sum(map(len, prompts))} tokens of {len(prompts)} prompts, mean log-probability {mean:.4f} nats")
+    if verify.serving_python() is None:
+        print("check: not compared with vLLM: no serving environment (scripts/setup.sh --serve)")
+        return
+    answers = verify.vllm_answers(out, prompts)
+    difference = verify.largest_difference(ours, answers["log_probs"])
+    print(f"check: largest difference to vLLM {answers['version']} in float32: {difference:.2e} nats")
+    if not difference < _TOLERANCE:
+        raise ModelError(f"{out}: jsft and vLLM differ by {difference:.3g} nats in float32 (allowed: {_TOLERANCE})")
+
+
+def _model_card(run: dict[str, Any], step: int, dtype: str, eos: int) -> str:
+    file = ROOT / "export" / "model_card.md"
+    try:
+        template = string.Template(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error.strerror}); run jsft from its repository") from error
+    config, name = run["config"], run.get("name", "unnamed")
+    base = str(config.get("model.path"))
+    is_hub_id = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
+    fields = {
+        "base_model": base if is_hub_id else Path(base).name,
+        "base_model_line": f"base_model: {base}\n" if is_hub_id else "",
+        "title": f"{name}, step {step}",
+        "run": name,
+        "step": step,
+        "data": config.get("data.train"),
+        "learning_rate": config.get("optimizer.learning_rate"),
+        "schedule": config.get("optimizer.schedule"),
+        "global_batch": config.get("train.global_batch"),
+        "epochs": config.get("train.epochs"),
+        "max_length": config.get("data.max_length"),
+        "objective": config.get("objective.name"),
+        "fidelity": config.get("fidelity"),
+        "params": config.get("precision.params"),
+        "compute": config.get("precision.compute"),
+        "dtype": dtype,
+        "eos": config.get("data.eos_token") or eos,
+        "version": run.get("version", jsft.__version__),
+        "commit": _commit(),
+    }
+    return template.substitute(fields)
+
+
+def _commit() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+if __name__ == "__main__":
+    run_command(main)
