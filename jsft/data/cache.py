@@ -8,6 +8,7 @@ after its last part. A file lock lets one process build while others wait for it
 import hashlib
 import json
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,7 @@ import pyarrow as pa
 
 from jsft.data.chat import Chat, Document
 from jsft.data.examples import Keys, columns_to_read, parse_row
+from jsft.data.progress import progress_bar
 from jsft.data.sources import Source
 from jsft.errors import DataError
 
@@ -136,28 +138,22 @@ def _build(
     threads: int | None,
     say: Callable[[str], None],
 ) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     names, start = _finished_parts(directory)
     if start:
         say(f"data: going on with the token cache at row {start} of {len(source)}")
     threads = threads or len(os.sched_getaffinity(0))
-    bar = Progress(
-        TextColumn("tokenising"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"),
-        TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), transient=True,
-    )  # fmt: skip
-    with ThreadPoolExecutor(threads) as pool, bar as progress:
-        task = progress.add_task("", total=len(source), completed=start, rate="")
-        waiting: deque[tuple[int, int, list, list[Future]]] = deque()
+    began, tokens = time.monotonic(), 0
+    with ThreadPoolExecutor(threads) as pool, progress_bar("tokenising", "rows") as bar:
+        task = bar.add_task("", total=len(source), completed=start, note="")
+        waiting: deque[tuple[int, int, dict, list[Future]]] = deque()
 
         def finish() -> None:
+            nonlocal tokens
             first, end, meta, futures = waiting.popleft()
-            names.append(_write_part(directory, first, end, meta, [future.result() for future in futures]))
-            tokens = sum(len(future.result().tokens) for future in futures)
-            elapsed = progress.tasks[task].elapsed or 0
-            done = progress.tasks[task].fields.get("tokens", 0) + tokens
-            rate = f"{done / elapsed / 1e6:.2f}M tokens/s" if elapsed > 1 else ""
-            progress.update(task, completed=end, tokens=done, rate=rate)
+            documents = [future.result() for future in futures]
+            names.append(_write_part(directory, first, end, meta, documents))
+            tokens += sum(len(document.tokens) for document in documents)
+            bar.update(task, completed=end, note=f"{tokens / (time.monotonic() - began) / 1e6:.2f} M tokens/s")
 
         try:
             for first, end, meta, rendered in _rendered_parts(source, chat, keys, columns, start, on_bad_row):
@@ -169,6 +165,11 @@ def _build(
         finally:
             pool.shutdown(cancel_futures=True)
     _write_atomically(directory / INDEX, json.dumps({"rows": len(source), "parts": names}).encode())
+    seconds = time.monotonic() - began
+    say(
+        f"data: {len(source) - start:,} rows tokenised in {seconds:.1f} s "
+        f"({tokens / seconds / 1e6:.2f} M tokens/s, {threads} threads), kept in {directory}"
+    )
 
 
 def _rendered_parts(source, chat, keys, columns, start, on_bad_row) -> Iterator[tuple[int, int, dict, list]]:

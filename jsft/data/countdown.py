@@ -11,6 +11,7 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from jsft.data.countdown_check import check
+from jsft.data.progress import track
 from jsft.data.tables import check_output, read_columns, write_rows
 from jsft.errors import ConfigError
 
@@ -102,8 +103,6 @@ def write(
     overwrite: bool = False,
 ) -> None:
     """Generates a data set into the file `out`, leaving out the puzzles of the files `exclude`."""
-    from rich.progress import track
-
     if rows < 1:
         raise ConfigError(f"--rows {rows}: must be at least 1")
     difficulty.check()
@@ -114,7 +113,7 @@ def write(
         for row in read_columns(file, ["numbers", "target"])
     }
     puzzles = generate(rows, seed, difficulty, known, repeat=repeat)
-    count = write_rows(track(puzzles, "puzzles", total=rows, transient=True), path)
+    count = write_rows(track(puzzles, "generating", "puzzles", rows), path)
     print(f"{path}: {count} puzzles, each solution checked")
 
 
