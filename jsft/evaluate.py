@@ -6,11 +6,14 @@ Runs in the serving environment (scripts/eval_vllm.sh finds or makes it). Result
 
 import argparse
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
 from jsft.errors import ConfigError, JsftError, run_command
+from jsft.evaluation.judges import ROLES, parse_judges
 from jsft.evaluation.models import Target, find_targets, model_digest
+from jsft.evaluation.openai_engine import OpenAIEngine
 from jsft.evaluation.runner import Model, Options, Outcome, run_tasks
 from jsft.evaluation.tasks import TASKS, get_task
 from jsft.evaluation.vllm_engine import VllmEngine, VllmSettings
@@ -36,6 +39,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--max_tokens", type=int, help="limit of a response in tokens (default: the task's)")
     add("--seed", type=int, default=0)
     add("--redo", action="store_true", help="throw away what these tasks have there")
+    add("--judge", action="append", default=[], metavar="ROLE=URL#MODEL", help=_judge_help())
+    server = parser.add_argument_group("a server instead of vLLM in this process")
+    server.add_argument("--url", help="OpenAI-compatible server to sample from; the model argument only names it")
+    server.add_argument("--url_model", help="model to ask for (default: the only one it serves)")
+    server.add_argument("--concurrency", type=int, default=64, help="requests at a time")
     engine = parser.add_argument_group("vLLM")
     engine.add_argument("--tp", type=int, default=1, help="GPUs that share the model (tensor parallel)")
     engine.add_argument("--dtype", default="auto", help="bfloat16, float32 or auto (the model's)")
@@ -54,36 +62,68 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+def _judge_help() -> str:
+    roles = "; ".join(f"{role}: {meaning}" for role, (meaning, _, _) in ROLES.items())
+    return f"a judging model ({roles}). Keys: JSFT_KEY_<ROLE> or OPENAI_API_KEY in the environment"
+
+
 def main() -> int:
     options = parse(sys.argv[1:])
     if options.list:
         for task in TASKS.values():
             s = task.sampling
-            print(f"{task.name:18} {task.title}: {task.samples} x T {s.temperature:g}, shows {task.primary}, {task.group}")
+            judged = f", judges: {', '.join(task.judges)}" if task.judges else ""
+            print(
+                f"{task.name:18} {task.title}: {task.samples} x T {s.temperature:g}, at most {s.max_tokens} tokens, "
+                f"shows {task.primary}, {task.group}{judged}"
+            )
         return 0
     names = list(TASKS) if options.tasks == "all" else [n.strip() for n in options.tasks.split(",") if n.strip()]
     tasks = [get_task(name) for name in names]
+    judges = parse_judges(options.judge)
     code = 0
-    for target in find_targets(options.model, options.steps, options.out):
-        try:
-            outcomes = _evaluate(target, tasks, options)
-        except JsftError as error:  # this model does not run; the others may
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-            code = code or error.exit_code
-            continue
-        for outcome in outcomes:
-            _say(target, outcome)
-            if outcome.error:
-                code = code or outcome.error.exit_code
+    try:
+        for target in _targets(options):
+            try:
+                outcomes = _evaluate(target, tasks, options, judges)
+            except JsftError as error:  # this model does not run; the others may
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+                code = code or error.exit_code
+                continue
+            for outcome in outcomes:
+                _say(target, outcome)
+                if outcome.error:
+                    code = code or outcome.error.exit_code
+    finally:
+        for judge in judges.values():
+            judge.close()
     return code
 
 
-def _evaluate(target: Target, tasks: list, options: argparse.Namespace) -> list[Outcome]:
-    path = target.path or target.prepare()
+def _targets(options: argparse.Namespace) -> list[Target]:
+    if not options.url:
+        return find_targets(options.model, options.steps, options.out)
+    if options.steps:
+        raise ConfigError("--steps and --url exclude each other: a server has one model loaded")
+    name = options.model or options.url_model or "server"
+    match = re.search(r"step[_-]?(\d+)/?$", name)
+    step = int(match[1]) if match else None
+    if options.out:
+        out = options.out / f"step_{step}" if match else options.out
+    else:
+        out = Path("runs") / Path(name).name / "eval" / f"step_{step or 0}"
+    return [Target(Path(name).name, step, out, None, Path)]
+
+
+def _evaluate(target: Target, tasks: list, options: argparse.Namespace, judges: dict) -> list[Outcome]:
     fields = {f.name for f in dataclasses.fields(Options)} - {"judges"}
-    run_options = Options(**{name: getattr(options, name) for name in fields})
-    digest = model_digest(path) if (path / "config.json").exists() else None
-    model = Model(target.name, target.step, str(path), digest)
+    run_options = Options(**{name: getattr(options, name) for name in fields}, judges=judges)
+    if options.url:
+        engine = OpenAIEngine(options.url, options.url_model, concurrency=options.concurrency)
+        model = Model(target.name, target.step, options.url, f"{engine.model} at {engine.facts['root'] or options.url}")
+        return run_tasks(tasks, model, target.out, run_options, lambda: engine)
+    path = target.path or target.prepare()
+    model = Model(target.name, target.step, str(path), model_digest(path) if (path / "config.json").exists() else None)
 
     def open_engine() -> VllmEngine:
         print(f"loading {path} into vLLM", flush=True)
@@ -104,10 +144,11 @@ def _say(target: Target, outcome: Outcome) -> None:
         return
     results = outcome.results
     score, response = results["score"], results["response"]
-    interval = f" [{100 * score['ci95'][0]:.1f}, {100 * score['ci95'][1]:.1f}]" if score["ci95"] else ""
+    scale, unit = (100, " %") if results["share"] else (1, "")
+    interval = f" [{scale * score['ci95'][0]:.1f}, {scale * score['ci95'][1]:.1f}]" if score["ci95"] else ""
     kept = " (done before)" if outcome.state == "kept" else ""
     print(
-        f"{where}: {results['task']} {results['primary']} {100 * score['mean']:.1f} %{interval}, "
+        f"{where}: {results['task']} {results['primary']} {scale * score['mean']:.1f}{unit}{interval}, "
         f"{results['problems']} problems x {results['samples_per_problem']}, "
         f"{response['tokens']['mean']:.0f} tokens, {100 * response['share_cut']:.0f} % cut{kept} "
         f"-> {target.out / outcome.task}",

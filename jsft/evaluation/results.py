@@ -25,6 +25,7 @@ def summarise(task: Task, problems: list[Problem], samples: dict[tuple[str, int]
         "primary": task.primary,
         "score": metrics[task.primary]["avg"],
         "lower_is_better": task.lower_is_better,
+        "share": task.share,
         "metrics": metrics,
         "response": _response(rows),
         "thinking": thinking.HOW,

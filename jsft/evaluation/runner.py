@@ -6,6 +6,7 @@ A task that cannot run (no data, no judge, prompts too long) fails with one line
 import dataclasses
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from jsft.evaluation.results import summarise
 from jsft.evaluation.sampling import Completion, Request, sample_seed
 from jsft.evaluation.store import TaskFolder
 from jsft.evaluation.tasks.base import Grade, Problem, Task
+
+JUDGE_THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +183,12 @@ class _TaskRun:
                     grades = pool.grade(items, progress.add_sample)
         prompts = {p.id: p.messages for p in self.problems}
         for key, grade in zip(keys, grades, strict=True):
-            entry = {"prompt": prompts[key[0]], "gold": gold[key[0]], "scores": grade.scores, "answer": grade.answer}
+            entry = {
+                "prompt": prompts[key[0]],
+                "gold": self.task.shown_gold(gold[key[0]]),
+                "scores": grade.scores,
+                "answer": grade.answer,
+            }
             if grade.note:
                 entry["note"] = grade.note
             samples[key] = {**samples[key], **entry}
@@ -197,4 +205,31 @@ class _TaskRun:
         return self.folder.results
 
     def _judged(self, keys: list[tuple[str, int]], gold: dict[str, Any]) -> list[Grade]:
-        raise NotImplementedError
+        """Asks the judges, several at a time. Each verdict is kept as it comes: another try asks for the rest only."""
+        names = {role: self.options.judges[role].name for role in self.task.judges}
+
+        def known(key: tuple[str, int]) -> dict[str, Any] | None:
+            verdict = self.folder.samples[key].get("verdict")
+            return verdict if verdict and verdict["judges"] == names else None
+
+        def ask(key: tuple[str, int]) -> tuple[tuple[str, int], Grade]:
+            response = self.folder.samples[key]["response"]
+            return key, self.task.judge(gold[key[0]], response, self.options.judges)
+
+        missing = [key for key in keys if known(key) is None]
+        with (
+            SampleProgress(f"{self.task.name}: judging", len(missing), "responses") as progress,
+            ThreadPoolExecutor(JUDGE_THREADS) as threads,
+        ):
+            futures = [threads.submit(ask, key) for key in missing]
+            try:
+                for future in as_completed(futures):
+                    key, grade = future.result()
+                    verdict = {"judges": names, "scores": grade.scores, "answer": grade.answer, "note": grade.note}
+                    self.folder.add({"problem": key[0], "sample": key[1], "verdict": verdict})
+                    progress.add_sample()
+            except BaseException:
+                threads.shutdown(cancel_futures=True)
+                raise
+        verdicts = [known(key) for key in keys]
+        return [Grade(v["scores"], v["answer"], v["note"]) for v in verdicts]

@@ -41,6 +41,8 @@ class TaskFolder:
             results = None
         if results is not None:
             different = [k for k, v in self.settings.items() if results["settings"].get(k) != v]
+            if results["state"] != "done" and "judges" in different:
+                different.remove("judges")  # the samples hold for any judge
             if different:
                 shown = "; ".join(f"{k}: {results['settings'].get(k)!r} there, {self.settings[k]!r} now" for k in different)
                 raise ConfigError(f"{self.path} holds results of other settings ({shown}); give another --out, or --redo")
@@ -48,7 +50,7 @@ class TaskFolder:
                 return True
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if results is None:
+            if results is None or results["state"] != "done":
                 self.write_results({"state": "running"})
             self._read_samples()
             self._stream = (self.path / "samples.jsonl").open("a", encoding="utf-8")

@@ -3,10 +3,26 @@
 import difflib
 
 from jsft.errors import ConfigError
+from jsft.evaluation.tasks.aime24 import Aime24
+from jsft.evaluation.tasks.aime25 import Aime25
+from jsft.evaluation.tasks.alpacaeval import AlpacaEval
 from jsft.evaluation.tasks.base import Task
 from jsft.evaluation.tasks.countdown import Countdown
+from jsft.evaluation.tasks.gpqa_diamond import GpqaDiamond
+from jsft.evaluation.tasks.gsm8k import Gsm8k
+from jsft.evaluation.tasks.halueval import HaluEval
+from jsft.evaluation.tasks.hexphi import HexPhi
+from jsft.evaluation.tasks.ifeval import IfEval
+from jsft.evaluation.tasks.livecodebench_v2 import LiveCodeBenchV2
+from jsft.evaluation.tasks.math500 import Math500
+from jsft.evaluation.tasks.mmlu_pro import MmluPro
+from jsft.evaluation.tasks.truthfulqa import TruthfulQa
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Countdown,)}
+_ALL = (
+    Math500, Aime24, Aime25, Gsm8k, Countdown, LiveCodeBenchV2, GpqaDiamond, MmluPro, IfEval, AlpacaEval, HaluEval,
+    TruthfulQa, HexPhi,
+)  # fmt: skip
+TASKS: dict[str, type[Task]] = {task.name: task for task in _ALL}
 
 
 def get_task(name: str) -> Task:

@@ -48,6 +48,7 @@ class Task:
     metrics: ClassVar[dict[str, str]]  # name -> meaning, one line each
     primary: ClassVar[str]  # the metric that tables and curves show
     lower_is_better: ClassVar[bool] = False
+    share: ClassVar[bool] = True  # the primary metric is a share, shown in percent
     grade_seconds: ClassVar[float] = 20.0  # a response that takes longer to grade counts as wrong
     judges: ClassVar[tuple[str, ...]] = ()  # roles that must be named with --judge ROLE=URL
     breakdown: ClassVar[str | None] = None  # a key of `gold`: the primary metric is also reported per value of it
@@ -66,6 +67,10 @@ class Task:
     def grade(self, gold: dict[str, Any], response: str) -> Grade:
         """Grades one response; pure. Judged tasks return what can be said without the judge."""
         raise NotImplementedError
+
+    def shown_gold(self, gold: dict[str, Any]) -> dict[str, Any]:
+        """The part of `gold` that is written beside each sample."""
+        return gold
 
     def judge(self, gold: dict[str, Any], response: str, judges: dict[str, Any]) -> Grade:
         """Grades one response with the judges in `judges` (role -> client); only for tasks with `judges`."""

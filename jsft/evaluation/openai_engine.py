@@ -1,0 +1,110 @@
+"""Sampling from any OpenAI-compatible server, many requests at a time."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jsft.errors import ModelError
+from jsft.evaluation.openai_client import OpenAIClient, ServerError, api_key, message_text
+from jsft.evaluation.sampling import Completion, Request
+
+TEMPLATE_TOKENS = 256  # more than any chat template adds to a prompt
+
+
+class OpenAIEngine:
+    """Chat completions of one served model. Close it, or use it as a context manager."""
+
+    kind = "url"
+
+    def __init__(self, url: str, model: str | None = None, *, concurrency: int = 64, timeout: float = 3600.0, pause=1.0):
+        """`model`: as the server names it; by default the only one it serves. Raises ModelError or ServerError."""
+        self._client = OpenAIClient(url, key=api_key(), timeout=timeout, pause=pause)
+        served = self._client.models()
+        names = [m["id"] for m in served]
+        if model is None and len(names) != 1:
+            raise ModelError(f"{url} serves {', '.join(names) or 'nothing'}; name one with --url_model")
+        if model is not None and model not in names:
+            raise ModelError(f"{url} does not serve '{model}'; it serves {', '.join(names) or 'nothing'}")
+        self.model = model or names[0]
+        entry = next(m for m in served if m["id"] == self.model)
+        self.context: int | None = entry.get("max_model_len")  # vLLM says it
+        self.concurrency = concurrency
+        self.facts: dict[str, Any] = {
+            "kind": self.kind, "url": self._client.url, "model": self.model, "max_model_len": self.context,
+            "root": entry.get("root"), "version": None,
+        }  # fmt: skip
+
+    def sample(self, requests: list[Request], progress: Callable[[int], None] | None = None) -> Iterator[Completion]:
+        """Yields one completion per request in the order they finish; `progress(n)` is told of n new tokens."""
+        waiting = iter(requests)
+        lock = threading.Lock()
+        finished: queue.Queue[Completion | Exception] = queue.Queue()
+        stop = threading.Event()
+
+        def work() -> None:
+            while not stop.is_set():
+                with lock:
+                    request = next(waiting, None)
+                if request is None:
+                    return
+                try:
+                    finished.put(self._one(request))
+                except Exception as error:
+                    finished.put(error)
+                    return
+
+        for _ in range(min(self.concurrency, len(requests))):
+            threading.Thread(target=work, daemon=True).start()
+        try:
+            for _ in requests:
+                item = finished.get()
+                if isinstance(item, Exception):
+                    raise item
+                if progress:
+                    progress(item.tokens)
+                yield item
+        finally:
+            stop.set()
+
+    def close(self) -> None:
+        """Nothing is held between requests; here so that both engines are closed alike."""
+
+    def __enter__(self) -> "OpenAIEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _one(self, request: Request) -> Completion:
+        name = request.task, request.problem, request.sample
+        sampling = request.sampling
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": request.messages,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": request.seed,
+        }
+        # Without max_tokens a server gives what its context leaves, which is what is meant where the limit is longer.
+        # A token is at least a byte, so this never asks for more than there is.
+        prompt = sum(len(m["content"].encode()) for m in request.messages) + TEMPLATE_TOKENS
+        if self.context is None or prompt + sampling.max_tokens <= self.context:
+            body["max_tokens"] = sampling.max_tokens
+        if sampling.top_k:
+            body["top_k"] = sampling.top_k
+        for key in ("presence_penalty", "frequency_penalty"):
+            if getattr(sampling, key):
+                body[key] = getattr(sampling, key)
+        if sampling.stop:
+            body["stop"] = list(sampling.stop)
+        try:
+            answer = self._client.post("chat/completions", body)
+        except ServerError as error:
+            if "HTTP 400" in str(error) or "HTTP 413" in str(error):  # this request is at fault, not the server
+                return Completion(*name, error=str(error))
+            raise
+        text = message_text(answer)
+        tokens = (answer.get("usage") or {}).get("completion_tokens") or 0
+        finish = "length" if answer["choices"][0].get("finish_reason") == "length" else "stop"
+        return Completion(*name, text, tokens, finish)

@@ -1,0 +1,10 @@
+"""AIME 2024: 30 problems with integer answers; avg@10."""
+
+from jsft.evaluation.data import Source
+from jsft.evaluation.tasks.mathematics import Mathematics
+
+
+class Aime24(Mathematics):
+    name, title = "aime24", "AIME 2024"
+    source = Source("HuggingFaceH4/aime_2024", ("*.parquet", "*.jsonl"), ("problem", "answer"))
+    samples = 10

@@ -1,0 +1,83 @@
+"""IFEval: 541 prompts with instructions that a program can check; lm-eval's checkers.
+
+Scores of a prompt (all its instructions followed) and of single instructions, strict and loose.
+"""
+
+from typing import Any
+
+from jsft.errors import DataError
+from jsft.evaluation.data import Source
+from jsft.evaluation.sampling import Sampling
+from jsft.evaluation.tasks.base import GENERAL, Problem
+from jsft.evaluation.tasks.harness import HarnessTask
+
+# Instructions whose checkers split text with NLTK's data.
+NEEDS_PUNKT = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
+
+
+class IfEval(HarnessTask):
+    name, title, group = "ifeval", "IFEval", GENERAL
+    source = Source("google/IFEval", ("*.jsonl",), ("prompt", "instruction_id_list", "kwargs"))
+    sampling = Sampling(temperature=0.6, max_tokens=32768)
+    metrics = {
+        "prompt_strict": "all instructions of the prompt are followed",
+        "prompt_loose": "the same, forgiving first and last lines and asterisks",
+        "instruction_strict": "share of instructions followed",
+        "instruction_loose": "the same, forgiving first and last lines and asterisks",
+    }
+    primary = "prompt_strict"
+    config = {
+        "doc_to_text": "Question: {{prompt}}\nAnswer:",  # how the reference wraps it
+        "doc_to_target": 0,
+    }
+    scores = {
+        "prompt_strict": ("none", "prompt_level_strict_acc", "after"),
+        "prompt_loose": ("none", "prompt_level_loose_acc", "after"),
+        "instruction_strict": ("none", "inst_level_strict_acc", "after"),
+        "instruction_loose": ("none", "inst_level_loose_acc", "after"),
+    }
+
+    def lm_eval_config(self) -> dict[str, Any]:
+        from lm_eval.tasks.ifeval import utils
+
+        mean = {"aggregation": "mean", "higher_is_better": True}
+        of_lists = {"aggregation": utils.agg_inst_level_acc, "higher_is_better": True}
+        names = [metric for _, metric, _ in self.scores.values()]
+        metrics = [{"metric": name, **(of_lists if name.startswith("inst") else mean)} for name in names]
+        return {**self.config, "process_results": utils.process_results, "metric_list": metrics}
+
+    def problems(self, rows: list[dict[str, Any]]) -> list[Problem]:
+        problems = super().problems(rows)  # imports lm-eval's checkers, which fetch NLTK's data where they can
+        needed = {i for p in problems for i in p.gold["instruction_id_list"] if i in NEEDS_PUNKT}
+        if needed and not _has_punkt():
+            raise DataError(
+                f"ifeval: {' and '.join(sorted(needed))} need NLTK's sentence splitter; in the serving environment "
+                "run: python -m nltk.downloader punkt_tab"
+            )
+        return problems
+
+    def warm_up(self) -> None:
+        import lm_eval.tasks.ifeval.utils  # noqa: F401
+
+    def document(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        row = super().document(row, index)
+        arguments = [{k: v for k, v in (a or {}).items() if v is not None} for a in row["kwargs"]]
+        return {
+            "key": row.get("key", index),
+            "prompt": row["prompt"],
+            "instruction_id_list": row["instruction_id_list"],
+            "kwargs": arguments,
+        }
+
+    def identity(self, row: dict[str, Any], index: int) -> str:
+        return str(row.get("key", index))
+
+
+def _has_punkt() -> bool:
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        return False
+    return True

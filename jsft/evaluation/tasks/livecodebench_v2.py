@@ -1,0 +1,156 @@
+"""LiveCodeBench v2: 511 programming problems; the last Python block is run against the tests in a sandbox; mean of 3.
+
+A problem reads standard input and prints, or completes a function of `class Solution`. The sandboxed program sees a
+test's input only; its output is compared out here.
+"""
+
+import base64
+import io
+import json
+import pickle
+import zlib
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from jsft.errors import DataError
+from jsft.evaluation import answers, sandbox, thinking
+from jsft.evaluation.data import Source, check_row
+from jsft.evaluation.sampling import Sampling
+from jsft.evaluation.tasks.base import OUT_OF_DOMAIN, Grade, Problem, Task
+
+INSTRUCTION = (
+    "You are an expert Python programmer. You will be given a programming problem; write a correct Python program that "
+    "matches its specification and passes all tests.\n\n"
+)
+WITH_STDIN = (
+    "{question}\n\nRead the input from standard input and print the result. Put the whole program into one fenced block:"
+    "\n```python\n# your code\n```"
+)
+WITH_FUNCTION = (
+    "{question}\n\nComplete this starter code and put the whole program into one fenced block:\n```python\n{starter}\n```"
+)
+# What solutions on the contest sites may use without importing it.
+PRELUDE = """import sys, os, re, math, random, string, itertools, functools, operator, collections, heapq, bisect, copy, datetime
+from typing import *
+from collections import *
+from itertools import *
+from functools import *
+from heapq import *
+from bisect import *
+from math import *
+sys.setrecursionlimit(50000)
+"""
+# The result goes to a descriptor of its own: what the solution prints does not mix with it.
+CALL = """
+import json as _json, os as _os, sys as _sys
+_out = _os.fdopen(_os.dup(1), "w")
+_os.dup2(2, 1)
+_arguments = [_json.loads(line) for line in _sys.stdin.read().split("\\n") if line.strip()]
+_result = getattr(Solution(), {name!r})(*_arguments)
+print(_json.dumps(list(_result) if isinstance(_result, tuple) else _result), file=_out, flush=True)
+"""
+SECONDS = 6.0  # per test, as in the reference
+
+
+class LiveCodeBenchV2(Task):
+    name, title, group = "livecodebench_v2", "LiveCodeBench v2", OUT_OF_DOMAIN
+    source = Source(
+        "livecodebench/code_generation_lite",
+        ("test.jsonl", "test2.jsonl"),  # release_v2 is the first two files
+        ("question_content", "public_test_cases", "private_test_cases"),
+    )
+    sampling = Sampling(temperature=0.6, top_p=0.95, max_tokens=32768)
+    samples = 3
+    metrics = {
+        "solved": "the last Python block after the thinking passes all tests",
+        "reference": "the last Python block anywhere, thinking included, passes all tests",
+        "has_code": "there is a code block after the thinking",
+    }
+    primary = "solved"
+    breakdown = "difficulty"
+    grade_seconds = 900.0
+
+    def requirement(self) -> str | None:
+        return sandbox.why_not()
+
+    def problem(self, row: dict[str, Any], index: int) -> Problem:
+        check_row(self.name, index, row, ("question_content", "public_test_cases"))
+        starter = row.get("starter_code") or ""
+        template = WITH_FUNCTION if starter else WITH_STDIN
+        text = INSTRUCTION + template.format(question=row["question_content"], starter=starter)
+        name = str(row.get("question_id") or index)
+        try:
+            tests = decode_tests(row["public_test_cases"]) + decode_tests(row.get("private_test_cases") or "[]")
+            metadata = json.loads(row.get("metadata") or "{}")
+        except (ValueError, KeyError, zlib.error, pickle.UnpicklingError, EOFError) as error:
+            raise DataError(f"livecodebench_v2: the tests of problem {name} cannot be read: {error}") from error
+        gold = {"tests": tests, "function": metadata.get("func_name"), "difficulty": row.get("difficulty", "unknown")}
+        return Problem(name, [{"role": "user", "content": text}], gold)
+
+    def shown_gold(self, gold: dict[str, Any]) -> dict[str, Any]:
+        return {**gold, "tests": len(gold["tests"])}  # they are megabytes
+
+    def grade(self, gold: dict[str, Any], response: str) -> Grade:
+        final = answers.last_code_block(thinking.final_answer(response))
+        anywhere = answers.last_code_block(response)
+        solved, note = passes(final, gold) if final else (False, None)
+        reference = solved if anywhere == final else bool(anywhere) and passes(anywhere, gold)[0]
+        scores = {"solved": float(solved), "reference": float(reference), "has_code": float(final is not None)}
+        return Grade(scores, None, note)
+
+
+def passes(code: str, gold: dict[str, Any]) -> tuple[bool, str | None]:
+    """Whether a program passes all tests; else how the first failing one ended, in a word."""
+    source = PRELUDE + code + (CALL.format(name=gold["function"]) if gold["function"] else "")
+    for test in gold["tests"]:
+        finished = sandbox.run(source, test["input"].encode(), sandbox.Limits(seconds=SECONDS, memory_mb=4096))
+        if finished.state == "broken":
+            raise RuntimeError(finished.stderr.strip() or "the sandbox could not be built")
+        if finished.state != "ok":
+            return False, {"timeout": "too slow", "flood": "printed too much"}.get(finished.state, "crashed")
+        shown = finished.stdout.decode("utf-8", "replace")
+        if gold["function"]:
+            right = same_value(shown, test["output"])
+        else:
+            right = same_output(shown, test["output"])
+        if not right:
+            return False, "wrong output"
+    return True, None
+
+
+def same_value(shown: str, expected: str) -> bool:
+    """Whether two JSON texts hold the same value."""
+    try:
+        return json.loads(shown) == json.loads(expected)
+    except ValueError:
+        return False
+
+
+def same_output(shown: str, expected: str) -> bool:
+    """Whether two outputs agree line by line: as text, or as numbers."""
+    ours, theirs = ([line.strip() for line in text.strip().split("\n")] for text in (shown, expected))
+    return len(ours) == len(theirs) and all(a == b or _same_numbers(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _same_numbers(a: str, b: str) -> bool:
+    try:
+        return [Decimal(x) for x in a.split()] == [Decimal(x) for x in b.split()]
+    except InvalidOperation:
+        return False
+
+
+def decode_tests(text: str) -> list[dict[str, str]]:
+    """Tests of a row: JSON, or JSON in a pickle in zlib in base64, as the private ones are shipped."""
+    try:
+        tests = json.loads(text)
+    except ValueError:
+        data = zlib.decompress(base64.b64decode(text))
+        tests = json.loads(_PlainUnpickler(io.BytesIO(data)).load())
+    return [{"input": test["input"], "output": test["output"]} for test in tests]
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads plain values only: a pickle that names a class or function is refused."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"the pickle names {module}.{name}; only text is expected")

@@ -1,0 +1,84 @@
+r"""What the mathematical benchmarks share: the prompt, and grading with math-verify.
+
+`reference` is the reference's rule: math-verify reads an answer anywhere in the response, thinking included.
+`strict` takes the last `\boxed{...}` after the thinking and nothing else.
+"""
+
+from typing import Any
+
+from jsft.evaluation import answers, thinking
+from jsft.evaluation.data import check_row
+from jsft.evaluation.sampling import Sampling
+from jsft.evaluation.tasks.base import IN_DOMAIN, Grade, Problem, Task
+
+# The reference's instruction, character for character: scores move with it.
+PROMPT = "{problem}\n Please reason step by step, and put your final answer within \\boxed{{}}."
+LONGEST = 20_000  # characters of a response's end that are parsed; an answer stands at its end
+LONGEST_ANSWER = 1_000  # characters; no benchmark has a longer one
+
+
+class Mathematics(Task):
+    """A benchmark of rows with a problem and a gold answer."""
+
+    group = IN_DOMAIN
+    sampling = Sampling(temperature=0.6, top_p=0.95, max_tokens=32768)
+    metrics = {
+        "reference": "math-verify finds the gold answer in the response, thinking included",
+        "strict": "the last boxed answer after the thinking equals the gold answer",
+        "answered": "there is a boxed answer after the thinking",
+    }
+    primary = "reference"
+    problem_column = "problem"
+    answer_column = "answer"
+
+    def problem(self, row: dict[str, Any], index: int) -> Problem:
+        row = {k.lower(): v for k, v in row.items()}
+        row.setdefault(self.problem_column, row.get("question"))
+        check_row(self.name, index, row, (self.problem_column, self.answer_column))
+        gold = {"answer": self.gold_answer(row)}
+        if row.get("solution"):
+            gold["solution"] = row["solution"]
+        if self.breakdown:
+            gold[self.breakdown] = row.get(self.breakdown, "unknown")
+        name = row.get("unique_id") or row.get("id")
+        prompt = PROMPT.format(problem=row[self.problem_column])
+        return Problem(str(index if name is None else name), [{"role": "user", "content": prompt}], gold)
+
+    def gold_answer(self, row: dict[str, Any]) -> str:
+        return str(row[self.answer_column])
+
+    def warm_up(self) -> None:
+        equal(parse("\\boxed{\\frac12}"), parse("\\boxed{0.5}"))
+
+    def grade(self, gold: dict[str, Any], response: str) -> Grade:
+        target = parse(f"\\boxed{{{gold['answer']}}}")
+        final = answers.last_boxed(thinking.final_answer(response))
+        too_long = final is not None and len(final) > LONGEST_ANSWER
+        read = parse(f"\\boxed{{{final}}}") if final and not too_long else []
+        strict = bool(read) and equal(target, read)
+        anywhere = parse(response[-LONGEST:])
+        # As the reference: against the gold solution, where the benchmark has one.
+        reference = equal(parse(gold["solution"]) if gold.get("solution") else target, anywhere)
+        scores = {"reference": float(reference), "strict": float(strict), "answered": float(final is not None)}
+        return Grade(scores, str(read[0]) if read else final if not too_long else None)
+
+    def requirement(self) -> str | None:
+        try:
+            import math_verify  # noqa: F401
+        except ImportError:
+            return "math-verify is not installed here; run scripts/setup.sh --serve"
+        return None
+
+
+def parse(text: str) -> list[Any]:
+    """math-verify's reading of a text: candidates of one answer, [] where it finds none."""
+    import math_verify
+
+    return math_verify.parse(text)
+
+
+def equal(gold: list[Any], answer: list[Any]) -> bool:
+    """math-verify's comparison; order matters (gold first)."""
+    import math_verify
+
+    return bool(gold and answer and math_verify.verify(gold, answer))

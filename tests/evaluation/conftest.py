@@ -1,0 +1,93 @@
+"""A fake OpenAI-compatible server on loopback: answers from a script, counts, misbehaves on demand."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+ROWS = Path(__file__).parent / "rows"
+
+
+class FakeOpenAI:
+    """`answer(body)` makes the text of a completion; `trouble` is a list of what to do instead, used up in order.
+
+    A trouble is an HTTP status, 'hang', 'drop' (close the connection) or 'rubbish' (200 and no JSON).
+    """
+
+    def __init__(self, answer=lambda body: "ok", model="fake-model", context=32768):
+        self.answer, self.model, self.context = answer, model, context
+        self.trouble: list = []
+        self.requests: list[tuple[str, dict]] = []
+        self.finish = "stop"
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                models = [{"id": fake.model, "root": "weights", "max_model_len": fake.context}]
+                self.reply(200, {"object": "list", "data": models})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                fake.requests.append((self.path, body))
+                trouble = fake.trouble.pop(0) if fake.trouble else None
+                if trouble == "hang":
+                    time.sleep(3)
+                if trouble in ("hang", "drop"):
+                    self.close_connection = True
+                elif trouble == "rubbish":
+                    self.reply(200, "<html>")
+                elif trouble:
+                    self.reply(trouble, {"error": {"message": f"scripted {trouble}"}})
+                else:
+                    self.reply(200, fake.complete(self.path, body))
+
+            def reply(self, status, body):
+                data = (body if isinstance(body, str) else json.dumps(body)).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def complete(self, path, body):
+        said = self.answer(body)
+        if path == "/pooling":
+            return {"data": [{"data": said}]}
+        usage = {"completion_tokens": len(str(said).split())}
+        choice = {"finish_reason": self.finish, "index": 0}
+        choice |= {"text": said} if path == "/v1/completions" else {"message": {"role": "assistant", "content": said}}
+        return {"choices": [choice], "usage": usage}
+
+
+@pytest.fixture
+def fake_openai():
+    """Makes fake servers; they end with the test."""
+    made = []
+
+    def make(*arguments, **options):
+        made.append(FakeOpenAI(*arguments, **options))
+        return made[-1]
+
+    yield make
+    for fake in made:
+        fake.server.shutdown()
+        fake.server.server_close()
+
+
+@pytest.fixture
+def rows() -> Path:
+    """Folder of hand-made rows, a file per task."""
+    return ROWS
