@@ -1,7 +1,8 @@
 """Countdown puzzles with worked solutions: numbers, a target, a chain of thought that searches and backtracks.
 
 Every puzzle is made from a solution, so it has one; every stated equation is computed in exact rational arithmetic;
-every final expression is checked (`countdown_check.check`) before it is written.
+every final expression is checked (`countdown_check.check`) before it is written. Importing this module needs the
+standard library alone: the serving environment generates its held-out puzzles with it.
 """
 
 import random
@@ -11,8 +12,6 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from jsft.data.countdown_check import check
-from jsft.data.progress import track
-from jsft.data.tables import check_output, read_columns, write_rows
 from jsft.errors import ConfigError
 
 OPERATIONS = ("+", "-", "*", "/")
@@ -103,6 +102,9 @@ def write(
     overwrite: bool = False,
 ) -> None:
     """Generates a data set into the file `out`, leaving out the puzzles of the files `exclude`."""
+    from jsft.data.progress import track
+    from jsft.data.tables import check_output, read_columns, write_rows
+
     if rows < 1:
         raise ConfigError(f"--rows {rows}: must be at least 1")
     difficulty.check()
