@@ -86,6 +86,12 @@ FIELDS: tuple[Field, ...] = (
     Field("train.deterministic", bool, False, "Bitwise repeatable on GPU, at a small cost."),
     Field("train.max_bad_steps", int, 10, "Stop after this many steps in a row with a non-finite gradient.",
           minimum=1),
+    Field("train.hang_minutes", float, 30.0, "End with exit code 8 and every thread's stack when a step, compilation, "
+          "evaluation or wait for a save takes longer; a step also after 10 times the median step.", above=0),
+    Field("train.peer_seconds", float, 60.0, "Several processes: one that is silent for so long is lost; the others "
+          "end with exit code 9.", above=0, maximum=90),
+    Field("train.start_seconds", float, 300.0, "Several processes: how long to wait for each other at the start.",
+          above=0),
     Field("objective.name", str, None, "How tokens are weighted: the published runs' per-micro-batch means, one "
           "mean over the step's tokens, or a mean per sequence.", choices=("reference", "token_mean", "sequence_mean")),
     Field("objective.use_advantage", bool, False, "Multiply each row's weights by its advantage."),
@@ -121,8 +127,10 @@ FIELDS: tuple[Field, ...] = (
           "(everything), or a comma-separated list of names."),
     Field("checkpoint.every", int, 10, "Save the full state every this many updates; the last is always saved.",
           minimum=1),
+    Field("checkpoint.minutes", float, 0.0, "Also save when so much time has passed since the last save; 0: never.",
+          minimum=0),
     Field("checkpoint.keep", int, 2, "Full checkpoints kept, newest first.", minimum=1),
-    Field("checkpoint.milestones", tuple, (), "Steps whose parameters are kept for good."),
+    Field("checkpoint.milestones", tuple, (), "Steps that are saved too, and whose parameters are kept for good."),
     Field("eval.every", int, 0, "Compute data.eval's loss every this many updates; 0: never, 1 for each.", minimum=0),
 )
 
