@@ -162,6 +162,7 @@ class _Thought:
         self.rng, self.target, self.operations = rng, target, difficulty.operations
         self.attempts = rng.randint(0, difficulty.attempts)
         self.lines: list[str] = []
+        self.seen: set[tuple[Fraction, ...]] = set()  # tables that were explored
 
     def solve(self, table: list[_Term], steps: list[tuple[int, int, str]]) -> str:
         """Walks into `attempts` dead ends on the way along `steps`; the expression found first."""
@@ -169,26 +170,29 @@ class _Thought:
             if len(table) == 2:
                 return self.last_two(table)
             here = self.attempts if place == len(steps) - 2 else self.rng.randint(0, self.attempts)
+            self.seen.add(_values(_combine(table, step)))
             for _ in range(here):
+                if not self.moves(table):
+                    break
                 self.attempts -= 1
-                if found := self.explore(table, avoid=step):
+                if found := self.explore(table):
                     return found
                 self.lines.append(f"Back to {_list(table)}.")
             table = self.move(table, step)
         return table[0].text
 
-    def explore(self, table: list[_Term], avoid: tuple | None = None) -> str | None:
-        """Follows one move other than `avoid` to its end; the expression if it happens to make the target."""
+    def explore(self, table: list[_Term]) -> str | None:
+        """Follows moves to tables not seen yet, to the end; the expression if it happens to make the target."""
         while len(table) > 2:
-            moves = [move for move in self.moves(table) if move != avoid]
+            moves = self.moves(table)
             if not moves:
-                self.lines.append(f"{_list(table)} cannot be combined into a whole number.")
+                self.lines.append("Nothing new from here.")
                 return None
-            table, avoid = self.move(table, self.rng.choice(moves)), None
+            table = self.move(table, self.rng.choice(moves))
         return self.last_two(table)
 
     def moves(self, table: list[_Term]) -> list[tuple[int, int, str]]:
-        """Moves to a positive whole number, each unordered sum and product once."""
+        """Moves to a positive whole number and a table not seen yet, each sum and product in one order."""
         moves = []
         for i, j in combinations(range(len(table)), 2):
             if table[i].value < table[j].value:
@@ -196,12 +200,14 @@ class _Thought:
             for operation in self.operations:
                 value = _apply(table[i].value, table[j].value, operation)
                 if value is not None and value > 0 and value.denominator == 1:
-                    moves.append((i, j, operation))
+                    if _values(_combine(table, (i, j, operation))) not in self.seen:
+                        moves.append((i, j, operation))
         return moves
 
     def move(self, table: list[_Term], step: tuple[int, int, str]) -> list[_Term]:
         i, j, operation = step
         after = _combine(table, step)
+        self.seen.add(_values(after))
         self.lines.append(
             f"Try {table[i].value} {operation} {table[j].value} = {after[-1].value}, leaving {_list(after)}."
         )
@@ -210,12 +216,15 @@ class _Thought:
     def last_two(self, table: list[_Term]) -> str | None:
         """Tries all that two positive numbers give; what is left out is negative or not whole, so not the target."""
         tried = []
-        for i, j, operation in self.moves(table):
-            (term,) = _combine(table, (i, j, operation))
-            tried.append(f"{table[i].value} {operation} {table[j].value} = {term.value}")
-            if term.value == self.target:
+        a, b = (0, 1) if table[0].value >= table[1].value else (1, 0)
+        for operation in self.operations:
+            value = _apply(table[a].value, table[b].value, operation)
+            if value <= 0 or value.denominator != 1:
+                continue
+            tried.append(f"{table[a].value} {operation} {table[b].value} = {value}")
+            if value == self.target:
                 self.lines.append(f"{', '.join(tried)}: yes.")
-                return term.text
+                return _combine(table, (a, b, operation))[0].text
         self.lines.append(f"{', '.join(tried) or 'Nothing whole'}: no.")
         return None
 
@@ -241,6 +250,10 @@ def _combine(table: list[_Term], step: tuple[int, int, str]) -> list[_Term]:
     right = f"({b.text})" if b.operator in weaker else b.text
     result = _Term(_apply(a.value, b.value, operation), f"{left} {operation} {right}", operation)
     return [term for k, term in enumerate(table) if k not in (i, j)] + [result]
+
+
+def _values(table: list[_Term]) -> tuple[Fraction, ...]:
+    return tuple(sorted(term.value for term in table))
 
 
 def _list(table: list[_Term]) -> str:
