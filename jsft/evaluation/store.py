@@ -41,8 +41,10 @@ class TaskFolder:
             results = None
         if results is not None:
             different = [k for k, v in self.settings.items() if results["settings"].get(k) != v]
-            if results["state"] != "done" and "judges" in different:
-                different.remove("judges")  # the samples hold for any judge
+            if results["state"] != "done":
+                drawn = (self.path / "samples.jsonl").exists() and (self.path / "samples.jsonl").stat().st_size
+                # Samples hold for any judge; where there are none yet, any settings will do.
+                different = [k for k in different if drawn and k != "judges"]
             if different:
                 shown = "; ".join(f"{k}: {results['settings'].get(k)!r} there, {self.settings[k]!r} now" for k in different)
                 raise ConfigError(f"{self.path} holds results of other settings ({shown}); give another --out, or --redo")
