@@ -15,7 +15,9 @@ USAGE = """
 python -m jsft.train --config FILE.py:RECIPE [--config.FIELD=VALUE ...] [--workdir DIR] [--dry_run]
 
 Fine-tunes a model. The run lives in --workdir (default: runs/<config file>-<recipe>); the same command goes on from
-its newest checkpoint. SIGTERM or Ctrl-C ends the step, saves, and exits 0.
+its newest checkpoint. SIGTERM or Ctrl-C ends the step, saves, and exits 0; a second one ends at once. With several
+processes, each is told who it is by NODE_COUNT, NODE_RANK, MASTER_ADDR and PROC_PER_NODE (scripts/launch_node.sh), by
+SLURM, or by --coordinator HOST:PORT --process_count N --process_index I.
 
 Exit codes: 0 done or preempted (status.json says which), 2 configuration, 3 data, 4 model directory, 5 checkpoint,
 6 out of memory, 7 non-finite loss, 8 hang, 9 a peer process lost.
@@ -31,6 +33,9 @@ def _define_flags(values) -> None:
                       flag_values=values)
     flags.DEFINE_list("allow_changed", [], "fields that may differ from the run that --workdir holds",
                       flag_values=values)
+    flags.DEFINE_string("coordinator", None, "several processes: host:port of process 0", flag_values=values)
+    flags.DEFINE_integer("process_count", None, "several processes: how many", flag_values=values)
+    flags.DEFINE_integer("process_index", None, "several processes: which this is, from 0", flag_values=values)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,11 +46,16 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(f"--allow_changed: unknown config field {unknown[0]}{schema.nearest(unknown[0], schema.BY_NAME)}")
     workdir = Path(flags.workdir or f"runs/{name}")
 
-    from jsft.training import run  # imports JAX: everything above answers at once
+    from jsft import distributed  # imports JAX: everything above answers at once
+
+    cluster = distributed.find_cluster(os.environ, flags.coordinator, flags.process_count, flags.process_index)
+    from jsft.training import run
 
     if flags.dry_run:
         return run.dry_run(config, name)
-    return run.train(config, name, workdir, frozenset(flags.allow_changed))
+    limits = {"start_seconds": config.train.start_seconds, "silence_seconds": config.train.peer_seconds}
+    with distributed.session(cluster, **limits) as link:
+        return run.train(config, name, workdir, frozenset(flags.allow_changed), link)
 
 
 if __name__ == "__main__":

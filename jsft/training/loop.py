@@ -1,6 +1,5 @@
 """The loop: batches in, updates done, numbers out, states saved, until the last step or a request to stop."""
 
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,40 +7,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsft.data.batch import Batch, StepData
-from jsft.errors import NonFiniteError
+from jsft.errors import DataError, JsftError, NonFiniteError
 from jsft.mesh import shard_batch
 from jsft.training.checkpoint import Saver
 from jsft.training.metrics import MetricsWriter, RunLog
 from jsft.training.optimizer import TrainState
+from jsft.training.signals import Agreement, StopRequest
 from jsft.training.step import StepPrograms
-
-
-class StopRequest:
-    """SIGTERM or SIGINT: the first asks the loop to stop at the step boundary, the second ends the process at once."""
-
-    def __init__(self):
-        self.signal: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number, frame):
-        if self.signal:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.signal = signal.Signals(number).name
-
-    def agreed(self) -> bool:
-        """Whether any process was asked to stop; every process must call it at the same boundary."""
-        asked = self.signal is not None
-        if jax.process_count() > 1:
-            asked = bool(multihost_utils.process_allgather(np.int32(asked)).max())
-        return asked
+from jsft.training.watchdog import Watchdog
 
 
 @dataclass
@@ -55,47 +32,82 @@ class Loop:
     log: RunLog
     writer: MetricsWriter | None
     stop: StopRequest
+    watchdog: Watchdog
     total_steps: int
     flops: Callable[[StepData], float]
     peak_flops: float | None
     eval_data: dict[str, list[Batch]] = field(default_factory=dict)
     on_step: Callable[[int], None] = lambda step: None
 
-    def run(self, state: TrainState, data: Any, first_step: int) -> tuple[TrainState, int, bool]:
-        """Trains from `first_step`. Returns (state, updates done, whether it was asked to stop early)."""
-        every, step = self.config.checkpoint.every, first_step
-        pending = None
-        bad = 0
+    def run(
+        self, state: TrainState, data: Any, first_step: int, evaluated: bool = False
+    ) -> tuple[TrainState, int, bool]:
+        """Trains from `first_step`, whose held-out losses are on record if `evaluated`.
+
+        Returns (state, updates done, whether it was asked to stop early).
+        """
+        step, bad, pending = first_step, 0, None
+        self._agreement = Agreement(self.mesh)
         batches = iter(data.iterate(first_step))
-        if self.config.eval.every and first_step == 0:
-            self.evaluate(state, 0)
+        if self._evaluates(step) and not evaluated and self.evaluate(state, step) is None:
+            return state, step, True
         self.log.start(self.total_steps, first_step)
+        self.watchdog.at(f"in step {step + 1}, its compilation included")
         clock = time.perf_counter()
         while step < self.total_steps:
             waited = time.perf_counter()
-            step_data = next(batches)
+            step_data = self._next(batches, step)
             waited = time.perf_counter() - waited
             state, metrics = self._update(state, step_data)
             step += 1
+            if step == first_step + 1:
+                self.stop.hold()  # from here on a request to stop means: save first
             # The numbers of a step are read once the next one is under way, so that the device never waits for us.
             if pending:
                 clock, bad = self._report(*pending, clock, bad)
             pending = (step, metrics, step_data, waited)
-            stopping = self.stop.agreed()
-            saving = step % every == 0 or step == self.total_steps or stopping
-            evaluating = self.config.eval.every and (step % self.config.eval.every == 0 or step == self.total_steps)
+            stopping, overdue = self._ask()
+            final = step == self.total_steps
+            saving = final or stopping or overdue or self.saver.wants(step)
+            evaluating = self._evaluates(step) and not stopping
+            unfinished = not final or self._evaluates(step)
             if saving or evaluating:
                 clock, bad = self._report(*pending, clock, bad)
                 pending = None
             if saving:
+                self.watchdog.at(f"saving step {step}")
                 self.saver.save(step, state)
             if evaluating:
-                self.evaluate(state, step)
+                stopping = self.evaluate(state, step) is None
+                if stopping and not saving:
+                    self.saver.save(step, state)
             if saving or evaluating:
+                self.watchdog.at(f"in step {step + 1}")
                 clock = time.perf_counter()
-            if stopping and step < self.total_steps:
+            if stopping and unfinished:
                 return state, step, True
         return state, step, False
+
+    def _ask(self) -> tuple[bool, ...]:
+        """Whether the processes agree to stop, and to save because process 0's clock says so."""
+        return self._agreement.ask(self.stop.signal is not None, jax.process_index() == 0 and self.saver.overdue())
+
+    def _evaluates(self, step: int) -> bool:
+        """Whether held-out losses are due after `step` updates."""
+        every = self.config.eval.every
+        return bool(every and self.eval_data) and (step % every == 0 or step == self.total_steps)
+
+    def _next(self, batches, step: int) -> StepData:
+        """The data of the step after `step`. Raises DataError when the loader fails, whatever its error."""
+        try:
+            return next(batches)
+        except JsftError:
+            raise
+        except Exception as error:  # a worker's error may be of any kind
+            raise DataError(
+                f"the data of step {step + 1} could not be made ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
+                f"is the data's disk there, and its token cache whole? the same command goes on from the last checkpoint"
+            ) from error
 
     def _update(self, state: TrainState, data: StepData) -> tuple[TrainState, dict[str, jax.Array]]:
         """Dispatches one step; nothing here waits for the device."""
@@ -128,6 +140,7 @@ class Loop:
             self.writer.write(step, metrics)
         self.log.step(step, self.total_steps, metrics)
         self.on_step(step)
+        self.watchdog.stepped(step, seconds)
         bad = bad + 1 if metrics["skipped"] else 0
         if bad:
             self.log.line(f"warning: step {step} had a non-finite gradient and was skipped ({bad} in a row)")
@@ -138,14 +151,21 @@ class Loop:
             )
         return now, bad
 
-    def evaluate(self, state: TrainState, step: int) -> dict[str, float]:
-        """Held-out loss of every set in data.eval: per token, and the mean of per-document means."""
+    def evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
+        """Held-out loss of every set in data.eval: per token, and the mean of per-document means.
+
+        None when it was left because the run is to stop.
+        """
         record = {}
         for name, batches in self.eval_data.items():
             sums = None
-            for batch in batches:
+            for i, batch in enumerate(batches):
+                self.watchdog.at(f"evaluating {name} at step {step}, batch {i + 1} of {len(batches)}")
                 more = self.programs.evaluate(state.parameters, shard_batch(batch, self.mesh))
                 sums = more if sums is None else jax.tree.map(jnp.add, sums, more)
+                if self._ask()[0]:
+                    self.log.line(f"eval at step {step}: left after batch {i + 1} of {name}, because the run is to stop")
+                    return None
             sums = jax.device_get(sums)
             record[f"{name}/loss"] = float(sums.nll / sums.count)
             record[f"{name}/document_loss"] = float(sums.loss)

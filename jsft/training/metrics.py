@@ -4,6 +4,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,16 @@ class MetricsWriter:
     """Appends each step's metrics to `metrics.jsonl`, held-out losses to `heldout.jsonl`, both to TensorBoard.
 
     Only process 0 makes one. After a restart, lines of steps that are run again are dropped first: one line a step.
+    A full disk does not end the run: it is reported through `say`, and lines are written again when there is room.
     """
 
-    def __init__(self, workdir: Path, first_step: int):
+    def __init__(self, workdir: Path, first_step: int, say: Callable[[str], None] = print):
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event, self._summary = Event, Summary
+        self._say, self._full = say, False
         self._files = {}
         for name in ("metrics", "heldout"):
             path = workdir / f"{name}.jsonl"
@@ -39,9 +43,20 @@ class MetricsWriter:
         self._append("heldout", "heldout", step, metrics)
 
     def _append(self, file: str, prefix: str, step: int, metrics: dict[str, Any]) -> None:
-        record = {"step": step} | {k: _json_number(v) for k, v in metrics.items()}
+        try:
+            self._append_line(file, {"step": step} | {k: _json_number(v) for k, v in metrics.items()})
+            self._append_event(prefix, step, metrics)
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                self._say(f"warning: metrics of step {step} were not written: {error.strerror or error}; free space")
+            self._full = True
+
+    def _append_line(self, file: str, record: dict[str, Any]) -> None:
         self._files[file].write(json.dumps(record) + "\n")
         self._files[file].flush()
+
+    def _append_event(self, prefix: str, step: int, metrics: dict[str, Any]) -> None:
         values = [
             self._summary.Value(tag=f"{prefix}/{key}", simple_value=float(value))
             for key, value in metrics.items()
@@ -51,9 +66,25 @@ class MetricsWriter:
         self._board.flush()
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self._board.close()
+        for part in (*self._files.values(), self._board):
+            with suppress(OSError):
+                part.close()
+
+
+def has_heldout(workdir: Path, step: int) -> bool:
+    """Whether `heldout.jsonl` has the losses after `step` updates."""
+    path = workdir / "heldout.jsonl"
+    if not path.exists():
+        return False
+    return any(_step_of(line) == step for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a record; None for a line that is none, as a killed process leaves."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _json_number(value: Any) -> Any:
@@ -66,13 +97,8 @@ def _drop_steps_after(path: Path, step: int) -> None:
     """Keeps the lines of steps up to `step`; a half-written last line goes too."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if (found := _step_of(line)) is not None and found <= step]
     beside = path.with_suffix(".tmp")
     beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     beside.replace(path)
@@ -90,11 +116,16 @@ class RunLog:
 
     def line(self, text: str) -> None:
         """One line to the console and the log."""
-        if self._log:
-            self._log.write(text + "\n")
-            self._log.flush()
+        self._keep(text)
         if not self._quiet:
             self._console.print(text, markup=False)
+
+    def _keep(self, text: str) -> None:
+        """To the log file. The disk may be full: the console still has the line."""
+        if self._log:
+            with suppress(OSError):
+                self._log.write(text + "\n")
+                self._log.flush()
 
     def start(self, total: int, done: int) -> None:
         """Begins the progress bar, where there is a terminal."""
@@ -115,9 +146,7 @@ class RunLog:
         )
         if self._progress:
             self._progress.update(self._task, completed=step, description=short)
-            if self._log:
-                self._log.write(f"step {step}/{total}  {short}\n")
-                self._log.flush()
+            self._keep(f"step {step}/{total}  {short}")
         else:
             self.line(f"step {step}/{total}  {short}")
 
@@ -130,5 +159,6 @@ class RunLog:
     def close(self) -> None:
         self.stop_progress()
         if self._log:
-            self._log.close()
+            with suppress(OSError):
+                self._log.close()
             self._log = None

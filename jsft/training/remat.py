@@ -19,6 +19,9 @@ LADDER: tuple[str, ...] = (
     ",".join(_ATTENTION),
     "full",
 )
+_LAST_RESORTS = (
+    "lower data.rows_per_device or data.pack_length, use more devices, or set precision.params=bfloat16"
+)
 _HEADROOM = 0.94  # of the device's memory: the rest is for the allocator's gaps and the runtime's own buffers
 
 
@@ -34,24 +37,45 @@ def choose_remat(parts, say) -> str:
     limit = stats.get("bytes_limit")
     if not limit:
         return "none"
+    for rung in LADDER:
+        needed = bytes_needed(parts, rung)
+        if needed is not None and needed <= _HEADROOM * limit:
+            say(f"remat:     {rung} needs {needed / 2**30:.1f} of {limit / 2**30:.1f} GiB")
+            return rung
+    raise OutOfMemoryError(
+        f"even remat=full needs {f'{needed / 2**30:.1f}' if needed else 'more than the'} GiB of {limit / 2**30:.1f} GiB per "
+        f"device; {_LAST_RESORTS}"
+    )
+
+
+def bytes_needed(parts, rung: str) -> int | None:
+    """Bytes per device of the state and one gradient program with remat `rung`; None when it does not compile for memory."""
     from jsft.training.run import compile_gradients, shard_bytes
 
     state = sum(map(shard_bytes, jax.tree.leaves(parts.abstract)))
     parameters = sum(map(shard_bytes, jax.tree.leaves(parts.abstract.parameters)))
-    for rung in LADDER:
-        try:
-            memory = compile_gradients(parts, rung).memory_analysis()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
-                continue
-            raise
-        # The program's arguments are the parameters and the batch; the moments stay beside it.
-        needed = state - parameters + memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        needed += memory.output_size_in_bytes
-        if needed <= _HEADROOM * limit:
-            say(f"remat:     {rung} needs {needed / 2**30:.1f} of {limit / 2**30:.1f} GiB")
-            return rung
-    raise OutOfMemoryError(
-        f"even remat=full needs {needed / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB per device; lower "
-        f"data.rows_per_device or data.pack_length, use more devices, or set precision.params=bfloat16"
-    )
+    try:
+        memory = compile_gradients(parts, rung).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return None
+        raise
+    # The program's arguments are the parameters and the batch; the moments stay beside it.
+    needed = state - parameters + memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return needed + memory.output_size_in_bytes
+
+
+def advise_out_of_memory(parts, remat: str) -> str:
+    """What a run that ran out of memory with `remat` needed, and the next rung that fits: one sentence."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    of = f" of {limit / 2**30:.1f} GiB" if limit else ""
+    if jax.process_count() > 1:  # compiling alone could wait for the others for ever
+        return f"remat={remat} did not fit{of}; set a later rung of the ladder ({' > '.join(LADDER)}), or {_LAST_RESORTS}"
+    now = bytes_needed(parts, remat)
+    text = f"the plan for remat={remat} was {f'{now / 2**30:.2f} GiB' if now else 'more than there is'}{of} per device"
+    for rung in LADDER[LADDER.index(remat) + 1 :] if remat in LADDER else LADDER:
+        needed = bytes_needed(parts, rung)
+        if needed is not None and (now is None or needed < now) and (not limit or needed <= _HEADROOM * limit):
+            return f"{text}; the next that fits is remat={rung} with {needed / 2**30:.2f} GiB"
+    return f"{text}, and no rung needs less; {_LAST_RESORTS}"

@@ -1,6 +1,5 @@
 """From a resolved config to a finished run: builds every part, says what it built, and hands over to the loop."""
 
-import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +9,10 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-import jsft
+from jsft import config as schema
 from jsft import mesh as meshes
 from jsft.data.loader import TrainingData, open_eval_data, open_training_data
+from jsft.distributed import any_process
 from jsft.errors import CheckpointError, ConfigError, OutOfMemoryError
 from jsft.hf.load import load_parameters
 from jsft.hf.resolve import resolve_model
@@ -20,14 +20,19 @@ from jsft.kernels.attention import describe_attention
 from jsft.models.config import ModelConfig
 from jsft.models.families import read_config
 from jsft.models.module import abstract_parameters
-from jsft.training import checkpoint
+from jsft.peers import PeerLink
+from jsft.training import checkpoint, platform
 from jsft.training.flops import matmul_parameters, peak_flops, step_flops
-from jsft.training.loop import Loop, StopRequest
-from jsft.training.metrics import MetricsWriter, RunLog
+from jsft.training.ending import GO_ON, Ending
+from jsft.training.loop import Loop
+from jsft.training.metrics import MetricsWriter, RunLog, has_heldout
 from jsft.training.optimizer import TrainState, initial_state, parameter_dtype
-from jsft.training.remat import choose_remat
+from jsft.training.remat import advise_out_of_memory, choose_remat
 from jsft.training.rundir import RunDirectory
+from jsft.training.signals import Stopped, StopRequest
 from jsft.training.step import StepPrograms, abstract_batch, make_programs
+from jsft.training.version import code_version, first_batch_checksum
+from jsft.training.watchdog import Watchdog
 
 Say = Callable[[str], None]
 
@@ -47,7 +52,6 @@ class Parts(NamedTuple):
 
 def build(config: ConfigDict) -> Parts:
     """Mesh, model and data of a run; reads no weights. Raises the JsftError of whatever is wrong."""
-    _use_compilation_cache()
     mesh = meshes.make_mesh(config.mesh.replica, config.mesh.fsdp)
     model_dir = resolve_model(config.model.path, config.model.revision)
     model = read_config(model_dir)
@@ -69,81 +73,136 @@ def build(config: ConfigDict) -> Parts:
     )
 
 
-def train(config: ConfigDict, name: str, workdir: Path, allow_changed: frozenset[str]) -> int:
-    """Runs, or goes on with, the run in `workdir`. Returns 0; raises JsftError with its exit code."""
+def train(
+    config: ConfigDict, name: str, workdir: Path, allow_changed: frozenset[str], link: PeerLink | None = None
+) -> int:
+    """Runs, or goes on with, the run in `workdir`. Returns 0; raises JsftError with its exit code.
+
+    link: to the other processes of the run, where there are some (`jsft.distributed.session`).
+    """
     primary = jax.process_index() == 0
-    stop = StopRequest()
-    with _device_errors():
-        parts = build(config)
+    ending = Ending(link)
+    stop = StopRequest(ending)
+    directory, log = None, None
+    try:
+        with _device_errors():
+            parts = build(config)
         directory = RunDirectory(workdir) if primary else None
         if directory:
-            directory.enter(config, name, allow_changed)
+            directory.enter(config, name, allow_changed, parts.data.fingerprint)
+            ending.status = lambda state, reason: directory.status(state, directory.last_step, reason)
             directory.keep_base_files(parts.model_dir)
             directory.point_latest()
         log = RunLog(workdir / "log.txt" if primary else None, quiet=not primary)
         try:
-            _train(parts, name, workdir, directory, log, stop)
-        except BaseException as error:
-            if directory:
-                directory.status("failed", directory.last_step, " ".join(str(error).split())[:500])
+            _train(parts, name, workdir, directory, log, stop, ending)
+        except Exception as error:
+            ending.status("failed", " ".join(str(error).split())[:500])
             raise
-        finally:
+    except Stopped as request:
+        reason = f"stopped by {request} before there was anything new to save; {GO_ON}"
+        if link:  # the others cannot be asked: they may be waiting for this one
+            ending.now(0, "preempted", reason)
+        ending.status("preempted", reason)
+        print(reason, flush=True)
+    finally:
+        stop.close()
+        if log:
             log.close()
-            if directory:
-                directory.release()
+        if directory:
+            directory.release()
     return 0
 
 
 def _train(
-    parts: Parts, name: str, workdir: Path, directory: RunDirectory | None, log: RunLog, stop: StopRequest
+    parts: Parts, name: str, workdir: Path, directory: RunDirectory | None, log: RunLog, stop: StopRequest,
+    ending: Ending,
 ) -> None:
     """The run between its directory's opening and closing."""
     config, total = parts.config, parts.data.total_steps
     status = directory.status if directory else lambda *_: None
+    watchdog = Watchdog(workdir, jax.process_index(), 60 * config.train.hang_minutes, ending)
+    watchdog.at("reading the checkpoint")
     state = checkpoint.restore(workdir, parts.abstract, log.line)
     step = int(state.step) if state is not None else 0
-    if step >= total:
+    eval_data = _eval_data(parts)
+    evaluated = any_process(directory is not None and has_heldout(workdir, step))
+    if step >= total and (evaluated or not eval_data):
         status("done", step)
         log.line(f"{workdir} is done: {step} of {total} steps")
+        watchdog.close()
         return
     status("running", step)
+    watchdog.at("choosing remat, which compiles")
     remat = choose_remat(parts, log.line)
     introduce(parts, name, workdir, remat, step, log.line)
     if state is None:
+        watchdog.at("reading the base model's weights")
         dtype = parameter_dtype(config)
         state = initial_state(load_parameters(parts.model_dir, parts.model, parts.mesh, dtype), config)
-    facts = {
-        "version": jsft.__version__, "config": name, "data": parts.data.fingerprint, "devices": parts.mesh.size,
-    }
-    saver = checkpoint.Saver(workdir, config.checkpoint.keep, tuple(config.checkpoint.milestones), facts, log.line)
-    writer = MetricsWriter(workdir, step) if directory else None
+    facts = _facts(parts, name)
+    if step and directory:
+        _say_what_changed(checkpoint.read_manifest(workdir, step), facts, log.line)
+    policy = checkpoint.Policy(
+        config.checkpoint.every, config.checkpoint.minutes, config.checkpoint.keep, tuple(config.checkpoint.milestones)
+    )
+    saver = checkpoint.Saver(workdir, policy, facts, log.line)
+    writer = MetricsWriter(workdir, step, log.line) if directory else None
     count = matmul_parameters(parts.model)
     loop = Loop(
-        config, parts.mesh, programs(parts, remat), saver, log, writer, stop, total,
+        config, parts.mesh, programs(parts, remat), saver, log, writer, stop, watchdog, total,
         flops=lambda data: step_flops(parts.model, count, data.tokens, data.sum_squared_lengths),
         peak_flops=peak_flops(jax.devices()),
-        eval_data=_eval_data(parts),
+        eval_data=eval_data,
         on_step=directory.set_step if directory else lambda step: None,
     )
     try:
-        state, step, stopped = loop.run(state, parts.data, step)
+        state, step, stopped = loop.run(state, parts.data, step, evaluated)
+        watchdog.at("waiting for the last save")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        watchdog.at("planning what would fit")
+        raise OutOfMemoryError(f"the device ran out of memory: {advise_out_of_memory(parts, remat)}") from error
     finally:
         saver.wait()
+        watchdog.close()
         log.stop_progress()
         if writer:
             writer.close()
     if saver.failed:
         raise CheckpointError(f"{saver.failed}; free space and run the same command again")
     if stopped:
-        status("preempted", step, f"{stop.signal} after step {step}")
-        log.line(f"stopped by {stop.signal} after step {step} of {total}, saved; the same command goes on from there")
+        asked = stop.signal or "a signal to another process"
+        status("preempted", step, f"{asked} after step {step}")
+        log.line(f"stopped by {asked} after step {step} of {total}, saved; the same command goes on from there")
     else:
         status("done", step)
         log.line(f"done: {step} steps; export with: python -m jsft.export --workdir {workdir} --step {step}")
 
 
+def _facts(parts: Parts, name: str) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the run that wrote it."""
+    return {
+        "name": name, "config": schema.flatten(parts.config), "data": parts.data.fingerprint,
+        "plan": first_batch_checksum(parts.data), "code": code_version(), "jax": jax.__version__,
+        "devices": parts.mesh.size, "processes": jax.process_count(), "device_kind": jax.devices()[0].device_kind,
+    }
+
+
+def _say_what_changed(there: dict[str, Any], here: dict[str, Any], say: Say) -> None:
+    """A line where the run goes on, but not bit for bit. The plan is each process's own rows of the first batch."""
+    names = ["devices", "processes", "device_kind", "jax", "code"]
+    if all(there.get(n) == here[n] for n in names[:2]):
+        names.append("plan")
+    changed = [f"{n} {there.get(n)} -> {here[n]}" for n in names if there.get(n) != here[n]]
+    if changed:
+        say(f"note: going on with the same documents and objective, perhaps not bit for bit: {', '.join(changed)}")
+
+
 def dry_run(config: ConfigDict, name: str) -> int:
     """Builds everything on shapes alone, compiles one abstract step, prints the summary, and trains nothing."""
+    platform.configure()
     with _device_errors():
         parts = build(config)
         remat = choose_remat(parts, print)
@@ -214,13 +273,6 @@ def _eval_data(parts: Parts):
         parts.config, parts.model_dir, rows=parts.rows, process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-
-
-def _use_compilation_cache() -> None:
-    """Compiled programs are kept on disk: a second start of the same config compiles nothing."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jsft" / "compiled"
-    jax.config.update("jax_compilation_cache_dir", os.environ.get("JSFT_COMPILATION_CACHE", str(default)))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 @contextmanager

@@ -4,12 +4,14 @@
 `metrics.jsonl`, `tensorboard/`, `log.txt`; `hf/` and `eval/` are added by export and evaluation.
 """
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,11 @@ FREE_FIELDS = frozenset(
     name
     for name in schema.BY_NAME
     if name.startswith(("checkpoint.", "eval.", "mesh.", "attention."))
-    or name in ("data.workers", "data.cache_dir", "data.eval", "remat", "train.max_bad_steps", "train.deterministic")
+    or name
+    in (
+        "data.workers", "data.cache_dir", "data.eval", "remat", "train.max_bad_steps", "train.deterministic",
+        "train.hang_minutes", "train.peer_seconds", "train.start_seconds",
+    )
 )
 
 
@@ -40,32 +46,55 @@ class RunDirectory:
             self._lock = (self.path / "lock").open("a+")
         except OSError as error:
             raise CheckpointError(f"--workdir {path} cannot be written: {error.strerror}; choose another") from error
-        try:  # the kernel drops the lock with the process: a stale one cannot stay
+        self._take_lock()
+
+    def _take_lock(self) -> None:
+        """Raises CheckpointError naming the owner when another process has the lock.
+
+        The kernel drops a lock with its process, so that a stale one cannot stay. On a file system without locks the
+        owner written in the file decides: it counts while its process is there, as far as this host can see.
+        """
+        self._lock.seek(0)
+        owner = self._lock.read().strip()
+        try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "another process"
+            taken = True
+        except OSError as error:
+            taken = error.errno not in (errno.EWOULDBLOCK, errno.EACCES) and not _alive(owner)
+        if not taken:
             raise CheckpointError(
-                f"--workdir {path} is in use by {owner}; wait for it, stop it, or choose another --workdir"
-            ) from None
+                f"--workdir {self.path} is in use by {owner or 'another process'}; wait for it, stop it, or choose another "
+                f"--workdir (if it is surely gone: rm {self.path / 'lock'})"
+            )
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}")
         self._lock.flush()
 
-    def enter(self, config: ConfigDict, name: str, allow_changed: frozenset[str] = frozenset()) -> bool:
+    def enter(
+        self, config: ConfigDict, name: str, allow_changed: frozenset[str] = frozenset(), data: str = ""
+    ) -> bool:
         """Writes config.json, or checks that the one there is this run's. Returns whether the run existed.
 
-        Raises ConfigError naming the fields that differ.
+        data: fingerprint of the training data. What it says counts, not the path: a file may be moved. Raises
+        ConfigError naming the fields that differ.
         """
         path = self.path / "config.json"
         flat = schema.flatten(config)
         exists = path.exists()
         if exists:
             try:
-                old = json.loads(path.read_text(encoding="utf-8"))["config"]
-            except (OSError, ValueError, KeyError) as error:
+                there = json.loads(path.read_text(encoding="utf-8"))
+                old, old_data = dict(there["config"]), there.get("data", "")
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(f"{path} cannot be read ({error}); is {self.path} a run's directory?") from error
             new = json.loads(json.dumps(flat))
+            for field in schema.FIELDS:  # one that did not exist yet had its default's effect
+                old.setdefault(field.name, json.loads(json.dumps(field.default)))
+            if data and data == old_data:
+                old["data.train"] = new["data.train"]
+            elif data and old_data:
+                old["data.train"] = f"{old.get('data.train')} of fingerprint {old_data[:8]}"
+                new["data.train"] = f"{new['data.train']} of fingerprint {data[:8]}"
             names = sorted(n for n in set(old) | set(new) if old.get(n) != new.get(n))
             differ = [n for n in names if n not in FREE_FIELDS and n not in allow_changed]
             if differ:
@@ -74,7 +103,7 @@ class RunDirectory:
                     f"--workdir {self.path} holds a run with another config ({shown}); choose another --workdir, or go "
                     f"on all the same with --allow_changed={','.join(differ)}"
                 )
-        write_json(path, {"name": name, "version": jsft.__version__, "config": flat})
+        write_json(path, {"name": name, "version": jsft.__version__, "data": data, "config": flat})
         return exists
 
     def keep_base_files(self, model_dir: Path) -> None:
@@ -98,7 +127,9 @@ class RunDirectory:
     def status(self, state: str, step: int, reason: str = "") -> None:
         """state: running, done, preempted or failed; `step`: updates done; `reason`: why, for the last two."""
         self.last_step = step
-        write_json(self.path / "status.json", {"state": state, "step": step, "reason": reason, "time": time.time()})
+        facts = {"state": state, "step": step, "reason": reason, "time": time.time()}
+        with suppress(OSError):  # a full disk must not end the run
+            write_json(self.path / "status.json", facts | {"pid": os.getpid(), "host": socket.gethostname()})
 
     def point_latest(self) -> None:
         """Makes the symlink `latest` beside the run follow it."""
@@ -112,6 +143,16 @@ class RunDirectory:
 
     def release(self) -> None:
         self._lock.close()
+
+
+def _alive(owner: str) -> bool:
+    """Whether the owner of a lock, as written in its file, may still run."""
+    words = owner.replace(",", "").split()
+    if len(words) < 4 or not words[1].isdigit():
+        return bool(owner)
+    if words[3] != socket.gethostname():
+        return True
+    return Path(f"/proc/{words[1]}").exists()
 
 
 def write_json(path: Path, value: Any) -> None:

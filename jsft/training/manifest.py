@@ -1,0 +1,161 @@
+"""Which checkpoints are whole: a manifest with a checksum of every file, written after everything else.
+
+A checkpoint without a manifest was never finished; one whose files disagree with it is damaged (Orbax itself does not
+notice a flipped byte in its array data).
+"""
+
+import fcntl
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jsft.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+PARAMETERS, OPTIMIZER = "parameters", "optimizer"  # the two Orbax items of a checkpoint
+_READ_BYTES = 16 * 2**20
+_THREADS = 8
+
+
+def checkpoint_folder(workdir: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(workdir).absolute() / "checkpoints"
+
+
+def list_steps(workdir: Path, full: bool = False) -> list[int]:
+    """Steps of finished checkpoints, ascending; with `full`, only those that training can go on from."""
+    folder = checkpoint_folder(workdir)
+    steps = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.isdigit() and (path / MANIFEST).is_file() and (not full or (path / OPTIMIZER).is_dir()):
+            steps.append(int(path.name))
+    return sorted(steps)
+
+
+def read_manifest(workdir: Path, step: int) -> dict[str, Any]:
+    """The manifest of a finished checkpoint. Raises CheckpointError."""
+    path = checkpoint_folder(workdir) / str(step) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path.parent} has no readable {MANIFEST} ({error})") from error
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path.parent} has format {manifest.get('format')}, this jsft reads {FORMAT}; use the version "
+            f"that wrote it ({manifest.get('code', 'unknown')})"
+        )
+    return manifest
+
+
+def write_manifest(path: Path, facts: dict[str, Any]) -> None:
+    """Seals the checkpoint at `path`: `facts` and the size and checksum of each of its files."""
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(MANIFEST))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        sums = list(pool.map(checksum, files))
+    listed = {str(p.relative_to(path)): [p.stat().st_size, s] for p, s in zip(files, sums)}
+    beside = path / f"{MANIFEST}.tmp"
+    beside.write_text(json.dumps({"format": FORMAT, **facts, "files": listed}, indent=1), encoding="utf-8")
+    beside.replace(path / MANIFEST)
+
+
+def verify(workdir: Path, step: int, items: tuple[str, ...] = (PARAMETERS, OPTIMIZER)) -> str | None:
+    """None when every file of `items` is as it was written, else what is wrong with the first bad one."""
+    root = checkpoint_folder(workdir) / str(step)
+    try:
+        files = read_manifest(workdir, step)["files"]
+        wanted = {n: (int(size), int(crc)) for n, (size, crc) in files.items() if "/" not in n or n.split("/")[0] in items}
+    except CheckpointError as error:
+        return str(error)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return f"its {MANIFEST} lists no files"
+
+    def check(entry):
+        name, (size, crc) = entry
+        path = root / name
+        try:
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+            return None if checksum(path) == crc else f"{name} does not match its checksum"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return next((problem for problem in pool.map(check, wanted.items()) if problem), None)
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def describe_arrays(tree: Any) -> dict[str, list]:
+    """{path: [shape, dtype, bytes]} of the leaves of a tree of arrays or of their shapes."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): [
+            list(x.shape), x.dtype.name, math.prod(x.shape) * x.dtype.itemsize
+        ]
+        for path, x in leaves
+    }
+
+
+def check_arrays(workdir: Path, step: int, tree: Any) -> None:
+    """Raises CheckpointError when a checkpoint's arrays are not those of `tree`, in name or shape."""
+    saved = read_manifest(workdir, step).get("arrays", {})
+    wanted = describe_arrays(tree)
+    groups = {name.split("/")[0] for name in wanted}
+    saved = {name: facts for name, facts in saved.items() if name.split("/")[0] in groups}
+    shape = lambda arrays, name: arrays[name][0] if name in arrays else "absent"  # noqa: E731
+    differ = [n for n in sorted(saved | wanted) if shape(saved, n) != shape(wanted, n)]
+    if differ:
+        first = differ[0]
+        more = f" and {len(differ) - 1} more" if len(differ) > 1 else ""
+        raise CheckpointError(
+            f"checkpoint {step} in {workdir} is of another model: {first} is {shape(saved, first)} there and "
+            f"{shape(wanted, first)} in this one{more}; use another --workdir, or the model the run began with"
+        )
+
+
+@contextmanager
+def reading(workdir: Path, step: int) -> Iterator[None]:
+    """While open, a running training will not remove this checkpoint. Raises CheckpointError when it is gone."""
+    try:
+        file = (checkpoint_folder(workdir) / str(step) / MANIFEST).open("rb")
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {step} in {workdir} cannot be read ({error.strerror})") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH)
+        except OSError:  # a file system without locks: then nobody can be kept from removing it
+            pass
+        yield
+
+
+@contextmanager
+def removable(path: Path) -> Iterator[bool]:
+    """Whether nobody is reading the checkpoint at `path`; while open, nobody begins to."""
+    with (path / MANIFEST).open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass
+        yield True

@@ -1,0 +1,30 @@
+"""What decides the bits of a run beside its config: the code, and the batches it makes."""
+
+import zlib
+from functools import cache
+from pathlib import Path
+
+import jsft
+from jsft.data.loader import TrainingData
+
+
+@cache
+def code_version() -> str:
+    """The package's version and a checksum of its sources: a changed line may change the last bit."""
+    root = Path(jsft.__file__).parent
+    value = 0
+    for path in sorted(root.rglob("*.py")):
+        value = zlib.crc32(path.relative_to(root).as_posix().encode() + path.read_bytes(), value)
+    return f"{jsft.__version__}+{value:08x}"
+
+
+def first_batch_checksum(data: TrainingData) -> str:
+    """Checksum of this process's rows of the first step: tokens, weights and where each document lies.
+
+    It stands for the version of the pack plan, without anyone having to raise a number.
+    """
+    value = 0
+    for batch in data[0].micro_batches:
+        for array in batch:
+            value = zlib.crc32(array.tobytes(), value)
+    return f"{value:08x}"
