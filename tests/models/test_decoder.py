@@ -1,0 +1,185 @@
+"""The forward pass and its gradients: the same on every mesh, for every remat, packed or alone."""
+
+import dataclasses
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsft.errors import ConfigError
+from jsft.hf.load import load_parameters
+from jsft.mesh import make_mesh, shard_batch
+from jsft.models import Decoder, abstract_parameters, hidden_states, read_config, unembedding
+from jsft.models.decoder import REMAT_NAMES, parse_remat
+
+def one_device():
+    return make_mesh(devices=jax.devices()[:1])
+
+
+def run(model_dir, mesh, batch, **options):
+    config = read_config(model_dir)
+    parameters = load_parameters(model_dir, config, mesh, jnp.float32)
+    options = {"compute_dtype": jnp.float32} | options
+    return jax.jit(lambda p, b: hidden_states(p, config, *b, mesh=mesh, **options))(parameters, shard_batch(batch, mesh))
+
+
+def loss_and_gradient(model_dir, mesh, batch, **options):
+    config = read_config(model_dir)
+    parameters = load_parameters(model_dir, config, mesh, jnp.float32)
+    options = {"compute_dtype": jnp.float32} | options
+
+    def loss(parameters, batch):
+        hidden = hidden_states(parameters, config, *batch, mesh=mesh, **options)
+        logits = jnp.einsum("btd,vd->btv", hidden.astype(jnp.float32), unembedding(parameters, config))
+        return -jnp.mean(jax.nn.log_softmax(logits)[..., 7])
+
+    return jax.jit(jax.value_and_grad(loss))(parameters, shard_batch(batch, mesh))
+
+
+def assert_close(tree, other, tolerance):
+    def check(a, b):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.max(np.abs(a - b)) <= tolerance * (np.max(np.abs(a)) + 1e-12)
+
+    jax.tree.map(check, tree, other)
+
+
+@pytest.mark.parametrize(("family", "replica"), [("qwen3", 1), ("qwen2", 2), ("internlm2", 4)])
+def test_gradients_are_the_same_on_every_mesh(random_model, packed_rows, family, replica):
+    model_dir = random_model(family)
+    batch = packed_rows([[20, 9], [31], [5, 5, 5], [32], [16, 16], [1], [30], [2, 29]], 32, 259)
+    expected = loss_and_gradient(model_dir, one_device(), batch)
+    found = loss_and_gradient(model_dir, make_mesh(replica=replica), batch)
+    assert_close(expected, found, 3e-6)
+    assert found[1]["layers"]["gate"].sharding.shard_shape((2, 256, 128)) == (2, 256 * replica // 8, 128)
+
+
+def test_remat_changes_memory_not_results(random_model, packed_rows):
+    batch = packed_rows([[20, 9]], 32, 259)
+    expected = loss_and_gradient(random_model("qwen3"), one_device(), batch, remat="full")
+    for remat in ("none", ",".join(REMAT_NAMES), ("attention_out", "gate")):
+        assert_close(expected, loss_and_gradient(random_model("qwen3"), one_device(), batch, remat=remat), 1e-6)
+
+
+def test_gradients_agree_with_finite_differences(random_model, packed_rows):
+    """The hand-written backward passes (linear, norms, activation, embedding, bias) against the forward alone."""
+    config = read_config(random_model("qwen2"))
+    mesh = make_mesh()
+    parameters = load_parameters(random_model("qwen2"), config, mesh, jnp.float32)
+    batch = shard_batch(packed_rows([[12, 4]] * 8, 16, 259), mesh)
+
+    factors = jax.random.normal(jax.random.key(1), (8, 16, config.hidden_size))
+
+    @jax.jit
+    def loss(parameters):
+        hidden = hidden_states(parameters, config, *batch, compute_dtype=jnp.float32, mesh=mesh)
+        return jnp.sum(hidden * factors)
+
+    gradient = jax.jit(jax.grad(loss))(parameters)
+    for seed, name in enumerate(("embedding", "final_norm", *(f"layers/{n}" for n in parameters["layers"]))):
+        *outer, last = name.split("/")
+
+        def moved(step):
+            tree = {**parameters, "layers": dict(parameters["layers"])}
+            inner = tree[outer[0]] if outer else tree
+            inner[last] = inner[last] + step
+            return loss(tree)
+
+        leaf = gradient[outer[0]][last] if outer else gradient[last]
+        direction = jax.random.normal(jax.random.key(seed), leaf.shape) * np.sqrt(1 / leaf.size)
+        step = 3e-2 * direction
+        measured = (float(moved(step)) - float(moved(-step))) / 2
+        assert measured == pytest.approx(float(jnp.vdot(leaf, step)), rel=0.02), name
+
+
+def test_packed_documents_do_not_see_each_other(random_model, packed_rows):
+    model_dir = random_model("internlm2", max_positions=8, rope_dynamic_factor=2.0)
+    tokens, positions, start, end = packed_rows([[13, 9, 7]], 32, 259)
+    packed = run(model_dir, one_device(), (tokens, positions, start, end))
+    for first, last in ((0, 13), (13, 22), (22, 29)):
+        size = last - first
+        alone = tuple(
+            jnp.broadcast_to(jnp.asarray(x, jnp.int32), (1, size))
+            for x in (tokens[:, first:last], np.arange(size), 0, size)
+        )
+        np.testing.assert_allclose(run(model_dir, one_device(), alone)[0], packed[0, first:last], atol=2e-4)
+    changed = run(model_dir, one_device(), (tokens.at[0, 15].add(1), positions, start, end))
+    np.testing.assert_array_equal(changed[0, :13], packed[0, :13])
+    np.testing.assert_array_equal(changed[0, 22:29], packed[0, 22:29])
+    assert not np.allclose(changed[0, 15:22], packed[0, 15:22], atol=1e-2)
+
+
+def test_dynamic_ntk_counts_each_document_by_itself(random_model, packed_rows):
+    """A document longer than max_positions is stretched; a shorter one in the same row is not."""
+    model_dir = random_model("internlm2", max_positions=16, rope_dynamic_factor=2.0)
+    plain = random_model("internlm2", max_positions=16)
+    batch = packed_rows([[16, 40]], 64, 259)
+    stretched, unstretched = run(model_dir, one_device(), batch), run(plain, one_device(), batch)
+    np.testing.assert_array_equal(stretched[0, :16], unstretched[0, :16])
+    assert np.max(np.abs(stretched[0, 17:56] - unstretched[0, 17:56])) > 0.05
+
+
+def test_bfloat16_computes_what_float32_does_roughly(random_model, packed_rows):
+    batch = packed_rows([[20, 9]], 32, 259)
+    exact = run(random_model("qwen3"), one_device(), batch)
+    rough = run(random_model("qwen3"), one_device(), batch, compute_dtype=jnp.bfloat16)
+    assert rough.dtype == jnp.bfloat16
+    assert np.sqrt(np.mean((rough - exact) ** 2) / np.mean(exact**2)) < 0.03
+
+
+def test_the_module_runs_the_same_function(random_model, packed_rows):
+    batch = packed_rows([[20, 9]], 32, 259)
+    config = read_config(random_model("qwen3"))
+    mesh = one_device()
+    model = Decoder(config, load_parameters(random_model("qwen3"), config, mesh, jnp.float32))
+    np.testing.assert_array_equal(
+        model(*batch, compute_dtype=jnp.float32, mesh=mesh), run(random_model("qwen3"), mesh, batch)
+    )
+
+
+def collectives(config, mesh, dtype=jnp.float32, rows=8):
+    abstract = abstract_parameters(config, mesh, dtype)
+    batch = [jax.ShapeDtypeStruct((rows, 32), jnp.int32)] * 4
+
+    def loss(parameters, *batch):
+        hidden = hidden_states(parameters, config, *batch, compute_dtype=jnp.bfloat16, mesh=mesh)
+        return jnp.mean(jnp.square(hidden.astype(jnp.float32)))
+
+    compiled = jax.jit(jax.grad(loss)).lower(abstract, *batch).compile()
+    kinds = r" (all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute)(?:-start)?\("
+    return Counter(re.findall(kinds, compiled.as_text())), compiled.memory_analysis()
+
+
+def test_each_weight_is_gathered_twice_and_scattered_once(random_model):
+    """In the compiled program: seven weights a layer, once forward and once backward, plus the batch's token ids."""
+    config = read_config(random_model("qwen3"))
+    counts, _ = collectives(config, make_mesh())
+    assert counts["all-gather"] == 7 + 7 + 1 and counts["reduce-scatter"] == 7
+    assert counts["all-to-all"] == 4  # embedding: columns there and rows home, forward and backward
+    assert counts["all-reduce"] <= 2 and counts["collective-permute"] == 0  # norms and biases, and the loss
+    counts, _ = collectives(config, one_device(), rows=1)
+    assert not counts
+
+
+def test_no_second_copy_of_the_stacked_weights(random_model):
+    """The backward pass reads the weights again; it must not keep them per layer."""
+    config = dataclasses.replace(read_config(random_model("qwen3")), num_layers=16)
+    _, memory = collectives(config, one_device(), jnp.bfloat16, rows=1)
+    layers = 16 * (128 * 128 * 3 + 3 * 128 * 256) * 2
+    assert memory.temp_size_in_bytes < 0.5 * layers
+
+
+def test_wrong_arguments_are_named(random_model, packed_rows):
+    with pytest.raises(ConfigError, match="'atention_out' is not"):
+        parse_remat("query,atention_out")
+    assert parse_remat(" gate, up ") == ("gate", "up") and parse_remat("none") == "none"
+    with pytest.raises(ValueError, match="3 rows do not divide over 8"):
+        config = read_config(random_model("qwen3"))
+        abstract = abstract_parameters(config, make_mesh(), jnp.float32)
+        batch = packed_rows([[3]] * 3, 8, 259)
+        jax.eval_shape(
+            lambda p: hidden_states(p, config, *batch, compute_dtype=jnp.float32, mesh=make_mesh()), abstract
+        )
