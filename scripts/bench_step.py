@@ -1,0 +1,330 @@
+#!/usr/bin/env python
+"""Times the training step on random weights and packed documents of log-normal length, as a real run would step.
+
+    scripts/bench_step.py --model qwen3_8b
+    scripts/bench_step.py --model qwen3_14b --layers 10 --params float32      # fp32 master weights, fewer layers
+    scripts/bench_step.py --model qwen3_4b --peer torch --peer_python python3 # interleaved with torch + Liger
+    scripts/bench_step.py --model qwen3_14b --mock_devices 8 --params float32 # the 8-device program on one card
+
+Prints tokens/s, MFU (definition: jsft/training/flops.py; the peer's is the same), peak memory, and with --profile the
+time by part. Runs on whatever devices JAX finds; a CPU needs --layers and --tokens small.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="qwen3_4b", help="a name of jsft/models/published.py")
+    add("--layers", type=int, help="keep only this many layers")
+    add("--tokens", type=int, default=16384, help="positions of a packed row")
+    add("--rows", type=int, default=1, help="packed rows per device")
+    add("--micro_batches", type=int, default=2, help="micro batches of a step")
+    add("--steps", type=int, default=8, help="timed steps, after two of warm-up")
+    add("--params", default="bfloat16", choices=("float32", "bfloat16"), help="weights, moments and gradients")
+    add("--reduce", default=None, help="precision.reduce (default: float32 with float32 weights, else bfloat16)")
+    add("--remat", default="auto", help="the config's remat")
+    add("--attention", default="auto", help="attention.implementation")
+    add("--backward", default="auto", help="attention.backward")
+    add("--median", type=float, default=6000, help="median document length of the log-normal (sigma 0.6)")
+    add("--mock_devices", type=int, help="compile and run the program of this many GPUs on one (times: upper bounds)")
+    add("--profile", action="store_true", help="time by part, from a profile of two steps")
+    add("--peer", choices=("torch",), help="also time torch + Liger on the same documents, in alternating processes")
+    add("--peer_python", default="python3", help="a Python that has torch, transformers and liger-kernel")
+    add("--repeats", type=int, default=1, help="with --peer: how often the two alternate")
+    add("--json", action="store_true", help="one JSON object as the last line")
+    return parser.parse_args()
+
+
+def document_lengths(total: int, median: float, seed: int) -> list[int]:
+    """Lengths that fill a row of `total` positions: log-normal, at least 512, the last one cut to fit."""
+    import numpy as np
+
+    rng, lengths, left = np.random.default_rng(seed), [], total
+    while left:
+        length = min(int(np.clip(rng.lognormal(np.log(median), 0.6), min(512, total), total)), left)
+        lengths.append(length)
+        left -= length
+    return lengths
+
+
+def make_batch(rows: int, length: int, vocabulary: int, median: float, seed: int):
+    """A Batch of packed random documents, all of whose tokens but the first of each are trained, and its lengths."""
+    import numpy as np
+
+    from jsft.data.batch import Batch
+
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocabulary, (rows, length), dtype=np.int32)
+    start, end, positions = (np.zeros((rows, length), np.int32) for _ in range(3))
+    weights = np.full((rows, length), 1.0 / (rows * length), np.float32)
+    lengths = []
+    for row in range(rows):
+        offset = 0
+        for size in document_lengths(length, median, seed * 1000 + row):
+            span = slice(offset, offset + size)
+            start[row, span], end[row, span] = offset, offset + size
+            positions[row, span] = np.arange(size)
+            weights[row, offset + size - 1] = 0
+            lengths.append(size)
+            offset += size
+    return Batch(tokens, np.roll(tokens, -1, axis=1), weights, positions, start, end), lengths
+
+
+class RandomData(NamedTuple):
+    """Stands where a run has its data: the programs ask only for the number of steps."""
+
+    total_steps: int = 1000
+
+
+def build(options):
+    """The real run's parts, on random weights: (Parts, remat)."""
+    import jax
+
+    from jsft import config as schema
+    from jsft.mesh import make_mesh
+    from jsft.models.module import abstract_parameters
+    from jsft.models.published import PUBLISHED
+    from jsft.training.optimizer import initial_state, parameter_dtype
+    from jsft.training.remat import choose_remat
+    from jsft.training.run import Parts
+
+    model = PUBLISHED[options.model]
+    if options.layers:
+        model = dataclasses.replace(model, num_layers=options.layers)
+    config = schema.default_config()
+    config.model.path, config.data.train = options.model, "random"
+    config.data.pack_length = options.tokens
+    config.data.max_length = min(options.tokens, 20000)
+    config.precision.params = config.precision.moments = config.precision.gradients = options.params
+    config.precision.reduce = options.reduce or options.params
+    config.remat, config.attention.implementation = options.remat, options.attention
+    config.attention.backward = options.backward
+    config.optimizer.learning_rate = 1e-5
+    config = schema.resolve(config)
+    mesh = make_mesh()
+    abstract = initial_state(abstract_parameters(model, mesh, parameter_dtype(config)), config)
+    shardings = jax.tree.map(lambda p: p.sharding, abstract.parameters)
+    parts = Parts(config, None, model, mesh, abstract, shardings, RandomData(), mesh.size * options.rows)
+    return parts, choose_remat(parts, print)
+
+
+def compile_programs(parts, remat, accumulate: bool):
+    """Name -> compiled program, and the seconds it took."""
+    import jax
+    import jax.numpy as jnp
+
+    from jsft.kernels.linear_cross_entropy import LossSums
+    from jsft.mesh import replicated
+    from jsft.training.run import programs
+    from jsft.training.step import abstract_batch
+
+    started = time.perf_counter()
+    jitted = programs(parts, remat)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(parts.mesh))
+    sums = LossSums(*[scalar] * len(LossSums._fields))
+    dtype = jnp.dtype(parts.config.precision.gradients)
+    gradients = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, dtype, sharding=p.sharding), parts.abstract.parameters
+    )
+    batch = abstract_batch(parts.rows, parts.config.data.pack_length, parts.mesh)
+    compiled = {"gradients": jitted.gradients.lower(parts.abstract.parameters, batch).compile()}
+    if accumulate:
+        lowered = jitted.add_gradients.lower(parts.abstract.parameters, batch, gradients, sums)
+        compiled["add_gradients"] = lowered.compile()
+    compiled["update"] = jitted.update.lower(parts.abstract, gradients, sums, scalar).compile()
+    return compiled, time.perf_counter() - started
+
+
+def report_programs(compiled) -> None:
+    """Memory and collectives of each program, per device."""
+    import collections
+    import re
+
+    kinds = r"\s(all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute)(?:-start)?\("
+    for name, program in compiled.items():
+        memory = program.memory_analysis()
+        found = collections.Counter(re.findall(kinds, program.as_text()))
+        print(
+            f"{name}: arguments {memory.argument_size_in_bytes / 2**30:.1f} GiB, temporaries "
+            f"{memory.temp_size_in_bytes / 2**30:.1f}, outputs {memory.output_size_in_bytes / 2**30:.1f}, of which aliased "
+            f"{memory.alias_size_in_bytes / 2**30:.1f}; collectives {dict(found) or 'none'}",
+            flush=True,
+        )
+
+
+def measure(options) -> dict:
+    """Builds the real step programs and times them. Returns the figures."""
+    import jax
+    import jax.numpy as jnp
+
+    from jsft.training import platform
+
+    platform.configure()
+    if options.mock_devices:
+        platform.mock_gpus(options.mock_devices)
+    from jsft.mesh import shard_batch
+    from jsft.models.module import initial_parameters
+    from jsft.training.flops import matmul_parameters, peak_flops, step_flops
+    from jsft.training.optimizer import initial_state, parameter_dtype
+
+    parts, remat = build(options)
+    model, mesh = parts.model, parts.mesh
+    compiled, compile_seconds = compile_programs(parts, remat, options.micro_batches > 1)
+    report_programs(compiled)
+    state = initial_state(initial_parameters(model, mesh, parameter_dtype(parts.config), seed=0), parts.config)
+    batches, lengths = [], []
+    local = jax.local_device_count() * options.rows
+    for micro in range(options.micro_batches):
+        host, sizes = make_batch(local, options.tokens, model.vocab_size, options.median, seed=micro)
+        batches.append(shard_batch(host, mesh))
+        lengths += sizes
+
+    def step(state):
+        gradients, sums = compiled["gradients"](state.parameters, batches[0])
+        for batch in batches[1:]:
+            gradients, sums = compiled["add_gradients"](state.parameters, batch, gradients, sums)
+        return compiled["update"](state, gradients, sums, jnp.float32(options.micro_batches))
+
+    seconds, metrics = [], None
+    for i in range(options.steps + 2):
+        started = time.perf_counter()
+        state, metrics = step(state)
+        loss = float(metrics["loss"])
+        if i >= 2:
+            seconds.append(time.perf_counter() - started)
+    took, tokens, devices = statistics.median(seconds), sum(lengths), jax.local_device_count()
+    flops = step_flops(model, matmul_parameters(model), tokens, sum(n * n for n in lengths))
+    peak = peak_flops(jax.local_devices())
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if options.profile:
+        profile_parts(step, state)
+    return {
+        "who": "jsft", "model": options.model, "layers": model.num_layers, "params": options.params, "remat": remat,
+        "device": jax.devices()[0].device_kind, "devices": mesh.size, "version": f"jax {jax.__version__}",
+        "tokens_per_second": tokens / took / devices, "mfu": flops / took / peak if peak else None,
+        "seconds": took, "spread": (max(seconds) - min(seconds)) / took,
+        "peak_gib": stats.get("peak_bytes_in_use", 0) / 2**30, "compile_seconds": compile_seconds, "loss": loss,
+    }  # fmt: skip
+
+
+# Kernel names by part, first match wins; what is not named is elementwise work that XLA fused.
+PARTS = (
+    ("collectives", ("nccl", "all-gather", "all_gather", "reduce-scatter", "all-reduce")),
+    ("attention", ("attention", "flash", "mosaic", "pallas", "custom_call_target=mosaic")),
+    ("matmul", ("gemm", "nvjet", "cutlass", "cublas", "xmma", "sm90", "sm80", "triton_gemm", "dot")),
+    ("copies", ("memcpy", "memset", "copy")),
+)
+
+
+def profile_parts(step, state) -> None:
+    """Prints the device's time by part over two steps, from JAX's profiler."""
+    import collections
+
+    import jax
+
+    folder = tempfile.mkdtemp()
+    with jax.profiler.trace(folder):
+        for _ in range(2):
+            state, metrics = step(state)
+        jax.block_until_ready(metrics)
+    (file,) = Path(folder).rglob("*.xplane.pb")
+    data = jax.profiler.ProfileData.from_file(str(file))
+    totals, names, first, last = collections.Counter(), collections.Counter(), float("inf"), 0.0
+    for plane in data.planes:
+        if not plane.name.startswith("/device:GPU:0"):
+            continue
+        for line in plane.lines:
+            if not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                first, last = min(first, event.start_ns), max(last, event.start_ns + event.duration_ns)
+                name = event.name.lower()
+                part = next((part for part, words in PARTS if any(w in name for w in words)), "elementwise")
+                totals[part] += event.duration_ns
+                names[part, event.name] += event.duration_ns
+    if not totals:
+        print("profile: no device events (a CPU has none)")
+        return
+    busy = sum(totals.values())
+    print(f"profile of 2 steps: {(last - first) / 1e6:.0f} ms, kernels {busy / 1e6:.0f} ms")
+    for part, nanoseconds in totals.most_common():
+        print(f"  {part:12} {nanoseconds / 2e6:8.1f} ms a step, {nanoseconds / (last - first):5.1%}")
+    print(f"  {'gaps':12} {(last - first - busy) / 2e6:8.1f} ms a step, {1 - busy / (last - first):5.1%}")
+    for (part, name), nanoseconds in names.most_common(24):
+        print(f"    {nanoseconds / 2e6:8.2f} ms  {part:11} {name[:90]}")
+
+
+def show(result: dict) -> None:
+    mfu = f"{100 * result['mfu']:.1f} % MFU" if result.get("mfu") else "MFU unknown"
+    print(
+        f"{result['who']}: {result['model']} ({result['layers']} layers, {result['params']}, remat {result['remat']}) on "
+        f"{result['devices']} x {result['device']}: {result['tokens_per_second']:,.0f} tok/s a device, {mfu}, "
+        f"{result['seconds'] * 1e3:.0f} ms a step (spread {result['spread']:.1%}), peak {result['peak_gib']:.1f} GiB; "
+        f"{result['version']}",
+        flush=True,
+    )
+
+
+def run_process(command: list[str]) -> dict | None:
+    """Runs a measuring process to its end; its last line is the result. None when it failed."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    for line in lines[:-1]:
+        print(f"  {line}")
+    try:
+        return json.loads(lines[-1])
+    except (IndexError, ValueError):
+        print(f"failed ({done.returncode}): {' '.join(command)}\n{done.stderr[-1500:]}")
+        return None
+
+
+def against_torch(options) -> int:
+    """Alternates jsft and the torch peer, each in a process of its own, and prints the ratio of the medians."""
+    mine = [a for a in sys.argv[1:] if not a.startswith("--peer") and a not in ("torch", options.peer_python)]
+    ours_command = [sys.executable, __file__, *mine, "--json"]
+    peer_command = [
+        options.peer_python, str(ROOT / "scripts" / "bench_step_torch.py"), "--model", options.model, "--tokens",
+        str(options.tokens), "--micro_batches", str(options.micro_batches), "--steps", str(options.steps), "--median",
+        str(options.median), *(["--layers", str(options.layers)] if options.layers else []),
+    ]  # fmt: skip
+    results: dict[str, list[dict]] = {"jsft": [], "torch": []}
+    for _ in range(options.repeats):
+        for command in (ours_command, peer_command):
+            if result := run_process(command):
+                show(result)
+                results["jsft" if result["who"] == "jsft" else "torch"].append(result)
+    if not all(results.values()):
+        return 1
+    rates = {who: statistics.median(r["tokens_per_second"] for r in found) for who, found in results.items()}
+    print(f"ratio: {rates['jsft'] / rates['torch']:.3f} ({rates['jsft']:,.0f} to {rates['torch']:,.0f} tok/s)")
+    return 0
+
+
+def main() -> int:
+    options = parse()
+    if options.peer:
+        return against_torch(options)
+    result = measure(options)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        show(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
