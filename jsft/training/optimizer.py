@@ -4,6 +4,7 @@ optax gives the schedules and the global norm. AdamW is own code because optax c
 bfloat16, round stochastically, or round where torch's foreach AdamW rounds, which the published runs depend on.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -77,11 +78,16 @@ def learning_rate_schedule(config: ConfigDict, total_steps: int) -> optax.Schedu
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def clip_factor(norm: jax.Array, clip_norm: float) -> jax.Array:
-    """Factor that brings a gradient of global `norm` to at most `clip_norm`, as torch computes it (eps 1e-6)."""
+def clip_factor(norm: jax.Array, clip_norm: float, dtype=jnp.float32) -> jax.Array:
+    """Factor that brings a gradient of global `norm` to at most `clip_norm`, as torch computes it (eps 1e-6).
+
+    For gradients in bfloat16 torch holds norm and factor in bfloat16 too: a clipped gradient's norm is then within a
+    percent of `clip_norm`. `norm` and the result are float32, rounded to what `dtype` can hold.
+    """
     if clip_norm <= 0:
         return jnp.ones_like(norm)
-    return jnp.minimum(1.0, clip_norm / (norm + 1e-6))
+    norm = round_to(round_to(norm, dtype) + 1e-6, dtype)
+    return jnp.minimum(1.0, round_to(clip_norm / norm, dtype))
 
 
 def apply_update(state: TrainState, gradients: Tree, learning_rate: jax.Array, config: ConfigDict):
@@ -91,7 +97,8 @@ def apply_update(state: TrainState, gradients: Tree, learning_rate: jax.Array, c
     """
     norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
     finite = jnp.isfinite(norm)
-    factor = clip_factor(norm, config.optimizer.clip_norm)
+    clip = config.optimizer.clip_norm
+    factor = clip_factor(norm, clip, jnp.dtype(config.precision.gradients))
     count = (state.updates + 1).astype(jnp.float32)
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
 
@@ -99,7 +106,7 @@ def apply_update(state: TrainState, gradients: Tree, learning_rate: jax.Array, c
     rows = zip(leaves, *(jax.tree.leaves(t) for t in (state.first_moment, state.second_moment, gradients)))
     new, moved, size = [], [], []
     for i, (p, m, v, g) in enumerate(rows):
-        g = _round_like(g.astype(jnp.float32) * factor, g.dtype)
+        g = round_to(g.astype(jnp.float32) * factor, g.dtype)
         p2, m2, v2 = _adamw(p, m, v, g, learning_rate, count, config, jax.random.fold_in(key, i))
         moved.append(jnp.sum(jnp.square(p2.astype(jnp.float32) - p.astype(jnp.float32))))
         size.append(jnp.sum(jnp.square(p.astype(jnp.float32))))
@@ -107,7 +114,7 @@ def apply_update(state: TrainState, gradients: Tree, learning_rate: jax.Array, c
     parameters, first, second = (jax.tree.unflatten(tree, [row[i] for row in new]) for i in range(3))
     metrics = {
         "grad_norm": norm,
-        "clipped": (norm > config.optimizer.clip_norm).astype(jnp.float32) * (config.optimizer.clip_norm > 0),
+        "clipped": (finite & (norm > clip) & (clip > 0)).astype(jnp.float32),
         "update_ratio": jnp.where(finite, jnp.sqrt(sum(moved) / sum(size)), 0.0),
         "skipped": 1.0 - finite.astype(jnp.float32),
     }
@@ -123,23 +130,28 @@ def _adamw(p, m, v, g, learning_rate, count, config: ConfigDict, key):
     pure = config.precision.params == "bfloat16"
 
     def mid(x):  # an intermediate that torch's foreach form stores in the weights' dtype
-        return _round_like(x, jnp.bfloat16) if pure else x
+        return round_to(x, jnp.bfloat16) if pure else x
 
     p32, m32, v32 = (x.astype(jnp.float32) for x in (p, m, v))
     p32 = mid(p32 * (1.0 - learning_rate * o.weight_decay))
-    m32 = _round_like(m32 + (1.0 - o.b1) * (g - m32), m.dtype)
-    v32 = _round_like(_round_like(v32 * o.b2, v.dtype) + (1.0 - o.b2) * g * g, v.dtype)
-    root = mid(mid(mid(jnp.sqrt(v32)) / jnp.sqrt(1.0 - o.b2**count)) + o.eps)
-    p32 = p32 - (learning_rate / (1.0 - o.b1**count)) * (m32 / root)
+    m32 = round_to(m32 + (1.0 - o.b1) * (g - m32), m.dtype)
+    v32 = round_to(round_to(v32 * o.b2, v.dtype) + (1.0 - o.b2) * g * g, v.dtype)
+    root = mid(mid(mid(jnp.sqrt(v32)) / jnp.sqrt(bias_correction(o.b2, count))) + o.eps)
+    p32 = p32 - (learning_rate / bias_correction(o.b1, count)) * (m32 / root)
     if config.precision.params == "bfloat16_stochastic":
-        rounded = stochastic_round(p32, key)
+        new = stochastic_round(p32, key)
     else:
-        rounded = _round_like(p32, p.dtype).astype(p.dtype)
-    return rounded, m32.astype(m.dtype), v32.astype(v.dtype)
+        new = round_to(p32, p.dtype).astype(p.dtype)
+    return new, m32.astype(m.dtype), v32.astype(v.dtype)
 
 
-def _round_like(x: jax.Array, dtype) -> jax.Array:
-    """float32 `x` rounded to what `dtype` can hold. reduce_precision, since XLA may drop a pair of casts."""
+def bias_correction(decay: float, count: jax.Array) -> jax.Array:
+    """1 - decay^count, float32; without the cancellation that costs 1e-5 of it at count 1 and decay 0.999."""
+    return -jnp.expm1(count * math.log(decay)) if decay > 0 else jnp.ones_like(count)
+
+
+def round_to(x: jax.Array, dtype) -> jax.Array:
+    """float32 `x` rounded to what `dtype` can hold, still float32. By reduce_precision: XLA may drop a pair of casts."""
     return jax.lax.reduce_precision(x, 8, 7) if dtype == jnp.bfloat16 else x
 
 

@@ -17,7 +17,7 @@ from jsft.kernels.linear_cross_entropy import LossSums, linear_cross_entropy
 from jsft.mesh import batch_sharding, replicated
 from jsft.models.config import ModelConfig
 from jsft.models.decoder import hidden_states, unembedding
-from jsft.training.optimizer import TrainState, apply_update, learning_rate_schedule
+from jsft.training.optimizer import TrainState, apply_update, learning_rate_schedule, round_to
 
 Tree = Any
 
@@ -60,7 +60,7 @@ def make_programs(
             return sums.loss, sums
 
         (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(parameters)
-        gradients = jax.tree.map(lambda g: g.astype(dtype), gradients)
+        gradients = jax.tree.map(lambda g: round_to(g.astype(jnp.float32), dtype).astype(dtype), gradients)
         return jax.lax.with_sharding_constraint(gradients, shardings), sums
 
     def add_gradients(parameters, batch, gradients, sums):
