@@ -12,6 +12,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 
 from jsft.errors import ModelError
 
+_TOKEN_FIELDS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
 # sentencepiece's kinds of pieces
 _CONTROL, _USER_DEFINED = 3, 4
 
@@ -37,6 +39,7 @@ def add_fast_tokenizer(model_dir: Path) -> bool:
     fields = _tokenizer_config(model_dir)
     fields.pop("auto_map", None)
     fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    fields |= {name: _content(fields[name]) for name in _TOKEN_FIELDS if name in fields}
     tokenizer.save(str(model_dir / "tokenizer.json"))
     text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
     (model_dir / "tokenizer_config.json").write_text(text, encoding="utf-8")
@@ -49,7 +52,7 @@ def load_converted(model_dir: str | Path):
 
     model_dir = Path(model_dir)
     fields = _tokenizer_config(model_dir)
-    kept = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template", "model_max_length")
+    kept = (*_TOKEN_FIELDS, "chat_template", "model_max_length")
     options = {name: _content(fields[name]) for name in kept if fields.get(name) is not None}
     return PreTrainedTokenizerFast(
         tokenizer_object=convert_sentencepiece(model_dir), clean_up_tokenization_spaces=False, **options
