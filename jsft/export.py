@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0. Raises ConfigError, ModelError or CheckpointError."""
     arguments = _parse(argv)
     _prefer_cpu()
-    from jsft.training.checkpoint import list_steps
+    from jsft.training.manifest import list_steps, reading
 
     workdir = _workdir(arguments.workdir)
     run = _read_run(workdir)
@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = Path(arguments.out) if arguments.out else workdir / "hf"
         if not arguments.out or len(steps) > 1:
             out = out / f"step_{step}"
-        _export(workdir, run, step, out, arguments.dtype, arguments.check)
+        with reading(workdir, step):  # a training that goes on will not remove it meanwhile
+            _export(workdir, run, step, out, arguments.dtype, arguments.check)
     return 0
 
 
@@ -122,6 +123,7 @@ def _export(workdir: Path, run: dict[str, Any], step: int, out: Path, dtype: str
     from jsft.hf.write import check_output, write_model
     from jsft.mesh import make_mesh
     from jsft.models.families import read_config
+    from jsft.training.manifest import read_manifest
 
     started = time.monotonic()
     config, base = run["config"], workdir / "base"
@@ -136,10 +138,11 @@ def _export(workdir: Path, run: dict[str, Any], step: int, out: Path, dtype: str
     if template is not None:
         options = config.get("data.strip_default_system", False), config.get("data.enable_thinking")
         template = trained_template(template, *options)
-    facts = {"run": run.get("name"), "step": step, "base_model": config.get("model.path"), "jsft": jsft.__version__}
+    trained_by = read_manifest(workdir, step).get("code", jsft.__version__)
+    facts = {"run": run.get("name"), "step": step, "base_model": config.get("model.path"), "code": trained_by}
     write_model(
         checkpoint, model, base, out, dtype, eos_token_id=stop, chat_template=template,
-        model_card=_model_card(run, step, dtype, stop), facts=facts, say=lambda line: print(f"note: {line}"),
+        model_card=_model_card(run, trained_by, step, dtype, stop), facts=facts, say=lambda line: print(f"note: {line}"),
     )  # fmt: skip
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     print(f"step {step}: {size / 1e9:.2f} GB in {time.monotonic() - started:.0f} s: {out}")
@@ -156,10 +159,10 @@ class _CheckpointParameters:
 
         from jsft.models.families import parameter_table
         from jsft.models.parameters import get_leaf, leaves
-        from jsft.training.checkpoint import verify
+        from jsft.training.manifest import checkpoint_folder, verify
 
         self._name = f"checkpoint {step} in {workdir}"
-        self._folder = (workdir / "checkpoints" / str(step)).absolute()
+        self._folder = checkpoint_folder(workdir) / str(step)
         self._table, self._mesh = parameter_table(model), mesh
         if problem := verify(workdir, step, items=("parameters",)):
             raise CheckpointError(f"{self._name} is damaged: {problem}; export another step")
@@ -190,9 +193,7 @@ class _CheckpointParameters:
             with context:
                 loaded = ocp.load_checkpointables(str(self._folder), {"parameters": wanted})["parameters"]
         except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{self._name} could not be read on ({str(error)[:200]}); was it removed by the running training?"
-            ) from error
+            raise CheckpointError(f"{self._name} could not be read ({str(error)[:200]})") from error
         return get_leaf(loaded, path)
 
 
@@ -205,7 +206,7 @@ def _check(checkpoint, out: Path, dtype: str, mesh) -> None:
     if differing := verify.compare_weights(checkpoint, out, model, mesh, dtype):
         raise ModelError(f"{out} is wrong: {differing:,} weights differ from the checkpoint's; the disk may be bad")
     print(f"check: every weight equals the checkpoint's, rounded to {dtype}")
-    prompts = verify.prompt_ids(out, limit=min(512, model.max_positions - 8))
+    prompts = verify.prompt_ids(out, limit=min(512, max(2, model.max_positions - 8)))
     ours = verify.log_probabilities(out, model, prompts, mesh)
     mean = sum(map(sum, ours)) / sum(map(len, ours))
     print(f"check: {sum(map(len, prompts))} tokens of {len(prompts)} prompts, mean log-probability {mean:.4f} nats")
@@ -219,7 +220,7 @@ def _check(checkpoint, out: Path, dtype: str, mesh) -> None:
         raise ModelError(f"{out}: jsft and vLLM differ by {difference:.3g} nats in float32 (allowed: {_TOLERANCE})")
 
 
-def _model_card(run: dict[str, Any], step: int, dtype: str, eos: int) -> str:
+def _model_card(run: dict[str, Any], trained_by: str, step: int, dtype: str, eos: int) -> str:
     file = ROOT / "export" / "model_card.md"
     try:
         template = string.Template(file.read_text(encoding="utf-8"))
@@ -245,8 +246,8 @@ def _model_card(run: dict[str, Any], step: int, dtype: str, eos: int) -> str:
         "params": config.get("precision.params"),
         "compute": config.get("precision.compute"),
         "dtype": dtype,
-        "eos": config.get("data.eos_token") or eos,
-        "version": run.get("version", jsft.__version__),
+        "eos": str(eos) + (f" `{config['data.eos_token']}`".replace("|", "\\|") if config.get("data.eos_token") else ""),
+        "trained_by": trained_by,
         "commit": _commit(),
     }
     return template.substitute(fields)
