@@ -6,6 +6,7 @@ whose default is None and that `FIDELITY` names are filled by the preset `fideli
 """
 
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +27,13 @@ class Field:
     minimum: float | None = None
     above: float | None = None
     maximum: float | None = None
+    below: float | None = None
 
     def check(self, value: Any) -> None:
         if value is None:
             return
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{self.name}={value}: must be finite")
         if self.choices and value not in self.choices:
             near = nearest(str(value), map(str, self.choices))
             raise ConfigError(f"{self.name}={value!r}: choose one of {', '.join(map(str, self.choices))}{near}")
@@ -39,13 +43,15 @@ class Field:
             raise ConfigError(f"{self.name}={value}: must be above {self.above}")
         if self.maximum is not None and value > self.maximum:
             raise ConfigError(f"{self.name}={value}: must be at most {self.maximum}")
+        if self.below is not None and value >= self.below:
+            raise ConfigError(f"{self.name}={value}: must be below {self.below}")
 
 
 _PARAMS = ("float32", "bfloat16", "bfloat16_stochastic")
 _FLOATS = ("float32", "bfloat16")
 
 FIELDS: tuple[Field, ...] = (
-    Field("fidelity", str, "best", "Preset for objective, precision and shuffle: what we recommend, or the "
+    Field("fidelity", str, "best", "Preset for objective, clip, precision and shuffle: what we recommend, or the "
           "published runs' arithmetic.", choices=("best", "reference")),
     Field("model.path", str, None, "Base model: a Hugging Face directory, or a hub id."),
     Field("model.revision", str, None, "Revision of a hub id."),
@@ -104,11 +110,12 @@ FIELDS: tuple[Field, ...] = (
           minimum=0, maximum=1),
     Field("optimizer.decay_ratio", float, 0.1, "wsd only: share of all updates in the final linear decay.",
           minimum=0, maximum=1),
-    Field("optimizer.b1", float, 0.9, "AdamW: decay of the first moment.", minimum=0, maximum=1),
-    Field("optimizer.b2", float, 0.999, "AdamW: decay of the second moment.", minimum=0, maximum=1),
+    Field("optimizer.b1", float, 0.9, "AdamW: decay of the first moment.", minimum=0, below=1),
+    Field("optimizer.b2", float, 0.999, "AdamW: decay of the second moment.", minimum=0, below=1),
     Field("optimizer.eps", float, 1e-8, "AdamW: added to the root of the second moment.", above=0),
     Field("optimizer.weight_decay", float, 0.01, "AdamW: decoupled weight decay, on every parameter.", minimum=0),
-    Field("optimizer.clip_norm", float, 1.0, "Clip the gradient to this global norm; 0 turns clipping off.", minimum=0),
+    Field("optimizer.clip_norm", float, None, "Clip the gradient to this global norm; 0 turns clipping off. The "
+          "published runs clip a sum of micro-batch means, 8 times a mean for 256 rows: docs/recipes.md.", minimum=0),
     Field("precision.params", str, None, "Dtype of the weights the optimizer keeps. bfloat16_stochastic rounds "
           "stochastically.", choices=_PARAMS),
     Field("precision.moments", str, None, "Dtype of both Adam moments.", choices=_FLOATS),
@@ -140,6 +147,7 @@ BY_NAME = {field.name: field for field in FIELDS}
 FIDELITY: dict[str, dict[str, Any]] = {
     "best": {
         "objective.name": "token_mean",
+        "optimizer.clip_norm": 1.0,  # of the mean gradient, whatever the batch: a guard against outliers
         "data.shuffle": True,
         "precision.params": "float32",
         "precision.moments": "float32",
@@ -148,6 +156,7 @@ FIDELITY: dict[str, dict[str, Any]] = {
     },
     "reference": {
         "objective.name": "reference",
+        "optimizer.clip_norm": 1.0,  # of a gradient B/(8m) times the mean, as published
         "data.shuffle": False,
         "precision.params": "bfloat16",
         "precision.moments": "bfloat16",

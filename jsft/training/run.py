@@ -1,5 +1,6 @@
 """From a resolved config to a finished run: builds every part, says what it built, and hands over to the loop."""
 
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from jsft.training.flops import matmul_parameters, peak_flops, step_flops
 from jsft.training.ending import GO_ON, Ending
 from jsft.training.loop import Loop
 from jsft.training.metrics import MetricsWriter, RunLog, has_heldout
-from jsft.training.optimizer import TrainState, initial_state, parameter_dtype
+from jsft.training.optimizer import TrainState, initial_state, learning_rate_schedule, parameter_dtype
 from jsft.training.remat import advise_out_of_memory, choose_remat
 from jsft.training.rundir import RunDirectory
 from jsft.training.signals import Stopped, StopRequest
@@ -61,12 +62,13 @@ def build(config: ConfigDict) -> Parts:
         config, model_dir, rows_per_micro_batch=rows, process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    expected = config.train.expect_steps
-    if expected not in (None, -1, data.total_steps):
+    expected, given = config.train.expect_steps, math.ceil(config.train.epochs * data.steps_per_epoch)
+    if expected not in (None, -1, given):
         raise ConfigError(
             f"the recipe expects {expected} updates, but this data and train.epochs={config.train.epochs:g} give "
-            f"{data.total_steps}; use the recipe's data, or set train.expect_steps=-1"
+            f"{given} ({data.steps_per_epoch} an epoch); use the recipe's data and epochs, or set train.expect_steps=-1"
         )
+    learning_rate_schedule(config, data.total_steps)  # refuses a warm-up that fills the run
     abstract = initial_state(parameters, config)
     return Parts(
         config, model_dir, model, mesh, abstract, jax.tree.map(lambda p: p.sharding, parameters), data, rows
