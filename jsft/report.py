@@ -1,0 +1,97 @@
+"""python -m jsft.report WORKDIR... [--out DIR]: evaluations and training of runs as tables, figures and a page.
+
+Writes report.md, report.csv, report.html (one file that needs no other) and each figure as PNG and SVG. Several runs
+are drawn side by side. Default --out: <first workdir>/report.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from jsft.errors import CheckpointError, ConfigError, run_command
+from jsft.reporting.collect import Run, read_runs
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ConfigError(f"{message}; --help lists the options")
+
+
+def main() -> int:
+    parser = _Parser(prog="python -m jsft.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdirs", nargs="*", type=Path, metavar="WORKDIR", help="directories of runs (bare: runs/latest)")
+    parser.add_argument("--out", type=Path, help="where the report goes (default: <first WORKDIR>/report)")
+    parser.add_argument("--title", help="title of the page")
+    options = parser.parse_args(sys.argv[1:])
+    workdirs = options.workdirs
+    if not workdirs:
+        if not Path("runs/latest").exists():
+            raise ConfigError("no run given, and there is no runs/latest here; name the directories of runs")
+        workdirs = [Path("runs/latest").resolve()]
+    runs = read_runs(workdirs)
+    out = options.out or workdirs[0] / "report"
+    text = write_report(runs, out, options.title)
+    print(text)
+    print(f"written: {out}/report.html, report.md, report.csv and figures")
+    return 0
+
+
+def write_report(runs: list[Run], out: Path, title: str | None = None) -> str:
+    """Writes the report of `runs` into `out`, replacing an older one; returns its main tables as Markdown.
+
+    Raises CheckpointError when `out` cannot be written.
+    """
+    from jsft.reporting import tables
+    from jsft.reporting.figures import STYLE, all_figures
+    from jsft.reporting.page import page, svg
+
+    title = title or "Report: " + ", ".join(run.name for run in runs)
+    summary, training = tables.summary_table(runs), tables.training_table(runs)
+    paper = [table for run in runs if (table := tables.paper_table(run))]
+    details = [table for run in runs for table in tables.score_tables(run)]
+    figures = all_figures(runs)
+    notes = [f"not finished, left out: {where}" for run in runs for where in run.skipped]
+
+    def drawn(*names: str) -> list:
+        return [(name, *figures[name]) for name in names if name in figures]
+
+    sections = [
+        ("Evaluation", drawn("scores") + ([summary] if summary else []) + paper + drawn("domains", "safety", "lengths")),
+        ("Training", drawn("training") + ([training] if training else [])),
+        ("All numbers", details),
+    ]
+    shown = [t for t in (summary, *paper, training) if t]
+    markdown = f"# {title}\n\n" + "\n".join(t.markdown() for t in (*shown, *details))
+    markdown += "".join(f"\n![{caption}]({name}.png)\n" for name, (caption, _) in figures.items())
+    markdown += "".join(f"\n- {note}" for note in notes) + ("\n" if notes else "")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        import matplotlib
+
+        for name, (_, figure) in figures.items():
+            _write(out / f"{name}.svg", svg(figure))
+            with matplotlib.rc_context(STYLE):
+                beside = out / f"{name}.png.new"
+                figure.savefig(beside, format="png", dpi=150)
+                os.replace(beside, out / f"{name}.png")
+        _write(out / "report.csv", tables.csv_text(runs).encode())
+        _write(out / "report.md", markdown.encode())
+        _write(out / "report.html", page(title, sections, notes).encode())
+    except OSError as error:
+        raise CheckpointError(f"the report cannot be written to {out}: {error.strerror or error}") from error
+    return "\n".join(t.markdown() for t in shown or details)
+
+
+def _write(path: Path, data: bytes) -> None:
+    beside = path.with_name(path.name + ".new")
+    try:
+        beside.write_bytes(data)
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+if __name__ == "__main__":
+    run_command(main)

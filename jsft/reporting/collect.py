@@ -1,0 +1,180 @@
+"""Reads what runs left behind: results of evaluations, and the metrics of training."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from jsft.errors import DataError
+from jsft.evaluation.tasks import TASKS
+from jsft.reporting.known import known_scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One task on one step. `score`, `low`, `high`: percent for shares, else the metric's own unit."""
+
+    step: int
+    score: float
+    low: float | None
+    high: float | None
+    tokens: float  # mean length of a response
+    cut: float  # share of responses at the token limit
+    no_think_end: float  # share of responses without </think>
+    results: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """One task of one run over its steps, in order of steps. Step 0 is the base model."""
+
+    task: str
+    title: str
+    group: str
+    metric: str
+    share: bool
+    lower_is_better: bool
+    points: list[Point]
+
+    @property
+    def base(self) -> Point | None:
+        return self.points[0] if self.points[0].step == 0 else None
+
+    @property
+    def trained(self) -> list[Point]:
+        return [p for p in self.points if p.step > 0]
+
+    def gain(self, point: Point) -> float | None:
+        """How much better than the base model, signed so that positive is better."""
+        if self.base is None:
+            return None
+        return (point.score - self.base.score) * (-1 if self.lower_is_better else 1)
+
+    def dip(self) -> "Dip | None":
+        """The dip below the base model: its deepest step, and the first later step that is back; None without one."""
+        if self.base is None or not self.trained:
+            return None
+        deepest = min(self.trained, key=self.gain)
+        if self.gain(deepest) >= 0:
+            return None
+        end = next((p for p in self.trained if p.step > deepest.step and self.gain(p) >= 0), None)
+        return Dip(deepest, end)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dip:
+    deepest: Point
+    end: Point | None  # None: not back by the last step
+
+
+@dataclasses.dataclass
+class Run:
+    """One run's directory."""
+
+    name: str
+    path: Path
+    curves: dict[str, Curve]
+    metrics: list[dict[str, Any]]  # lines of metrics.jsonl
+    heldout: list[dict[str, Any]]
+    known: dict[str, dict[int, float]]
+    skipped: list[str]  # evaluations that are not finished
+
+
+def read_run(path: Path) -> Run:
+    """Reads a run's directory. Raises DataError when it holds neither evaluations nor metrics."""
+    if not path.is_dir():
+        raise DataError(f"{path} is no directory")
+    curves, skipped = _read_evaluations(path / "eval")
+    metrics = _read_lines(path / "metrics.jsonl")
+    if not curves and not metrics:
+        raise DataError(
+            f"{path} holds nothing to report: no metrics.jsonl and no finished eval/step_<N>/<task>/results.json"
+            + (f" ({len(skipped)} not finished)" if skipped else "")
+        )
+    name = _config_name(path) or path.resolve().name
+    known = known_scores(name) or known_scores(path.resolve().name)
+    return Run(name, path, curves, metrics, _read_lines(path / "heldout.jsonl"), known, skipped)
+
+
+def read_runs(paths: list[Path]) -> list[Run]:
+    """Reads several runs; runs of one name are told apart by their directories."""
+    runs = [read_run(path) for path in paths]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = str(run.path)
+    return runs
+
+
+def _read_evaluations(folder: Path) -> tuple[dict[str, Curve], list[str]]:
+    points: dict[str, list[Point]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    skipped = []
+    for file in sorted(folder.glob("step_*/*/results.json")):
+        match = re.fullmatch(r"step_(\d+)", file.parent.parent.name)
+        if not match:
+            continue
+        results = _read_json(file)
+        if results.get("state") != "done":
+            skipped.append(f"{file.parent}: {results.get('reason') or results.get('state')}")
+            continue
+        task = results["task"]
+        facts[task] = results
+        points.setdefault(task, []).append(_point(int(match[1]), results))
+    curves = {}
+    order = {name: i for i, name in enumerate(TASKS)}  # that of the paper's tables
+    for task, found in sorted(points.items(), key=lambda item: (order.get(item[0], len(order)), item[0])):
+        last = facts[task]
+        curves[task] = Curve(
+            task, last["title"], last["group"], last["primary"], last["share"], last["lower_is_better"],
+            sorted(found, key=lambda p: p.step),
+        )  # fmt: skip
+    return curves, skipped
+
+
+def _point(step: int, results: dict[str, Any]) -> Point:
+    scale = 100.0 if results["share"] else 1.0
+    low, high = results["score"]["ci95"] or (None, None)
+    response = results["response"]
+    return Point(
+        step,
+        scale * results["score"]["mean"],
+        None if low is None else scale * low,
+        None if high is None else scale * high,
+        response["tokens"]["mean"],
+        response["share_cut"],
+        response["share_without_think_end"],
+        results,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of a JSON-lines file; [] if it is not there. A torn last line (the run is being written) is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{path}, line {number}: not JSON ({error})") from error
+    return records
+
+
+def _config_name(path: Path) -> str | None:
+    try:
+        name = json.loads((path / "config.json").read_text(encoding="utf-8")).get("name")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return name if isinstance(name, str) and name else None

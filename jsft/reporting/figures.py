@@ -1,0 +1,266 @@
+"""Figures of a report, each a matplotlib figure made from the collected runs."""
+
+import math
+from collections.abc import Callable
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from jsft.reporting.collect import Curve, Point, Run  # noqa: E402
+
+# Colours that stay apart for colour-blind eyes (Okabe and Ito); runs beyond them differ by line style too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", ":", "-.")
+STYLE = {
+    "figure.dpi": 110, "savefig.dpi": 150, "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "svg.fonttype": "path",
+}  # fmt: skip
+LONGEST_LINE = 2000  # points of a training curve that are drawn; more is averaged in blocks
+
+
+def look(index: int) -> dict:
+    """Line style of run number `index`."""
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % len(DASHES)]}
+
+
+def all_figures(runs: list[Run]) -> dict[str, tuple[str, Figure]]:
+    """File name -> (caption, figure), for what the runs have data for."""
+    makers: dict[str, tuple[str, Callable[[list[Run]], Figure | None]]] = {
+        "scores": (
+            "Score against step. Dashed: the base model. Bands: 95 % interval. Triangle: deepest point of a dip; "
+            "vertical line: the first later step that is as good as the base model. Crosses: the paper's numbers.",
+            score_figure,
+        ),
+        "domains": (
+            "In-domain against out-of-domain: mean change from the base model over the tasks of each kind, in points, "
+            "step by step. On the dotted diagonal the gain carries over in full.",
+            domain_figure,
+        ),
+        "safety": (
+            "Safety against reasoning: attack success rate against the mean score of the reasoning tasks, step by step. "
+            "Down and to the right is better.",
+            safety_figure,
+        ),
+        "lengths": ("Mean length of responses in tokens against step.", length_figure),
+        "training": ("The course of training. Thin: each step; thick: running mean.", training_figure),
+    }
+    figures = {}
+    with matplotlib.rc_context(STYLE):
+        for name, (caption, make) in makers.items():
+            figure = make(runs)
+            if figure is not None:
+                figures[name] = (caption, figure)
+    return figures
+
+
+def score_figure(runs: list[Run]) -> Figure | None:
+    """A panel per task: score against step of every run."""
+
+    def draw(axes: Axes, index: int, run: Run, curve: Curve) -> None:
+        style = look(index)
+        points = curve.trained or curve.points
+        steps = [p.step for p in points]
+        axes.plot(steps, [p.score for p in points], marker="o", markersize=3.5, label=run.name, **style)
+        if all(p.low is not None for p in points):
+            axes.fill_between(steps, [p.low for p in points], [p.high for p in points], color=style["color"], alpha=0.12, lw=0)
+        if curve.base is not None and curve.trained:
+            axes.axhline(curve.base.score, color=style["color"], linestyle=(0, (4, 3)), linewidth=1, alpha=0.8)
+        paper = {n: v for n, v in run.known.get(curve.task, {}).items() if n > 0}
+        if paper:
+            axes.plot(list(paper), list(paper.values()), "x", color=style["color"], markersize=5, alpha=0.8)
+        if dip := curve.dip():
+            axes.plot(dip.deepest.step, dip.deepest.score, "v", color=style["color"], markersize=8)
+            if dip.end:
+                axes.axvline(dip.end.step, color=style["color"], linewidth=1, alpha=0.6)
+
+    return _panels(runs, draw, lambda c: f"{c.title}: {c.metric}{' (lower is better)' if c.lower_is_better else ''}",
+                   lambda c: "percent" if c.share else "score")  # fmt: skip
+
+
+def length_figure(runs: list[Run]) -> Figure | None:
+    """A panel per task: mean response length against step of every run."""
+
+    def draw(axes: Axes, index: int, run: Run, curve: Curve) -> None:
+        style = look(index)
+        points = curve.trained or curve.points
+        axes.plot([p.step for p in points], [p.tokens for p in points], marker="o", markersize=3.5, label=run.name, **style)
+        if curve.base is not None and curve.trained:
+            axes.axhline(curve.base.tokens, color=style["color"], linestyle=(0, (4, 3)), linewidth=1, alpha=0.8)
+        axes.set_ylim(bottom=0)
+
+    return _panels(runs, draw, lambda c: c.title, lambda c: "tokens")
+
+
+def domain_figure(runs: list[Run]) -> Figure | None:
+    """Mean gain out of domain against mean gain in domain, a path per run."""
+    paths = []
+    for index, run in enumerate(runs):
+        curves = list(run.curves.values())
+        inside = [c for c in curves if c.group == "in-domain" and c.share]
+        outside = [c for c in curves if c.group.startswith("out-of-domain") and c.share]
+        paths.append((index, run, _joint(inside, Curve.gain), _joint(outside, Curve.gain)))
+    axes = _path_axes(paths, "in-domain: points above the base model", "out-of-domain: points above the base model")
+    if axes is None:
+        return None
+    axes.axhline(0, color="grey", linewidth=0.8), axes.axvline(0, color="grey", linewidth=0.8)
+    axes.axline((0, 0), slope=1, color="grey", linewidth=0.8, linestyle=":")
+    return axes.figure
+
+
+def safety_figure(runs: list[Run]) -> Figure | None:
+    """Attack success rate against mean reasoning score, a path per run; the base model is its first point."""
+
+    def score(curve: Curve, point: Point) -> float:
+        return point.score
+
+    paths = []
+    for index, run in enumerate(runs):
+        curves = list(run.curves.values())
+        reasoning = [c for c in curves if c.group in ("in-domain", "out-of-domain reasoning") and c.share]
+        paths.append((index, run, _joint(reasoning, score), _joint([c for c in curves if c.group == "safety"], score)))
+    axes = _path_axes(paths, "reasoning tasks: mean score, percent", "attack success rate, percent")
+    return None if axes is None else axes.figure
+
+
+def training_figure(runs: list[Run]) -> Figure | None:
+    """Loss, learning rate, gradient norm, tokens per second, and what else every step reports."""
+    panels = [
+        ("loss", "loss", False), ("lr", "learning rate", False), ("grad_norm", "gradient norm", True),
+        ("tokens_per_second", "tokens per second", False), ("entropy", "entropy (nats)", False),
+        ("accuracy", "token accuracy", False), ("mfu", "MFU", False),
+    ]  # fmt: skip
+    panels = [p for p in panels if any(m.get(p[0]) is not None for run in runs for m in run.metrics)]
+    if not panels:
+        return None
+    figure, grid = _grid(len(panels))
+    for axes, (key, title, logarithmic) in zip(grid, panels, strict=True):
+        for index, run in enumerate(runs):
+            pairs = [(m["step"], m[key]) for m in run.metrics if m.get(key) is not None]
+            if not pairs:
+                continue
+            steps, values = (np.asarray(x, float) for x in zip(*pairs, strict=True))
+            steps, values = _thinned(steps, values)
+            smooth = _running_mean(values) if key != "lr" and len(values) >= 20 else None
+            style = look(index)
+            if smooth is None:
+                marker = "o" if len(values) < 3 else None
+                axes.plot(steps, values, linewidth=1.2, marker=marker, label=run.name, **style)
+            else:
+                axes.plot(steps, values, linewidth=0.6, alpha=0.35, **style)
+                axes.plot(steps, smooth, linewidth=1.5, label=run.name, **style)
+            if key == "loss":
+                _draw_heldout(axes, run, style)
+        if logarithmic:
+            axes.set_yscale("log")
+        axes.set_title(title), axes.set_xlabel("step")
+    _legend(figure, grid[0], len(runs))
+    return figure
+
+
+def _draw_heldout(axes: Axes, run: Run, style: dict) -> None:
+    names = sorted({k for h in run.heldout for k in h if k.endswith("loss")})
+    for name in names:
+        pairs = [(h["step"], h[name]) for h in run.heldout if h.get(name) is not None]
+        axes.plot(*zip(*pairs, strict=True), "D--", color=style["color"], markersize=3, linewidth=0.8,
+                  label=f"{run.name}, held out: {name.removesuffix('/loss')}")  # fmt: skip
+
+
+def _panels(runs: list[Run], draw, title, unit) -> Figure | None:
+    tasks: dict[str, Curve] = {}
+    for run in runs:
+        for curve in run.curves.values():
+            if curve.task not in tasks or curve.trained:
+                tasks[curve.task] = curve
+    if not tasks:
+        return None
+    figure, grid = _grid(len(tasks))
+    for axes, (task, sample) in zip(grid, tasks.items(), strict=True):
+        steps = set()
+        for index, run in enumerate(runs):
+            if task in run.curves:
+                draw(axes, index, run, run.curves[task])
+                steps |= {p.step for p in run.curves[task].trained}
+        axes.set_title(title(sample)), axes.set_ylabel(unit(sample)), axes.set_xlabel("step")
+        _step_axis(axes, sorted(steps))
+    _legend(figure, grid[0], len(runs))
+    return figure
+
+
+def _step_axis(axes: Axes, steps: list[int]) -> None:
+    """Checkpoints double from one to the next: a logarithmic axis with their numbers where they span a decade."""
+    if len(steps) > 2 and steps[-1] >= 10 * steps[0]:
+        axes.set_xscale("log")
+    if 0 < len(steps) <= 12:
+        axes.set_xticks(steps, [str(s) for s in steps], rotation=45 if len(steps) > 6 else 0)
+        axes.minorticks_off()
+
+
+def _joint(curves: list[Curve], value: Callable[[Curve, Point], float | None]) -> dict[int, float]:
+    """Mean of `value` over curves at the steps all of them have."""
+    if not curves:
+        return {}
+    tables = [{p.step: value(c, p) for p in c.points if value(c, p) is not None} for c in curves]
+    common = set.intersection(*(set(t) for t in tables))
+    return {step: sum(t[step] for t in tables) / len(tables) for step in sorted(common)}
+
+
+def _path_axes(paths: list, x_label: str, y_label: str) -> Axes | None:
+    drawn = [(i, run, x, y, sorted(set(x) & set(y))) for i, run, x, y in paths]
+    if not any(len(steps) > 1 for *_, steps in drawn):
+        return None
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for index, run, x, y, steps in drawn:
+        if not steps:
+            continue
+        xs, ys = [x[s] for s in steps], [y[s] for s in steps]
+        axes.plot(xs, ys, marker="o", markersize=4, linewidth=1, label=run.name, **look(index))
+        for step, a, b in zip(steps, xs, ys, strict=True):
+            text = "base" if step == 0 else str(step)
+            axes.annotate(text, (a, b), xytext=(4, 3), textcoords="offset points", fontsize=7, color=look(index)["color"])
+    axes.set_xlabel(x_label), axes.set_ylabel(y_label)
+    axes.margins(0.12)
+    axes.legend(fontsize=8)
+    return axes
+
+
+def _grid(count: int) -> tuple[Figure, list[Axes]]:
+    columns = min(3, count)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(4.1 * columns + 0.4, 2.9 * rows + 0.5), layout="constrained")
+    grid = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
+    for axes in grid[count:]:
+        axes.remove()
+    return figure, grid[:count]
+
+
+def _legend(figure: Figure, axes: Axes, runs: int) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    found = dict(zip(labels, handles, strict=True))
+    for other in figure.axes:
+        found |= {k: v for k, v in zip(*reversed(other.get_legend_handles_labels()), strict=True) if k not in found}
+    if runs > 1 or len(found) > 1:
+        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=2 if len(found) > 1 else 1)
+
+
+def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    block = math.ceil(len(values) / LONGEST_LINE)
+    if block <= 1:
+        return steps, values
+    starts = np.arange(0, len(values), block)
+    sizes = np.diff(np.append(starts, len(values)))
+    return np.add.reduceat(steps, starts) / sizes, np.add.reduceat(values, starts) / sizes
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over a centred window of a twentieth of the curve, shorter at the ends."""
+    half = max(1, len(values) // 40)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.maximum(np.arange(len(values)) - half, 0)
+    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)

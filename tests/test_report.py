@@ -1,0 +1,187 @@
+"""Reports: what is computed from hand-made results, what is written, and the page in a real browser."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jsft import report
+from jsft.errors import ConfigError, DataError
+from jsft.evaluation.tasks import TASKS
+from jsft.reporting import tables
+from jsft.reporting.collect import read_run, read_runs
+from jsft.reporting.figures import all_figures
+from jsft.reporting.known import known_scores
+
+
+def write_result(run: Path, step: int, task: str, mean: float, *, half: float = 0.03, tokens: float = 900.0, **more):
+    kind = TASKS[task]
+    metrics = {m: {"meaning": "", "avg": {"mean": mean, "ci95": [mean - half, mean + half]}} for m in kind.metrics}
+    results = {
+        "state": "done", "task": task, "title": kind.title, "group": kind.group, "primary": kind.primary,
+        "share": kind.share, "lower_is_better": kind.lower_is_better, "score": metrics[kind.primary]["avg"],
+        "metrics": metrics, "problems": 100, "samples_per_problem": kind.samples,
+        "response": {"tokens": {"mean": tokens, "ci95": None}, "share_cut": 0.1, "share_without_think_end": 0.25},
+    } | more  # fmt: skip
+    folder = run / "eval" / f"step_{step}" / task
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def write_run(path: Path, name: str, curves: dict[str, dict[int, float]], steps: int = 50) -> Path:
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps({"name": name, "config": {"model.path": "x"}}))
+    for task, curve in curves.items():
+        for step, mean in curve.items():
+            write_result(path, step, task, mean, tokens=500 + step)
+    lines = [
+        {"step": n, "loss": 2 - n / steps, "lr": 1e-5, "grad_norm": 0.5, "tokens_per_second": 1000.0 + n}
+        for n in range(1, steps + 1)
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "heldout.jsonl").write_text('{"step": 0, "heldout/loss": 2.1}\n{"step": 50, "heldout/loss": 1.2}\n')
+    return path
+
+
+CURVES = {
+    "math500": {0: 0.70, 10: 0.65, 20: 0.62, 40: 0.69, 80: 0.75, 640: 0.86},
+    "gpqa_diamond": {0: 0.30, 10: 0.25, 20: 0.22, 40: 0.28, 80: 0.29, 640: 0.28},
+    "hexphi": {0: 0.10, 10: 0.12, 20: 0.20, 40: 0.30, 80: 0.30, 640: 0.05},
+    "alpacaeval": {0: -1.0, 10: 0.5},
+}
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return write_run(tmp_path / "run", "qwen3_4b-math_cot_ep8", CURVES)
+
+
+def test_dip_and_recovery(run):
+    curves = read_run(run).curves
+    assert list(curves) == ["math500", "gpqa_diamond", "alpacaeval", "hexphi"]  # in the order of the paper's tables
+    dip = curves["math500"].dip()
+    assert (dip.deepest.step, dip.end.step) == (20, 80)  # 69.0 at step 40 is still below 70.0
+    assert curves["gpqa_diamond"].dip().end is None
+    worse = curves["hexphi"].dip()  # lower is better: its dip is a rise
+    assert (worse.deepest.step, worse.end.step) == (40, 640)
+    assert curves["alpacaeval"].dip() is None and curves["alpacaeval"].points[0].score == -1.0
+
+
+def test_tables_name_the_papers_numbers(run):
+    found = read_run(run)
+    table = tables.paper_table(found)
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["0 (base)"] == ["70.0 [67.0, 73.0]", "70.8", "-0.8"]
+    assert rows["20"] == ["62.0 [59.0, 65.0]", "62.9", "-0.9"]
+    assert rows["320"] == ["–", "86.3", "–"]
+    summary = {row[1]: row for row in tables.summary_table([found]).rows}
+    assert summary["MATH500"][3:] == ["70.0", "62.0 @ 20", "80", "86.0 @ 640", "86.0 [83.0, 89.0] @ 640", "86.2"]
+    assert summary["HEx-PHI"][6] == "5.0 @ 640"  # best is lowest
+    assert summary["GPQA-Diamond"][5] == "not yet"
+    training = tables.training_table([found]).rows[0]
+    assert training == ["qwen3_4b-math_cot_ep8", "50", "1.9800", "1.0000", "1.2", "0.500", "1,026"]
+
+
+def test_known_scores_by_both_names():
+    published = known_scores("Qwen3-1.7B_Math-CoT-20k_lr5e-5_ep8_bs256")
+    assert published == known_scores("qwen3_1_7b-math_cot_ep8")
+    assert published["math500"][40] == 42.9 and published["aime24"][0] == 5.7
+    assert 20 not in known_scores("qwen3_4b-math_nocot_ep8")["math500"]
+    assert known_scores("qwen3_8b-math_cot_ep8") == {}
+
+
+def test_report_is_written_whole(run, tmp_path, monkeypatch, capsys):
+    other = write_run(tmp_path / "other", "other", {"math500": {0: 0.7, 640: 0.72}})
+    write_result(other, 640, "aime24", 0.1, state="failed", reason="no judge")
+    monkeypatch.setattr(sys, "argv", ["report", str(run), str(other), "--out", str(tmp_path / "out")])
+    assert report.main() == 0
+    out = tmp_path / "out"
+    names = ["scores", "domains", "safety", "lengths", "training"]
+    expected = {f"{n}.{s}" for n in names for s in ("png", "svg")} | {"report.md", "report.csv", "report.html"}
+    assert {p.name for p in out.iterdir()} == expected
+    rows = list(csv.DictReader((out / "report.csv").open()))
+    row = next(r for r in rows if r["task"] == "math500" and r["step"] == "20" and r["metric"] == "reference")
+    assert (row["mean"], row["paper_percent"], row["primary"]) == ("0.62", "62.9", "1")
+    text = (out / "report.html").read_text()
+    assert "no judge" in text and "qwen3_4b-math_cot_ep8: scores" in text
+    assert "http://" not in text.replace("http://www.w3.org", "") and "<script" not in text
+    assert "dip ends at step" in capsys.readouterr().out
+
+
+def test_lines_that_are_drawn(run, tmp_path):
+    figures = all_figures(read_runs([run, write_run(tmp_path / "b", "b", {"math500": {0: 0.7, 640: 0.8}})]))
+    axes = {a.get_title(): a for a in figures["scores"][1].axes}
+    panel = axes["MATH500: reference"]
+    labelled = {line.get_label(): line for line in panel.get_lines()}
+    assert list(labelled["qwen3_4b-math_cot_ep8"].get_ydata()) == [65.0, 62.0, 69.0, 75.0, 86.0]
+    verticals = [line for line in panel.get_lines() if list(line.get_xdata()) == [80, 80]]
+    assert len(verticals) == 1  # where the dip ends
+    bases = [line for line in panel.get_lines() if list(line.get_ydata()) == [70.0, 70.0]]
+    assert len(bases) == 2  # the base model's line of each run
+    domain = figures["domains"][1].axes[0].get_lines()[0]
+    assert domain.get_xdata()[-1] == pytest.approx(16.0) and domain.get_ydata()[-1] == pytest.approx(-2.0)
+
+
+def test_training_alone_and_evaluation_alone(tmp_path):
+    trained = write_run(tmp_path / "trained", "t", {})
+    with (trained / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 51, "lo')  # being written
+    assert list(all_figures(read_runs([trained]))) == ["training"]
+    evaluated = tmp_path / "evaluated"
+    write_result(evaluated, 0, "math500", 0.5)
+    assert "scores" in all_figures(read_runs([evaluated]))
+    report.write_report(read_runs([evaluated]), tmp_path / "out")
+    first = (tmp_path / "out" / "report.html").read_text()
+    report.write_report(read_runs([evaluated]), tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").read_text() == first  # the same results give the same page
+
+
+@pytest.mark.parametrize("make, message", [(False, "is no directory"), (True, "holds nothing to report")])
+def test_nothing_to_report(tmp_path, make, message):
+    path = tmp_path / "empty"
+    if make:
+        path.mkdir()
+    with pytest.raises(DataError, match=message):
+        read_run(path)
+
+
+def test_bare_report_without_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report"])
+    with pytest.raises(ConfigError, match="there is no runs/latest here"):
+        report.main()
+
+
+def test_broken_lines_name_their_place(run):
+    (run / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+    with pytest.raises(DataError, match="metrics.jsonl, line 2: not JSON"):
+        read_run(run)
+
+
+def test_page_in_a_browser(run, tmp_path):
+    """No request leaves the page, nothing is wrong on its console, and every figure is shown."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here")
+    report.write_report(read_runs([run]), tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
+    look = (
+        "<script>onload=()=>{let i=[...document.images];document.title='shown '+i.filter(x=>x.naturalWidth>100).length"
+        "+' of '+i.length+', fetched '+performance.getEntriesByType('resource').filter(r=>!r.name.startsWith('data:'))"
+        ".length+', table '+(document.querySelector('table').offsetWidth>300)}</script></body>"
+    )
+    probe = tmp_path / "out" / "probe.html"
+    probe.write_text(page.replace("default-src 'none'", "default-src 'unsafe-inline'").replace("</body>", look))
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=3000",
+        f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", probe.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "<title>shown 5 of 5, fetched 0, table true</title>" in done.stdout, done.stderr[-2000:]
+    assert "CONSOLE" not in done.stderr
