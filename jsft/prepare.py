@@ -1,20 +1,33 @@
-"""python -m jsft.prepare: build, inspect and check data sets. The work is done in jsft/data; this reads the command.
+"""python -m jsft.prepare COMMAND: build, inspect and check data sets.
 
-  countdown   generate Countdown puzzles with worked solutions
-"""
+  preview DATA    rows as the model sees them, trained span marked
+  stats DATA      lengths, truncation, packing, duplicates, missing parts
+  validate FILE   every row checked; exit code 3 when one is bad
+  countdown       puzzles with worked, verified solutions
+  nocot DATA      the data without its thinking
+  subset DATA     the first rows, or a seeded choice
+  select DATA     one verified response per problem, from a raw release
+  match DATA      another data set's solutions to the same problems
+
+DATA is a parquet or JSON-lines file, a folder, or a hub data set id; several are separated by commas. preview
+and stats also take a run's config: --config configs/qwen3_14b.py:math_cot_ep8. COMMAND --help lists the
+options."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from jsft.errors import ConfigError, run_command
+
+_OF_KEYS = ("prompt_key", "response_key", "answer_key", "advantage_key", "messages_key")
 
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong with the command line in one line."""
 
     def error(self, message: str):
-        raise ConfigError(f"{message} (see {self.prog} --help)")
+        raise ConfigError(f"{message} (see python -m {self.prog} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -23,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    description, _, _ = __doc__.partition("\n")
-    parser = _Parser("jsft.prepare", description=description, allow_abbrev=False)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = _Parser("jsft.prepare", description=__doc__, allow_abbrev=False, formatter_class=style)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     def command(name: str, run, help: str) -> argparse.ArgumentParser:
@@ -32,16 +45,96 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    sub = command("preview", _preview, "Print rows as the model sees them, the trained span marked.")
+    _add_data(sub)
+    sub.add_argument("--rows", type=int, default=3, help="how many rows, from the first [3]")
+    sub.add_argument("--row", type=int, action="append", metavar="N", help="this row; may be repeated")
+    sub.add_argument("--full", action="store_true", help="do not shorten long rows")
+
+    sub = command(
+        "stats", _stats, "Print lengths, truncation, packing efficiency, duplicates, missing parts."
+    )
+    _add_data(sub)
+    sub.add_argument("--devices", type=int, default=8, help="devices that rows are packed for [8]")
+    sub.add_argument(
+        "--png", type=Path, metavar="FILE", help="where the length histogram is drawn [DATA_lengths.png]"
+    )
+    sub.add_argument("--no_png", action="store_true", help="draw nothing")
+    sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
+
+    sub = command(
+        "validate", _validate, "Check the columns and every row of data sets; exit code 3 if one is bad."
+    )
+    sub.add_argument("data", nargs="+", metavar="FILE", help="data sets to check")
+    sub.add_argument(
+        "--model", metavar="DIR", help="also check that this model's chat template takes every row"
+    )
+    sub.add_argument("--need_advantage", action="store_true", help="the advantage column must be there")
+    _add_fields(sub, _OF_KEYS)
+
     sub = command("countdown", _countdown, "Generate Countdown puzzles with worked, verified solutions.")
     sub.add_argument("--rows", type=int, required=True, help="number of puzzles")
     sub.add_argument("--seed", type=int, default=0, help="same seed and options, same file [0]")
-    sub.add_argument("--numbers", type=_span, default=(3, 4), help="numbers of a puzzle, one or a range [3-4]")
+    sub.add_argument(
+        "--numbers", type=number_or_range, default=(3, 4), help="numbers of a puzzle, one or a range [3-4]"
+    )
     sub.add_argument("--max_number", type=int, default=99, help="largest number [99]")
-    sub.add_argument("--target", type=_span, default=(10, 100), help="range of the target [10-100]")
+    sub.add_argument("--target", type=number_or_range, default=(10, 100), help="range of the target [10-100]")
     sub.add_argument("--attempts", type=int, default=8, help="dead ends in a chain of thought, at most [8]")
     sub.add_argument("--operations", default="+-*/", help="operations used [+-*/]")
     sub.add_argument("--repeat", action="store_true", help="a puzzle may come more than once")
-    sub.add_argument("--exclude", nargs="+", default=[], metavar="FILE", help="leave out the puzzles of these files")
+    sub.add_argument(
+        "--exclude", nargs="+", default=[], metavar="FILE", help="leave out the puzzles of these files"
+    )
+    _add_output(sub)
+
+    sub = command("nocot", _nocot, "Remove the thinking from the responses; summary and boxed answer stay.")
+    sub.add_argument("data", metavar="DATA", help="data set with <think>...</think> in its responses")
+    sub.add_argument("--response_key", default="response", help="column of the responses [response]")
+    sub.add_argument("--keep_tags", action="store_true", help="leave an empty pair of think tags in front")
+    sub.add_argument(
+        "--on_bad_row", choices=("error", "skip"), default="error", help="rows without thinking [error]"
+    )
+    _add_output(sub)
+
+    sub = command(
+        "subset", _subset, "Take the first rows, or with --seed a random choice, in the order of the data."
+    )
+    sub.add_argument("data", metavar="DATA")
+    sub.add_argument("--rows", type=int, required=True, help="number of rows")
+    sub.add_argument("--seed", type=int, help="choose at random with this seed")
+    _add_output(sub)
+
+    sub = command(
+        "select", _select, "Choose one verified response per problem from a release with many of each."
+    )
+    sub.add_argument("data", metavar="DATA", help="a row per response, or a list of responses per row")
+    sub.add_argument("--rows", type=int, help="number of problems [all that have a response that passes]")
+    sub.add_argument("--seed", type=int, default=0, help="draws responses and problems [0]")
+    for key in ("prompt", "response", "answer"):
+        default = {"prompt": "message"}.get(key, key)
+        sub.add_argument(f"--{key}_key", default=default, help=f"column [{default}]")
+    sub.add_argument("--no_verify", action="store_true", help="do not check answers with math-verify")
+    sub.add_argument("--max_tokens", type=int, help="longest response in tokens of --model")
+    sub.add_argument("--min_tokens", type=int, default=1, help="shortest response in tokens of --model [1]")
+    sub.add_argument("--model", metavar="DIR", help="model directory or hub id whose tokenizer counts")
+    _add_output(sub)
+
+    sub = command("match", _match, "Take another data set's solutions to the same problems.")
+    sub.add_argument("data", metavar="DATA", help="data set whose problems, order and columns are kept")
+    sub.add_argument(
+        "--with", dest="other", required=True, metavar="DATA", help="data set with the solutions"
+    )
+    for key, default in (("prompt", "message"), ("response", "response"), ("answer", "answer")):
+        sub.add_argument(f"--{key}_key", default=default, help=f"column of DATA [{default}]")
+    sub.add_argument("--other_prompt_key", default="problem", help="column of the other data set [problem]")
+    sub.add_argument(
+        "--other_response_key", default="solution", help="column of the other data set [solution]"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="draws one of several solutions [0]")
+    sub.add_argument(
+        "--verify", action="store_true", help="only solutions whose answer math-verify finds right"
+    )
     _add_output(sub)
     return parser
 
@@ -51,6 +144,92 @@ def _add_output(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
 
 
+def _add_data(sub: argparse.ArgumentParser) -> None:
+    """DATA and --model, or --config; and every field of the config's data section as an option."""
+    from jsft.config import FIELDS
+
+    sub.add_argument("data", nargs="?", metavar="DATA", help="data set [data.train of --config]")
+    sub.add_argument("--model", metavar="DIR", help="model directory or hub id [model.path of --config]")
+    sub.add_argument(
+        "--config", metavar="FILE.py:RECIPE", help="take data, model and fields from a run's config"
+    )
+    names = [field.name.removeprefix("data.") for field in FIELDS if field.name.startswith("data.")]
+    _add_fields(sub, [name for name in names if name not in ("train", "eval", "workers")])
+    sub.add_argument("--global_batch", type=int, help="rows of an update")
+
+
+def _add_fields(sub: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    from jsft.config import BY_NAME
+
+    group = sub.add_argument_group("fields of the config's data section")
+    for name in names:
+        field = BY_NAME[f"data.{name}"]
+        kind = {"type": field.kind} if field.kind in (int, float) else {}
+        if field.kind is bool:
+            kind = {"type": _boolean, "metavar": "true|false"}
+        text = field.help.replace("%", "%%")
+        group.add_argument(f"--{name}", choices=field.choices, help=f"{text} [{field.default}]", **kind)
+
+
+def _config(args):
+    """The resolved config of `preview` and `stats`, and the directory with the model's tokenizer."""
+    from jsft import cli
+    from jsft import config as schema
+    from jsft.data.chat import tokenizer_dir
+
+    if args.config:
+        config, _, _ = cli.parse([f"--config={args.config}"], lambda values: None, __doc__)
+    else:
+        config = schema.default_config()
+        if not args.data or not args.model:
+            raise ConfigError("name the DATA and its --model, or a run's --config FILE.py:RECIPE")
+        schema.put(config, "data.shuffle", False)
+        config.train.global_batch = 256
+    for name, value in {
+        "data.train": args.data,
+        "model.path": args.model,
+        "train.global_batch": args.global_batch,
+    }.items():
+        if value is not None:
+            schema.put(config, name, value)
+    for name in schema.BY_NAME:
+        value = getattr(args, name.removeprefix("data."), None)
+        if name.startswith("data.") and name not in ("data.train", "data.eval") and value is not None:
+            schema.put(config, name, value)
+    if args.pack_length is None and config.data.pack_length < config.data.max_length:
+        config.data.pack_length = (
+            -(-config.data.max_length // 128) * 128
+        )  # to look at the data with a longer limit
+    config = schema.resolve(config)
+    return config, tokenizer_dir(config.model.path, config.model.revision)
+
+
+def _preview(args) -> None:
+    from jsft.data.inspection import preview
+
+    config, model_dir = _config(args)
+    preview(config, model_dir, args.row or args.rows, full=args.full)
+
+
+def _stats(args) -> None:
+    from jsft.data.inspection import default_png, stats
+
+    config, model_dir = _config(args)
+    png = None if args.no_png else args.png or default_png(config.data.train)
+    stats(config, model_dir, args.devices, png, args.json)
+
+
+def _validate(args) -> int:
+    from jsft.data.chat import Chat, load_tokenizer, tokenizer_dir
+    from jsft.data.examples import Keys
+    from jsft.data.inspection import validate
+
+    names = {name.removesuffix("_key"): getattr(args, name) for name in _OF_KEYS}
+    keys = Keys(**{name: value for name, value in names.items() if value is not None})
+    chat = Chat(load_tokenizer(tokenizer_dir(args.model))) if args.model else None
+    return validate(args.data, keys, chat, need_advantage=args.need_advantage)
+
+
 def _countdown(args) -> None:
     from jsft.data import countdown
 
@@ -58,13 +237,66 @@ def _countdown(args) -> None:
         *args.numbers, args.max_number, *args.target, args.attempts, tuple(dict.fromkeys(args.operations))
     )
     countdown.write(
-        args.out, args.rows, args.seed, difficulty, exclude=args.exclude, repeat=args.repeat, overwrite=args.overwrite
+        args.out,
+        args.rows,
+        args.seed,
+        difficulty,
+        exclude=args.exclude,
+        repeat=args.repeat,
+        overwrite=args.overwrite,
     )
 
 
-def _span(text: str) -> tuple[int, int]:
+def _nocot(args) -> None:
+    from jsft.data.derive import nocot
+
+    nocot(**_arguments(args))
+
+
+def _subset(args) -> None:
+    from jsft.data.derive import subset
+
+    subset(**_arguments(args))
+
+
+def _match(args) -> None:
+    from jsft.data.derive import match
+
+    match(**_arguments(args))
+
+
+def _select(args) -> None:
+    from jsft.data.chat import load_tokenizer, tokenizer_dir
+    from jsft.data.select import select
+
+    options = _arguments(args)
+    model, shortest, longest = options.pop("model"), options.pop("min_tokens"), options.pop("max_tokens")
+    if model:
+        tokenizer = load_tokenizer(tokenizer_dir(model)).backend_tokenizer
+        most = longest or sys.maxsize
+        options["fits"] = lambda text: (
+            shortest <= len(tokenizer.encode(text, add_special_tokens=False).ids) <= most
+        )
+    elif longest or shortest > 1:
+        raise ConfigError("--max_tokens and --min_tokens need --model, whose tokenizer counts")
+    options["verify"] = not options.pop("no_verify")
+    select(**options)
+
+
+def _arguments(args) -> dict:
+    return {name: value for name, value in vars(args).items() if name != "run"}
+
+
+def number_or_range(text: str) -> tuple[int, int]:
+    """`3` or `3-4`."""
     first, _, last = text.partition("-")
     return int(first), int(last or first)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r}: write true or false")
+    return text.lower() == "true"
 
 
 if __name__ == "__main__":

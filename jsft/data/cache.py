@@ -1,9 +1,8 @@
 """Tokenised data on disk: memory-mapped Arrow, keyed by everything that changes it.
 
-A cache is a folder `<key>` of parts and, once complete, an index. A part holds the tokens of consecutive rows and says
-which; it is written beside its place and renamed, so a part that is there is whole. A build that was killed goes on
-after its last part. A file lock lets one process build while others wait for it.
-"""
+A cache is a folder `<key>` of parts and, once complete, an index. A part holds the tokens of consecutive rows
+and says which; it is written beside its place and renamed, so a part that is there is whole. A build that was
+killed goes on after its last part. A file lock lets one process build while others wait for it."""
 
 import hashlib
 import json
@@ -41,12 +40,13 @@ _SCHEMA = pa.schema(
 class TokenCache:
     """The documents of a complete cache, in row order; bad rows are absent.
 
-    rows: int64 [N] row of the source; lengths: int64 [N] tokens; advantages: float64 [N]; control_text: int32 [N];
-    spans: int32 [S, 2] trained ranges of all documents, those of document i at span_starts[i] : span_starts[i + 1].
-    bad: (row, message) of each row left out.
-    """
+    rows: int64 [N] row of the source; lengths: int64 [N] tokens; advantages: float64 [N]; control_text: int32
+    [N]; spans: int32 [S, 2] trained ranges of all documents, those of document i at span_starts[i] :
+    span_starts[i + 1]. bad: (row, message) of each row left out."""
 
-    def __init__(self, directory: Path, source: Source, bad: list[tuple[int, str]], parts: list[pa.RecordBatch]):
+    def __init__(
+        self, directory: Path, source: Source, bad: list[tuple[int, str]], parts: list[pa.RecordBatch]
+    ):
         self.directory, self.source, self.bad = directory, source, bad
         self.key = directory.name
         self.ignored_columns: list[str] = []
@@ -97,13 +97,14 @@ def open_cache(
 ) -> TokenCache:
     """Opens the cache of `source` tokenised by `chat`, building what of it is missing.
 
-    threads: tokenising threads; default the processor cores this process may use. Raises DataError for a bad row
-    (`on_bad_row='error'`) and when nothing can be written.
-    """
+    threads: tokenising threads; default the processor cores this process may use. Raises DataError for a bad
+    row (`on_bad_row='error'`) and when nothing can be written."""
     from filelock import FileLock
 
     columns = columns_to_read(source.columns, keys, where=str(source.files[0]), need_advantage=need_advantage)
-    key = hashlib.sha256(repr((FORMAT, source.content_key(), chat.key(), tuple(columns))).encode()).hexdigest()[:32]
+    key = hashlib.sha256(
+        repr((FORMAT, source.content_key(), chat.key(), tuple(columns))).encode()
+    ).hexdigest()[:32]
     directory = _writable(cache_dir, source) / key
     if not (directory / INDEX).is_file():
         try:
@@ -121,7 +122,9 @@ def open_cache(
     if cache.bad and on_bad_row == "error":
         raise DataError(cache.bad[0][1] + _SKIP)
     if len(cache) == 0:
-        raise DataError(f"{source.files[0]}: none of its {len(source)} rows can be used; the first: {cache.bad[0][1]}")
+        raise DataError(
+            f"{source.files[0]}: none of its {len(source)} rows can be used; the first: {cache.bad[0][1]}"
+        )
     return cache
 
 
@@ -153,7 +156,9 @@ def _build(
             documents = [future.result() for future in futures]
             names.append(_write_part(directory, first, end, meta, documents))
             tokens += sum(len(document.tokens) for document in documents)
-            bar.update(task, completed=end, note=f"{tokens / (time.monotonic() - began) / 1e6:.2f} M tokens/s")
+            bar.update(
+                task, completed=end, note=f"{tokens / (time.monotonic() - began) / 1e6:.2f} M tokens/s"
+            )
 
         try:
             for first, end, meta, rendered in _rendered_parts(source, chat, keys, columns, start, on_bad_row):
@@ -184,7 +189,9 @@ def _rendered_parts(source, chat, keys, columns, start, on_bad_row) -> Iterator[
             example = parse_row(value, keys, columns, where)
             pieces = chat.pieces(example, where)
             if not any(piece.text for piece in pieces[0] if not piece.trained):
-                raise DataError(f"{where}: the chat template renders no prompt, so every token would be trained")
+                raise DataError(
+                    f"{where}: the chat template renders no prompt, so every token would be trained"
+                )
             meta["rows"].append(row)
             meta["advantages"].append(example.advantage)
             rendered.append(pieces)
@@ -264,11 +271,14 @@ def _ragged(parts: list[pa.RecordBatch], name: str) -> tuple[np.ndarray, list[np
 
 
 def _writable(cache_dir: str | None, source: Source) -> Path:
-    """`cache_dir`, or a folder beside the data; the user's cache folder where the data's place is read-only."""
+    """`cache_dir`, or a folder beside the data; the user's cache folder where the data's place is
+    read-only."""
     if cache_dir:
         return Path(cache_dir).expanduser()
     beside = source.files[0].resolve().parent
-    if os.access(beside, os.W_OK):
+    if (
+        os.access(beside, os.W_OK) and beside.stat().st_mode & 0o222
+    ):  # root may write anywhere, and should not
         return beside / ".jsft_cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jsft" / "tokens"
 

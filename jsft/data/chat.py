@@ -1,9 +1,8 @@
 """From a conversation to token ids and the spans that are trained.
 
-The template's text is tokenised apart from each trained turn, so no token straddles the border between what is read
-and what is learnt. A trained turn is its content and the token that ends it: the template's end-of-turn token where
-the conversation goes on, the configured EOS after the last turn.
-"""
+The template's text is tokenised apart from each trained turn, so no token straddles the border between what
+is read and what is learnt. A trained turn is its content and the token that ends it: the template's
+end-of-turn token where the conversation goes on, the configured EOS after the last turn."""
 
 import hashlib
 import os
@@ -19,7 +18,13 @@ import numpy as np
 from jsft.data.examples import Example
 from jsft.errors import ConfigError, DataError, ModelError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 _DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system\n.*?<\|im_end\|>\n", re.DOTALL)
 
 
@@ -37,21 +42,48 @@ class _Piece(NamedTuple):
     guard: str  # the character that marks control-token text of the data; '' where there is none
 
 
+def tokenizer_dir(model: str | Path, revision: str | None = None) -> Path:
+    """The directory `model`, or the tokenizer files (no weights) of that hub id, downloaded. Raises
+    ModelError."""
+    if Path(model).expanduser().is_dir():
+        return Path(model).expanduser()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=list(TOKENIZER_FILES)))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        raise ModelError(
+            f"model {model}: no such directory, and its tokenizer is not to be had from the hub "
+            f"({' '.join(str(error).split())[:120]})"
+        ) from error
+
+
 def load_tokenizer(model_dir: str | Path):
-    """The fast tokenizer of a Hugging Face model directory, as its `tokenizer.json` defines it.
+    """The fast tokenizer of a Hugging Face model directory, as its `tokenizer.json` defines it; InternLM2's
+    is made from its `tokenizer.model`.
 
     Raises ModelError when the directory holds none, or one without chat template.
     """
     folder = Path(model_dir)
-    if not (folder / "tokenizer.json").is_file():
-        raise ModelError(f"{folder}: no tokenizer.json; a model directory needs its tokenizer files")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # 'PyTorch was not found' is no news here
     from transformers import PreTrainedTokenizerFast
 
+    from jsft.hf.tokenizer import load_converted
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise ModelError(f"{folder}: no tokenizer.json; a model directory needs its tokenizer files")
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        else:
+            tokenizer = load_converted(folder)
+    except ModelError:
+        raise
     except Exception as error:  # the tokenizers library raises bare Exception on a malformed file
-        raise ModelError(f"{folder}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:160]})") from error
+        raise ModelError(
+            f"{folder}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:160]})"
+        ) from error
     if not tokenizer.chat_template:
         raise ModelError(
             f"{folder}: the tokenizer has no chat template; add chat_template.jinja or the "
@@ -68,7 +100,9 @@ def eos_id(tokenizer, eos_token: str | None = None) -> int:
             raise ConfigError(f"data.eos_token={eos_token!r} is not a token of the model's tokenizer")
         return token
     if tokenizer.eos_token_id is None:
-        raise ModelError("the tokenizer has no EOS token; set data.eos_token to the token that ends a response")
+        raise ModelError(
+            "the tokenizer has no EOS token; set data.eos_token to the token that ends a response"
+        )
     return tokenizer.eos_token_id
 
 
@@ -102,7 +136,9 @@ class Chat:
             one.no_truncation()
             one.no_padding()
         self._literal.encode_special_tokens = True  # control tokens' text becomes ordinary text
-        control = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special and t.content}
+        control = {
+            t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special and t.content
+        }
         self._control_ids = control
         pattern = "|".join(re.escape(text) for text in sorted(control, key=len, reverse=True))
         self._control = re.compile(f"({pattern})") if pattern else None
@@ -116,20 +152,22 @@ class Chat:
         return key.hexdigest()
 
     def encode(self, example: Example, where: str) -> Document:
-        """Tokens and trained spans of one conversation; DataError naming `where` when the template refuses it."""
+        """Tokens and trained spans of one conversation; DataError naming `where` when the template refuses
+        it."""
         return self.tokenise(self.pieces(example, where))
 
     def pieces(self, example: Example, where: str) -> tuple[list[_Piece], int]:
         """The conversation cut into template text and assistant turns, and the count of control-token texts.
 
-        Control-token text inside the data is guarded by a private-use character while the template renders, so that
-        afterwards it can be told from the template's own control tokens.
-        """
+        Control-token text inside the data is guarded by a private-use character while the template renders,
+        so that afterwards it can be told from the template's own control tokens."""
         messages, count, guard = example.messages, 0, ""
         if self._control is not None:
             count = sum(len(self._control.findall(turn["content"])) for turn in messages)
         if count:
-            guard = next(c for c in map(chr, range(0xF0000, 0xFFFFD)) if all(c not in m["content"] for m in messages))
+            guard = next(
+                c for c in map(chr, range(0xF0000, 0xFFFFD)) if all(c not in m["content"] for m in messages)
+            )
             guarded = partial(self._control.sub, lambda match: match[0][0] + guard + match[0][1:])
             messages = [{**turn, "content": guarded(turn["content"])} for turn in messages]
         turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
@@ -139,9 +177,10 @@ class Chat:
         for turn in turns:
             rendered = self._render(messages[:turn], where)
             if not rendered.startswith(done):
+                earlier = turns[turns.index(turn) - 1]
                 raise DataError(
-                    f"{where}: the chat template rewrites assistant turn {turns[turns.index(turn) - 1]} once later "
-                    "turns follow (templates of thinking models drop the thinking); train with data.train_turns=last"
+                    f"{where}: the chat template rewrites assistant turn {earlier} once later turns follow "
+                    "(templates of thinking models drop the thinking); train with data.train_turns=last"
                 )
             content = messages[turn]["content"]
             pieces.append(_Piece(rendered[len(done) :], False, guard))
@@ -150,7 +189,8 @@ class Chat:
         return pieces, count
 
     def tokenise(self, rendered: tuple[list[_Piece], int]) -> Document:
-        """Token ids and spans of `pieces`. Spends its time in the tokenizers library, without Python's lock."""
+        """Token ids and spans of `pieces`. Spends its time in the tokenizers library, without Python's
+        lock."""
         pieces, count = rendered
         ids, spans, length = [], [], 0
         for piece in pieces:
@@ -192,8 +232,9 @@ class Chat:
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
             roles = ", ".join(turn["role"] for turn in messages)
+            why = " ".join(str(error).split())[:160]
             raise DataError(
-                f"{where}: the model's chat template refuses the turns ({roles}): {' '.join(str(error).split())[:160]}"
+                f"{where}: the model's chat template refuses the turns ({roles}): {why}"
             ) from error
         if self.strip_default_system and messages[0]["role"] != "system":
             text = _DEFAULT_SYSTEM.sub("", text, count=1) if _DEFAULT_SYSTEM.match(text) else text

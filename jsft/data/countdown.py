@@ -1,9 +1,9 @@
-"""Countdown puzzles with worked solutions: numbers, a target, a chain of thought that searches and backtracks.
+"""Countdown puzzles with worked solutions: numbers, a target, a chain of thought that searches and
+backtracks.
 
-Every puzzle is made from a solution, so it has one; every stated equation is computed in exact rational arithmetic;
-every final expression is checked (`countdown_check.check`) before it is written. Importing this module needs the
-standard library alone: the serving environment generates its held-out puzzles with it.
-"""
+Every puzzle is made from a solution, so it has one; every stated equation is computed in exact rational
+arithmetic; every final expression is checked (`countdown_check.check`) before it is written. Importing this
+module needs the standard library alone: the serving environment generates its held-out puzzles with it."""
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +32,9 @@ class Difficulty(NamedTuple):
     def check(self) -> None:
         """Raises ConfigError for options that make no puzzle."""
         if not 2 <= self.min_numbers <= self.max_numbers <= 8:
-            raise ConfigError(f"--numbers {self.min_numbers}-{self.max_numbers}: use 2 to 8, the smaller first")
+            raise ConfigError(
+                f"--numbers {self.min_numbers}-{self.max_numbers}: use 2 to 8, the smaller first"
+            )
         if self.max_number < 2 or self.min_target < 1 or self.max_target < self.min_target:
             raise ConfigError("--max_number must be at least 2, --target a range such as 10-100")
         if self.attempts < 0:
@@ -54,9 +56,8 @@ def generate(
 ) -> Iterator[dict[str, Any]]:
     """Yields `rows` rows: message, response, answer, advantage, numbers, target. Row i depends on seed and i.
 
-    No puzzle (numbers in any order, target) comes twice or is in `known`, unless `repeat` allows repetition among
-    the rows (never of `known`). Raises ConfigError when the options do not give that many puzzles.
-    """
+    No puzzle (numbers in any order, target) comes twice or is in `known`, unless `repeat` allows repetition
+    among the rows (never of `known`). Raises ConfigError when the options do not give that many puzzles."""
     difficulty.check()
     seen = set(known)
     for index in range(rows):
@@ -68,8 +69,8 @@ def generate(
                 break
         else:
             raise ConfigError(
-                f"only {index} of {rows} puzzles found with these options; widen --numbers, --max_number or --target, "
-                "ask for fewer rows, or allow --repeat"
+                f"only {index} of {rows} puzzles found with these options; widen --numbers, --max_number or "
+                "--target, ask for fewer rows, or allow --repeat"
             )
         numbers, target, steps = puzzle
         if not repeat:
@@ -86,8 +87,8 @@ def prompt(numbers: list[int], target: int) -> str:
     """The question, as a user asks it."""
     listed = ", ".join(map(str, numbers))
     return (
-        f"Make {target} from the numbers {listed}. Use each number exactly once, with +, -, *, / and parentheses. "
-        "Think step by step and put the expression in \\boxed{}."
+        f"Make {target} from the numbers {listed}. Use each number exactly once, with +, -, *, / and "
+        "parentheses. Think step by step and put the expression in \\boxed{}."
     )
 
 
@@ -120,31 +121,43 @@ def write(
 
 
 def _draw(rng: random.Random, count: int, difficulty: Difficulty):
-    """Numbers, a target, and one way to it as (index, index, operation) steps; None when this draw has none."""
+    """Numbers, a target, and one way to it as (index, index, operation) steps; None when this draw has
+    none."""
     numbers = [rng.randint(1, difficulty.max_number) for _ in range(count)]
     terms = [Fraction(number) for number in numbers]
     steps = []
     while len(terms) > 1:
+        low, high = 1, 10 * difficulty.max_target
+        if len(terms) == 2:
+            low, high = difficulty.min_target, difficulty.max_target
         i, j = rng.sample(range(len(terms)), 2)
-        operation = rng.choice(difficulty.operations)
-        value = _apply(terms[i], terms[j], operation)
-        if value is None or value <= 0 or value.denominator != 1 or value > 100 * difficulty.max_target:
+        if terms[i] < terms[j] and rng.random() < 0.5:  # a difference or a quotient is more often possible
+            i, j = j, i
+        values = {operation: _apply(terms[i], terms[j], operation) for operation in difficulty.operations}
+        possible = [
+            operation
+            for operation, value in values.items()
+            if value is not None and value.denominator == 1 and low <= value <= high
+        ]
+        if not possible:
             return None
+        operation = rng.choice(possible)
         steps.append((i, j, operation))
-        terms = [term for k, term in enumerate(terms) if k not in (i, j)] + [value]
-    target = terms[0]
-    if not difficulty.min_target <= target <= difficulty.max_target or int(target) in numbers:
-        return None
-    return numbers, int(target), steps
+        terms = [term for k, term in enumerate(terms) if k not in (i, j)] + [values[operation]]
+    return None if int(terms[0]) in numbers else (numbers, int(terms[0]), steps)
 
 
-def _row(rng: random.Random, numbers: list[int], target: int, steps: list, difficulty: Difficulty) -> dict[str, Any]:
+def _row(
+    rng: random.Random, numbers: list[int], target: int, steps: list, difficulty: Difficulty
+) -> dict[str, Any]:
     table = [_Term(Fraction(number), str(number), "") for number in numbers]
     thought = _Thought(rng, target, difficulty)
     expression = thought.solve(table, steps)
     if not check(expression, numbers, target):
         raise AssertionError(f"{expression} does not make {target} from {numbers}")
-    thinking = "\n".join([f"I have {_list(table)} and need {target}.", *thought.lines, f"So {expression} = {target}."])
+    thinking = "\n".join(
+        [f"I have {_list(table)} and need {target}.", *thought.lines, f"So {expression} = {target}."]
+    )
     return {
         "message": [{"role": "user", "content": prompt(numbers, target)}],
         "response": f"<think>\n{thinking}\n</think>\n\n{expression} = {target}\n\n\\boxed{{{expression}}}",
@@ -182,7 +195,8 @@ class _Thought:
         return table[0].text
 
     def explore(self, table: list[_Term]) -> str | None:
-        """Follows moves to tables not seen yet, to the end; the expression if it happens to make the target."""
+        """Follows moves to tables not seen yet, to the end; the expression if it happens to make the
+        target."""
         while len(table) > 2:
             moves = self.moves(table)
             if not moves:
@@ -214,7 +228,8 @@ class _Thought:
         return after
 
     def last_two(self, table: list[_Term]) -> str | None:
-        """Tries all that two positive numbers give; what is left out is negative or not whole, so not the target."""
+        """Tries all that two positive numbers give; what is left out is negative or not whole, so not the
+        target."""
         tried = []
         a, b = (0, 1) if table[0].value >= table[1].value else (1, 0)
         for operation in self.operations:

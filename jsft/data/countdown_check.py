@@ -41,9 +41,8 @@ def extract_answer(response: str) -> str | None:
 def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
     r"""Value of an arithmetic expression and the integers it is made of; None when it is not one.
 
-    Allowed: non-negative integers, + - * /, unary signs, parentheses, and the LaTeX or Unicode spellings of these
-    (`\times`, `\frac{a}{b}`, `÷`, ...). Not allowed: powers, decimals, names, division by zero.
-    """
+    Allowed: non-negative integers, + - * /, unary signs, parentheses, and the LaTeX or Unicode spellings of
+    these (`\times`, `\frac{a}{b}`, `÷`, ...). Not allowed: powers, decimals, names, division by zero."""
     if len(expression) > MAX_EXPRESSION:
         return None
     previous = None
@@ -62,7 +61,8 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
 
 
 def check(expression: str, numbers: list[int], target: int, *, use_all: bool = True) -> bool:
-    """Whether `expression` makes `target` out of `numbers`, each used exactly once (`use_all=False`: at most once).
+    """Whether `expression` makes `target` out of `numbers`, each used exactly once (`use_all=False`: at most
+    once).
 
     An answer written as an equation (`3 * 8 = 24`) is right when its right-hand side is the target too.
     """

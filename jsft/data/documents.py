@@ -12,18 +12,18 @@ from jsft.errors import DataError
 class Documents:
     """Documents as trained: cut to `max_length` tokens, trained spans cut along.
 
-    truncation 'right' keeps the first tokens (EOS is lost; the last position kept has no target), 'left' the last,
-    'error' refuses. lengths, supervised: int64 [N], tokens and supervised tokens; advantages: float64 [N].
-    Raises DataError for a document that is too long ('error') or has no supervised token left.
-    """
+    truncation 'right' keeps the first tokens (EOS is lost; the last position kept has no target), 'left' the
+    last, 'error' refuses. lengths, supervised: int64 [N], tokens and supervised tokens; advantages: float64
+    [N]. Raises DataError for a document that is too long ('error') or has no supervised token left."""
 
     def __init__(self, cache: TokenCache, max_length: int, truncation: str = "right"):
         self.cache, self.max_length, self.truncation = cache, max_length, truncation
         over = np.flatnonzero(cache.lengths > max_length)
         if truncation == "error" and len(over):
             raise DataError(
-                f"{self.where(over[0])}: has {cache.lengths[over[0]]} tokens, more than data.max_length={max_length}, "
-                f"as {len(over)} of {len(cache)} rows; raise it, or set data.truncation=right"
+                f"{self.where(over[0])}: has {cache.lengths[over[0]]} tokens, more than "
+                f"data.max_length={max_length}, as {len(over)} of {len(cache)} rows; raise it, or set "
+                "data.truncation=right"
             )
         self.truncated = len(over)
         self.lengths = np.minimum(cache.lengths, max_length)
@@ -31,12 +31,15 @@ class Documents:
         self._first = cache.lengths - self.lengths if truncation == "left" else np.zeros(len(cache), np.int64)
         owner = np.repeat(np.arange(len(cache)), np.diff(cache.span_starts))
         spans = self._cut(cache.spans, self._first[owner, None], self.lengths[owner, None])
-        self.supervised = np.bincount(owner, spans[:, 1] - np.maximum(spans[:, 0], 1), len(cache)).astype(np.int64)
+        self.supervised = np.bincount(owner, spans[:, 1] - np.maximum(spans[:, 0], 1), len(cache)).astype(
+            np.int64
+        )
         untrained = np.flatnonzero(self.supervised <= 0)
         if len(untrained):
             raise DataError(
                 f"{self.where(untrained[0])}: nothing of it would be trained, its prompt alone fills "
-                f"data.max_length={max_length}, as of {len(untrained)} rows; raise data.max_length or remove the rows"
+                f"data.max_length={max_length}, as of {len(untrained)} rows; raise data.max_length or remove "
+                "the rows"
             )
 
     def __len__(self) -> int:

@@ -32,7 +32,9 @@ class Example(NamedTuple):
     advantage: float  # 1.0 where the data has none
 
 
-def columns_to_read(columns: Sequence[str], keys: Keys, *, where: str, need_advantage: bool = False) -> list[str]:
+def columns_to_read(
+    columns: Sequence[str], keys: Keys, *, where: str, need_advantage: bool = False
+) -> list[str]:
     """The columns of `columns` that training reads. Raises DataError, naming `where`, when one is missing."""
     wanted = {keys.messages: "data.messages_key"} if keys.messages else {}
     wanted = wanted or {keys.prompt: "data.prompt_key", keys.response: "data.response_key"}
@@ -41,7 +43,9 @@ def columns_to_read(columns: Sequence[str], keys: Keys, *, where: str, need_adva
     for column, field in wanted.items():
         if column not in columns:
             hint = "; or data.messages_key=messages" if "messages" in columns and not keys.messages else ""
-            raise DataError(f"{where}: no column '{column}' (has {', '.join(columns) or 'none'}); set {field}{hint}")
+            raise DataError(
+                f"{where}: no column '{column}' (has {', '.join(columns) or 'none'}); set {field}{hint}"
+            )
     return [*wanted, *([keys.advantage] if keys.advantage in columns and not need_advantage else [])]
 
 
@@ -59,7 +63,9 @@ def parse_row(row: dict[str, Any], keys: Keys, columns: Sequence[str], where: st
         field = keys.messages
         messages = _turns(row[field], field, where)
         if messages[-1]["role"] != "assistant":
-            raise DataError(f"{where}, field '{field}': ends with a {messages[-1]['role']} turn; nothing to train on")
+            raise DataError(
+                f"{where}, field '{field}': ends with a {messages[-1]['role']} turn; nothing to train on"
+            )
     else:
         field = keys.response
         prompt = row[keys.prompt]
@@ -71,7 +77,9 @@ def parse_row(row: dict[str, Any], keys: Keys, columns: Sequence[str], where: st
                 f"{where}, field '{keys.prompt}': ends with an assistant turn; "
                 f"it must end with the turn that '{keys.response}' answers"
             )
-        messages.append({"role": "assistant", "content": _text(row[keys.response], f"'{keys.response}'", where)})
+        messages.append(
+            {"role": "assistant", "content": _text(row[keys.response], f"'{keys.response}'", where)}
+        )
     _check_order(messages, field, where)
     return Example(messages, _advantage(row.get(keys.advantage, 1.0), keys.advantage, where))
 
@@ -79,14 +87,18 @@ def parse_row(row: dict[str, Any], keys: Keys, columns: Sequence[str], where: st
 def _turns(value: Any, field: str, where: str) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
         kind = "null" if value is None else "empty" if value == [] else f"a {type(value).__name__}"
-        raise DataError(f"{where}, field '{field}': is {kind}; expected a list of {{role, content}} or a string")
+        raise DataError(
+            f"{where}, field '{field}': is {kind}; expected a list of {{role, content}} or a string"
+        )
     turns = []
     for index, turn in enumerate(value):
         name = f"'{field}[{index}]'"
         if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
             raise DataError(f"{where}, field {name}: expected {{role, content}}, found {str(turn)[:60]!r}")
         if turn["role"] not in ROLES:
-            raise DataError(f"{where}, field {name}: unknown role {turn['role']!r}; use one of {', '.join(ROLES)}")
+            raise DataError(
+                f"{where}, field {name}: unknown role {turn['role']!r}; use one of {', '.join(ROLES)}"
+            )
         content = _text(turn["content"], name, where, may_be_blank=turn["role"] in ("system", "tool"))
         turns.append({"role": turn["role"], "content": content})
     return turns
@@ -102,8 +114,8 @@ def _text(value: Any, field: str, where: str, may_be_blank: bool = False) -> str
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where}, field {field}: holds the lone surrogate {value[error.start]!a} at character {error.start}; "
-            "decode the text properly or remove the row"
+            f"{where}, field {field}: holds the lone surrogate {value[error.start]!a} at character "
+            f"{error.start}; decode the text properly or remove the row"
         ) from None
     return value
 
@@ -128,7 +140,9 @@ def _describe(allowed: tuple[str | None, ...]) -> str:
 def _advantage(value: Any, field: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         kind = "null" if value is None else f"a {type(value).__name__}"
-        raise DataError(f"{where}, field '{field}': is {kind} where a number is expected; mend or remove the row")
+        raise DataError(
+            f"{where}, field '{field}': is {kind} where a number is expected; mend or remove the row"
+        )
     if not math.isfinite(value):
         raise DataError(f"{where}, field '{field}': is {value}; must be finite, mend or remove the row")
     return float(value)

@@ -1,11 +1,11 @@
 """Training and held-out data as micro batches: what the training loop sees of this room.
 
-A step's data is a function of its number, so the loader is random access and resuming needs nothing but the step.
-"""
+A step's data is a function of its number, so the loader is random access and resuming needs nothing but the
+step."""
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +18,8 @@ from jsft.data.chat import Chat, load_tokenizer
 from jsft.data.documents import Documents
 from jsft.data.examples import Keys
 from jsft.data.objective import token_weights
-from jsft.data.sources import open_source
+from jsft.data.sources import open_source, split_paths
 from jsft.errors import ConfigError, DataError
-
 
 EVAL_CHUNK = 4096  # held-out documents packed together
 
@@ -99,8 +98,12 @@ def assemble(
     for length in plan.lengths:
         tokens, targets, positions = (np.zeros((count, length), np.int32) for _ in range(3))
         start = np.broadcast_to(np.arange(length, dtype=np.int32), (count, length)).copy()
-        batches.append(Batch(tokens, targets, np.zeros((count, length), np.float32), positions, start, start + 1))
-    for document, micro_batch, row, offset, weight in zip(rows, plan.micro_batch, plan.row, plan.offset, weights):
+        batches.append(
+            Batch(tokens, targets, np.zeros((count, length), np.float32), positions, start, start + 1)
+        )
+    for document, micro_batch, row, offset, weight in zip(
+        rows, plan.micro_batch, plan.row, plan.offset, weights
+    ):
         if not first <= row < first + count:
             continue
         batch, row = batches[micro_batch], row - first
@@ -119,9 +122,8 @@ def assemble(
 class TrainingData:
     """Everything the loop needs of the training data.
 
-    total_steps, steps_per_epoch; report: counts and statistics for the run's summary (`report_lines` in words);
-    fingerprint: changes with the documents, their order or their weights, not with the devices.
-    """
+    total_steps, steps_per_epoch; report: counts and statistics for the run's summary (`report_lines` in
+    words); fingerprint: changes with the documents, their order or their weights, not with the devices."""
 
     def __init__(self, source: StepSource, steps_per_epoch: int, workers: int, chat: Chat):
         self._source, self._workers, self._chat = source, workers, chat
@@ -157,8 +159,9 @@ class TrainingData:
         lines = [
             f"{r['documents']:,} documents, {r['tokens']:,} tokens, {r['supervised_tokens']:,} trained "
             f"({r['supervised_tokens'] / r['tokens']:.1%}); longest {r['longest']:,}",
-            f"{r['micro_batches']:.1f} micro batches of {r['shape']} a step; padding {r['padding_share']:.2%}, "
-            f"device imbalance {r['device_imbalance']:.2%} (means over {r['planned_steps']} steps)",
+            f"{r['micro_batches']:.1f} micro batches of {r['shape']} a step; "
+            f"padding {r['padding_share']:.2%}, device imbalance {r['device_imbalance']:.2%} "
+            f"(means over {r['planned_steps']} steps)",
         ]
         if r["truncated"]:
             lines.append(f"{r['truncated']} documents cut to {r['max_length']} tokens ({r['truncation']})")
@@ -189,9 +192,9 @@ def open_training_data(
 ) -> TrainingData:
     """Opens data.train of a resolved `config` for a model directory.
 
-    rows_per_micro_batch: packed rows of a micro batch over all devices; this process gets the contiguous slice
-    [p * R / P, (p + 1) * R / P). attention_cost: the model's, from `plan.attention_cost`; it balances devices. Raises ConfigError, DataError or ModelError before anything is trained.
-    """
+    rows_per_micro_batch: packed rows of a micro batch over all devices; this process gets the contiguous
+    slice [p * R / P, (p + 1) * R / P). attention_cost: the model's, from `plan.attention_cost`; it balances
+    devices. Raises ConfigError, DataError or ModelError before anything is trained."""
     data, train, objective = config.data, config.train, config.objective
     recipe = Recipe(
         global_batch=train.global_batch,
@@ -223,9 +226,8 @@ def open_training_data(
 def open_eval_data(
     config, model_dir: str | Path, *, rows: int, process_index: int = 0, process_count: int = 1
 ) -> dict[str, list[Batch]]:
-    """Held-out sets of data.eval by name, each packed in batches of [rows, data.pack_length] with weight 1 per
-    supervised token. `objective.document_mean_weights` makes the weights of a loss per document.
-    """
+    """Held-out sets of data.eval by name, each packed in batches of [rows, data.pack_length] with weight 1
+    per supervised token. `objective.document_mean_weights` makes the weights of a loss per document."""
     chat = make_chat(config, model_dir)
     layout = planning.Layout(rows, rows, config.data.pack_length, align=config.data.align)
     local_rows = _local_rows(rows, process_index, process_count)
@@ -242,15 +244,18 @@ def open_eval_data(
 
 
 def eval_specs(value: Any) -> dict[str, str]:
-    """data.eval as {name: path}: from a mapping, a list, or comma-separated paths; a path is named by its stem."""
+    """data.eval as {name: path}: from a mapping, a list, or comma-separated paths; a path is named by its
+    stem."""
     if not value:
         return {}
     if isinstance(value, Mapping) or hasattr(value, "items"):
         return dict(value.items())
-    paths = [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
+    paths = split_paths(value)
     names = [Path(path).stem for path in paths]
     if len(set(names)) < len(names):
-        raise ConfigError(f"data.eval names two files alike ({', '.join(names)}); give {{name: path}} instead")
+        raise ConfigError(
+            f"data.eval names two files alike ({', '.join(names)}); give {{name: path}} instead"
+        )
     return dict(zip(names, paths))
 
 
@@ -272,11 +277,15 @@ def make_keys(config) -> Keys:
     return Keys(data.prompt_key, data.response_key, data.advantage_key, data.answer_key, data.messages_key)
 
 
-def make_layout(config, documents: Documents, rows: int, attention_cost: float) -> planning.Layout:
+def make_layout(
+    config, documents: Documents, rows: int, attention_cost: float = planning.DEFAULT_ATTENTION_COST
+) -> planning.Layout:
     """Shapes of the run's micro batches. DataError when a document is longer than a packed row."""
     data, batch = config.data, config.train.global_batch
     if rows % data.rows_per_device:
-        raise ConfigError(f"{rows} rows a micro batch are not a multiple of data.rows_per_device={data.rows_per_device}")
+        raise ConfigError(
+            f"{rows} rows a micro batch are not a multiple of data.rows_per_device={data.rows_per_device}"
+        )
     _check_fits(documents, data.pack_length)
     first_epoch = [
         planning.step_rows(step, len(documents), batch, shuffle=bool(data.shuffle), seed=config.train.seed)
@@ -316,10 +325,8 @@ def packing_report(source: StepSource, steps: int, sample: int = 32) -> dict[str
 
 def _open(config, spec: str | Sequence[str], chat: Chat, *, need_advantage: bool = False) -> TokenCache:
     data = config.data
-    if isinstance(spec, str):
-        spec = [part.strip() for part in spec.split(",")]
     return open_cache(
-        open_source(spec),
+        open_source(split_paths(spec)),
         chat,
         make_keys(config),
         cache_dir=data.cache_dir,
@@ -329,10 +336,10 @@ def _open(config, spec: str | Sequence[str], chat: Chat, *, need_advantage: bool
 
 
 def _check_fits(documents: Documents, pack_length: int) -> None:
-    longest = int(documents.lengths.max())
-    if longest > pack_length:
+    longest = int(documents.lengths.argmax())
+    if documents.lengths[longest] > pack_length:
         raise DataError(
-            f"{documents.where(int(documents.lengths.argmax()))}: has {longest} tokens, more than a packed row of "
+            f"{documents.where(longest)}: has {documents.lengths[longest]} tokens, more than a packed row of "
             f"data.pack_length={pack_length}; raise it, or lower data.max_length"
         )
 

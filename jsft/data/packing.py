@@ -1,9 +1,9 @@
 """Packing documents into rows that are nearly full, and rows into micro batches of nearly equal cost.
 
-Long reasoning documents fill a packed row by twos and threes, where best-fit wastes 4-7 %. Here each row takes the
-longest document left and the one, two or three others that fill it best; what slack there is goes to the last rows,
-where documents are spread by cost. Rows are then ranked by cost, so that each micro batch holds rows alike.
-"""
+Long reasoning documents fill a packed row by twos and threes, where best-fit wastes 4-7 %. Here each row
+takes the longest document left and the one, two or three others that fill it best; what slack there is goes
+to the last rows, where documents are spread by cost. Rows are then ranked by cost, so that each micro batch
+holds rows alike."""
 
 import numpy as np
 
@@ -16,7 +16,8 @@ _TRIPLES = 12  # smallest documents tried as the third of a triple
 def pack(
     lengths: np.ndarray, costs: np.ndarray, full_rows: int, length: int, last_rows: int, last_length: int
 ) -> list[list[int]] | None:
-    """Documents of each of `full_rows` rows of `length`, then of `last_rows` rows of `last_length`; None: no fit.
+    """Documents of each of `full_rows` rows of `length`, then of `last_rows` rows of `last_length`; None: no
+    fit.
 
     lengths: int64 [B], none above `length`; costs: float64 [B]. Deterministic.
     """

@@ -25,7 +25,9 @@ class Layout(NamedTuple):
     rows: int  # R: packed rows of a micro batch, over all devices
     devices: int  # each holds rows / devices of them, contiguous
     length: int  # T: positions of a packed row
-    last_lengths: tuple[int, ...] = ()  # shorter lengths that the last micro batch of a step may have, ascending
+    last_lengths: tuple[
+        int, ...
+    ] = ()  # shorter lengths that the last micro batch of a step may have, ascending
     attention_cost: float = DEFAULT_ATTENTION_COST  # cost of a document = l + attention_cost * l^2
     align: int = 1  # documents start at multiples of this
 
@@ -42,9 +44,8 @@ class StepPlan(NamedTuple):
 def attention_cost(num_layers: int, num_heads: int, head_dim: int, parameters: float) -> float:
     """Cost of attention per squared token, in units of a token's cost in all other layers.
 
-    FLOPs of a training step: 6 * parameters per token, and 6 * layers * heads * head_dim * l^2 for causal attention
-    over a document of l tokens. parameters: those in matmuls, the unembedding included.
-    """
+    FLOPs of a training step: 6 * parameters per token, and 6 * layers * heads * head_dim * l^2 for causal
+    attention over a document of l tokens. parameters: those in matmuls, the unembedding included."""
     return num_layers * num_heads * head_dim / parameters
 
 
@@ -61,8 +62,8 @@ def steps_per_epoch(rows: int, global_batch: int) -> int:
 def step_rows(step: int, rows: int, global_batch: int, *, shuffle: bool = False, seed: int = 0) -> np.ndarray:
     """int64 [B]: rows of step `step` (from 0), in batch order.
 
-    In file order, the same every epoch, the rest dropped; or, with `shuffle`, in an order drawn for each epoch.
-    """
+    In file order, the same every epoch, the rest dropped; or, with `shuffle`, in an order drawn for each
+    epoch."""
     epoch, index = divmod(step, steps_per_epoch(rows, global_batch))
     place = slice(index * global_batch, (index + 1) * global_batch)
     return _epoch_order(rows, seed, epoch)[place] if shuffle else np.arange(rows)[place]
@@ -71,13 +72,16 @@ def step_rows(step: int, rows: int, global_batch: int, *, shuffle: bool = False,
 @lru_cache(maxsize=4)
 def _epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
     name = zlib.crc32(b"data.shuffle")
-    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, name, epoch]))).permutation(rows)
+    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, name, epoch]))).permutation(
+        rows
+    )
     order.setflags(write=False)
     return order
 
 
 def plan_step(lengths: np.ndarray, layout: Layout) -> StepPlan:
-    """Packs documents of `lengths` (int [B], none above `layout.length`) into the shortest micro batches that fit."""
+    """Packs documents of `lengths` (int [B], none above `layout.length`) into the shortest micro batches that
+    fit."""
     lengths = np.asarray(lengths, np.int64)
     room = np.minimum(-(-lengths // layout.align) * layout.align, layout.length)
     costs = lengths + layout.attention_cost * lengths.astype(np.float64) ** 2
@@ -95,17 +99,25 @@ def plan_step(lengths: np.ndarray, layout: Layout) -> StepPlan:
 
 
 def choose_last_lengths(
-    lengths: np.ndarray, rows: int, length: int, global_batch: int, *, order: np.ndarray | None = None, align: int = 1
+    lengths: np.ndarray,
+    rows: int,
+    length: int,
+    global_batch: int,
+    *,
+    order: np.ndarray | None = None,
+    align: int = 1,
 ) -> tuple[int, ...]:
-    """Up to three lengths, multiples of 128 below `length`, for the last micro batch of a step: those that leave the
-    least padding over the steps of one epoch. A length is used only if it saves 0.3 % of all tokens: each costs a
-    compilation.
+    """Up to three lengths, multiples of 128 below `length`, for the last micro batch of a step: those that
+    leave the least padding over the steps of one epoch. A length is used only if it saves 0.3 % of all
+    tokens: each costs a compilation.
 
     lengths: int [N] of all documents, in the order of `order` if given; rows, length: as in `Layout`.
     """
     steps = len(lengths) // global_batch
     lengths = np.asarray(lengths, np.int64) if order is None else np.asarray(lengths, np.int64)[order]
-    room = np.minimum(-(-lengths // align) * align, length)[: steps * global_batch].reshape(steps, global_batch)
+    room = np.minimum(-(-lengths // align) * align, length)[: steps * global_batch].reshape(
+        steps, global_batch
+    )
     totals = np.ceil(room.sum(1) * (1 + _SLACK) / rows)
     whole = totals // length
     needed = totals - whole * length  # tokens a row of the last micro batch must hold
@@ -126,9 +138,8 @@ def choose_last_lengths(
 def padding_and_imbalance(lengths: np.ndarray, plan: StepPlan, layout: Layout) -> tuple[float, float]:
     """Share of positions that are padding, and share of the devices' time lost to waiting for the slowest.
 
-    The second is sum(max over devices) / sum(mean over devices) - 1 of the documents' cost, summed over the micro
-    batches of a step.
-    """
+    The second is sum(max over devices) / sum(mean over devices) - 1 of the documents' cost, summed over the
+    micro batches of a step."""
     positions = layout.rows * sum(plan.lengths)
     costs = lengths + layout.attention_cost * lengths.astype(np.float64) ** 2
     device = plan.micro_batch * layout.devices + plan.row // (layout.rows // layout.devices)
@@ -137,7 +148,8 @@ def padding_and_imbalance(lengths: np.ndarray, plan: StepPlan, layout: Layout) -
 
 
 def _first_not_below(options: np.ndarray, needed: np.ndarray) -> np.ndarray:
-    """int64 [O, S]: for each option (ascending lengths) the place of the first length that is enough for each step."""
+    """int64 [O, S]: for each option (ascending lengths) the place of the first length that is enough for each
+    step."""
     return (options[:, None, :] < needed[None, :, None]).sum(2)
 
 

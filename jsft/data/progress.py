@@ -4,7 +4,13 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 T = TypeVar("T")
 
@@ -12,8 +18,15 @@ T = TypeVar("T")
 def progress_bar(verb: str, unit: str) -> Progress:
     """A rich `Progress`; its tasks have a field `note`, shown after the count of units."""
     console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(f"{unit} {{task.fields[note]}}"), TimeRemainingColumn())
-    return Progress(TextColumn(verb), *columns, console=console, transient=True, disable=not console.is_terminal)
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(f"{unit} {{task.fields[note]}}"),
+        TimeRemainingColumn(),
+    )
+    return Progress(
+        TextColumn(verb), *columns, console=console, transient=True, disable=not console.is_terminal
+    )
 
 
 def track(items: Iterable[T], verb: str, unit: str, total: int) -> Iterator[T]:

@@ -1,8 +1,7 @@
 """Rows from parquet files, JSON-lines files or a Hugging Face data set, without reading any of them whole.
 
-A source numbers its rows from 0 over all its files, in the order the files are given (those of a folder or of a hub
-data set: by name). Reading goes one parquet row group, or one block of lines, at a time.
-"""
+A source numbers its rows from 0 over all its files, in the order the files are given (those of a folder or of
+a hub data set: by name). Reading goes one parquet row group, or one block of lines, at a time."""
 
 import hashlib
 import json
@@ -22,7 +21,9 @@ BLOCK = 256  # rows read at a time
 SUFFIXES = (".parquet", ".jsonl", ".json")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
-Row = dict[str, Any] | DataError  # a row that cannot be decoded is its error: the caller decides to stop or skip
+Row = (
+    dict[str, Any] | DataError
+)  # a row that cannot be decoded is its error: the caller decides to stop or skip
 
 
 class _ParquetFile:
@@ -33,7 +34,9 @@ class _ParquetFile:
                 self.columns = list(file.schema_arrow.names)
                 group_rows = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not a readable parquet file ({_brief(error)}); fetch or write it again") from error
+            raise DataError(
+                f"{path}: not a readable parquet file ({_brief(error)}); fetch or write it again"
+            ) from error
         self.group_starts = np.concatenate([[0], np.cumsum(group_rows, dtype=np.int64)])
         self.rows = int(self.group_starts[-1])
 
@@ -97,13 +100,19 @@ class _JsonLines:
         try:
             value = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
-            return DataError(f"{self.path} row {index}: invalid UTF-8 ({_brief(error)}); store the text as UTF-8")
+            return DataError(
+                f"{self.path} row {index}: invalid UTF-8 ({_brief(error)}); store the text as UTF-8"
+            )
         except ValueError as error:
-            return DataError(f"{self.path} row {index}: not valid JSON ({_brief(error)}); one JSON object per line")
+            return DataError(
+                f"{self.path} row {index}: not valid JSON ({_brief(error)}); one JSON object per line"
+            )
         except RecursionError:
             return DataError(f"{self.path} row {index}: JSON nested too deeply")
         if not isinstance(value, dict):
-            return DataError(f"{self.path} row {index}: a {type(value).__name__} where a JSON object is expected")
+            return DataError(
+                f"{self.path} row {index}: a {type(value).__name__} where a JSON object is expected"
+            )
         return value
 
 
@@ -122,7 +131,9 @@ class Source:
             if path.suffix not in SUFFIXES:
                 raise DataError(f"{path}: unknown data format; use one of {', '.join(SUFFIXES)}")
             self._readers.append(_ParquetFile(path) if path.suffix == ".parquet" else _JsonLines(path))
-        self._starts = np.concatenate([[0], np.cumsum([reader.rows for reader in self._readers], dtype=np.int64)])
+        self._starts = np.concatenate(
+            [[0], np.cumsum([reader.rows for reader in self._readers], dtype=np.int64)]
+        )
         if len(self) == 0:
             raise DataError(f"{', '.join(map(str, self.files))}: holds no rows")
 
@@ -131,7 +142,8 @@ class Source:
 
     @property
     def columns(self) -> list[str]:
-        """Columns that every file has, in the order of the first (of JSON lines: the keys of the first row)."""
+        """Columns that every file has, in the order of the first (of JSON lines: the keys of the first
+        row)."""
         others = [set(reader.columns) for reader in self._readers[1:]]
         return [name for name in self._readers[0].columns if all(name in other for other in others)]
 
@@ -159,6 +171,11 @@ class Source:
         reader, index = self._locate(row)
         return f"{reader.path} row {index}"
 
+    def schema(self) -> pa.Schema | None:
+        """Arrow types of the columns, where the first file is parquet."""
+        first = self._readers[0]
+        return pq.read_schema(first.path) if isinstance(first, _ParquetFile) else None
+
     def content_key(self) -> str:
         """SHA-256 over the bytes of all files: changes when any of them does."""
         key = hashlib.sha256()
@@ -172,11 +189,18 @@ class Source:
         return self._readers[index], row - int(self._starts[index])
 
 
+def split_paths(spec: str | Sequence[str]) -> list[str]:
+    """data.train as a list: from a list, or from comma-separated paths."""
+    return (
+        [part.strip() for part in spec.split(",")] if isinstance(spec, str) else [str(part) for part in spec]
+    )
+
+
 def open_source(spec: str | Path | Sequence[str]) -> Source:
     """Opens a file, a folder of data files, a list of these, or a hub data set `owner/name[@revision]`.
 
-    A hub data set is downloaded through huggingface_hub into its cache (`HF_HUB_OFFLINE=1` uses only what is there).
-    """
+    A hub data set is downloaded through huggingface_hub into its cache (`HF_HUB_OFFLINE=1` uses only what is
+    there)."""
     specs = [spec] if isinstance(spec, str | Path) else list(spec)
     files: list[Path] = []
     for one in specs:
@@ -190,7 +214,9 @@ def open_source(spec: str | Path | Sequence[str]) -> Source:
         else:
             files.append(path)
     if not files:
-        raise DataError("no data file is named; set data.train to a parquet or JSON-lines file, or a hub data set id")
+        raise DataError(
+            "no data file is named; set data.train to a parquet or JSON-lines file, or a hub data set id"
+        )
     return Source(files)
 
 
@@ -208,7 +234,9 @@ def _download(hub_id: str) -> Path:
     name, _, revision = hub_id.partition("@")
     try:
         patterns = [f"*{suffix}" for suffix in (".parquet", ".jsonl")]
-        return Path(snapshot_download(name, repo_type="dataset", revision=revision or None, allow_patterns=patterns))
+        return Path(
+            snapshot_download(name, repo_type="dataset", revision=revision or None, allow_patterns=patterns)
+        )
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise DataError(
             f"data set {hub_id}: neither a local path nor to be had from the hub ({_brief(error)}); "

@@ -25,15 +25,19 @@ def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
     return path
 
 
-def write_rows(rows: Iterable[dict[str, Any]], path: Path) -> int:
-    """Writes rows to `path` and returns their number. Columns and types are those of the first row group.
+def write_rows(rows: Iterable[dict[str, Any]], path: Path, schema: pa.Schema | None = None) -> int:
+    """Writes rows to `path` and returns their number. Columns and types are those of `schema` or the first
+    rows.
 
     Raises DataError when nothing is to be written or the disk refuses; what was begun is removed.
     """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        count = (_write_parquet if path.suffix == ".parquet" else _write_lines)(rows, temporary)
+        if path.suffix == ".parquet":
+            count = _write_parquet(rows, temporary, schema)
+        else:
+            count = _write_lines(rows, temporary)
         if not count:
             raise DataError(f"{path}: no row to write")
         os.replace(temporary, path)
@@ -47,7 +51,8 @@ def write_rows(rows: Iterable[dict[str, Any]], path: Path) -> int:
 
 
 def read_columns(spec: str | Path, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """Rows of a data set with just these columns; DataError when one is missing or a row cannot be decoded."""
+    """Rows of a data set with just these columns; DataError when one is missing or a row cannot be
+    decoded."""
     source = open_source(spec)
     missing = [column for column in columns if column not in source.columns]
     if missing:
@@ -58,12 +63,12 @@ def read_columns(spec: str | Path, columns: list[str]) -> Iterator[dict[str, Any
         yield row
 
 
-def _write_parquet(rows: Iterable[dict[str, Any]], path: Path) -> int:
+def _write_parquet(rows: Iterable[dict[str, Any]], path: Path, schema: pa.Schema | None) -> int:
     writer, group, count = None, [], 0
 
     def flush():
         nonlocal writer, count
-        table = pa.Table.from_pylist(group, schema=writer.schema if writer else None)
+        table = pa.Table.from_pylist(group, schema=writer.schema if writer else schema)
         writer = writer or pq.ParquetWriter(path, table.schema)
         writer.write_table(table)
         count += len(group)

@@ -60,7 +60,9 @@ def test_second_open_builds_nothing(tmp_path, chat, small_parts, monkeypatch):
 def test_changed_tokenizer_data_or_choice_is_noticed(tmp_path, chat, tiny_model):
     path = write_rows(tmp_path / "x.parquet", rows_of([20, 30]))
     found = {open_it(path, chat).directory}
-    other = Chat(load_tokenizer(write_tokenizer(tmp_path / "m", CHATML.replace("m.role +", "m.role|upper +"))))
+    other = Chat(
+        load_tokenizer(write_tokenizer(tmp_path / "m", CHATML.replace("m.role +", "m.role|upper +")))
+    )
     found.add(open_it(path, other).directory)
     found.add(open_it(path, Chat(load_tokenizer(tiny_model), eos_token="<|endoftext|>")).directory)
     write_rows(path, rows_of([20, 31]))
@@ -68,12 +70,14 @@ def test_changed_tokenizer_data_or_choice_is_noticed(tmp_path, chat, tiny_model)
     assert len(found) == 4
 
 
-def test_cache_dir_and_read_only_data(tmp_path, chat, monkeypatch):
+def test_cache_dir_and_read_only_data(tmp_path, tmp_path_factory, chat, monkeypatch):
     path = write_rows(tmp_path / "x.parquet", rows_of([20, 30]))
     assert open_it(path, chat, cache_dir=str(tmp_path / "there")).directory.parent == tmp_path / "there"
-    monkeypatch.setattr(os, "access", lambda *a: False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    assert open_it(path, chat).directory.is_relative_to(tmp_path / "home")
+    tmp_path.chmod(0o555)
+    elsewhere = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(elsewhere))
+    assert open_it(path, chat).directory.is_relative_to(elsewhere)
+    tmp_path.chmod(0o755)
 
 
 def test_bad_rows_stop_or_are_counted(tmp_path, chat, small_parts):
@@ -92,13 +96,17 @@ def test_bad_rows_stop_or_are_counted(tmp_path, chat, small_parts):
 
 def test_no_usable_row(tmp_path, chat):
     path = write_rows(tmp_path / "x.jsonl", rows_of([20, 20], response=""))
-    with pytest.raises(DataError, match="none of its 2 rows can be used; the first: .*row 0, field 'response': is empty"):
+    with pytest.raises(
+        DataError, match="none of its 2 rows can be used; the first: .*row 0, field 'response': is empty"
+    ):
         open_it(path, chat, on_bad_row="skip")
 
 
 def test_prompt_free_template_is_refused(tmp_path):
     chat = Chat(load_tokenizer(write_tokenizer(tmp_path / "m", "{# nothing #}")))
-    with pytest.raises(DataError, match="row 0: the chat template renders no prompt, so every token would be trained"):
+    with pytest.raises(
+        DataError, match="row 0: the chat template renders no prompt, so every token would be trained"
+    ):
         open_it(write_rows(tmp_path / "x.parquet", rows_of([20])), chat)
 
 
@@ -128,7 +136,11 @@ def test_full_disk_leaves_whole_parts_only(tmp_path, chat, small_parts, monkeypa
     with pytest.raises(DataError, match="No space left on device.*a build goes on where it stopped"):
         open_it(path, chat)
     (directory,) = (p for p in (tmp_path / ".jsft_cache").iterdir())
-    assert sorted(p.name for p in directory.iterdir()) == [".lock", "part-000000000.arrow", "part-000000016.arrow"]
+    assert sorted(p.name for p in directory.iterdir()) == [
+        ".lock",
+        "part-000000000.arrow",
+        "part-000000016.arrow",
+    ]
     said = []
     assert len(open_it(path, chat, say=said.append)) == 70
     assert said[0] == "data: going on with the token cache at row 32 of 70" and "38 rows tokenised" in said[1]
@@ -190,10 +202,16 @@ def test_two_processes_build_one_cache(tmp_path, tiny_model):
     path = write_rows(tmp_path / "x.parquet", rows_of(range(5, 165)))
     processes = [builder(path, tiny_model, 0.1) for _ in range(2)]
     outputs = {process.communicate(timeout=60)[0] for process in processes}
-    assert len(outputs) == 1 and outputs.pop().startswith("160 ") and all(p.returncode == 0 for p in processes)
+    assert (
+        len(outputs) == 1 and outputs.pop().startswith("160 ") and all(p.returncode == 0 for p in processes)
+    )
     (directory,) = (tmp_path / ".jsft_cache").iterdir()
     names = json.loads((directory / caching.INDEX).read_text())["parts"]
-    assert len(names) == 10 and sorted(p.name for p in directory.iterdir()) == [".lock", caching.INDEX, *names]
+    assert len(names) == 10 and sorted(p.name for p in directory.iterdir()) == [
+        ".lock",
+        caching.INDEX,
+        *names,
+    ]
 
 
 def test_pickled_cache_is_mapped_again(tmp_path, chat):

@@ -28,7 +28,9 @@ def test_prompt_response_and_eos(chat):
     document = chat.encode(example("hi", "yo\n"), "")
     text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo\n<|im_end|>"
     assert chat.decode(document.tokens) == text
-    assert document.tokens.dtype == np.int32 and document.tokens[0] == IM_START and document.tokens[-1] == IM_END
+    assert (
+        document.tokens.dtype == np.int32 and document.tokens[0] == IM_START and document.tokens[-1] == IM_END
+    )
     assert trained(chat, document) == ["yo\n<|im_end|>"]
     assert document.spans.tolist() == [[len(document.tokens) - 4, len(document.tokens)]]
 
@@ -84,11 +86,15 @@ def test_guard_leaves_private_characters_of_the_data_alone(chat):
 
 
 def test_template_that_refuses(chat, tmp_path):
-    with pytest.raises(DataError, match=r"x row 3: the model's chat template refuses the turns \(user, assistant, tool"):
+    with pytest.raises(
+        DataError, match=r"x row 3: the model's chat template refuses the turns \(user, assistant, tool"
+    ):
         chat.encode(example("a", "b", "c", "d", roles=("user", "assistant", "tool", "assistant")), "x row 3")
     forgetful = CHATML.replace("m.content", "(m.content if loop.last else m.content|upper)")
     rewriting = Chat(load_tokenizer(write_tokenizer(tmp_path / "m", forgetful)))
-    with pytest.raises(DataError, match="x row 4: the chat template rewrites assistant turn .*train_turns=last"):
+    with pytest.raises(
+        DataError, match="x row 4: the chat template rewrites assistant turn .*train_turns=last"
+    ):
         rewriting.encode(example("A", "b", "C", "d"), "x row 4")
 
 
@@ -109,8 +115,11 @@ def test_tokenizer_that_is_not_usable(tmp_path):
 def test_key_follows_what_matters(tiny_model, tmp_path, chat):
     other = Chat(load_tokenizer(write_tokenizer(tmp_path / "m", CHATML.replace("\n", " "))))
     variants = [
-        {"eos_token": "<|endoftext|>"}, {"strip_default_system": True}, {"enable_thinking": False}, {"train_turns": "last"}
-    ]  # fmt: skip
+        {"eos_token": "<|endoftext|>"},
+        {"strip_default_system": True},
+        {"enable_thinking": False},
+        {"train_turns": "last"},
+    ]
     keys = {Chat(load_tokenizer(tiny_model), **variant).key() for variant in variants}
     assert len(keys | {chat.key(), other.key()}) == len(variants) + 2
     assert Chat(load_tokenizer(tiny_model)).key() == chat.key()
@@ -137,8 +146,14 @@ def test_qwen3_golden(qwen3):
 def test_qwen3_prompt_is_the_template_s_own(qwen3):
     """Against transformers' way: template tokenised whole, response tokenised alone, EOS id appended."""
     tokenizer = qwen3.tokenizer
-    for prompt, response in [("  x\n\n", "\n\ny  "), ("日本 🙂 é", "<think>\nß\n</think>\n\nok"), ("a\tb", "{}\\\\")]:
-        expected = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    for prompt, response in [
+        ("  x\n\n", "\n\ny  "),
+        ("日本 🙂 é", "<think>\nß\n</think>\n\nok"),
+        ("a\tb", "{}\\\\"),
+    ]:
+        expected = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True
+        )
         expected = list(expected["input_ids"])
         answer = tokenizer(response, add_special_tokens=False)["input_ids"]
         document = qwen3.encode(example(prompt, response), "")

@@ -23,8 +23,12 @@ def test_good_rows():
     assert parse().messages == [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
     assert parse(message="2+2?") == parse()
     assert parse(advantage=2).advantage == 2.0
-    assert [t["role"] for t in parse(message=turns("system", "user", "assistant", "user")).messages][-1] == "assistant"
-    parse(message=[{"role": "system", "content": ""}, *turns("user")])  # an empty system turn means what it says
+    assert [t["role"] for t in parse(message=turns("system", "user", "assistant", "user")).messages][
+        -1
+    ] == "assistant"
+    parse(
+        message=[{"role": "system", "content": ""}, *turns("user")]
+    )  # an empty system turn means what it says
     parse(message=turns("user", "assistant", "tool", "tool"))
 
 
@@ -57,7 +61,9 @@ def test_good_rows():
     ],
 )
 def test_bad_rows(changes, message):
-    with pytest.raises(DataError, match=r"^x.parquet row 7, " + (message if message.startswith("field") else ".*" + message)):
+    with pytest.raises(
+        DataError, match=r"^x.parquet row 7, " + (message if message.startswith("field") else ".*" + message)
+    ):
         parse(**changes)
 
 
@@ -84,6 +90,8 @@ def test_columns():
     assert columns_to_read([*columns, "advantage"], KEYS, where="x") == ["message", "response", "advantage"]
     with pytest.raises(DataError, match="x: no column 'advantage' .*data.advantage_key"):
         columns_to_read(columns, KEYS, where="x", need_advantage=True)
-    with pytest.raises(DataError, match=r"x: no column 'message' \(has q, messages\); set data.prompt_key; or data.messages"):
+    with pytest.raises(
+        DataError, match=r"x: no column 'message' \(has q, messages\); set data.prompt_key; or data.messages"
+    ):
         columns_to_read(["q", "messages"], KEYS, where="x")
     assert columns_to_read(["messages"], Keys(messages="messages"), where="x") == ["messages"]

@@ -22,12 +22,15 @@ def open_it(config, rows=4, **options):
 
 def same(a, b):
     return a[1:] == b[1:] and all(
-        np.array_equal(x, y) for p, q in zip(a.micro_batches, b.micro_batches, strict=True) for x, y in zip(p, q)
+        np.array_equal(x, y)
+        for p, q in zip(a.micro_batches, b.micro_batches, strict=True)
+        for x, y in zip(p, q)
     )
 
 
 def found_documents(batches):
-    """(tokens, trained targets, weights of these) of every document in the micro batches, padding left out."""
+    """(tokens, trained targets, weights of these) of every document in the micro batches, padding left
+    out."""
     for batch in batches:
         for row in range(batch.tokens.shape[0]):
             position = 0
@@ -76,7 +79,10 @@ def test_batches_hold_exactly_the_documents(make_config):
 @pytest.mark.parametrize("objective", ["reference", "token_mean", "sequence_mean"])
 def test_weights_by_batch_place(make_config, objective):
     config = make_config(
-        rows_of(LENGTHS), objective__name=objective, objective__reference_ranks=2, objective__reference_micro_batch=2
+        rows_of(LENGTHS),
+        objective__name=objective,
+        objective__reference_ranks=2,
+        objective__reference_micro_batch=2,
     )
     data = open_it(config)
     batch = data[2]
@@ -147,7 +153,13 @@ def test_worker_processes_give_the_same_steps(make_config):
 
 def test_step_counts(make_config):
     rows = rows_of(LENGTHS)  # 50 rows: 6 batches of 8, 2 rows dropped
-    for epochs, most, steps in [(0.5, None, 3), (0.55, None, 4), (1.0, None, 6), (8.0, None, 48), (8.0, 10, 10)]:
+    for epochs, most, steps in [
+        (0.5, None, 3),
+        (0.55, None, 4),
+        (1.0, None, 6),
+        (8.0, None, 48),
+        (8.0, 10, 10),
+    ]:
         fields = {"train.epochs": epochs} | ({"train.max_steps": most} if most else {})
         assert open_it(make_config(rows, **fields)).total_steps == steps
     assert open_it(make_config(rows_of([20] * 80), train__epochs=1.1)).total_steps == 11
@@ -162,8 +174,9 @@ def test_fingerprint_follows_data_order_and_objective_not_devices(make_config):
     others = [
         open_it(make_config(rows, **fields)).fingerprint
         for fields in (
-            {"data.shuffle": True}, {"train.seed": 1}, {"objective.name": "sequence_mean"}, {"train.global_batch": 16},
-            {"data.max_length": 100}, {"data.eos_token": "<|endoftext|>"},
+            {"data.shuffle": True}, {"train.seed": 1}, {"train.global_batch": 16},
+            {"objective.name": "sequence_mean"}, {"data.max_length": 100},
+            {"data.eos_token": "<|endoftext|>"},
         )
     ]  # fmt: skip
     others.append(open_it(make_config(rows[::-1])).fingerprint)
@@ -173,7 +186,9 @@ def test_fingerprint_follows_data_order_and_objective_not_devices(make_config):
 @pytest.mark.parametrize("truncation", ["right", "left"])
 def test_truncation(make_config, truncation):
     data = open_it(make_config(rows_of([10, 300] * 4), data__max_length=128, data__truncation=truncation))
-    assert data.report["truncated"] == 4 and any("4 documents cut to 128" in line for line in data.report_lines())
+    assert data.report["truncated"] == 4 and any(
+        "4 documents cut to 128" in line for line in data.report_lines()
+    )
     documents = sorted(found_documents(data[0].micro_batches), key=lambda d: len(d[0]))
     tokens, targets, _ = documents[-1]
     assert len(tokens) == 128
@@ -184,14 +199,18 @@ def test_truncation(make_config, truncation):
     else:
         assert tokens[0] != 257 and targets[-1] == 258
         assert len(targets) == 127  # the first token kept has none before it to predict it
-    with pytest.raises(DataError, match="row 1: has 3.. tokens, more than data.max_length=128, as 4 of 8 rows"):
+    with pytest.raises(
+        DataError, match="row 1: has 3.. tokens, more than data.max_length=128, as 4 of 8 rows"
+    ):
         open_it(make_config(rows_of([10, 300] * 4), data__max_length=128, data__truncation="error"))
 
 
 def test_prompt_that_fills_the_length_is_refused(make_config):
     rows = rows_of([10] * 8)
     rows[5]["message"][0]["content"] = "x" * 200
-    with pytest.raises(DataError, match="row 5: nothing of it would be trained, its prompt alone fills data.max_length"):
+    with pytest.raises(
+        DataError, match="row 5: nothing of it would be trained, its prompt alone fills data.max_length"
+    ):
         open_it(make_config(rows, data__max_length=128))
 
 
@@ -199,20 +218,26 @@ def test_row_longer_than_a_packed_row_is_refused(make_config):
     config = make_config(rows_of([10] * 7 + [300]))
     with config.unlocked():
         config.data.max_length = 400  # `resolve` would refuse this: the data room checks for itself
-    with pytest.raises(DataError, match="row 7: has 3.. tokens, more than a packed row of data.pack_length=256"):
+    with pytest.raises(
+        DataError, match="row 7: has 3.. tokens, more than a packed row of data.pack_length=256"
+    ):
         open_it(config)
 
 
 def test_layout_is_checked(make_config):
     config = make_config(rows_of(LENGTHS), data__rows_per_device=3)
-    with pytest.raises(ConfigError, match="4 rows a micro batch are not a multiple of data.rows_per_device=3"):
+    with pytest.raises(
+        ConfigError, match="4 rows a micro batch are not a multiple of data.rows_per_device=3"
+    ):
         open_it(config)
     with pytest.raises(ConfigError, match="4 rows of a micro batch do not divide over 3 processes"):
         open_it(make_config(rows_of(LENGTHS)), process_count=3)
     config = make_config(rows_of(LENGTHS))
     with config.unlocked():
         config.objective.name, config.data.train = "reference", "nowhere.parquet"
-    with pytest.raises(ConfigError, match="train.global_batch=8 is not a multiple"):  # before the data is opened
+    with pytest.raises(
+        ConfigError, match="train.global_batch=8 is not a multiple"
+    ):  # before the data is opened
         open_it(config)
 
 
@@ -244,7 +269,9 @@ def test_eval_sets(make_config, tmp_path):
         assert all((weights == 1).all() for _, _, weights in documents)
         assert sum(document_mean_weights(batch).sum() for batch in sets[name]) == pytest.approx(len(lengths))
         assert {batch.tokens.shape for batch in sets[name]} == {(4, 256)}
-    halves = [open_eval_data(config, config.model.path, rows=4, process_index=p, process_count=2) for p in (0, 1)]
+    halves = [
+        open_eval_data(config, config.model.path, rows=4, process_index=p, process_count=2) for p in (0, 1)
+    ]
     assert np.array_equal(np.concatenate([half["held"][0].tokens for half in halves]), sets["held"][0].tokens)
     assert open_eval_data(make_config(rows_of(LENGTHS)), config.model.path, rows=4) == {}
 
@@ -276,7 +303,8 @@ class _LongDocuments:
 
 
 def test_loader_is_far_faster_than_a_host_trains():
-    """Under 1 % of step time at 50k tokens/s a host: at least 5 M tokens/s, planning included, on one core."""
+    """Under 1 % of step time at 50k tokens/s a host: at least 5 M tokens/s, planning included, on one
+    core."""
     from jsft.data.loader import Recipe
 
     documents = _LongDocuments()
@@ -292,8 +320,9 @@ def test_loader_is_far_faster_than_a_host_trains():
 def test_gsm8k_through_the_whole_path(make_config, shared_data, tmp_path):
     config = make_config(
         shared_data / "gsm8k" / "train.jsonl", data__prompt_key="question", data__response_key="answer",
-        data__eos_token="<|endoftext|>", data__max_length=1024, data__pack_length=2048, train__global_batch=64,
-        objective__name="reference", data__eval=str(shared_data / "gsm8k" / "test.jsonl"),
+        data__eos_token="<|endoftext|>", data__max_length=1024, data__pack_length=2048,
+        train__global_batch=64, objective__name="reference",
+        data__eval=str(shared_data / "gsm8k" / "test.jsonl"),
     )  # fmt: skip
     data = open_training_data(config, shared_data / "qwen3_tokenizer", rows_per_micro_batch=8)
     assert (data.total_steps, data.report["documents"]) == (116, 7473)

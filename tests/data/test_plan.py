@@ -21,7 +21,9 @@ from jsft.errors import DataError
 
 LENGTH = 512
 layouts = st.builds(
-    lambda rows, devices, last, align: Layout(rows * devices, devices, LENGTH, tuple(sorted(last)), align=align),
+    lambda rows, devices, last, align: Layout(
+        rows * devices, devices, LENGTH, tuple(sorted(last)), align=align
+    ),
     st.integers(1, 3),
     st.integers(1, 8),
     st.sets(st.sampled_from([128, 256, 384]), max_size=3),
@@ -93,7 +95,11 @@ def test_documents_of_a_full_row_and_ties():
 def test_last_lengths_are_few_and_save_padding():
     lengths = np.random.default_rng(0).integers(20, 400, 64 * 40)
     last = choose_last_lengths(lengths, 8, 2048, 64)
-    assert 1 <= len(last) <= 3 and all(x % 128 == 0 and 0 < x < 2048 for x in last) and list(last) == sorted(set(last))
+    assert (
+        1 <= len(last) <= 3
+        and all(x % 128 == 0 and 0 < x < 2048 for x in last)
+        and list(last) == sorted(set(last))
+    )
 
     def padding(last):
         layout = Layout(8, 8, 2048, last)
@@ -104,7 +110,9 @@ def test_last_lengths_are_few_and_save_padding():
 
 
 def test_constant_lengths_need_one_last_length():
-    assert choose_last_lengths(np.full(640, 100), 8, 2048, 64) == (896,)  # 8 documents of 100 a row, and 0.4 % room
+    assert choose_last_lengths(np.full(640, 100), 8, 2048, 64) == (
+        896,
+    )  # 8 documents of 100 a row, and 0.4 % room
     layout = Layout(8, 8, 2048, (896,))
     assert plan_step(np.full(64, 100), layout).lengths == (896,)
 

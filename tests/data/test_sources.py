@@ -50,7 +50,9 @@ def test_folder_is_its_files_by_name(files):
 def test_json_lines(tmp_path):
     rows = rows_of([20, 30, 40])
     path = tmp_path / "x.jsonl"
-    path.write_bytes(("\n" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)).encode())  # no last \n
+    path.write_bytes(
+        ("\n" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)).encode()
+    )  # no last \n
     source = open_source(path)
     assert len(source) == 3 and source[2] == rows[2] and [row for _, row in source.rows(1)] == rows[1:]
 
@@ -73,7 +75,9 @@ def test_invalid_utf8_is_the_row_s_error(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\n{"a": "\xff"}\n{"a": \n[1]\n')
     rows = [row for _, row in open_source(tmp_path / "x.jsonl").rows()]
     assert rows[0] == {"a": 1}
-    for row, message in zip(rows[1:], ("row 1: invalid UTF-8", "row 2: not valid JSON", "row 3: a list where")):
+    for row, message in zip(
+        rows[1:], ("row 1: invalid UTF-8", "row 2: not valid JSON", "row 3: a list where")
+    ):
         assert isinstance(row, DataError) and message in str(row)
 
 

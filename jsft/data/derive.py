@@ -1,0 +1,162 @@
+"""Data sets made from others: without thinking, a subset, or another set's solutions to the same problems."""
+
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from os.path import commonprefix
+from typing import Any
+
+from jsft.data.progress import track
+from jsft.data.rows import good_rows, prompt_text, responses, schema_without
+from jsft.data.sources import open_source, split_paths
+from jsft.data.tables import check_output, write_rows
+from jsft.errors import ConfigError, DataError
+
+EMPTY_THINKING = "<think>\n\n</think>\n\n"
+
+
+def nocot(
+    data: str,
+    out: str,
+    *,
+    response_key: str = "response",
+    keep_tags: bool = False,
+    on_bad_row: str = "error",
+    overwrite: bool = False,
+) -> None:
+    """Writes the rows with the thinking removed from their responses; summary and boxed answer stay.
+
+    keep_tags: leave an empty pair of think tags in front. A row without `</think>`, or with nothing after it,
+    is bad."""
+    path, source = check_output(out, overwrite=overwrite), open_source(split_paths(data))
+    left_out = 0
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal left_out
+        for row, value in track(source.rows(), "reading", "rows", len(source)):
+            try:
+                if isinstance(value, DataError):
+                    raise value
+                value[response_key] = _without_thinking(
+                    value.get(response_key), response_key, source.where(row)
+                )
+            except DataError as error:
+                if on_bad_row == "error":
+                    raise DataError(f"{error}; or leave such rows out with --on_bad_row=skip") from error
+                left_out += 1
+                continue
+            value[response_key] = EMPTY_THINKING + value[response_key] if keep_tags else value[response_key]
+            value.pop("logprob", None)  # of the tokens that are gone
+            yield value
+
+    schema = schema_without(source, "logprob")
+    count = write_rows(rows(), path, schema)
+    print(f"{path}: {count} rows without thinking, {left_out} left out")
+
+
+def subset(data: str, out: str, rows: int, *, seed: int | None = None, overwrite: bool = False) -> None:
+    """Writes the first `rows` rows, or with `seed` a random choice of them, in the order of the data."""
+    path, source = check_output(out, overwrite=overwrite), open_source(split_paths(data))
+    if not 1 <= rows <= len(source):
+        raise ConfigError(f"--rows {rows}: the data has {len(source)} rows")
+    chosen = set(
+        range(rows) if seed is None else random.Random(f"subset/{seed}").sample(range(len(source)), rows)
+    )
+
+    def wanted() -> Iterator[dict[str, Any]]:
+        for row, value in good_rows(source):
+            if row in chosen:
+                yield value
+            elif row > max(chosen):
+                return
+
+    count = write_rows(wanted(), path, source.schema())
+    how = "the first" if seed is None else f"chosen with seed {seed}"
+    print(f"{path}: {count} of {len(source)} rows, {how}")
+
+
+def match(
+    data: str,
+    other: str,
+    out: str,
+    *,
+    prompt_key: str = "message",
+    response_key: str = "response",
+    answer_key: str = "answer",
+    other_prompt_key: str = "problem",
+    other_response_key: str = "solution",
+    seed: int = 0,
+    verify: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Writes the rows of `data` whose problem `other` has too, with `other`'s response in place of their own.
+
+    Problems are compared without white space, and without the lines that all prompts of a set end with
+    ("Please reason step by step ..."). Of several responses one is chosen by `seed`; with `verify` one that
+    math-verify finds equal to the row's answer."""
+    path = check_output(out, overwrite=overwrite)
+    source, theirs = open_source(split_paths(data)), open_source(split_paths(other))
+    for where, one, keys in (
+        (data, source, (prompt_key,)),
+        (other, theirs, (other_prompt_key, other_response_key)),
+    ):
+        for key in (*keys, *([answer_key] if verify and one is source else [])):
+            if key not in one.columns:
+                raise DataError(f"{where}: no column '{key}' (has {', '.join(one.columns)})")
+    solutions: dict[str, list[str]] = defaultdict(list)
+    pairs = [
+        (prompt_text(value[other_prompt_key]), response)
+        for _, value in good_rows(theirs, [other_prompt_key, other_response_key])
+        for response in responses(value[other_response_key])
+    ]
+    for problem, (_, response) in zip(_problems([prompt for prompt, _ in pairs]), pairs):
+        solutions[problem].append(response)
+    prompts = [prompt_text(value[prompt_key]) for _, value in good_rows(source, [prompt_key])]
+    problems = _problems(prompts)
+    if not solutions.keys() & set(problems):
+        raise DataError(
+            f"{other}: has none of the problems of {data}; is --other_prompt_key={other_prompt_key} right?"
+        )
+    left_out = 0
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal left_out
+        for row, value in good_rows(source):
+            candidates = solutions.get(problems[row], [])
+            candidates = random.Random(f"match/{seed}/{row}").sample(candidates, len(candidates))
+            if verify:
+                from jsft.data.verify import same_answer
+
+                candidates = (one for one in candidates if same_answer(one, value[answer_key]))
+            response = next(iter(candidates), None)
+            if response is None:
+                left_out += 1
+                continue
+            value.pop("logprob", None)
+            yield value | {response_key: response}
+
+    count = write_rows(
+        rows(), path, schema_without(source, "logprob") if response_key in source.columns else None
+    )
+    right = "right " if verify else ""
+    print(f"{path}: {count} rows matched, {left_out} of {len(source)} have no {right}solution there")
+
+
+def _without_thinking(response: Any, field: str, where: str) -> str:
+    if not isinstance(response, str):
+        raise DataError(f"{where}, field '{field}': no text to remove the thinking from")
+    _, tag, rest = response.rpartition("</think>")
+    if not tag:
+        raise DataError(f"{where}, field '{field}': has no </think>, so the thinking's end is unknown")
+    if not rest.strip():
+        raise DataError(f"{where}, field '{field}': has nothing after </think>")
+    return rest.lstrip()
+
+
+def _problems(prompts: Sequence[str]) -> list[str]:
+    """Prompts without white space and without the lines that all of them end with: the set's instruction."""
+    shared = commonprefix([prompt[::-1] for prompt in set(prompts)])[::-1] if len(set(prompts)) > 1 else ""
+    _, newline, instruction = shared.partition("\n")
+    end = len(newline + instruction)
+    return [re.sub(r"\s+", "", prompt[: len(prompt) - end]) for prompt in prompts]

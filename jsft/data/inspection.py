@@ -1,0 +1,164 @@
+"""The commands that look at a data set: preview, stats, validate."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from jsft.data import statistics
+from jsft.data.cache import open_cache
+from jsft.data.chat import Chat
+from jsft.data.countdown_check import check, extract_answer
+from jsft.data.documents import Documents
+from jsft.data.examples import Example, Keys, columns_to_read, parse_row
+from jsft.data.loader import (
+    Recipe,
+    StepSource,
+    make_chat,
+    make_keys,
+    make_layout,
+    packing_report,
+)
+from jsft.data.plan import steps_per_epoch
+from jsft.data.preview import heading, marked_text
+from jsft.data.progress import track
+from jsft.data.sources import Source, open_source, split_paths
+from jsft.errors import DataError
+
+SHOWN = 20  # bad rows of a file that validate prints
+
+
+def open_documents(config, model_dir: str | Path) -> tuple[Source, Chat, Documents]:
+    """data.train of a config, tokenised by the model's tokenizer."""
+    data = config.data
+    source, chat = open_source(split_paths(data.train)), make_chat(config, model_dir)
+    cache = open_cache(source, chat, make_keys(config), cache_dir=data.cache_dir, on_bad_row=data.on_bad_row)
+    return source, chat, Documents(cache, data.max_length, data.truncation)
+
+
+def preview(config, model_dir: str | Path, rows: int | Sequence[int], *, full: bool = False) -> None:
+    """Prints documents as the model sees them, trained spans marked: the first `rows`, or those listed.
+
+    Opening them refuses a data set in which nothing, or everything, of any row would be trained (DataError).
+    """
+    _, chat, documents = open_documents(config, model_dir)
+    console = Console(highlight=False, soft_wrap=True)
+    place = {int(row): index for index, row in enumerate(documents.cache.rows)}
+    for row in list(place)[:rows] if isinstance(rows, int) else rows:
+        if row not in place:
+            raise DataError(
+                f"--row {row}: there is no such usable row; rows are counted from 0 to {max(place)}"
+            )
+        console.rule(style="dim")
+        console.print(heading(documents, place[row]), style="bold")
+        console.print(marked_text(chat, documents, place[row], width=None if full else 1200))
+    console.rule(style="dim")
+    trained = documents.supervised.sum() / documents.lengths.sum()
+    print(f"{len(documents)} rows: {trained:.1%} of their tokens are trained, of no row none or all")
+
+
+def stats(config, model_dir: str | Path, devices: int, png: Path | None, as_json: bool) -> None:
+    """Prints the statistics of data.train, and draws its length histogram into `png`."""
+    source, _, documents = open_documents(config, model_dir)
+    numbers = statistics.length_statistics(documents)
+    numbers |= statistics.text_statistics(
+        track(_examples(source, make_keys(config)), "reading", "rows", len(source))
+    )
+    batch = config.train.global_batch
+    if len(documents) >= batch:
+        layout = make_layout(config, documents, devices * config.data.rows_per_device)
+        recipe = Recipe(batch, bool(config.data.shuffle), config.train.seed, "token_mean", False, 1, 1)
+        steps = steps_per_epoch(len(documents), batch)
+        numbers |= packing_report(StepSource(documents, recipe, layout, steps), steps, sample=steps)
+        numbers["packing_efficiency"] = 1 - numbers["padding_share"]
+    lengths = documents.cache.lengths
+    if png is not None:
+        statistics.write_histogram(
+            lengths, documents.max_length, png, f"{source.files[0].name}: {len(lengths):,} rows"
+        )
+    if as_json:
+        print(json.dumps(numbers, indent=2))
+        return
+    print("tokens of a document")
+    print("\n".join(statistics.histogram_lines(lengths)))
+    for name, value in numbers.items():
+        print(f"{name:30} {value:,}" if isinstance(value, int) else f"{name:30} {_short(value)}")
+    if len(documents) < batch:
+        print(f"packing: fewer rows than train.global_batch={batch}, no step to plan")
+    if png is not None:
+        print(f"figure: {png}")
+
+
+def validate(files: Sequence[str], keys: Keys, chat: Chat | None, *, need_advantage: bool = False) -> int:
+    """Checks every row of each file and prints what is wrong with it; returns 3 if anything is, else 0.
+
+    With `chat`, also that the model's template takes every row. Rows with `numbers` and `target` are
+    Countdown puzzles, whose answers are checked."""
+    bad = 0
+    for name in files:
+        try:
+            source = open_source(name)
+            columns = columns_to_read(source.columns, keys, where=str(name), need_advantage=need_advantage)
+            wrong = 0
+            for message in _problems(source, keys, columns, chat):
+                wrong += 1
+                if wrong <= SHOWN:
+                    print(message)
+        except DataError as error:
+            print(error)
+            bad += 1
+            continue
+        if wrong > SHOWN:
+            print(f"{name}: and {wrong - SHOWN} more")
+        print(
+            f"{name}: {len(source)} rows, {wrong} bad" if wrong else f"{name}: {len(source)} rows, all good"
+        )
+        bad += bool(wrong)
+    return DataError.exit_code if bad else 0
+
+
+def _problems(source: Source, keys: Keys, columns: list[str], chat: Chat | None) -> Iterator[str]:
+    puzzle = ["numbers", "target"] if {"numbers", "target"} <= set(source.columns) else []
+    for row, value in track(source.rows(columns=[*columns, *puzzle]), "checking", "rows", len(source)):
+        try:
+            if isinstance(value, DataError):
+                raise value
+            where = source.where(row)
+            example = parse_row(value, keys, columns, where)
+            if chat is not None:
+                chat.pieces(example, where)
+            if puzzle and not _solved(example, value):
+                raise DataError(
+                    f"{where}: its boxed answer does not make {value['target']} from {value['numbers']}"
+                )
+        except DataError as error:
+            yield str(error)
+
+
+def _solved(example: Example, row: dict) -> bool:
+    answer = extract_answer(example.messages[-1]["content"])
+    try:
+        return answer is not None and check(answer, row["numbers"], int(row["target"]))
+    except (TypeError, ValueError):
+        return False
+
+
+def _examples(source: Source, keys: Keys) -> Iterator[Example]:
+    """The usable rows; the cache has judged the others."""
+    columns = columns_to_read(source.columns, keys, where=str(source.files[0]))
+    for row, value in source.rows(columns=columns):
+        try:
+            if not isinstance(value, DataError):
+                yield parse_row(value, keys, columns, source.where(row))
+        except DataError:
+            pass
+
+
+def _short(value) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def default_png(data: str | Sequence[str]) -> Path:
+    """Where `stats` draws: `<data>_lengths.png` in the current folder."""
+    return Path(f"{Path(split_paths(data)[0]).name.split('.')[0]}_lengths.png")

@@ -1,0 +1,34 @@
+"""Whether a response's answer equals the reference answer, by math-verify."""
+
+import logging
+
+from jsft.errors import ConfigError
+
+
+def require_math_verify() -> None:
+    """Raises ConfigError when math-verify is not installed."""
+    try:
+        import math_verify  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "math-verify is not installed: pip install 'jsft[dev]', or leave verification out"
+        ) from error
+
+
+def same_answer(response: str, answer: str) -> bool:
+    """True when the answer after the thinking of `response` equals `answer` mathematically.
+
+    Runs in a process's main thread only: math-verify limits its time by a signal. What it cannot parse is not
+    equal."""
+    import math_verify
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    said = response.rpartition("</think>")[2]
+    gold = math_verify.parse(answer if "\\" in answer and "$" in answer else f"${answer}$")
+    return bool(gold) and bool(math_verify.verify(gold, math_verify.parse(said)))
+
+
+def same_answers(pair: tuple[list[str], str]) -> int | None:
+    """Index of the first of several responses with the right answer, or None. For process pools."""
+    responses, answer = pair
+    return next((i for i, response in enumerate(responses) if same_answer(response, answer)), None)

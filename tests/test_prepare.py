@@ -1,0 +1,374 @@
+"""python -m jsft.prepare, command by command: what is written, what is printed, exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jsft.errors import ConfigError, DataError, ModelError
+from jsft.prepare import main
+from tests.data.helpers import rows_of, write_rows, write_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(write_tokenizer(tmp_path_factory.mktemp("model")))
+
+
+def cot_rows(count=12):
+    ask = "What is {0} + {0}?\nPlease reason step by step and box the answer."
+    return [
+        {
+            "message": [{"role": "user", "content": ask.format(i)}],
+            "response": f"<think>\n{i} and {i}, \\boxed{{0}} no\n</think>\n\nIt is \\boxed{{{2 * i}}}.",
+            "answer": str(2 * i),
+            "advantage": 1.0,
+        }
+        for i in range(count)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def cot(tmp_path):
+    return str(write_rows(tmp_path / "cot.parquet", cot_rows(), row_group_size=5))
+
+
+def read(path):
+    return pq.read_table(path).to_pylist() if str(path).endswith("parquet") else [
+        json.loads(line) for line in Path(path).read_text().splitlines()
+    ]  # fmt: skip
+
+
+def run(*arguments):
+    """The command as users start it."""
+    command = [sys.executable, "-m", "jsft.prepare", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def test_errors_are_one_line_with_their_exit_code(tmp_path, cot):
+    for arguments, code, message in [
+        (
+            ["subset", cot, "--rows", 99, "--out", tmp_path / "x.parquet"],
+            2,
+            "--rows 99: the data has 12 rows",
+        ),
+        (
+            ["subset", tmp_path / "no.parquet", "--rows", 1, "--out", tmp_path / "x.parquet"],
+            3,
+            "no such data file",
+        ),
+        (["preview", cot, "--model", tmp_path], 4, "no tokenizer.json"),
+    ]:
+        result = run(*arguments)
+        assert result.returncode == code and message in result.stderr
+        assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+    assert sorted(os.listdir(tmp_path)) == ["cot.parquet"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "required: COMMAND"),
+        (["prevue"], "invalid choice: 'prevue'"),
+        (["countdown", "--rows", "3"], "required: --out"),
+        (["countdown", "--rows", "0", "--out", "x.parquet"], "--rows 0: must be at least 1"),
+        (
+            ["countdown", "--rows", "3", "--numbers", "x", "--out", "x.parquet"],
+            "invalid number_or_range value: 'x'",
+        ),
+        (["countdown", "--rows", "3", "--out", "x.csv"], "end the name in .parquet or .jsonl"),
+        (["preview", "x.parquet"], "name the DATA and its --model"),
+        (["preview", "x.parquet", "--model", "m", "--truncation", "middle"], "invalid choice: 'middle'"),
+        (
+            ["preview", "x.parquet", "--model", "m", "--strip_default_system", "maybe"],
+            "'maybe': write true or false",
+        ),
+        (["preview", "--config", "configs/nothing.py:x"], "config file configs/nothing.py does not exist"),
+    ],
+)
+def test_wrong_command_lines(arguments, message):
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        main(arguments)
+
+
+def test_outputs_are_not_replaced_unless_asked(tmp_path, cot):
+    out = tmp_path / "out.parquet"
+    out.write_text("precious")
+    with pytest.raises(ConfigError, match="exists; give another name or --overwrite"):
+        main(["subset", cot, "--rows", "3", "--out", str(out)])
+    assert out.read_text() == "precious"
+    main(["subset", cot, "--rows", "3", "--out", str(out), "--overwrite"])
+    assert len(read(out)) == 3
+
+
+# countdown, validate
+
+
+def test_countdown_and_validate(tmp_path, capsys):
+    train, held_out = str(tmp_path / "train.parquet"), str(tmp_path / "eval.jsonl")
+    easy = ["--numbers", "3", "--max_number", "20", "--target", "5-50", "--attempts", "1"]
+    main(["countdown", "--rows", "300", "--seed", "7", "--out", train, *easy])
+    main(["countdown", "--rows", "50", "--seed", "8", "--out", held_out, "--exclude", train, *easy])
+    name = lambda row: (row["target"], *sorted(row["numbers"]))  # noqa: E731
+    assert not {name(row) for row in read(train)} & {name(row) for row in read(held_out)}
+    assert main(["validate", train, held_out]) == 0
+    assert "train.parquet: 300 rows, all good" in capsys.readouterr().out
+    rows = read(held_out)
+    rows[4]["response"] = rows[4]["response"].replace("\\boxed{", "\\boxed{1 + ")
+    rows[6]["advantage"] = float("nan")
+    write_rows(tmp_path / "bad.jsonl", rows)
+    assert main(["validate", train, str(tmp_path / "bad.jsonl")]) == 3
+    out = capsys.readouterr().out
+    assert "bad.jsonl row 4: its boxed answer does not make" in out and "bad.jsonl: 50 rows, 2 bad" in out
+    assert "bad.jsonl row 6, field 'advantage': is nan" in out
+
+
+def test_validate_names_every_damage(tmp_path, model, capsys):
+    rows = rows_of([20] * 30)
+    for i in range(22):
+        rows[i]["response"] = ""
+    rows[25]["message"] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2 + [
+        {"role": "tool", "content": "c"}
+    ]
+    path = str(write_rows(tmp_path / "x.parquet", rows))
+    assert main(["validate", path]) == 3
+    out = capsys.readouterr().out
+    assert out.count("field 'response': is empty") == 20 and "and 2 more" in out and "30 rows, 22 bad" in out
+    good = str(write_rows(tmp_path / "y.parquet", rows[22:]))
+    assert main(["validate", good]) == 0
+    assert main(["validate", good, "--model", model]) == 3
+    assert "row 3: the model's chat template refuses" in capsys.readouterr().out
+    assert main(["validate", good, "--need_advantage", "--advantage_key", "weight"]) == 3
+    assert "no column 'weight'" in capsys.readouterr().out
+
+
+# preview, stats
+
+
+def test_preview(tmp_path, cot, model, capsys):
+    main(["preview", cot, "--model", model, "--row", "7", "--row", "2"])
+    out = capsys.readouterr().out
+    assert out.index("row 7: ") < out.index("row 2: ") and "row 0: " not in out
+    assert "<|im_start|>assistant\n⟦<think>\n7 and 7" in out and "\\boxed{14}.<|im_end|>⟧" in out
+    assert "12 rows: " in out and "of no row none or all" in out
+    with pytest.raises(
+        DataError, match="--row 12: there is no such usable row; rows are counted from 0 to 11"
+    ):
+        main(["preview", cot, "--model", model, "--row", "12"])
+    main(["preview", cot, "--model", model, "--rows", "1", "--eos_token", "<|endoftext|>"])
+    assert "\\boxed{0}.<|endoftext|>⟧" in capsys.readouterr().out
+
+
+def test_preview_in_colour(cot, model):
+    from rich.console import Console
+
+    from jsft.data.inspection import open_documents
+    from jsft.data.preview import marked_text
+    from jsft.prepare import _config, _parser
+
+    config, folder = _config(_parser().parse_args(["preview", cot, "--model", model]))
+    _, chat, documents = open_documents(config, folder)
+    console = Console(force_terminal=True, color_system="standard")
+    with console.capture() as capture:
+        console.print(marked_text(chat, documents, 0))
+    assert "\x1b[1;32m" in capture.get()
+
+
+def test_preview_refuses_rows_without_or_with_only_trained_tokens(tmp_path, cot, model):
+    with pytest.raises(DataError, match="row 0: nothing of it would be trained"):
+        main(["preview", cot, "--model", model, "--max_length", "64"])
+    bare = str(write_tokenizer(tmp_path / "bare", "{{ '' }}"))
+    with pytest.raises(DataError, match="row 0: .* every token would be trained"):
+        main(["preview", cot, "--model", bare])
+
+
+def test_preview_from_a_config(tmp_path, cot, model, capsys):
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "mine.py").write_text(
+        "from jsft.config import default_config\n"
+        "RECIPES = ('a',)\n"
+        "def get_config(recipe=None):\n"
+        "    config = default_config()\n"
+        f"    config.data.train, config.model.path = {cot!r}, {model!r}\n"
+        "    config.data.eos_token = '<|endoftext|>'\n"
+        "    return config\n"
+    )
+    main(["preview", "--config", f"{folder / 'mine.py'}:a", "--rows", "1"])
+    assert "<|endoftext|>⟧" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="no recipe 'b'"):
+        main(["preview", "--config", f"{folder / 'mine.py'}:b"])
+
+
+def test_stats(tmp_path, model, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = cot_rows(40) + cot_rows(2)
+    rows[5]["response"] = "no thinking, no box"
+    rows[6]["response"] = "<think> for ever"
+    rows[7]["response"] += "x" * 500
+    path = str(write_rows(tmp_path / "data.parquet", rows))
+    main(["stats", path, "--model", model, "--global_batch", "16", "--devices", "2", "--max_length", "400"])
+    out = capsys.readouterr().out
+    found = dict(
+        line.split(maxsplit=1) for line in out.splitlines() if line and line[0].isalpha() and " " in line
+    )
+    for name, value in {
+        "rows": "42", "truncated": "1", "duplicate_prompts": "2", "duplicate_rows": "2", "without_think": "1",
+        "unclosed_think": "1", "without_boxed": "2", "max_length": "400",
+    }.items():  # fmt: skip
+        assert found[name] == value, name
+    assert "█" in out and float(found["packing_efficiency"]) > 0.4
+    assert (tmp_path / "data_lengths.png").read_bytes().startswith(b"\x89PNG")
+    main(["stats", path, "--model", model, "--no_png", "--json", "--max_length", "4000"])
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["truncated"] == 0 and numbers["max"] > 500 and numbers["tokens_per_epoch"] > 42 * 100
+    assert "padding_share" not in numbers  # fewer rows than a batch
+
+
+# nocot, subset, select, match
+
+
+def test_nocot(tmp_path, cot):
+    out = tmp_path / "nocot.parquet"
+    main(["nocot", cot, "--out", str(out)])
+    rows, before = read(out), cot_rows()
+    assert [row["response"] for row in rows] == [f"It is \\boxed{{{2 * i}}}." for i in range(12)]
+    assert [row | {"response": 0} for row in rows] == [row | {"response": 0} for row in before]
+    assert pq.read_schema(out).equals(pq.read_schema(cot))
+    main(["nocot", cot, "--out", str(tmp_path / "tags.jsonl"), "--keep_tags"])
+    assert read(tmp_path / "tags.jsonl")[3]["response"] == "<think>\n\n</think>\n\nIt is \\boxed{6}."
+
+
+def test_nocot_rows_without_thinking(tmp_path, capsys):
+    rows = cot_rows(5)
+    rows[1]["response"] = "4"
+    rows[3]["response"] = "<think>x</think>\n "
+    path = str(write_rows(tmp_path / "x.parquet", rows))
+    with pytest.raises(DataError, match="row 1, field 'response': has no </think>.*--on_bad_row=skip"):
+        main(["nocot", path, "--out", str(tmp_path / "out.parquet")])
+    assert not list(tmp_path.glob("*out*"))  # nothing half-written
+    main(["nocot", path, "--out", str(tmp_path / "out.parquet"), "--on_bad_row", "skip"])
+    assert len(read(tmp_path / "out.parquet")) == 3 and "2 left out" in capsys.readouterr().out
+
+
+def test_subset(tmp_path, cot):
+    main(["subset", cot, "--rows", "5", "--out", str(tmp_path / "first.parquet")])
+    assert read(tmp_path / "first.parquet") == cot_rows()[:5]
+    for name in "ab":
+        main(["subset", cot, "--rows", "5", "--seed", "1", "--out", str(tmp_path / f"{name}.parquet")])
+    chosen = read(tmp_path / "a.parquet")
+    assert chosen == read(tmp_path / "b.parquet") and chosen != cot_rows()[:5]
+    order = [int(row["answer"]) for row in chosen]
+    assert order == sorted(order) and len(set(order)) == 5
+
+
+def raw_release(as_list):
+    rows = []
+    for i in range(8):
+        message = [{"role": "user", "content": f"What is {i} + 1?"}]
+        answers = [i, i + 1, i + 2, f"{i + 1}.0"] if i != 3 else [0, 0, 0, 0]  # problem 3: never right
+        responses = [
+            f"<think>\\boxed{{{i + 1}}}</think> \\boxed{{{a}}}{'.' * (50 * k)}" for k, a in enumerate(answers)
+        ]
+        if as_list:
+            rows.append(
+                {"message": message, "response": responses, "answer": str(i + 1), "logprob": [[0.0]] * 4}
+            )
+        else:
+            rows += [
+                {"message": message, "response": r, "answer": str(i + 1), "logprob": [0.0]} for r in responses
+            ]
+    return rows
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_select(tmp_path, model, as_list, capsys):
+    path = str(write_rows(tmp_path / "raw.parquet", raw_release(as_list), row_group_size=3))
+    main(["select", path, "--out", str(tmp_path / "all.parquet")])
+    rows = read(tmp_path / "all.parquet")
+    assert "7 of 8 problems have a response that passes" in capsys.readouterr().out
+    assert [row["answer"] for row in rows] == ["1", "2", "3", "5", "6", "7", "8"]
+    for row in rows:
+        assert row["response"].partition("</think> ")[2].rstrip(".") in (
+            f"\\boxed{{{row['answer']}}}", f"\\boxed{{{row['answer']}.0}}"
+        )  # fmt: skip
+        assert "logprob" not in row
+    short = ["--model", model, "--max_tokens", "100"]
+    main(["select", path, "--out", str(tmp_path / "short.parquet"), "--rows", "4", "--seed", "2", *short])
+    assert len(read(tmp_path / "short.parquet")) == 4
+    assert all(len(row["response"]) <= 100 for row in read(tmp_path / "short.parquet"))
+    with pytest.raises(ConfigError, match="--rows 8: only 7 of 8 problems"):
+        main(["select", path, "--out", str(tmp_path / "x.parquet"), "--rows", "8"])
+    with pytest.raises(ConfigError, match="need --model"):
+        main(["select", path, "--out", str(tmp_path / "x.parquet"), "--max_tokens", "8"])
+
+
+def test_select_draws_by_seed(tmp_path):
+    path = str(write_rows(tmp_path / "raw.parquet", raw_release(True)))
+    found = set()
+    for seed in range(4):
+        out = tmp_path / f"{seed}.parquet"
+        main(["select", path, "--out", str(out), "--seed", str(seed)])
+        found.add(tuple(row["response"] for row in read(out)))
+    assert len(found) > 1
+
+
+def test_match(tmp_path, cot, capsys):
+    other = [
+        {"problem": f" What  is {i} + {i}? ", "solution": text}
+        for i in range(0, 12, 2)
+        for text in (f"Twice {i}: $\\boxed{{{2 * i}}}$", f"Wrong: $\\boxed{{{i + 100}}}$")
+    ]
+    theirs = str(write_rows(tmp_path / "numina.jsonl", other))
+    main(["match", cot, "--with", theirs, "--out", str(tmp_path / "any.parquet")])
+    assert "6 rows matched, 6 of 12 have no solution there" in capsys.readouterr().out
+    main(["match", cot, "--with", theirs, "--verify", "--out", str(tmp_path / "right.parquet")])
+    rows = read(tmp_path / "right.parquet")
+    expected = [row for i, row in enumerate(cot_rows()) if i % 2 == 0]
+    assert [row["message"] for row in rows] == [row["message"] for row in expected]
+    assert [row["response"] for row in rows] == [f"Twice {i}: $\\boxed{{{2 * i}}}$" for i in range(0, 12, 2)]
+    conversations = [
+        {
+            "prompt": [{"role": "user", "content": row["problem"]}],
+            "target": [{"role": "assistant", "content": "R1"}],
+        }
+        for row in other
+    ]
+    luffy = str(write_rows(tmp_path / "luffy.parquet", conversations))
+    keys = ["--other_prompt_key", "prompt", "--other_response_key", "target"]
+    main(["match", cot, "--with", luffy, "--out", str(tmp_path / "r1.parquet"), *keys])
+    assert {row["response"] for row in read(tmp_path / "r1.parquet")} == {"R1"}
+    with pytest.raises(DataError, match="no column 'problem'"):
+        main(["match", cot, "--with", luffy, "--out", str(tmp_path / "x.parquet")])
+    with pytest.raises(DataError, match="has none of the problems of .*--other_prompt_key=solution right"):
+        main(
+            [
+                "match",
+                cot,
+                "--with",
+                theirs,
+                "--out",
+                str(tmp_path / "x.parquet"),
+                "--other_prompt_key",
+                "solution",
+            ]
+        )
+
+
+def test_null_first_rows_keep_their_type(tmp_path):
+    table = pa.table({"message": ["q"] * 2000, "response": ["r"] * 2000, "note": [None] * 1500 + ["n"] * 500})
+    pq.write_table(table, tmp_path / "x.parquet")
+    main(["subset", str(tmp_path / "x.parquet"), "--rows", "1800", "--out", str(tmp_path / "y.parquet")])
+    assert pq.read_table(tmp_path / "y.parquet").equals(table.slice(0, 1800))
+
+
+def test_model_errors_have_their_kind(cot, tmp_path):
+    with pytest.raises(ModelError, match="no chat template"):
+        main(["preview", cot, "--model", str(write_tokenizer(tmp_path / "m", template=None))])
