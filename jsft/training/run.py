@@ -82,6 +82,7 @@ def train(
 
     link: to the other processes of the run, where there are some (`jsft.distributed.session`).
     """
+    platform.configure()  # before JAX looks for devices
     primary = jax.process_index() == 0
     ending = Ending(link)
     stop = StopRequest(ending)
