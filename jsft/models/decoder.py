@@ -21,6 +21,7 @@ from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
 from jsft.models.layers import add_bias, embed, linear, rms_norm, rotary_tables, rotate, swiglu
 from jsft.models.parameters import ParameterSpec, leaves, tree_from
+from jsft.models.stack import run_layers
 
 # Values of a layer that remat may keep for the backward pass, in the order they are made; shapes per device.
 REMAT_NAMES = {
@@ -65,6 +66,7 @@ def hidden_states(
     backward: str = "auto",
     remat: str | Sequence[str] = "full",
     reduce_dtype: jnp.dtype = jnp.float32,
+    accumulated: dict[str, Any] | None = None,
     mesh: Mesh,
 ) -> jax.Array:
     """Final-norm output of the decoder for packed rows; multiply by `unembedding` for logits.
@@ -77,6 +79,8 @@ def hidden_states(
       remat: what a layer keeps for the backward pass: "full" (recompute everything; only the layer's input is kept),
         "none" (recompute nothing), or names of REMAT_NAMES.
       reduce_dtype: in which weight gradients are summed over tokens and devices.
+      accumulated: gradients of earlier micro batches, like `parameters` and in their dtype. Where
+        `accumulates_in_place`, a parameter's gradient comes back with them added.
       mesh: with axes ('replica', 'fsdp').
 
     Returns [B, T, D] in compute_dtype, rows divided over the mesh.
@@ -103,10 +107,28 @@ def hidden_states(
             packed_attention, scale=config.head_dim**-0.5, implementation=attention, backward=backward
         ),
     )
+    in_place = accumulates_in_place(config, mesh)["layers"] if accumulated else {}
+    sums = {name: accumulated["layers"][name] for name, here in in_place.items() if here}
+    sum_specs = {name: specs["layers"][name] for name in sums}
     sharded = jax.shard_map(
-        run, mesh=mesh, in_specs=(specs, BATCH, BATCH, BATCH, BATCH), out_specs=BATCH, check_vma=False
+        run, mesh=mesh, in_specs=(specs, sum_specs, BATCH, BATCH, BATCH, BATCH), out_specs=BATCH, check_vma=False
     )
-    return sharded(_widen_vectors(parameters, table), tokens, positions, doc_start, doc_end)
+    return sharded(_widen_vectors(parameters, table), sums, tokens, positions, doc_start, doc_end)
+
+
+def accumulates_in_place(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    """Nested dict of bool: the parameters whose gradient `hidden_states` adds to `accumulated` itself.
+
+    The matrices of the layers, where no sum over devices follows the backward pass of a layer (it would add the
+    accumulated part once for each device).
+    """
+
+    def in_place(_, spec: ParameterSpec) -> bool:
+        divided = "fsdp" in partition_spec(spec.axes, spec.shape, mesh)
+        matrix = spec.stacked and len(spec.layer_shape) == 2
+        return matrix and mesh.shape["replica"] == 1 and (divided or mesh.shape["fsdp"] == 1)
+
+    return tree_from(parameter_table(config), in_place)
 
 
 def _manual_spec(spec: ParameterSpec, mesh: Mesh) -> PartitionSpec:
@@ -136,7 +158,9 @@ def _widen_vectors(parameters, table):
     return jax.tree.map(widen, parameters, table)
 
 
-def _decode(parameters, tokens, positions, doc_start, doc_end, *, config, dtype, reduce_dtype, divided, parts, remat, attend):
+def _decode(
+    parameters, sums, tokens, positions, doc_start, doc_end, *, config, dtype, reduce_dtype, divided, parts, remat, attend
+):
     """One device's rows through the whole decoder; see `hidden_states`."""
     x = embed(parameters["embedding"], tokens, dtype, divided["embedding"], parts)
     cos_sin = rotary_tables(
@@ -152,15 +176,16 @@ def _decode(parameters, tokens, positions, doc_start, doc_end, *, config, dtype,
         y = linear(x, weights[name], divided[name], reduce_dtype)
         return add_bias(y, weights[f"{name}_bias"]) if f"{name}_bias" in weights else y
 
-    def layer(x, weights):
+    def layer(x, weights, constants):
+        cos_sin, doc_start, doc_end = constants
         x = _attention(x, weights, project, config, cos_sin, lambda q, k, v: attend(q, k, v, doc_start, doc_end))
-        return _mlp(x, weights, project, config), None
+        return _mlp(x, weights, project, config)
 
     if remat != "none":
         names = () if remat == "full" else remat
         policy = jax.checkpoint_policies.save_only_these_names(*names)
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)  # the scan keeps XLA from merging the two runs
-    x, _ = jax.lax.scan(layer, x, parameters["layers"])
+    x = run_layers(layer, x, parameters["layers"], sums, (cos_sin, doc_start, doc_end))
     return rms_norm(x, parameters["final_norm"], config.rms_eps)
 
 

@@ -16,8 +16,8 @@ from jsft.data.batch import Batch
 from jsft.kernels.linear_cross_entropy import LossSums, linear_cross_entropy
 from jsft.mesh import batch_sharding, replicated
 from jsft.models.config import ModelConfig
-from jsft.models.decoder import hidden_states, unembedding
-from jsft.training.optimizer import TrainState, apply_update, learning_rate_schedule, round_to
+from jsft.models.decoder import accumulates_in_place, hidden_states, unembedding
+from jsft.training.optimizer import TrainState, apply_update, learning_rate_schedule, parameter_dtype, round_to
 
 Tree = Any
 
@@ -31,13 +31,19 @@ class StepPrograms(NamedTuple):
     evaluate: Callable[[Tree, Batch], LossSums]
 
 
-def loss_sums(parameters: Tree, batch: Batch, model: ModelConfig, config: ConfigDict, mesh: Mesh, remat) -> LossSums:
-    """Sums over the supervised tokens of `batch`; `.loss` = sum(loss_weights * -log p(target)), float32."""
+def loss_sums(
+    parameters: Tree, batch: Batch, model: ModelConfig, config: ConfigDict, mesh: Mesh, remat, accumulated=None
+) -> LossSums:
+    """Sums over the supervised tokens of `batch`; `.loss` = sum(loss_weights * -log p(target)), float32.
+
+    `accumulated`: as in `hidden_states`.
+    """
     backward = "deterministic" if config.train.deterministic else config.attention.backward
     hidden = hidden_states(
         parameters, model, batch.tokens, batch.positions, batch.doc_start, batch.doc_end, mesh=mesh, remat=remat,
         compute_dtype=jnp.dtype(config.precision.compute), attention=config.attention.implementation,
         backward=backward, reduce_dtype=jnp.dtype(config.precision.reduce),
+        accumulated=accumulated,
     )
     return linear_cross_entropy(
         hidden, unembedding(parameters, model), batch.targets, batch.loss_weights, mesh=mesh
@@ -54,18 +60,25 @@ def make_programs(
     rows = batch_sharding(mesh)
     state_sharding = TrainState(shardings, shardings, shardings, whole, whole)
 
-    def value_and_gradients(parameters, batch):
+    # Adding in the backward pass itself gives the sum in the parameters' dtype, so only where that is the one wanted.
+    in_place = accumulates_in_place(model, mesh)
+    if dtype != parameter_dtype(config):
+        in_place = jax.tree.map(lambda _: False, in_place)
+
+    def value_and_gradients(parameters, batch, accumulated=None):
         def objective(p):
-            sums = loss_sums(p, batch, model, config, mesh, remat)
+            sums = loss_sums(p, batch, model, config, mesh, remat, accumulated)
             return sums.loss, sums
 
         (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(parameters)
-        gradients = jax.tree.map(lambda g: round_to(g.astype(jnp.float32), dtype).astype(dtype), gradients)
+        gradients = jax.tree.map(lambda g: g.astype(dtype), gradients)
         return jax.lax.with_sharding_constraint(gradients, shardings), sums
 
     def add_gradients(parameters, batch, gradients, sums):
-        more, more_sums = value_and_gradients(parameters, batch)
-        return jax.tree.map(jnp.add, gradients, more), jax.tree.map(jnp.add, sums, more_sums)
+        together = gradients if any(jax.tree.leaves(in_place)) else None
+        more, more_sums = value_and_gradients(parameters, batch, together)
+        added = jax.tree.map(lambda done, old, new: new if done else old + new, in_place, gradients, more)
+        return added, jax.tree.map(jnp.add, sums, more_sums)
 
     def update(state, gradients, sums, weight_sum):
         rate = schedule(state.step).astype(jnp.float32)
