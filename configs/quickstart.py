@@ -18,16 +18,14 @@ def get_config(recipe: str | None = None):
     config.data.train = "runs/quickstart/train.parquet"
     config.data.eval = "runs/quickstart/heldout.parquet"
     config.data.max_length = 512
-    config.data.pack_length = 512
-    config.data.eos_token = "<|im_end|>"
-    config.train.global_batch = 64
-    config.train.epochs = 1.0
+    config.data.pack_length = 768  # 8 devices hold the 16 documents of a step in one micro batch
+    config.train.global_batch = 16
+    config.train.max_steps = 100
     config.optimizer.learning_rate = 3e-3
     config.precision.compute = "float32"  # what a CPU multiplies fastest
     config.checkpoint.every = 50
     config.eval.every = 1000  # before the first step and after the last
     if recipe == "tiny":  # seconds, for tests
-        config.train.global_batch = 16
         config.train.max_steps = 4
         config.checkpoint.every = 2
     return config

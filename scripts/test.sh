@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Sets up what the tests need and runs them: pytest on 8 virtual CPU devices.
+#
+#   scripts/test.sh                 the quick suite; vLLM tests too where the serving environment can be made
+#   scripts/test.sh --no-serve      without the serving environment (vLLM and torch oracles are skipped)
+#   scripts/test.sh -m slow         the long proofs; any other argument goes to pytest as well
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+serve=1
+arguments=()
+for argument in "$@"; do
+  case $argument in
+    --no-serve) serve=0 ;;
+    -h | --help) sed -n '2,6p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    *) arguments+=("$argument") ;;
+  esac
+done
+scripts/setup.sh
+if [[ $serve == 1 ]]; then
+  scripts/setup.sh --serve || echo "test: no serving environment here; vLLM tests and torch oracles are skipped" >&2
+else
+  export JSFT_SERVE_VENV=/nonexistent
+fi
+exec "${JSFT_VENV:-.venv}/bin/python" -m pytest "${arguments[@]}"
