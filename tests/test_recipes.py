@@ -1,11 +1,15 @@
 """Every recipe against the table of the 33 published runs, written out here independently of configs/."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
 from jsft import config as schema
+from jsft import train
+from jsft.errors import ConfigError, DataError, ModelError
+from jsft.hf.random_model import write_random_model
 
 ROOT = Path(__file__).parents[1]
 MATH, NOCOT, NUMINA = "jasonrqh/Math-CoT-20k", "jasonrqh/Math-NoCoT-20k", "jasonrqh/NuminaMath-20k"
@@ -98,3 +102,64 @@ def test_recipe_matches_its_published_run(run):
     assert config.data.eos_token == (None if file.startswith("internlm") else "<|endoftext|>")
     published = (10, 20, 40, 80, 160, 320, 480, 640, 800, 960, 1120, 1280)
     assert config.checkpoint.milestones == tuple(s for s in published if s <= steps)
+
+
+def test_best_changes_what_it_says_and_nothing_else():
+    reference, best = (load("qwen3_14b").get_config("math_cot_ep8") for _ in range(2))
+    best.fidelity = "best"
+    old, new = schema.flatten(schema.resolve(reference)), schema.flatten(schema.resolve(best))
+    assert {name: (old[name], new[name]) for name in old if old[name] != new[name]} == {
+        "fidelity": ("reference", "best"),
+        "objective.name": ("reference", "token_mean"),
+        "data.shuffle": (False, True),
+        "precision.params": ("bfloat16", "float32"),
+        "precision.moments": ("bfloat16", "float32"),
+        "precision.gradients": ("bfloat16", "float32"),
+    }
+    assert new["optimizer.clip_norm"] == 1.0  # of the mean gradient now, not of 8 times it
+    best.optimizer.clip_norm = 0.125
+    assert schema.resolve(best).optimizer.clip_norm == 0.125
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A recipe on a model directory without weights and on 64 rows: 2 updates an epoch, 16 in all."""
+    folder = tmp_path_factory.mktemp("recipe")
+    write_random_model(folder / "model", hidden_size=64, heads=2, kv_heads=1, intermediate_size=64)
+    (folder / "model" / "model.safetensors").unlink()
+    row = {"message": [{"role": "user", "content": "1 + 1?"}], "response": "2", "advantage": 1.0}
+    (folder / "data.jsonl").write_text((json.dumps(row) + "\n") * 64)
+    fields = {"model.path": folder / "model", "data.train": folder / "data.jsonl", "data.max_length": 128,
+              "data.pack_length": 128}
+    recipe = f"{ROOT / 'configs' / 'qwen3_14b.py'}:math_cot_2_5k_ep8_bs32"
+    return ["--config", recipe, *(f"--config.{name}={value}" for name, value in fields.items())]
+
+
+@pytest.mark.parametrize(
+    "fields, error, expected",
+    [
+        ("", ConfigError, "expects 640 updates, but this data and train.epochs=8 give 16 (2 an epoch)"),
+        ("train.expect_steps=16 train.epochs=4", ConfigError, "but this data and train.epochs=4 give 8"),
+        ("train.global_batch=48", ConfigError, "train.global_batch=48 is not a multiple of"),
+        ("train.global_batch=96", DataError, "has 64 usable rows, fewer than train.global_batch=96"),
+        ("objective.name=refrence", ConfigError, "nearest: reference"),
+        ("train.expect_steps=-1 optimizer.warmup_ratio=1.0", ConfigError, "16 warm-up steps of a run of 16"),
+        ("optimizer.warmup_ratio=1.5", ConfigError, "must be at most 1"),
+        ("optimizer.b2=1.0", ConfigError, "optimizer.b2=1.0: must be below 1"),
+        ("optimizer.learning_rate=nan", ConfigError, "must be finite"),
+        ("optimizer.schedule=linear", ConfigError, "choose one of cosine, constant, wsd"),
+    ],
+)  # fmt: skip
+def test_wrong_recipe_is_one_line_before_any_weight_is_read(inputs, tmp_path, fields, error, expected):
+    with pytest.raises(error) as caught:
+        fields = [f"--config.{field}" for field in fields.split()]
+        train.main([*inputs, f"--workdir={tmp_path / 'run'}", *fields])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_right_recipe_goes_on_to_the_weights(inputs, tmp_path):
+    fields = ["--config.train.expect_steps=16", "--config.train.max_steps=4"]  # max_steps changes no epochs
+    with pytest.raises(ModelError, match="safetensors"):
+        train.main([*inputs, f"--workdir={tmp_path / 'run'}", *fields])

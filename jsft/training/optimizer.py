@@ -1,7 +1,7 @@
 """Learning-rate schedule, clipping and AdamW, with the rounding points of each precision.
 
-optax gives the schedules and the global norm. AdamW is own code because optax cannot keep the second moment in
-bfloat16, round stochastically, or round where torch's foreach AdamW rounds, which the published runs depend on.
+optax gives the schedules and the global norm. AdamW is own code because optax cannot keep the second moment
+in bfloat16, round stochastically, or round where torch's foreach AdamW does: the published runs depend on it.
 """
 
 import math
@@ -33,7 +33,7 @@ def parameter_dtype(config: ConfigDict) -> jnp.dtype:
 
 
 def initial_state(parameters: Tree, config: ConfigDict) -> TrainState:
-    """Step 0: zero moments beside `parameters`, each sharded like its parameter. Works on abstract trees too."""
+    """Step 0: zero moments beside `parameters`, each sharded like its parameter; abstract trees too."""
     moments = jnp.dtype(config.precision.moments)
 
     def zeros(p):
@@ -52,18 +52,18 @@ def initial_state(parameters: Tree, config: ConfigDict) -> TrainState:
 
 
 def learning_rate_schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
-    """Rate of update s (from 0) of `total_steps` T, W = int(warmup_ratio T) of them warm-up. The published runs' forms.
+    """Rate of update s (from 0) of `total_steps` T, W = int(warmup_ratio T) of them warm-up, as published.
 
-    Warm-up: lr s/W (the first update has rate 0). Then cosine: lr (1 + cos(pi (s-W)/(T-W)))/2; constant: lr; wsd:
-    lr, then linear to 0 over the last decay_ratio T updates. Raises ConfigError when the warm-up fills the run.
+    Warm-up: lr s/W (the first update has rate 0). Then cosine: lr (1 + cos(pi (s-W)/(T-W)))/2; constant: lr;
+    wsd: lr, then linear to 0 over the last decay_ratio T updates. Raises ConfigError when warm-up fills the run.
     """
     optimizer = config.optimizer
     peak = optimizer.learning_rate
     warmup = int(optimizer.warmup_ratio * total_steps)
     if warmup >= total_steps:
         raise ConfigError(
-            f"optimizer.warmup_ratio={optimizer.warmup_ratio} makes {warmup} warm-up steps of a run of {total_steps}; "
-            f"lower it, or train longer"
+            f"optimizer.warmup_ratio={optimizer.warmup_ratio} makes {warmup} warm-up steps of a run of "
+            f"{total_steps}; lower it, or train longer"
         )
     rest = total_steps - warmup
     if optimizer.schedule == "cosine":
@@ -81,8 +81,8 @@ def learning_rate_schedule(config: ConfigDict, total_steps: int) -> optax.Schedu
 def clip_factor(norm: jax.Array, clip_norm: float, dtype=jnp.float32) -> jax.Array:
     """Factor that brings a gradient of global `norm` to at most `clip_norm`, as torch computes it (eps 1e-6).
 
-    For gradients in bfloat16 torch holds norm and factor in bfloat16 too: a clipped gradient's norm is then within a
-    percent of `clip_norm`. `norm` and the result are float32, rounded to what `dtype` can hold.
+    For gradients in bfloat16 torch holds norm and factor in bfloat16 too: a clipped gradient's norm is then
+    within a percent of `clip_norm`. `norm` and the result are float32, rounded to what `dtype` can hold.
     """
     if clip_norm <= 0:
         return jnp.ones_like(norm)
@@ -118,13 +118,14 @@ def apply_update(state: TrainState, gradients: Tree, learning_rate: jax.Array, c
         "update_ratio": jnp.where(finite, jnp.sqrt(sum(moved) / sum(size)), 0.0),
         "skipped": 1.0 - finite.astype(jnp.float32),
     }
-    return TrainState(parameters, first, second, state.step + 1, state.updates + finite.astype(jnp.int32)), metrics
+    updates = state.updates + finite.astype(jnp.int32)
+    return TrainState(parameters, first, second, state.step + 1, updates), metrics
 
 
 def _adamw(p, m, v, g, learning_rate, count, config: ConfigDict, key):
-    """AdamW on one leaf: Loshchilov and Hutter, decoupled decay, in the operation order of torch's foreach form.
+    """AdamW on one leaf: Loshchilov and Hutter, decoupled decay, in the order of torch's foreach form.
 
-    With bfloat16 weights torch stores, and so rounds, each intermediate; `mid` does the same. In float32 it is exact.
+    With bfloat16 weights torch stores, and so rounds, each intermediate; `mid` does the same.
     """
     o = config.optimizer
     pure = config.precision.params == "bfloat16"
@@ -151,7 +152,7 @@ def bias_correction(decay: float, count: jax.Array) -> jax.Array:
 
 
 def round_to(x: jax.Array, dtype) -> jax.Array:
-    """float32 `x` rounded to what `dtype` can hold, still float32. By reduce_precision: XLA may drop a pair of casts."""
+    """float32 `x` rounded to what `dtype` can hold, still float32. XLA may drop a pair of casts, not this."""
     return jax.lax.reduce_precision(x, 8, 7) if dtype == jnp.bfloat16 else x
 
 

@@ -76,7 +76,7 @@ def run_updates(config, parameters, gradients, rate):
 def test_float32_follows_optax_in_float64():
     rng = np.random.default_rng(0)
     parameters = {"a": rng.normal(size=(7, 5)).astype(np.float32), "b": np.ones(3, np.float32)}
-    gradients = [{k: rng.normal(size=p.shape).astype(np.float32) for k, p in parameters.items()} for _ in range(5)]
+    gradients = [{k: rng.normal(size=p.shape).astype("f") for k, p in parameters.items()} for _ in range(5)]
     state, _ = run_updates(make_config(optimizer__clip_norm=0.0), parameters, gradients, 1e-2)
     with jax.enable_x64(True):  # in float32 optax loses 1e-5 of the first step to 1 - 0.999
         expected = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), parameters)
@@ -111,6 +111,20 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_step():
     assert (int(state.step), int(state.updates), float(metrics["skipped"])) == (1, 0, 1.0)
 
 
+def test_a_skipped_update_leaves_no_trace_in_adam():
+    good = [{"a": jnp.array([1.0, -2.0])}, {"a": jnp.array([0.5, 3.0])}]
+    bad = {"a": jnp.array([jnp.inf, 0.0])}
+    parameters = {"a": jnp.array([1.0, 2.0])}
+    with_bad, records = run_updates(make_config(), parameters, [good[0], bad, bad, good[1]], 1e-2)
+    without, _ = run_updates(make_config(), parameters, good, 1e-2)
+    for name in ("parameters", "first_moment", "second_moment"):
+        np.testing.assert_array_equal(getattr(with_bad, name)["a"], getattr(without, name)["a"])
+    assert (int(with_bad.step), int(with_bad.updates), int(without.step)) == (4, 2, 2)
+    assert [(float(r["skipped"]), float(r["update_ratio"]) > 0, float(r["clipped"])) for r in records] == [
+        (0, True, 1), (1, False, 0), (1, False, 0), (0, True, 1)
+    ]  # fmt: skip
+
+
 def test_in_pure_bfloat16_small_decay_and_small_updates_vanish():
     weights = jnp.array([1.0, 0.5, 0.0157, 1e-3], jnp.bfloat16)
     config = make_config(**PURE, optimizer__clip_norm=0.0)
@@ -130,73 +144,79 @@ def test_stochastic_rounding_is_unbiased_and_keeps_what_fits():
     np.testing.assert_array_equal(stochastic_round(exact, jax.random.key(1)), exact.astype(jnp.bfloat16))
 
 
-def run_torch(python, script, job):
-    """What `script` prints as JSON, given `job` as JSON on its standard input."""
-    command = [str(python), "-c", f"import json, sys, torch\njob = json.load(sys.stdin)\n{script}\njson.dump(out, sys.stdout)"]
+RNG = np.random.default_rng(1)
+WEIGHTS = RNG.normal(0, 0.05, 512)
+GRADIENTS = RNG.normal(0, 1, (12, 512)) * RNG.choice([1e-3, 1.0], (12, 512))
+NORMS = RNG.normal(0, 1, (40, 64)) * np.geomspace(0.02, 50, 40)[:, None]  # gradients of norms 0.16 to 400
+RATES = [(5e-5, 0.01), (1e-2, 0.1)]  # learning rate, weight decay: the recipes', and one that shows more
+
+TORCH = """
+import json, sys, torch
+
+def adamw(p, gradients, rate, decay, **kind):
+    p = torch.nn.Parameter(torch.tensor(p, dtype=torch.bfloat16))
+    o = torch.optim.AdamW([p], lr=rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=decay, **kind)
+    for g in gradients:
+        p.grad = torch.tensor(g, dtype=torch.bfloat16)
+        o.step()
+    s = o.state[p]
+    return [x.float().tolist() for x in (p.data, s["exp_avg"], s["exp_avg_sq"])]
+
+def clipped(g):
+    p = torch.nn.Parameter(torch.zeros(len(g), dtype=torch.bfloat16))
+    p.grad = torch.tensor(g, dtype=torch.bfloat16)
+    torch.nn.utils.clip_grad_norm_([p], 1.0)
+    return p.grad.float().tolist()
+
+job = json.load(sys.stdin)
+kinds = {"foreach": True}, {"fused": True}
+out = {
+    "adamw": [[adamw(job["p"], job["g"], *rates, **kind) for kind in kinds] for rates in job["rates"]],
+    "saturated": [adamw([1.0, 1.0], [[1.0, 2.0]] * 640, 5e-5, 0.01, **kind)[2] for kind in kinds],
+    "clipped": [clipped(g) for g in job["norms"]],
+}
+json.dump(out, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def torch_says(serve_python):
+    """What torch makes of the numbers above in bfloat16: AdamW, foreach and fused, and clipping."""
+    job = {"p": WEIGHTS.tolist(), "g": GRADIENTS.tolist(), "rates": RATES, "norms": NORMS.tolist()}
+    command = [serve_python, "-c", TORCH]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-ADAMW = """
-def run(**kind):
-    p = torch.nn.Parameter(torch.tensor(job["p"], dtype=torch.bfloat16))
-    o = torch.optim.AdamW([p], lr=job["lr"], betas=(0.9, 0.999), eps=1e-8, weight_decay=job["wd"], **kind)
-    for g in job["g"] * job.get("times", 1):
-        p.grad = torch.tensor(g, dtype=torch.bfloat16)
-        o.step()
-    s = o.state[p]
-    return [x.float().tolist() for x in (p.data, s["exp_avg"], s["exp_avg_sq"])]
-out = {"foreach": run(foreach=True), "fused": run(fused=True)}
-"""
-
-
-@pytest.mark.parametrize("rate, decay", [(5e-5, 0.01), (1e-2, 0.1)])
-def test_pure_bfloat16_has_the_rounding_points_of_torch_foreach(serve_python, rate, decay):
-    rng = np.random.default_rng(1)
-    weights = rng.normal(0, 0.05, 512)
-    gradients = rng.normal(0, 1, (12, 512)) * rng.choice([1e-3, 1.0], (12, 512))
-    expected = run_torch(serve_python, ADAMW, {"p": weights.tolist(), "g": gradients.tolist(), "lr": rate, "wd": decay})
+@pytest.mark.parametrize("case", range(len(RATES)))
+def test_pure_bfloat16_has_the_rounding_points_of_torch_foreach(torch_says, case):
+    (rate, decay), (foreach, fused) = RATES[case], torch_says["adamw"][case]
     config = make_config(**PURE, optimizer__clip_norm=0.0, optimizer__weight_decay=decay)
-    given = [{"a": jnp.asarray(g, jnp.bfloat16)} for g in gradients]
-    state, _ = run_updates(config, {"a": jnp.asarray(weights, jnp.bfloat16)}, given, rate)
+    given = [{"a": jnp.asarray(g, jnp.bfloat16)} for g in GRADIENTS]
+    state, _ = run_updates(config, {"a": jnp.asarray(WEIGHTS, jnp.bfloat16)}, given, rate)
 
     def different(theirs):
         ours = (state.parameters, state.first_moment, state.second_moment)
         return [float(np.mean(np.float32(x["a"]) != np.array(y, np.float32))) for x, y in zip(ours, theirs)]
 
     # Ties in the last place: torch and XLA round one fused operation differently.
-    assert max(different(expected["foreach"])) <= 0.01, different(expected["foreach"])
-    assert different(expected["fused"])[2] > 0.1  # the same numbers in other roundings: this test can tell
+    assert max(different(foreach)) <= 0.01, different(foreach)
+    assert different(fused)[2] > 0.1  # the same numbers rounded elsewhere: this test can tell
 
 
-def test_second_moment_in_bfloat16_saturates_at_half_of_the_square(serve_python):
-    job = {"p": [1.0, 1.0], "g": [[1.0, 2.0]], "times": 640, "lr": 5e-5, "wd": 0.01}
-    torch_moments = {kind: result[2] for kind, result in run_torch(serve_python, ADAMW, job).items()}
-    assert torch_moments == {"foreach": [0.5, 2.0], "fused": [0.25, 1.0]}
+def test_second_moment_in_bfloat16_saturates_at_half_of_the_square(torch_says):
+    assert torch_says["saturated"] == [[0.5, 2.0], [0.25, 1.0]]  # foreach, fused, at gradients 1 and 2
     gradients = [{"a": jnp.array([1.0, 2.0], jnp.bfloat16)}] * 640
     config = make_config(**PURE, optimizer__clip_norm=0.0)
     state, _ = run_updates(config, {"a": jnp.ones(2, jnp.bfloat16)}, gradients, 5e-5)
-    assert state.second_moment["a"].tolist() == torch_moments["foreach"]
+    assert state.second_moment["a"].tolist() == torch_says["saturated"][0]
     exact, _ = run_updates(make_config(optimizer__clip_norm=0.0), {"a": jnp.ones(2)}, gradients, 5e-5)
     np.testing.assert_allclose(exact.second_moment["a"], (1 - 0.999**640) * np.array([1, 4]), rtol=1e-4)
 
 
-CLIP = """
-out = []
-for g in job["g"]:
-    p = torch.nn.Parameter(torch.zeros(len(g), dtype=torch.bfloat16))
-    p.grad = torch.tensor(g, dtype=torch.bfloat16)
-    torch.nn.utils.clip_grad_norm_([p], 1.0)
-    out.append(p.grad.float().tolist())
-"""
-
-
-def test_clipping_in_bfloat16_rounds_as_torch_does(serve_python):
-    rng = np.random.default_rng(2)
-    gradients = rng.normal(0, 1, (40, 64)) * np.geomspace(0.02, 50, 40)[:, None]  # norms 0.16 to 400
-    expected = np.array(run_torch(serve_python, CLIP, {"g": gradients.tolist()}), np.float32)
-    for gradient, theirs in zip(gradients, expected):
+def test_clipping_in_bfloat16_rounds_as_torch_does(torch_says):
+    for gradient, theirs in zip(NORMS, torch_says["clipped"], strict=True):
         g = jnp.asarray(gradient, jnp.bfloat16).astype(jnp.float32)
         factor = clip_factor(optax.global_norm(g), 1.0, jnp.bfloat16)
-        np.testing.assert_array_equal(round_to(g * factor, jnp.bfloat16), theirs)
+        np.testing.assert_array_equal(round_to(g * factor, jnp.bfloat16), np.array(theirs, np.float32))
