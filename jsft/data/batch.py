@@ -28,5 +28,5 @@ class StepData(NamedTuple):
     tokens: int  # without padding
     documents: int
     sum_squared_lengths: int  # sum over documents of length^2: the cost of attention
-    weight_sum: float  # sum of all loss weights: 1 for a mean, B/(8m) in the reference's objective
+    weight_sum: float  # of all loss weights, advantages left out: 1 for a mean, B/(8m) in the reference's objective
     padding_share: float  # padding positions / all positions

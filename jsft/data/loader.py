@@ -73,13 +73,13 @@ class StepSource:
         weights = token_weights(
             recipe.objective,
             supervised,
-            documents.advantages[rows] if recipe.use_advantage else None,
             reference_ranks=recipe.reference_ranks,
             reference_micro_batch=recipe.reference_micro_batch,
         )
+        advantages = documents.advantages[rows] if recipe.use_advantage else 1.0
         tokens = int(lengths.sum())
         return StepData(
-            micro_batches=assemble(documents, rows, plan, weights, self.local_rows),
+            micro_batches=assemble(documents, rows, plan, weights * advantages, self.local_rows),
             supervised_tokens=int(supervised.sum()),
             tokens=tokens,
             documents=len(rows),
