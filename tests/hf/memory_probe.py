@@ -1,0 +1,100 @@
+"""Run by test_memory.py: peak anonymous memory of loading and exporting a 1.5-billion-parameter model, as JSON.
+
+    python memory_probe.py FOLDER DTYPE
+
+Files are not counted (they are read by pread and written by pwrite): only memory this process asked for.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from jsft.hf.load import load_parameters  # noqa: E402
+from jsft.hf.random_model import write_random_model  # noqa: E402
+from jsft.hf.write import write_model  # noqa: E402
+from jsft.mesh import make_mesh, parameter_sharding  # noqa: E402
+from jsft.models import parameter_table, read_config  # noqa: E402
+from jsft.models.parameters import get_leaf  # noqa: E402
+
+
+def anonymous() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("no RssAnon in /proc/self/status")
+
+
+class Peak:
+    """Largest anonymous memory while open, sampled every 5 ms."""
+
+    def __enter__(self):
+        self.bytes, self._stop = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self):
+        while not self._stop.is_set():
+            self.bytes = max(self.bytes, anonymous())
+            time.sleep(0.005)
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+
+def make_directory(folder: Path, mesh) -> Path:
+    """Qwen2.5-1.5B's shape, filled with one random megabyte over and over."""
+    base = write_random_model(folder / "small", "qwen2", heads=12, kv_heads=2, head_dim=128, hidden_size=1536, layers=1)
+    config = json.loads((base / "config.json").read_text())
+    config |= {"num_hidden_layers": 28, "intermediate_size": 8960, "vocab_size": 151936}
+    (base / "config.json").write_text(json.dumps(config))
+    config = read_config(base)
+    table = parameter_table(config)
+    block = (np.random.default_rng(0).standard_normal(2**20) * 0.02).astype(jnp.bfloat16)
+
+    def leaf(path):
+        spec = get_leaf(table, path)
+        sharding = parameter_sharding(spec.axes, spec.shape, mesh)
+        return jax.make_array_from_callback(
+            spec.shape, sharding, lambda index: np.resize(block, sharding.shard_shape(spec.shape))
+        )
+
+    return write_model(leaf, config, base, folder / "model", "bfloat16", max_shard_bytes=10**9)
+
+
+def main() -> None:
+    folder, dtype = Path(sys.argv[1]), jnp.dtype(sys.argv[2])
+    mesh = make_mesh()
+    if not (folder / "model").exists():
+        make_directory(folder, mesh)
+    config = read_config(folder / "model")
+    before = anonymous()
+    started = time.monotonic()
+    with Peak() as load:
+        parameters = jax.block_until_ready(load_parameters(folder / "model", config, mesh, dtype))
+    loaded = time.monotonic()
+    with Peak() as export:
+        write_model(parameters, config, folder / "model", folder / "out", "bfloat16", max_shard_bytes=10**9)
+    arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(parameters))
+    print(
+        json.dumps(
+            {
+                "arrays": arrays, "before": before, "load": load.bytes, "export": export.bytes,
+                "load_seconds": loaded - started, "export_seconds": time.monotonic() - loaded,
+            }
+        )
+    )  # fmt: skip
+
+
+main()
