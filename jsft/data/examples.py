@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from jsft.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
+_NOT_READ = ("reasoning_content", "reasoning", "thinking", "tool_calls")  # parts of a turn beside its content
 _MAY_FOLLOW = {  # role -> the roles it may come after; None: it may open the conversation
     "system": (None,),
     "user": (None, "system", "assistant"),
@@ -70,7 +71,7 @@ def parse_row(row: dict[str, Any], keys: Keys, columns: Sequence[str], where: st
         field = keys.response
         prompt = row[keys.prompt]
         if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": _text(prompt, f"'{keys.prompt}'", where)}]
+            prompt = [{"role": "user", "content": _prompt(prompt, f"'{keys.prompt}'", where)}]
         messages = _turns(prompt, keys.prompt, where)
         if messages[-1]["role"] == "assistant":
             raise DataError(
@@ -95,6 +96,12 @@ def _turns(value: Any, field: str, where: str) -> list[dict[str, str]]:
         name = f"'{field}[{index}]'"
         if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
             raise DataError(f"{where}, field {name}: expected {{role, content}}, found {str(turn)[:60]!r}")
+        for key in _NOT_READ:
+            if turn.get(key):
+                raise DataError(
+                    f"{where}, field {name}: its '{key}' would be lost; write it into the content, as the "
+                    "model is to produce it"
+                )
         if turn["role"] not in ROLES:
             raise DataError(
                 f"{where}, field {name}: unknown role {turn['role']!r}; use one of {', '.join(ROLES)}"
@@ -102,6 +109,15 @@ def _turns(value: Any, field: str, where: str) -> list[dict[str, str]]:
         content = _text(turn["content"], name, where, may_be_blank=turn["role"] in ("system", "tool"))
         turns.append({"role": turn["role"], "content": content})
     return turns
+
+
+def _prompt(value: str, field: str, where: str) -> str:
+    if value.lstrip().startswith(("[{", "[ {")) and '"role"' in value and '"content"' in value:
+        raise DataError(
+            f"{where}, field {field}: is a conversation written as JSON text; "
+            "store a list of {role, content}"
+        )
+    return _text(value, field, where)
 
 
 def _text(value: Any, field: str, where: str, may_be_blank: bool = False) -> str:

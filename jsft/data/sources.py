@@ -82,8 +82,8 @@ class _JsonLines:
         filled = ends > starts  # blank lines are not rows
         self.starts, self.ends = starts[filled], ends[filled]
         self.rows = len(self.starts)
-        first = self.row(0) if self.rows else {}
-        self.columns = [] if isinstance(first, DataError) else list(first)
+        rows = (self.row(index) for index in range(min(self.rows, 100)))
+        self.columns = list(next((row for row in rows if not isinstance(row, DataError)), {}))
 
     def read(self, start: int, columns: list[str]) -> Iterator[Row]:
         with open(self.path, "rb") as file:

@@ -47,6 +47,20 @@ def test_good_rows():
         ({"message": ["hi"]}, r"field 'message\[0\]': expected \{role, content\}"),
         ({"message": [{"role": "user", "content": None}]}, r"field 'message\[0\]': is null"),
         ({"message": [{"role": "user", "content": ["part"]}]}, r"field 'message\[0\]': is a list"),
+        (
+            {"message": '[{"role": "user", "content": "hi"}]'},
+            "field 'message': is a conversation written as JSON",
+        ),
+        (
+            {
+                "message": [
+                    *turns("user"),
+                    {"role": "assistant", "content": "b", "thinking": "c"},
+                    *turns("user"),
+                ]
+            },
+            r"field 'message\[1\]': its 'thinking' would be lost",
+        ),
         ({"message": turns("human")}, r"field 'message\[0\]': unknown role 'human'; use one of system, user"),
         ({"message": turns("user", "assistant")}, "ends with an assistant turn"),
         ({"message": turns("user", "user")}, r"roles out of order, turn 1 \(user\) comes after user"),

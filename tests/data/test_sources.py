@@ -57,6 +57,11 @@ def test_json_lines(tmp_path):
     assert len(source) == 3 and source[2] == rows[2] and [row for _, row in source.rows(1)] == rows[1:]
 
 
+def test_columns_of_json_lines_are_those_of_the_first_good_row(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"a": \n{"b": 1, "c": 2}\n{"b": 3}\n')
+    assert open_source(tmp_path / "x.jsonl").columns == ["b", "c"]
+
+
 def test_content_key_follows_the_bytes(tmp_path):
     path = write_rows(tmp_path / "x.jsonl", rows_of([20, 30]))
     before = open_source(path).content_key()
