@@ -25,6 +25,10 @@ _READ_BYTES = 16 * 2**20
 _THREADS = 8
 
 
+class FormatError(CheckpointError):
+    """A checkpoint is whole, but of a format that this version does not read."""
+
+
 def checkpoint_folder(workdir: Path) -> Path:
     """Where a run keeps its checkpoints."""
     return Path(workdir).absolute() / "checkpoints"
@@ -50,7 +54,7 @@ def read_manifest(workdir: Path, step: int) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path.parent} has no readable {MANIFEST} ({error})") from error
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(
+        raise FormatError(
             f"checkpoint {path.parent} has format {manifest.get('format')}, this jsft reads {FORMAT}; use the version "
             f"that wrote it ({manifest.get('code', 'unknown')})"
         )
@@ -69,11 +73,16 @@ def write_manifest(path: Path, facts: dict[str, Any]) -> None:
 
 
 def verify(workdir: Path, step: int, items: tuple[str, ...] = (PARAMETERS, OPTIMIZER)) -> str | None:
-    """None when every file of `items` is as it was written, else what is wrong with the first bad one."""
+    """None when every file of `items` is as it was written, else what is wrong with the first bad one.
+
+    Raises CheckpointError when the checkpoint is of another format.
+    """
     root = checkpoint_folder(workdir) / str(step)
     try:
         files = read_manifest(workdir, step)["files"]
         wanted = {n: (int(size), int(crc)) for n, (size, crc) in files.items() if "/" not in n or n.split("/")[0] in items}
+    except FormatError:
+        raise
     except CheckpointError as error:
         return str(error)
     except (KeyError, TypeError, ValueError, AttributeError):

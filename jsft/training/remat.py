@@ -73,9 +73,9 @@ def advise_out_of_memory(parts, remat: str) -> str:
     if jax.process_count() > 1:  # compiling alone could wait for the others for ever
         return f"remat={remat} did not fit{of}; set a later rung of the ladder ({' > '.join(LADDER)}), or {_LAST_RESORTS}"
     now = bytes_needed(parts, remat)
-    text = f"the plan for remat={remat} was {f'{now / 2**30:.2f} GiB' if now else 'more than there is'}{of} per device"
+    text = f"the plan for remat={remat} was {f'{now / 2**30:.3g} GiB' if now else 'more than there is'}{of} per device"
     for rung in LADDER[LADDER.index(remat) + 1 :] if remat in LADDER else LADDER:
         needed = bytes_needed(parts, rung)
         if needed is not None and (now is None or needed < now) and (not limit or needed <= _HEADROOM * limit):
-            return f"{text}; the next that fits is remat={rung} with {needed / 2**30:.2f} GiB"
+            return f"{text}; the next that fits is remat={rung} with {needed / 2**30:.3g} GiB"
     return f"{text}, and no rung needs less; {_LAST_RESORTS}"

@@ -1,0 +1,186 @@
+"""What a run does when it is asked to stop, hangs, runs out of memory, or loses its data: real processes."""
+
+import json
+import signal
+import time
+
+import pytest
+
+from jsft.training.checkpoint import list_steps
+from tests.training.processes import STEPS, assert_same_run, output, run, start, status, wait_for
+
+
+def test_sigterm_in_each_phase(tiny, reference, tmp_path):
+    """Exit 0 each time, nothing lost, and in the end the bits of a run that nobody disturbed."""
+    workdir = tmp_path / "run"
+    cache = f"--config.data.cache_dir={tmp_path / 'cache'}"
+    assert run(tiny, workdir, cache, faults="signal-cache") == 0
+    assert not workdir.exists(), "a run that has not begun leaves no directory"
+    assert "stopped by SIGTERM before there was anything new to save" in output(workdir).read_text()
+    for faults, step in [("signal-compile", 0), ("signal-step:2", 2), ("signal-save:3", 4), ("signal-eval:6", 6)]:
+        began = time.monotonic()
+        assert run(tiny, workdir, cache, faults=f"{faults},slow:0.1") == 0, output(workdir).read_text()[-3000:]
+        assert status(workdir) | {"state": "preempted", "step": step} == status(workdir), output(workdir).read_text()[-3000:]
+        assert list_steps(workdir, full=True)[-1:] == ([step] if step else [])
+        assert time.monotonic() - began < 90
+    text = output(workdir).read_text()
+    assert "stopped by SIGTERM after step 4 of 12, saved; the same command goes on from there" in text
+    assert "eval at step 6: left after batch 1" in text
+    assert run(tiny, workdir, cache) == 0
+    assert_same_run(workdir, reference)
+
+
+def test_second_signal_ends_at_once(tiny, tmp_path):
+    """The main thread is stuck in a step: the first signal waits for its end, the second does not."""
+    workdir = tmp_path / "run"
+    assert run(tiny, workdir, faults="twice-step:2") == 128 + signal.SIGTERM
+    assert status(workdir)["state"] == "failed" and "second signal (SIGTERM)" in status(workdir)["reason"]
+
+
+def test_hang_is_ended_with_stacks(tiny, tmp_path):
+    workdir = tmp_path / "run"
+    assert run(tiny, workdir, "--config.train.hang_minutes=0.12", faults="hang-step:4") == 8
+    stacks = (workdir / "hang-0.txt").read_text()
+    assert "faulty_update" in stacks and "in step 4" in stacks
+    assert status(workdir)["state"] == "failed" and status(workdir)["step"] in (2, 3)
+    last = output(workdir).read_text().splitlines()[-1]
+    assert last.startswith("error: no progress for") and "the same command goes on" in last
+    beat = json.loads((workdir / "heartbeats" / "0.json").read_text())
+    assert beat["process"] == 0 and beat["doing"] == "in step 4" and beat["beat"] >= 2
+
+
+def test_out_of_memory(tiny, tmp_path):
+    workdir = tmp_path / "run"
+    assert run(tiny, workdir, "--config.remat=full", faults="oom:2") == 6
+    last = output(workdir).read_text().splitlines()[-1]
+    assert last.startswith("error: the device ran out of memory: the plan for remat=full was"), last
+    assert "no rung needs less; lower data.rows_per_device" in last
+    assert status(workdir)["state"] == "failed"
+
+
+def test_out_of_memory_names_the_next_rung_that_fits(monkeypatch):
+    from jsft.training import remat
+
+    gib = 2**30
+    needs = dict(zip(remat.LADDER, (90 * gib, None, 81 * gib, 79 * gib, 70 * gib, 60 * gib)))
+    monkeypatch.setattr(remat, "bytes_needed", lambda parts, rung: needs[rung])
+
+    class Device:
+        def memory_stats(self):
+            return {"bytes_limit": 80 * gib}
+
+    monkeypatch.setattr(remat.jax, "local_devices", lambda: [Device()])
+    text = remat.advise_out_of_memory(None, "none")
+    assert text == (
+        "the plan for remat=none was 90 GiB of 80.0 GiB per device; the next that fits is "
+        f"remat={remat.LADDER[4]} with 70 GiB"
+    )
+    assert "no rung needs less" in remat.advise_out_of_memory(None, "full")
+
+
+@pytest.mark.slow
+def test_out_of_memory_compiles_the_rungs(tiny, tmp_path):
+    from jsft.hf.random_model import write_random_model
+
+    model = write_random_model(tmp_path / "deep", hidden_size=64, layers=4, heads=2, kv_heads=1, head_dim=32)
+    flags = [f"--config.model.path={model}", "--config.data.pack_length=512"]
+    assert run(tiny, tmp_path / "run", *flags, faults="oom:2", timeout=300) == 6
+    last = output(tmp_path / "run").read_text().splitlines()[-1]
+    assert "the next that fits is remat=" in last, last
+
+
+def test_loader_failure(tiny, tmp_path):
+    workdir = tmp_path / "run"
+    assert run(tiny, workdir, faults="loader:5,slow:0.2") == 3
+    last = output(workdir).read_text().splitlines()[-1]
+    assert "the data of step 5 could not be made (OSError" in last and "/data/part-0.arrow" in last
+    assert list_steps(workdir, full=True) == [3]
+
+
+@pytest.mark.slow
+def test_non_finite_ends_the_run(tiny, tmp_path):
+    workdir = tmp_path / "run"
+    flags = ["--config.optimizer.learning_rate=1e30", "--config.train.max_bad_steps=2"]
+    assert run(tiny, workdir, *flags) == 7
+    assert "non-finite" in status(workdir)["reason"]
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] is None and lines[-1]["skipped"] == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_a_signal_that_comes_again_later(tiny, reference, tmp_path):
+    """SIGINT as SIGTERM; stopped and started over and over, the run still gives the same bits."""
+    workdir = tmp_path / "run"
+    for attempt in range(20):
+        process = start(tiny, workdir, faults="slow:0.2")
+        began = len(output(workdir).read_text())
+        end = time.monotonic() + 60
+        while "step " not in output(workdir).read_text()[began:] and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        if status(workdir)["step"] == STEPS and status(workdir)["state"] == "done":
+            break
+        assert status(workdir)["state"] == "preempted"
+    assert run(tiny, workdir) == 0
+    assert_same_run(workdir, reference)
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_directory(tiny, tmp_path):
+    workdir = tmp_path / "run"
+    first = start(tiny, workdir, faults="hang-step:2")
+    try:
+        while not (workdir / "status.json").exists():
+            assert first.poll() is None
+            time.sleep(0.1)
+        other = tmp_path / "other.out"
+        assert run(tiny, workdir, log=other) == 5
+        assert f"in use by process {first.pid} on" in other.read_text()
+    finally:
+        first.kill()
+        first.wait()
+    assert run(tiny, workdir) == 0  # the lock of a killed process is nobody's
+
+
+@pytest.mark.slow
+def test_full_disk_keeps_the_run_alive(tiny, small_disk):
+    """A tmpfs that has room for one checkpoint: later saves fail, the run goes on and says which is the last good."""
+    workdir = small_disk / "run"
+    blocker = small_disk / "blocker"
+    process = start(tiny, workdir, faults="slow:0.4", log=small_disk.parent / "full.out")
+    log = small_disk.parent / "full.out"
+    wait_for(log, "step 4/", process)
+    while not list_steps(workdir, full=True):
+        time.sleep(0.05)
+    with blocker.open("wb") as file:  # now fill it to the last byte
+        try:
+            while True:
+                file.write(b"\0" * 4096)
+                file.flush()
+        except OSError:
+            pass
+    assert process.wait(90) == 5
+    text = log.read_text()
+    assert "warning: checkpoint of step 6 was not saved" in text and "the last good one is 3" in text
+    assert f"step {STEPS}/{STEPS}" in text, "the run went on to its last step"
+    assert "error: step 12 was not saved" in text.splitlines()[-1]
+    blocker.unlink()
+    assert run(tiny, workdir, log=log) == 0
+    assert status(workdir)["state"] == "done" and list_steps(workdir, full=True)[-1] == STEPS
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a few megabytes, full when it is full."""
+    import os
+    import subprocess
+
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    yield place
+    subprocess.run(["umount", place], check=True)
