@@ -7,15 +7,19 @@ that keeps most, and takes the first whose own memory analysis fits the device b
 import jax
 
 from jsft.errors import OutOfMemoryError
-from jsft.models.decoder import REMAT_NAMES
 
 # Best first. Each rung names what is kept; "none" means no recompute at all, "full" that only layer inputs are kept.
+# Norms, rotations and silu are recomputed from the second rung on: they cost little beside the matrix products, which
+# the second rung keeps all of. Each later rung recomputes the products that give back most memory for their time.
 _ATTENTION = ("attention_out", "attention_lse")
+_QKV = ("query_projection", "key_projection", "value")
 LADDER: tuple[str, ...] = (
     "none",
-    ",".join((*_ATTENTION, "query", "key", "value", "gate", "up")),
-    ",".join((*_ATTENTION, "gate", "up")),
-    ",".join((*_ATTENTION, "query", "key", "value")),
+    ",".join((*_ATTENTION, *_QKV, "residual", "gate", "up")),
+    ",".join((*_ATTENTION, *_QKV, "gate", "up")),
+    ",".join((*_ATTENTION, "residual", "gate")),
+    ",".join((*_ATTENTION, *_QKV, "residual")),
+    ",".join((*_ATTENTION, "residual")),
     ",".join(_ATTENTION),
     "full",
 )
