@@ -108,13 +108,14 @@ def test_the_mesh_does_not_change_the_curve_and_parameters_are_sharded(inputs, t
 def test_large_parameters_and_moments_are_divided_over_the_mesh(inputs):
     from jsft import cli, config as schema
     from jsft.training import run
+    from jsft.training.introduction import shard_bytes
 
     config = schema.resolve(cli.parse(arguments(inputs, "unused")[:-1], lambda v: None, "")[0])
     parts = run.build(config)
     for tree in (parts.abstract.parameters, parts.abstract.first_moment, parts.abstract.second_moment):
         for leaf in jax.tree.leaves(tree):
             if leaf.size >= 4096:
-                assert run.shard_bytes(leaf) * 8 == leaf.size * leaf.dtype.itemsize, leaf
+                assert shard_bytes(leaf) * 8 == leaf.size * leaf.dtype.itemsize, leaf
 
 
 def test_dry_run_trains_nothing_and_says_what_would_run(inputs, tmp_path, capsys):

@@ -7,6 +7,7 @@ that keeps most, and takes the first whose own memory analysis fits the device b
 import jax
 
 from jsft.errors import OutOfMemoryError
+from jsft.training.introduction import shard_bytes
 
 # Best first. Each rung names what is kept; "none" means no recompute at all, "full" that only layer inputs are kept.
 # Norms, rotations and silu are recomputed from the second rung on: they cost little beside the matrix products, which
@@ -54,7 +55,7 @@ def choose_remat(parts, say) -> str:
 
 def bytes_needed(parts, rung: str) -> int | None:
     """Bytes per device of the state and one gradient program with remat `rung`; None when it does not compile for memory."""
-    from jsft.training.run import compile_gradients, shard_bytes
+    from jsft.training.run import compile_gradients
 
     state = sum(map(shard_bytes, jax.tree.leaves(parts.abstract)))
     parameters = sum(map(shard_bytes, jax.tree.leaves(parts.abstract.parameters)))

@@ -17,13 +17,13 @@ from jsft.distributed import any_process
 from jsft.errors import CheckpointError, ConfigError, OutOfMemoryError
 from jsft.hf.load import load_parameters
 from jsft.hf.resolve import resolve_model
-from jsft.kernels.attention import describe_attention
 from jsft.models.config import ModelConfig
 from jsft.models.families import read_config
 from jsft.models.module import abstract_parameters
 from jsft.peers import PeerLink
 from jsft.training import checkpoint, platform
 from jsft.training.flops import matmul_parameters, peak_flops, step_flops
+from jsft.training.introduction import introduce
 from jsft.training.ending import GO_ON, Ending
 from jsft.training.loop import Loop
 from jsft.training.metrics import MetricsWriter, RunLog, has_heldout
@@ -234,39 +234,6 @@ def compile_gradients(parts: Parts, remat):
     """The compiled gradient program of one full micro batch, from shapes alone."""
     batch = abstract_batch(parts.rows, parts.config.data.pack_length, parts.mesh)
     return programs(parts, remat).gradients.lower(parts.abstract.parameters, batch).compile()
-
-
-def introduce(parts: Parts, name: str, workdir: Path | None, remat, step: int, say: Say) -> None:
-    """What this run is: nothing that matters is decided silently."""
-    config, model = parts.config, parts.model
-    sizes = [x.size for x in jax.tree.leaves(parts.abstract.parameters)]
-    held = sum(map(shard_bytes, jax.tree.leaves(parts.abstract)))
-    precision = config.precision
-    say(f"run:       {name}" + (f" in {workdir}" if workdir else "") + (f", going on from step {step}" if step else ""))
-    say(f"model:     {parts.model_dir} ({model.family}, {sum(sizes) / 1e6:,.1f} M parameters, {model.num_layers} layers)")
-    say(f"mesh:      {meshes.describe(parts.mesh)}")
-    say(f"{describe_attention(config.attention.implementation, config.attention.backward)}")
-    say(
-        f"precision: parameters {precision.params}, moments {precision.moments}, compute {precision.compute}, "
-        f"gradients {precision.gradients}; {held / 2**30:.2f} GiB of state per device; remat {remat}"
-    )
-    say(
-        f"objective: {config.objective.name} (fidelity {config.fidelity}); {config.optimizer.schedule} to "
-        f"{config.optimizer.learning_rate:g}, warm-up {config.optimizer.warmup_ratio:g}, clip {config.optimizer.clip_norm:g}"
-    )
-    for key, value in parts.data.report.items():
-        say(f"data:      {key} {value}")
-    say(f"steps:     {parts.data.total_steps} ({parts.data.steps_per_epoch} an epoch) of {config.train.global_batch} rows")
-    for line in parts.data.preview().splitlines():
-        say(f"           {line}")
-
-
-def shard_bytes(x: jax.ShapeDtypeStruct) -> int:
-    """Bytes of one device's part of `x`."""
-    size = 1
-    for n in x.sharding.shard_shape(x.shape):
-        size *= n
-    return size * x.dtype.itemsize
 
 
 def _eval_data(parts: Parts):
