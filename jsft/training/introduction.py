@@ -28,7 +28,7 @@ def introduce(parts, name: str, workdir: Path | None, remat: str, step: int, say
     line("run", name + (f" in {workdir}" if workdir else "") + (f", going on from step {step}" if step else ""))
     line("model", f"{parts.model_dir}: {model.family}, {count / 1e6:,.1f} M parameters, {model.num_layers} layers")
     line("mesh", meshes.describe(parts.mesh))
-    line("attention", describe_attention(config.attention.implementation, config.attention.backward))
+    say(describe_attention(config.attention.implementation, config.attention.backward))
     line(
         "precision",
         f"parameters {precision.params}, moments {precision.moments}, compute {precision.compute}, gradients "

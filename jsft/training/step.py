@@ -17,7 +17,7 @@ from jsft.kernels.linear_cross_entropy import LossSums, linear_cross_entropy
 from jsft.mesh import batch_sharding, replicated
 from jsft.models.config import ModelConfig
 from jsft.models.decoder import accumulates_in_place, hidden_states, unembedding
-from jsft.training.optimizer import TrainState, apply_update, learning_rate_schedule, parameter_dtype, round_to
+from jsft.training.optimizer import TrainState, apply_update, learning_rate_schedule, parameter_dtype
 
 Tree = Any
 
