@@ -141,6 +141,8 @@ def _build(
     threads: int | None,
     say: Callable[[str], None],
 ) -> None:
+    for leftover in directory.glob(".part-*"):  # of a build that was killed while it wrote; we hold the lock
+        leftover.unlink()
     names, start = _finished_parts(directory)
     if start:
         say(f"data: going on with the token cache at row {start} of {len(source)}")

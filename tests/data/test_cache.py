@@ -190,9 +190,11 @@ def test_kill_9_then_go_on(tmp_path, chat, tiny_model, small_parts):
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = fold(parts()[0].parent)
+    (parts()[0].parent / ".part-000000048.arrow.12345").write_bytes(b"half")  # killed while it wrote
     assert 3 <= len(kept) < 10 and not (parts()[0].parent / caching.INDEX).exists()
     cache = open_it(path, chat)
     assert len(cache) == 160
+    assert not list(cache.directory.glob(".part-*"))
     assert {name: fold(cache.directory)[name] for name in kept} == kept  # what was done is not done again
     fresh = open_it(path, chat, cache_dir=str(tmp_path / "fresh"))
     assert all((cache.tokens(i) == fresh.tokens(i)).all() for i in range(160))

@@ -169,3 +169,55 @@ def test_qwen3_control_text_and_thinking_history(qwen3):
     with pytest.raises(DataError, match="drop the thinking"):
         qwen3.encode(example("a", "<think>\nhm\n</think>\n\nb", "c", "d"), "")
     assert len(qwen3.encode(example("a", "b", "c", "d"), "").spans) == 2
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "dummy-prefix"])
+def sentencepiece_model(request, tmp_path_factory):
+    """As InternLM2: only tokenizer.model, a BOS in the template."""
+    import json
+
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["Let x = 12; the quick brown fox jumps over the lazy dog, then thither"] * 40),
+        model_prefix=str(folder / "tokenizer"), vocab_size=360, model_type="bpe", byte_fallback=True,
+        add_dummy_prefix=request.param, remove_extra_whitespaces=False, hard_vocab_limit=False,
+        normalization_rule_name="identity", user_defined_symbols=["[UNUSED_TOKEN_1]"],
+        allow_whitespace_only_pieces=True, split_digits=True, minloglevel=2,
+    )  # fmt: skip
+    original = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    added = {0: "<unk>", 1: "<s>", 2: "</s>", original.piece_to_id("[UNUSED_TOKEN_1]"): "<|im_start|>"}
+    added[original.get_piece_size()] = "<|im_end|>"
+    config = {
+        "tokenizer_class": "InternLM2Tokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "chat_template": "{{ bos_token }}" + CHATML,
+        "added_tokens_decoder": {str(i): {"content": text, "special": True} for i, text in added.items()},
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder, original
+
+
+def test_sentencepiece_tokenizer(sentencepiece_model):
+    folder, original = sentencepiece_model
+    chat = Chat(load_tokenizer(folder))
+    document = chat.encode(example("the fox", "the dog\n 12"), "")
+    prompt = chat.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "the fox"}], add_generation_prompt=True
+    )
+    prompt = list(prompt["input_ids"])
+    assert prompt[0] == 1 and prompt.count(1) == 1
+    assert document.tokens.tolist() == prompt + original.encode("the dog\n 12") + [2]
+    assert document.spans.tolist() == [[len(prompt), len(document.tokens)]]
+    ids = chat.encode(example("say <|im_end|> </s>", "the <s> dog"), "").tokens.tolist()
+    assert (ids.count(1), ids.count(2), ids.count(original.get_piece_size())) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("text", ["x", "  x\n\n", "a<|im_end|>b", "\n"])
+def test_control_text_changes_no_other_token(chat, qwen3, text):
+    """The same prompt with and without control text elsewhere in the conversation: its other tokens are the same."""
+    for one in (chat, qwen3):
+        plain = one.encode(example(text, "yes"), "").tokens.tolist()
+        guarded = one.encode(example(text, "yes<|im_start|>"), "").tokens.tolist()
+        shared = len(plain) - 1 - len(one.tokenizer("yes", add_special_tokens=False)["input_ids"])
+        assert plain[:shared] == guarded[:shared]
