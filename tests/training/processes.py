@@ -45,28 +45,38 @@ def make_tiny(folder: Path) -> Tiny:
     return Tiny(model, folder / "train.parquet", folder / "held.parquet", folder / "compiled")
 
 
-def start(
-    tiny: Tiny, workdir: Path, *flags: str, faults: str = "", devices: int = 2, log: Path | None = None, **environment: str
-) -> subprocess.Popen:
-    """A process of `jsft.train` on virtual CPU devices; its output goes to `log` (default: beside the run)."""
-    program = [sys.executable, str(ROOT / "tests" / "training" / "launch_faulty.py")]
+def arguments(tiny: Tiny, workdir: Path, *flags: str) -> list[str]:
+    """Flags of `jsft.train` for a small run; later ones win."""
     fields = {
         "model.path": tiny.model, "data.train": tiny.train, "data.eval": tiny.held, "data.max_length": 128,
         "data.pack_length": 128, "train.global_batch": 8, "train.epochs": 2, "train.max_steps": STEPS,
         "checkpoint.every": EVERY, "eval.every": 6,
     }  # fmt: skip
-    arguments = ["--config", str(ROOT / "configs" / "quickstart.py:tiny"), "--workdir", str(workdir)]
-    arguments += [f"--config.{name}={value}" for name, value in fields.items()]
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "NODE_", "MASTER_"))}
-    environ |= {
-        "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JSFT_FAULTS": faults,
-        "JSFT_COMPILATION_CACHE": str(tiny.compiled), "PYTHONUNBUFFERED": "1",
+    first = ["--config", str(ROOT / "configs" / "quickstart.py:tiny"), "--workdir", str(workdir)]
+    return [*first, *(f"--config.{name}={value}" for name, value in fields.items()), *flags]
+
+
+def environment(tiny: Tiny, devices: int = 2, faults: str = "") -> dict[str, str]:
+    """The environment of a process with so many virtual CPU devices."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "NODE_", "MASTER_", "PROC_PER_"))}
+    return kept | {
+        "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JSFT_FAULTS": faults, "PYTHONUNBUFFERED": "1",
+        "JSFT_COMPILATION_CACHE": str(tiny.compiled), "JSFT_VENV": sys.prefix,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    } | environment  # fmt: skip
+    }  # fmt: skip
+
+
+def start(
+    tiny: Tiny, workdir: Path, *flags: str, faults: str = "", devices: int = 2, log: Path | None = None
+) -> subprocess.Popen:
+    """A process of `jsft.train` on virtual CPU devices; its output goes to `log` (default: beside the run)."""
+    command = [sys.executable, str(ROOT / "tests" / "training" / "launch_faulty.py"), *arguments(tiny, workdir, *flags)]
     log = log or output(workdir)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
-        return subprocess.Popen([*program, *arguments, *flags], env=environ, stdout=file, stderr=file, cwd=ROOT)
+        return subprocess.Popen(
+            command, env=environment(tiny, devices, faults), stdout=file, stderr=file, cwd=ROOT
+        )
 
 
 def output(workdir: Path) -> Path:

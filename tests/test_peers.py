@@ -1,0 +1,163 @@
+"""The link between processes: who is missing, who was lost, who left and how. Threads stand for the processes."""
+
+import socket
+import threading
+import time
+
+import pytest
+
+from jsft.errors import ConfigError, PeerLostError
+from jsft.peers import PeerLink
+from tests.training.processes import free_port
+
+
+class Losses:
+    """Collects what a link reports."""
+
+    def __init__(self, link):
+        self.found = []
+        self.event = threading.Event()
+        link.on_loss = self.add
+
+    def add(self, *loss):
+        self.found.append(loss)
+        self.event.set()
+
+
+def open_all(count, silence=2.0, timeout=10.0, given=None):
+    """Opens the links of `count` processes at once. Returns a list of PeerLink or the error of each."""
+    port, results = free_port(), [None] * count
+    ranks = given or [(rank, count) for rank in range(count)]
+
+    def one(i):
+        try:
+            results[i] = PeerLink.open(*ranks[i], "127.0.0.1", port, timeout=timeout, silence=silence)
+        except Exception as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout + 15)
+    return results
+
+
+def close_all(links):
+    for link in links:
+        link.leave()
+    for link in links:
+        link.close()
+
+
+def test_meet_and_part():
+    links = open_all(4)
+    losses = [Losses(link) for link in links]
+    for link in reversed(links):
+        link.leave()
+        link.close()
+    time.sleep(0.2)
+    assert [loss.found for loss in losses] == [[], [], [], []]
+
+
+def cut(link):
+    """As when the process is killed: the kernel closes its connections, and it says nothing."""
+    link._closing.set()
+    link._thread.join()
+    for connection in link._sockets.values():
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_all_others_learn_who_is_gone(victim):
+    links = open_all(4)
+    losses = [Losses(link) for link in links]
+    began = time.monotonic()
+    cut(links[victim])
+    for rank, loss in enumerate(losses):
+        if rank != victim:
+            assert loss.event.wait(5)
+            expected = (victim, f"process {victim} of 4 is gone (its connection closed)", 9, "failed")
+            assert loss.found == [expected]
+    assert time.monotonic() - began < 2
+    close_all(links)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_that_is_silent_is_lost(victim):
+    """As when its machine is gone or it is stopped: the connection stays, no beat comes."""
+    links = open_all(3, silence=1.0)
+    losses = [Losses(link) for link in links]
+    links[victim]._closing.set()
+    for rank, loss in enumerate(losses):
+        if rank != victim:
+            assert loss.event.wait(5)
+            assert loss.found == [(victim, f"process {victim} of 3 has not been heard of for 1 s", 9, "failed")]
+    close_all(links)
+
+
+def test_an_error_of_one_ends_all_with_its_code():
+    links = open_all(3)
+    losses = [Losses(link) for link in links]
+    links[2].leave(3, "row 7 has no response", "failed")
+    for rank in (0, 1):
+        assert losses[rank].event.wait(5)
+        assert losses[rank].found == [(2, "process 2 of 3 ended: row 7 has no response", 3, "failed")]
+    assert losses[2].found == []
+    close_all(links)
+
+
+def test_missing_are_named():
+    port = free_port()
+    results = {}
+
+    def join():
+        try:
+            PeerLink.open(1, 4, "127.0.0.1", port, timeout=5, silence=2)
+        except PeerLostError as error:
+            results[1] = str(error)
+
+    thread = threading.Thread(target=join)
+    thread.start()
+    with pytest.raises(PeerLostError, match=f"processes 2, 3 of 4 did not reach 127.0.0.1:{port} within 1 s"):
+        PeerLink.open(0, 4, "127.0.0.1", port, timeout=1, silence=2)
+    thread.join(10)
+    assert "processes 2, 3 of 4 did not reach" in results[1], "those that came learn it too"
+    with pytest.raises(PeerLostError, match=f"process 0 of 4 was not found at 127.0.0.1:{port} within 1 s"):
+        PeerLink.open(1, 4, "127.0.0.1", port, timeout=1, silence=2)
+
+
+def test_wrong_numbers_are_refused_everywhere():
+    for given, message in [
+        ([(0, 3), (1, 3), (1, 3)], "two processes were started as process 1 of 3"),
+        ([(0, 3), (1, 3), (2, 4)], "process 2 was started for 4 processes, process 0 for 3"),
+        ([(0, 3), (1, 3), (3, 3)], "two processes were started as process 3 of 3"),
+    ]:
+        results = open_all(3, given=given)
+        assert isinstance(results[0], ConfigError) and message in str(results[0])
+        assert all(isinstance(r, ConfigError | PeerLostError) for r in results), results
+        assert sum(message in str(r) for r in results) >= 2
+
+
+def test_a_port_in_use_and_a_stranger():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen on port {port}"):
+            PeerLink.open(0, 2, "127.0.0.1", port, timeout=1, silence=1)
+    port, links = free_port(), []
+    thread = threading.Thread(
+        target=lambda: links.append(PeerLink.open(0, 2, "127.0.0.1", port, timeout=10, silence=2))
+    )
+    thread.start()
+    while True:
+        try:
+            stranger = socket.create_connection(("127.0.0.1", port))
+            break
+        except OSError:
+            time.sleep(0.05)
+    stranger.sendall(b"GET / HTTP/1.1\n")
+    links.append(PeerLink.open(1, 2, "127.0.0.1", port, timeout=10, silence=2))
+    thread.join(10)
+    assert len(links) == 2
+    stranger.close()
+    close_all(links)
