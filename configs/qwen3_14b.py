@@ -2,22 +2,20 @@
 
     python -m jsft.train --config configs/qwen3_14b.py:math_cot_ep8
 
-Recipe and published name:
-    math_cot_ep8               Qwen3-14B_Math-CoT-20k_lr5e-5_ep8_bs256
-    math_cot_ep1               Qwen3-14B_Math-CoT-20k_lr5e-5_ep1_bs256
-    math_cot_lr1e5_ep1         Qwen3-14B_Math-CoT-20k_lr1e-5_ep1_bs256
-    math_cot_lr1e5_ep2         Qwen3-14B_Math-CoT-20k_lr1e-5_ep2_bs256
-    math_cot_ep16              Qwen3-14B_Math-CoT-20k_lr5e-5_ep16_bs256
-    math_cot_ep16_const        Qwen3-14B_Math-CoT-20k_lr5e-5_ep16_bs256_ConstLR
-    math_cot_lr1e4_ep16_const  Qwen3-14B_Math-CoT-20k_lr1e-4_ep16_bs256_ConstLR
-    math_cot_ep1_bs32          Qwen3-14B_Math-CoT-20k_lr5e-5_ep1_bs32
-    math_cot_2_5k_ep8_bs32     Qwen3-14B_Math-CoT-2.5k_lr5e-5_ep8_bs32
-    math_nocot_ep8             Qwen3-14B_Math-NoCoT-20k_lr5e-5_ep8_bs256
-    numina_ep8                 Qwen3-14B_Numina-Math-20k_lr5e-5_ep8_bs256
-    countdown_ep8              Qwen3-14B_Countdown-CoT-20k_lr5e-5_ep8_bs256
-    deepseek_r1_ep8            Qwen3-14B_DeepSeek-R1-20k_lr5e-5_ep8_bs256
-
-Cost: see the table in docs/recipes.md.
+Recipe, published name, hours on 8 x H200 (estimates; docs/recipes.md says of what):
+    math_cot_ep8               Qwen3-14B_Math-CoT-20k_lr5e-5_ep8_bs256            8.0 h
+    math_cot_ep1               Qwen3-14B_Math-CoT-20k_lr5e-5_ep1_bs256            1.0 h
+    math_cot_lr1e5_ep1         Qwen3-14B_Math-CoT-20k_lr1e-5_ep1_bs256            1.0 h
+    math_cot_lr1e5_ep2         Qwen3-14B_Math-CoT-20k_lr1e-5_ep2_bs256            2.0 h
+    math_cot_ep16              Qwen3-14B_Math-CoT-20k_lr5e-5_ep16_bs256            16 h
+    math_cot_ep16_const        Qwen3-14B_Math-CoT-20k_lr5e-5_ep16_bs256_ConstLR    16 h
+    math_cot_lr1e4_ep16_const  Qwen3-14B_Math-CoT-20k_lr1e-4_ep16_bs256_ConstLR    16 h
+    math_cot_ep1_bs32          Qwen3-14B_Math-CoT-20k_lr5e-5_ep1_bs32             1.0 h
+    math_cot_2_5k_ep8_bs32     Qwen3-14B_Math-CoT-2.5k_lr5e-5_ep8_bs32            1.0 h
+    math_nocot_ep8             Qwen3-14B_Math-NoCoT-20k_lr5e-5_ep8_bs256          0.5 h
+    numina_ep8                 Qwen3-14B_Numina-Math-20k_lr5e-5_ep8_bs256         0.5 h
+    countdown_ep8              Qwen3-14B_Countdown-CoT-20k_lr5e-5_ep8_bs256       3.4 h
+    deepseek_r1_ep8            Qwen3-14B_DeepSeek-R1-20k_lr5e-5_ep8_bs256         5.2 h
 """
 
 from configs import recipes

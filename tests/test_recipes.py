@@ -65,6 +65,23 @@ BASES = {
 }
 
 
+MODELS = {
+    file: base.split("/")[1].replace("-Base", "").replace("internlm2_5-20b", "InternLM2.5-20B")
+    for file, base in BASES.items()
+}
+SETS = {
+    MATH: "Math-CoT-20k", NOCOT: "Math-NoCoT-20k", NUMINA: "Numina-Math-20k", COUNTDOWN: "Countdown-CoT-20k",
+    R1: "DeepSeek-R1-20k", SMALL: "Math-CoT-2.5k",
+}  # fmt: skip
+
+
+def published_name(run):
+    file, _, data, rate, schedule, epochs, batch, *_ = run
+    mantissa, exponent = f"{rate:.0e}".split("e-0")
+    constant = "_ConstLR" if schedule == "constant" else ""
+    return f"{MODELS[file]}_{SETS[data]}_lr{mantissa}e-{exponent}_ep{epochs}_bs{batch}{constant}"
+
+
 def load(file):
     spec = importlib.util.spec_from_file_location(f"config_{file}", ROOT / "configs" / f"{file}.py")
     module = importlib.util.module_from_spec(spec)
@@ -102,6 +119,17 @@ def test_recipe_matches_its_published_run(run):
     assert config.data.eos_token == (None if file.startswith("internlm") else "<|endoftext|>")
     published = (10, 20, 40, 80, 160, 320, 480, 640, 800, 960, 1120, 1280)
     assert config.checkpoint.milestones == tuple(s for s in published if s <= steps)
+
+
+def test_heads_and_docs_list_every_run_by_its_published_name():
+    assert len({published_name(run) for run in RUNS}) == 33
+    docs = (ROOT / "docs" / "recipes.md").read_text()
+    for run in RUNS:
+        file, recipe, name = *run[:2], published_name(run)
+        (line,) = [line for line in docs.splitlines() if line.startswith(f"| `{file}.py:{recipe}` |")]
+        (head,) = [line for line in load(file).__doc__.splitlines() if line.split()[:1] == [recipe]]
+        assert name in line.split() and name in head.split()
+        assert line.split()[-2] == head.split()[-2]  # the same estimate of hours
 
 
 def test_best_changes_what_it_says_and_nothing_else():
