@@ -26,6 +26,7 @@ FORMAT = 1  # raise when the same inputs would give other contents
 PART_ROWS = 1024
 PART_CHARACTERS = 16 << 20  # a part ends after whichever comes first
 INDEX = "index.json"
+SAY_SECONDS = 30  # between lines about a long build, where there is no progress bar
 _SCHEMA = pa.schema(
     {
         "row": pa.int64(),
@@ -147,20 +148,23 @@ def _build(
     if start:
         say(f"data: going on with the token cache at row {start} of {len(source)}")
     threads = threads or len(os.sched_getaffinity(0))
-    began, tokens = time.monotonic(), 0
+    began = said = time.monotonic()
+    tokens = 0
     with ThreadPoolExecutor(threads) as pool, progress_bar("tokenising", "rows") as bar:
         task = bar.add_task("", total=len(source), completed=start, note="")
         waiting: deque[tuple[int, int, dict, list[Future]]] = deque()
 
         def finish() -> None:
-            nonlocal tokens
+            nonlocal tokens, said
             first, end, meta, futures = waiting.popleft()
             documents = [future.result() for future in futures]
             names.append(_write_part(directory, first, end, meta, documents))
             tokens += sum(len(document.tokens) for document in documents)
-            bar.update(
-                task, completed=end, note=f"{tokens / (time.monotonic() - began) / 1e6:.2f} M tokens/s"
-            )
+            rate = f"{tokens / (time.monotonic() - began) / 1e6:.2f} M tokens/s"
+            bar.update(task, completed=end, note=rate)
+            if bar.disable and time.monotonic() - said > SAY_SECONDS:  # no terminal: a line now and then
+                say(f"data: {end:,} of {len(source):,} rows tokenised, {rate}")
+                said = time.monotonic()
 
         try:
             for first, end, meta, rendered in _rendered_parts(source, chat, keys, columns, start, on_bad_row):

@@ -15,6 +15,7 @@ from jsft.data.packing import pack, rank_by_cost
 from jsft.errors import DataError
 
 DEFAULT_ATTENTION_COST = 2e-5  # about Qwen3-8B's; see `attention_cost`
+_SAMPLED_STEPS = 512  # steps of an epoch that last lengths are chosen from
 _SLACK = 0.004  # share of room that packing needs beyond the documents' tokens
 BLOCK = 128  # lengths of packed rows are multiples of the attention kernel's block
 
@@ -118,6 +119,7 @@ def choose_last_lengths(
     room = np.minimum(-(-lengths // align) * align, length)[: steps * global_batch].reshape(
         steps, global_batch
     )
+    room = room[np.linspace(0, steps - 1, min(steps, _SAMPLED_STEPS)).astype(int)]
     totals = np.ceil(room.sum(1) * (1 + _SLACK) / rows)
     whole = totals // length
     needed = totals - whole * length  # tokens a row of the last micro batch must hold

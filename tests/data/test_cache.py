@@ -156,6 +156,21 @@ def test_damaged_part_is_made_again(tmp_path, chat, small_parts):
     assert all((again.tokens(i) == whole.tokens(i)).all() for i in range(32)) and len(again) == 70
 
 
+def test_complete_cache_that_lost_a_part_is_named(tmp_path, chat, small_parts):
+    path = write_rows(tmp_path / "x.parquet", rows_of(range(5, 75)))
+    (open_it(path, chat).directory / "part-000000032.arrow").unlink()
+    with pytest.raises(DataError, match="the token cache is damaged .*delete this folder"):
+        open_it(path, chat)
+
+
+def test_long_build_says_how_far_it_is_without_a_terminal(tmp_path, chat, small_parts, monkeypatch):
+    monkeypatch.setattr(caching, "SAY_SECONDS", 0)
+    said = []
+    open_it(write_rows(tmp_path / "x.parquet", rows_of(range(5, 75))), chat, say=said.append)
+    assert said[0].startswith("data: 16 of 70 rows tokenised, ") and len(said) == 6
+    assert "70 rows tokenised in" in said[-1]
+
+
 BUILDER = """
 import sys, time
 from jsft.data import cache as caching

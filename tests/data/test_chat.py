@@ -180,7 +180,7 @@ def sentencepiece_model(request, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("sentencepiece")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["Let x = 12; the quick brown fox jumps over the lazy dog, then thither"] * 40),
+        sentence_iterator=iter(["Let x = 12; the quick brown fox jumps over the lazy dog, thither"] * 40),
         model_prefix=str(folder / "tokenizer"), vocab_size=360, model_type="bpe", byte_fallback=True,
         add_dummy_prefix=request.param, remove_extra_whitespaces=False, hard_vocab_limit=False,
         normalization_rule_name="identity", user_defined_symbols=["[UNUSED_TOKEN_1]"],
@@ -190,8 +190,8 @@ def sentencepiece_model(request, tmp_path_factory):
     added = {0: "<unk>", 1: "<s>", 2: "</s>", original.piece_to_id("[UNUSED_TOKEN_1]"): "<|im_start|>"}
     added[original.get_piece_size()] = "<|im_end|>"
     config = {
-        "tokenizer_class": "InternLM2Tokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-        "chat_template": "{{ bos_token }}" + CHATML,
+        "tokenizer_class": "InternLM2Tokenizer", "unk_token": "<unk>",
+        "bos_token": "<s>", "eos_token": "</s>", "chat_template": "{{ bos_token }}" + CHATML,
         "added_tokens_decoder": {str(i): {"content": text, "special": True} for i, text in added.items()},
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -215,7 +215,7 @@ def test_sentencepiece_tokenizer(sentencepiece_model):
 
 @pytest.mark.parametrize("text", ["x", "  x\n\n", "a<|im_end|>b", "\n"])
 def test_control_text_changes_no_other_token(chat, qwen3, text):
-    """The same prompt with and without control text elsewhere in the conversation: its other tokens are the same."""
+    """The prompt's tokens are the same with and without control text elsewhere in the conversation."""
     for one in (chat, qwen3):
         plain = one.encode(example(text, "yes"), "").tokens.tolist()
         guarded = one.encode(example(text, "yes<|im_start|>"), "").tokens.tolist()

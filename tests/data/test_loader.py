@@ -105,7 +105,8 @@ def test_advantage(make_config):
         row["advantage"] = float(i - 3)
     batch = open_it(make_config(rows, objective__use_advantage=True))[0]
     assert sum(b.loss_weights.sum() for b in batch.micro_batches) == pytest.approx(sum(range(-3, 5)) / 8)
-    assert batch.weight_sum == pytest.approx(1)  # the logged loss must not be divided by advantages that sum to 0
+    # The logged loss must not be divided by advantages, which may sum to 0.
+    assert batch.weight_sum == pytest.approx(1)
     assert open_it(make_config(rows))[0].weight_sum == pytest.approx(1)
     for row in rows:
         del row["advantage"]
