@@ -1,0 +1,147 @@
+"""The step programs: every rung of the remat ladder, every mesh and the in-place sum give the plain path's gradients;
+the compiled eight-device program communicates what it should and nothing else."""
+
+import collections
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsft import config as schema
+from jsft.data.batch import Batch
+from jsft.hf.random_model import write_random_model
+from jsft.kernels.linear_cross_entropy import LossSums
+from jsft.mesh import make_mesh, shard_batch
+from jsft.models.families import read_config
+from jsft.models.module import abstract_parameters, initial_parameters
+from jsft.training.optimizer import initial_state, parameter_dtype
+from jsft.training.remat import LADDER
+from jsft.training.run import Parts, programs
+from jsft.training.step import abstract_batch
+
+
+class NoData(NamedTuple):
+    total_steps: int = 10
+
+
+def make_parts(model, mesh, length, **fields):
+    config = schema.default_config()
+    config.model.path, config.data.train = "model", "data"
+    config.data.max_length = config.data.pack_length = length
+    config.precision.compute = "float32"
+    for name, value in fields.items():
+        schema.put(config, name.replace("__", "."), value)
+    config = schema.resolve(config)
+    abstract = initial_state(abstract_parameters(model, mesh, parameter_dtype(config)), config)
+    return Parts(
+        config, None, model, mesh, abstract, jax.tree.map(lambda p: p.sharding, abstract.parameters), NoData(), mesh.size
+    )
+
+
+def make_batch(rows, length, vocabulary, seed):
+    """Two documents and some padding in each row; half of the tokens trained."""
+    rng = np.random.default_rng(seed)
+    start = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    end = start + 1
+    cut, last = length // 3, length - 5
+    for a, b in ((0, cut), (cut, last)):
+        start[:, a:b], end[:, a:b] = a, b
+    tokens = rng.integers(0, vocabulary, (rows, length), dtype=np.int32)
+    weights = rng.choice([0.0, 0.01], (rows, length)).astype(np.float32)
+    weights[:, last - 1 :] = weights[:, cut - 1] = 0
+    return Batch(tokens, np.roll(tokens, -1, 1), weights, np.arange(length, dtype=np.int32) - start, start, end)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = write_random_model(
+        tmp_path_factory.mktemp("model") / "m", hidden_size=64, heads=4, kv_heads=2, intermediate_size=128, std=0.1
+    )
+    return read_config(folder)
+
+
+def gradients_of(parts, remat, batches):
+    """Loss and gradients, as numpy, of `batches` [8 rows each] cut into micro batches of the mesh's rows."""
+    jitted = programs(parts, remat)
+    parameters = initial_parameters(parts.model, parts.mesh, jnp.float32, 0)
+    total = sums = None
+    for batch in batches:
+        for first in range(0, 8, parts.rows):
+            part = shard_batch(Batch(*(x[first : first + parts.rows] for x in batch)), parts.mesh)
+            if total is None:
+                total, sums = jitted.gradients(parameters, part)
+            else:
+                total, sums = jitted.add_gradients(parameters, part, total, sums)
+    return float(sums.loss), jax.tree.map(np.asarray, total)
+
+
+def assert_close(one, two):
+    assert one[0] == pytest.approx(two[0], rel=1e-5)
+    for (path, a), b in zip(jax.tree.leaves_with_path(one[1]), jax.tree.leaves(two[1])):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    """Two micro batches on one device, everything kept."""
+    batches = [make_batch(8, 128, model.vocab_size, seed) for seed in (0, 1)]
+    parts = make_parts(model, make_mesh(devices=jax.devices()[:1]), 128)
+    return batches, gradients_of(parts, "none", batches)
+
+
+QUICK = {LADDER[1], LADDER[3]}  # the others compile for minutes
+
+
+@pytest.mark.parametrize("rung", [r if r in QUICK else pytest.param(r, marks=pytest.mark.slow) for r in LADDER])
+def test_every_rung_of_the_ladder_gives_the_plain_gradients(model, plain, rung):
+    batches, expected = plain
+    assert_close(gradients_of(make_parts(model, make_mesh(), 128), rung, batches), expected)
+
+
+@pytest.mark.parametrize("replica", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_every_mesh_gives_the_plain_gradients(model, plain, replica):
+    batches, expected = plain
+    assert_close(gradients_of(make_parts(model, make_mesh(replica), 128), "full", batches), expected)
+
+
+def test_adding_gradients_needs_no_second_tree_of_them(tmp_path):
+    """Temporaries of the adding program stay far below the weights' bytes."""
+    folder = write_random_model(tmp_path / "m", hidden_size=256, layers=12, heads=8, kv_heads=8, intermediate_size=1024)
+    parts = make_parts(read_config(folder), make_mesh(devices=jax.devices()[:1]), 128)
+    jitted = programs(parts, "full")
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    sums = LossSums(*[scalar] * len(LossSums._fields))
+    parameters, batch = parts.abstract.parameters, abstract_batch(1, 128, parts.mesh)
+    compiled = jitted.add_gradients.lower(parameters, batch, parameters, sums).compile()
+    weights = sum(x.size * 4 for x in jax.tree.leaves(parts.abstract.parameters))
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= weights
+    assert memory.temp_size_in_bytes < 0.4 * weights
+
+
+def collectives(text):
+    """(kind, element type, elements) -> how often, from a compiled program's text."""
+    found = collections.Counter()
+    for line in text.splitlines():
+        match = re.search(r"= \(?(\w+)\[([\d,]*)\]\S* (all-gather|reduce-scatter|all-reduce|all-to-all)(?:-start)?\(", line)
+        if match:
+            dtype, dims, kind = match.groups()
+            found[kind, dtype, int(np.prod([int(d) for d in dims.split(",") if d]))] += 1
+    return found
+
+
+def test_eight_devices_gather_each_matrix_twice_and_scatter_its_gradient_once(model):
+    parts = make_parts(model, make_mesh(), 128)
+    batch = abstract_batch(parts.rows, 128, parts.mesh)
+    found = collectives(programs(parts, "full").gradients.lower(parts.abstract.parameters, batch).compile().as_text())
+    D, F, Q, K = model.hidden_size, model.intermediate_size, model.query_size, model.kv_size
+    sizes = collections.Counter([D * Q, D * K, D * K, Q * D, D * F, D * F, F * D])  # of the matrices of a layer
+    for size, matrices in sizes.items():
+        # Scans: a matrix's gather stands once in the forward loop and once in the backward loop, for all layers.
+        assert found["all-gather", "f32", size] == 2 * matrices, found
+        assert found["reduce-scatter", "f32", size // 8] == matrices, found
+    # Nothing else of a matrix's size moves: norms, biases and scalars are all that is summed whole.
+    assert all(elements < D * K for (kind, _, elements) in found if kind == "all-reduce"), found
