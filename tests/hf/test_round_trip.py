@@ -44,19 +44,23 @@ def silent(_):
 
 @pytest.fixture
 def export(random_model, tmp_path):
-    def export(model_dir, mesh=None, dtype="bfloat16", out=tmp_path / "out", **options):
+    def export(model_dir, mesh=None, held="bfloat16", dtype="bfloat16", out=tmp_path / "out", **options):
         config = read_config(model_dir)
-        parameters = load_parameters(model_dir, config, mesh or make_mesh(), jnp.float32)
+        parameters = load_parameters(model_dir, config, mesh or make_mesh(), jnp.dtype(held))
         return write_model(parameters, config, model_dir, out, dtype, **{"say": silent} | options)
 
     return export
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("mesh", "limit"), [("one", 5 * 10**9), ("eight", 200_000), ("2x4", 200_000)])
-def test_every_tensor_is_byte_identical(random_model, export, family, mesh, limit):
+@pytest.mark.parametrize(
+    ("mesh", "limit", "held"),
+    [("one", 5 * 10**9, "bfloat16"), ("eight", 200_000, "float32"), ("2x4", 200_000, "bfloat16")],
+)
+def test_every_tensor_is_byte_identical(random_model, export, family, mesh, limit, held):
+    """Held in bfloat16, or in float32 as master weights are."""
     base = random_model(family)
-    out = export(base, meshes()[mesh], max_shard_bytes=limit)
+    out = export(base, meshes()[mesh], held=held, max_shard_bytes=limit)
     expected, found = tensors(base), tensors(out)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -112,7 +116,7 @@ def test_only_the_dtype_of_config_json_changes(random_model, export, tmp_path, k
 
 def test_float32_weights_are_rounded_to_nearest_even(random_model, export, tmp_path):
     base = random_model("qwen3", dtype="float32")
-    out = export(base)
+    out = export(base, held="float32")
     config, mesh = read_config(base), make_mesh()
     found, source = tensors(out), tensors(base)
     for name, value in source.items():

@@ -115,9 +115,8 @@ def test_fresh_weights_do_not_depend_on_the_mesh():
     config = make_config("qwen2", (64, 2, 4, 2, 32, 128, 320, True, 0))
     one = initial_parameters(config, make_mesh(devices=jax.devices()[:1]), jnp.float32, seed=3)
     eight = initial_parameters(config, make_mesh(replica=2), jnp.float32, seed=3)
-    other = initial_parameters(config, make_mesh(), jnp.float32, seed=4)
     jax.tree.map(np.testing.assert_array_equal, one, eight)
-    assert not np.array_equal(one["embedding"], other["embedding"])
+    assert not np.array_equal(one["layers"]["gate"], one["layers"]["up"])
     assert np.std(one["layers"]["gate"]) == pytest.approx(0.02, rel=0.05)
     assert (np.asarray(one["final_norm"]) == 1).all() and (np.asarray(one["layers"]["query_bias"]) == 0).all()
     assert {tuple(map(str, path)) for path, _ in leaves(parameter_table(config))} == {
