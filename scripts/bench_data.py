@@ -68,7 +68,7 @@ def main() -> None:
 
 def measure_loading(documents: Documents) -> None:
     """Planning and assembling steps of 256 documents, on one thread."""
-    from jsft.data.loader import Recipe, StepSource
+    from jsft.data.steps import Recipe, StepSource
 
     last = planning.choose_last_lengths(documents.lengths, DEVICES, LENGTH, BATCH)
     layout = planning.Layout(DEVICES, DEVICES, LENGTH, last)

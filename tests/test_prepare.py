@@ -279,11 +279,18 @@ def raw_release(as_list):
         ]
         if as_list:
             rows.append(
-                {"message": message, "response": responses, "answer": str(i + 1), "logprob": [[0.0]] * 4}
+                {
+                    "message": message,
+                    "response": responses,
+                    "answer": str(i + 1),
+                    "logprob": [[0.0]] * 4,
+                    "entropy": [[0.5]] * 4,
+                }
             )
         else:
             rows += [
-                {"message": message, "response": r, "answer": str(i + 1), "logprob": [0.0]} for r in responses
+                {"message": message, "response": r, "answer": str(i + 1), "logprob": [0.0], "entropy": [0.5]}
+                for r in responses
             ]
     return rows
 
@@ -299,7 +306,7 @@ def test_select(tmp_path, model, as_list, capsys):
         assert row["response"].partition("</think> ")[2].rstrip(".") in (
             f"\\boxed{{{row['answer']}}}", f"\\boxed{{{row['answer']}.0}}"
         )  # fmt: skip
-        assert "logprob" not in row
+        assert set(row) == {"message", "response", "answer"}
     short = ["--model", model, "--max_tokens", "100"]
     main(["select", path, "--out", str(tmp_path / "short.parquet"), "--rows", "4", "--seed", "2", *short])
     assert len(read(tmp_path / "short.parquet")) == 4

@@ -8,7 +8,7 @@ from os.path import commonprefix
 from typing import Any
 
 from jsft.data.progress import track
-from jsft.data.rows import good_rows, prompt_text, responses, schema_without
+from jsft.data.rows import good_rows, pick, prompt_text, responses, row_columns, schema_of
 from jsft.data.sources import open_source, split_paths
 from jsft.data.tables import check_output, write_rows
 from jsft.errors import ConfigError, DataError
@@ -30,11 +30,11 @@ def nocot(
     keep_tags: leave an empty pair of think tags in front. A row without `</think>`, or with nothing after it,
     is bad."""
     path, source = check_output(out, overwrite=overwrite), open_source(split_paths(data))
-    left_out = 0
+    columns, left_out = row_columns(source), 0
 
     def rows() -> Iterator[dict[str, Any]]:
         nonlocal left_out
-        for row, value in track(source.rows(), "reading", "rows", len(source)):
+        for row, value in track(source.rows(columns=columns), "reading", "rows", len(source)):
             try:
                 if isinstance(value, DataError):
                     raise value
@@ -47,11 +47,9 @@ def nocot(
                 left_out += 1
                 continue
             value[response_key] = EMPTY_THINKING + value[response_key] if keep_tags else value[response_key]
-            value.pop("logprob", None)  # of the tokens that are gone
-            yield value
+            yield pick(value, columns)
 
-    schema = schema_without(source, "logprob")
-    count = write_rows(rows(), path, schema)
+    count = write_rows(rows(), path, schema_of(source, columns))
     print(f"{path}: {count} rows without thinking, {left_out} left out")
 
 
@@ -118,11 +116,11 @@ def match(
         raise DataError(
             f"{other}: has none of the problems of {data}; is --other_prompt_key={other_prompt_key} right?"
         )
-    left_out = 0
+    columns, left_out = row_columns(source), 0
 
     def rows() -> Iterator[dict[str, Any]]:
         nonlocal left_out
-        for row, value in good_rows(source):
+        for row, value in good_rows(source, columns):
             candidates = solutions.get(problems[row], [])
             candidates = random.Random(f"match/{seed}/{row}").sample(candidates, len(candidates))
             if verify:
@@ -133,12 +131,9 @@ def match(
             if response is None:
                 left_out += 1
                 continue
-            value.pop("logprob", None)
-            yield value | {response_key: response}
+            yield pick(value, columns) | {response_key: response}
 
-    count = write_rows(
-        rows(), path, schema_without(source, "logprob") if response_key in source.columns else None
-    )
+    count = write_rows(rows(), path, schema_of(source, columns) if response_key in columns else None)
     right = "right " if verify else ""
     print(f"{path}: {count} rows matched, {left_out} of {len(source)} have no {right}solution there")
 

@@ -12,18 +12,12 @@ from jsft.data.chat import Chat
 from jsft.data.countdown_check import check, extract_answer
 from jsft.data.documents import Documents
 from jsft.data.examples import Example, Keys, columns_to_read, parse_row
-from jsft.data.loader import (
-    Recipe,
-    StepSource,
-    make_chat,
-    make_keys,
-    make_layout,
-    packing_report,
-)
+from jsft.data.loader import make_chat, make_keys, make_layout
 from jsft.data.plan import steps_per_epoch
 from jsft.data.preview import heading, marked_text
 from jsft.data.progress import track
 from jsft.data.sources import Source, open_source, split_paths
+from jsft.data.steps import Recipe, StepSource, packing_report
 from jsft.errors import DataError
 
 SHOWN = 20  # bad rows of a file that validate prints

@@ -15,16 +15,14 @@ from jsft.errors import ConfigError
 def token_weights(
     name: str,
     supervised: np.ndarray,
-    advantages: np.ndarray | None = None,
     *,
     reference_ranks: int = 8,
     reference_micro_batch: int = 4,
 ) -> np.ndarray:
     """float64 [B]: the weight of each supervised token of each document, documents in batch order.
 
-    supervised: int [B], supervised tokens of each document. advantages: float [B], multiplied in where given.
-    Raises ConfigError for an unknown objective, and for `reference` when B is not divisible.
-    """
+    supervised: int [B], supervised tokens of each document. Advantages are multiplied in where batches are
+    made. Raises ConfigError for an unknown objective, and for `reference` when B is not divisible."""
     supervised = np.asarray(supervised, np.float64)
     batch = len(supervised)
     if name == "reference":
@@ -44,7 +42,7 @@ def token_weights(
         weights = 1.0 / (np.maximum(supervised, 1) * max(np.count_nonzero(supervised), 1))
     else:
         raise ConfigError(f"objective.name={name!r}: choose one of reference, token_mean, sequence_mean")
-    return weights if advantages is None else weights * np.asarray(advantages, np.float64)
+    return weights
 
 
 def document_mean_weights(batch: Batch) -> np.ndarray:

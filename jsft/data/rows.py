@@ -43,9 +43,26 @@ def good_rows(source: Source, columns: Sequence[str] | None = None) -> Iterator[
         yield row, value
 
 
-def schema_without(source: Source, column: str) -> pa.Schema | None:
-    """The Arrow schema of a parquet source without `column`; None where there is none."""
+def row_columns(source: Source) -> list[str]:
+    """Columns that belong to a row, not to the tokens of its response (log-probabilities, entropies), which a
+    new response makes wrong, and which are most of the raw release's bytes."""
     schema = source.schema()
-    if schema is None or column not in schema.names:
-        return schema
-    return schema.remove(schema.get_field_index(column))
+    per_token = {"logprob"} | {field.name for field in schema or () if _of_floats(field.type)}
+    return [column for column in source.columns if column not in per_token]
+
+
+def schema_of(source: Source, columns: Sequence[str]) -> pa.Schema | None:
+    """The Arrow schema of these columns of a parquet source; None for JSON lines."""
+    schema = source.schema()
+    return None if schema is None else pa.schema([schema.field(column) for column in columns])
+
+
+def pick(row: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    """The row with these columns alone, as far as it has them."""
+    return {column: row[column] for column in columns if column in row}
+
+
+def _of_floats(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pa.types.is_floating(kind.value_type) or _of_floats(kind.value_type)
+    return False

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jsft.data.progress import track
-from jsft.data.rows import good_rows, prompt_text, responses, schema_without
+from jsft.data.rows import good_rows, pick, prompt_text, responses, row_columns, schema_of
 from jsft.data.sources import Source, open_source, split_paths
 from jsft.data.tables import check_output, write_rows
 from jsft.data.verify import require_math_verify, same_answer
@@ -52,13 +52,14 @@ def select(
         keep = random.Random(f"select/{seed}").sample(range(passed), rows)
         chosen = [chosen[i] for i in sorted(keep)]
 
+    columns = row_columns(source)
+
     def picked() -> Iterator[dict[str, Any]]:
         for row, index in chosen:
-            value = source[row]
-            value.pop("logprob", None)  # of all responses
+            value = pick(source.row(row, columns), columns)
             yield value | {response_key: responses(value[response_key])[index]}
 
-    schema = schema_without(source, "logprob")
+    schema = schema_of(source, columns)
     one_each = schema is not None and str(schema.field(response_key).type) in ("string", "large_string")
     count = write_rows(picked(), path, schema if one_each else None)
     print(f"{path}: {count} rows; {passed} of {len(problems)} problems have a response that passes")
@@ -74,7 +75,8 @@ def _rows_of_problems(source: Source, prompt_key: str) -> list[list[int]]:
 
 def _first_right(source, rows, rng, response_key, answer_key, fits) -> tuple[int, int] | None:
     """(row, index among its responses) of the first candidate, in an order drawn by `rng`, that passes."""
-    values = {row: source[row] for row in rows}
+    columns = [response_key, *([answer_key] if answer_key else [])]
+    values = {row: source.row(row, columns) for row in rows}
     candidates = [(row, i) for row in rows for i in range(len(responses(values[row][response_key])))]
     for row, index in rng.sample(candidates, len(candidates)):
         response = responses(values[row][response_key])[index]

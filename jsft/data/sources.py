@@ -58,13 +58,13 @@ class _ParquetFile:
             ) from error
 
     @lru_cache(maxsize=2)  # noqa: B019 - few files, and a decoded group may be large
-    def _group(self, group: int) -> pa.Table:
+    def _group(self, group: int, columns: tuple[str, ...]) -> pa.Table:
         with pq.ParquetFile(self.path) as file:
-            return file.read_row_group(group)
+            return file.read_row_group(group, columns=list(columns))
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int, columns: Sequence[str]) -> Row:
         group = int(np.searchsorted(self.group_starts, index, side="right")) - 1
-        table = self._group(group).slice(index - int(self.group_starts[group]), 1)
+        table = self._group(group, tuple(columns)).slice(index - int(self.group_starts[group]), 1)
         return _records(self.path, index, table)[0]
 
 
@@ -90,7 +90,7 @@ class _JsonLines:
             for index in range(start, self.rows):
                 yield self._decode(file, index)
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int, columns: Sequence[str] = ()) -> Row:
         with open(self.path, "rb") as file:
             return self._decode(file, index)
 
@@ -158,10 +158,14 @@ class Source:
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         """One row with all its columns; raises its DataError when it cannot be decoded."""
+        return self.row(row)
+
+    def row(self, row: int, columns: Sequence[str] | None = None) -> dict[str, Any]:
+        """One row with these columns (of JSON lines: with all)."""
         if not 0 <= row < len(self):
             raise IndexError(row)
         reader, index = self._locate(row)
-        value = reader.row(index)
+        value = reader.row(index, self.columns if columns is None else columns)
         if isinstance(value, DataError):
             raise value
         return value
@@ -222,7 +226,9 @@ def open_source(spec: str | Path | Sequence[str]) -> Source:
 
 def _data_files(folder: Path) -> list[Path]:
     for suffix in SUFFIXES:  # a folder that holds several formats of the same rows is read once
-        if found := sorted(path for path in folder.rglob(f"*{suffix}") if not path.name.startswith(".")):
+        found = sorted(folder.rglob(f"*{suffix}"))
+        hidden = lambda path: any(part.startswith(".") for part in path.relative_to(folder).parts)  # noqa: E731
+        if found := [path for path in found if not hidden(path)]:
             return found
     raise DataError(f"{folder}: holds no {' or '.join(SUFFIXES)} file")
 

@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jsft.data import plan as planning
-from jsft.data.loader import StepSource, eval_specs, open_eval_data, open_training_data
+from jsft.data.loader import eval_specs, open_eval_data, open_training_data
 from jsft.data.objective import document_mean_weights
+from jsft.data.steps import Recipe, StepSource
 from jsft.errors import ConfigError, DataError
 from tests.data.helpers import rows_of, write_rows
 
@@ -307,7 +308,6 @@ class _LongDocuments:
 def test_loader_is_far_faster_than_a_host_trains():
     """Under 1 % of step time at 50k tokens/s a host: at least 5 M tokens/s, planning included, on one
     core."""
-    from jsft.data.loader import Recipe
 
     documents = _LongDocuments()
     last = planning.choose_last_lengths(documents.lengths, 8, 20_480, 256)

@@ -50,14 +50,10 @@ def test_reference_places_by_hand():
     assert np.allclose(weights[[35, 43, 51, 59]], 1 / 800) and weights[36] == 1 / 32
 
 
-def test_other_objectives_and_advantage():
+def test_other_objectives():
     supervised = np.array([1, 3, 0, 4])
     assert token_weights("token_mean", supervised).tolist() == [1 / 8] * 4
     assert np.allclose(token_weights("sequence_mean", supervised)[[0, 1, 3]], [1 / 3, 1 / 9, 1 / 12])
-    advantages = np.array([1.0, -2.0, 5.0, 0.5])
-    for name in ("token_mean", "sequence_mean"):
-        plain = token_weights(name, supervised)
-        assert np.allclose(token_weights(name, supervised, advantages), plain * advantages)
 
 
 def test_refusals():
