@@ -144,6 +144,23 @@ def test_stochastic_rounding_is_unbiased_and_keeps_what_fits():
     np.testing.assert_array_equal(stochastic_round(exact, jax.random.key(1)), exact.astype(jnp.bfloat16))
 
 
+def test_stochastic_rounding_does_not_depend_on_the_devices():
+    config = make_config(precision__params="bfloat16_stochastic")
+    rng = np.random.default_rng(3)
+    weights, gradient = (jnp.asarray(rng.normal(size=(64, 8)), d) for d in ("bfloat16", "float32"))
+    results = []
+    for devices in (1, 8):
+        mesh = make_mesh(devices=jax.devices()[:devices])
+        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+        state = initial_state({"a": jax.device_put(weights, place)}, config)
+        update = jax.jit(lambda s, g: apply_update(s, g, jnp.float32(1e-3), config)[0])
+        for _ in range(3):
+            state = update(state, {"a": jax.device_put(gradient, place)})
+        results.append(np.asarray(state.parameters["a"], np.float32))
+    np.testing.assert_array_equal(*results)
+    assert 0.05 < np.mean(results[0] != np.asarray(weights, np.float32)) < 0.95  # only some of them step
+
+
 RNG = np.random.default_rng(1)
 WEIGHTS = RNG.normal(0, 0.05, 512)
 GRADIENTS = RNG.normal(0, 1, (12, 512)) * RNG.choice([1e-3, 1.0], (12, 512))

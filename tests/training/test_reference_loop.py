@@ -64,24 +64,38 @@ def world(tmp_path_factory):
     return folder
 
 
-def emulate(python, folder, name, **changes):
-    """Arrays of a run of reference_loop.py."""
+def emulation(python, folder, name, **changes):
+    """Starts reference_loop.py; the function returned waits for it and gives its arrays."""
     job = JOB | dict(model=str(folder / "model"), data=str(folder / "data.jsonl")) | changes
     (folder / f"{name}.json").write_text(json.dumps(job))
     command = [str(python), str(LOOP), str(folder / f"{name}.json"), str(folder / f"{name}.npz")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return dict(np.load(folder / f"{name}.npz"))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def results():
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        return dict(np.load(folder / f"{name}.npz"))
+
+    return results
 
 
 @pytest.fixture(scope="module")
-def in_float32(serve_python, world):
-    return emulate(serve_python, world, "float32", dtype="float32", objectives=OBJECTIVES)
+def emulations(serve_python, world):
+    """The two that every test follows, side by side."""
+    return {
+        dtype: emulation(serve_python, world, dtype, dtype=dtype, objectives=OBJECTIVES)
+        for dtype in ("float32", "bfloat16")
+    }
 
 
 @pytest.fixture(scope="module")
-def in_bfloat16(serve_python, world):
-    return emulate(serve_python, world, "bfloat16", dtype="bfloat16")
+def in_float32(emulations):
+    return emulations["float32"]()
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16(emulations):
+    return emulations["bfloat16"]()
 
 
 def make_config(folder, length, **fields):
@@ -231,7 +245,8 @@ def test_pure_bfloat16_follows_the_published_loop(world, in_float32, in_bfloat16
 @pytest.mark.slow
 def test_pure_bfloat16_differs_by_the_order_of_additions_alone(world, serve_python, in_bfloat16):
     """Two emulations that add micro batches in opposite order are nearly as far apart: 1.7 %."""
-    other = part(emulate(serve_python, world, "reverse", dtype="bfloat16", reverse=True), "parameters")
+    reverse = emulation(serve_python, world, "reverse", dtype="bfloat16", reverse=True)
+    other = part(reverse(), "parameters")
     spread = moved(world, other, part(in_bfloat16, "parameters"))
     _, tensors, _ = train(make_config(world, 256), 2)
     far = moved(world, tensors, part(in_bfloat16, "parameters"))
