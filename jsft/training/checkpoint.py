@@ -52,6 +52,7 @@ def _orbax() -> ocp.Context:
     context = ocp.Context()
     context.async_options.timeout_secs = _TIMEOUT_SECONDS
     context.array_options.saving.min_slice_bytes_for_replica_parallel = _SPLIT_BYTES
+    context.array_options.saving.use_compression = False  # floats of a model hardly shrink, and it is slow
     return context
 
 

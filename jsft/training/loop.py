@@ -47,7 +47,7 @@ class Loop:
         Returns (state, updates done, whether it was asked to stop early).
         """
         step, bad, pending = first_step, 0, None
-        self._agreement = Agreement(self.mesh)
+        self._agreement, self._stalled = Agreement(self.mesh), 0.0
         batches = iter(data.iterate(first_step))
         if self._evaluates(step) and not evaluated and self.evaluate(state, step) is None:
             return state, step, True
@@ -75,18 +75,24 @@ class Loop:
                 clock, bad = self._report(*pending, clock, bad)
                 pending = None
             if saving:
-                self.watchdog.at(f"saving step {step}")
-                self.saver.save(step, state)
+                self._save(step, state)
             if evaluating:
                 stopping = self.evaluate(state, step) is None
                 if stopping and not saving:
-                    self.saver.save(step, state)
+                    self._save(step, state)
             if saving or evaluating:
                 self.watchdog.at(f"in step {step + 1}")
                 clock = time.perf_counter()
             if stopping and unfinished:
                 return state, step, True
         return state, step, False
+
+    def _save(self, step: int, state: TrainState) -> None:
+        """Starts a save; how long it kept training waiting goes into the next step's record."""
+        self.watchdog.at(f"saving step {step}")
+        began = time.perf_counter()
+        self.saver.save(step, state)
+        self._stalled += time.perf_counter() - began
 
     def _ask(self) -> tuple[bool, ...]:
         """Whether the processes agree to stop, and to save because process 0's clock says so."""
@@ -132,8 +138,10 @@ class Loop:
             "padding_share": data.padding_share,
             "seconds": seconds,
             "loader_seconds": waited,
+            "save_seconds": self._stalled,
             "tokens_per_second": data.tokens / seconds,
         }
+        self._stalled = 0.0
         if self.peak_flops:
             metrics["mfu"] = self.flops(data) / seconds / self.peak_flops
         if self.writer:
@@ -152,7 +160,9 @@ class Loop:
         return now, bad
 
     def evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
-        """Held-out loss of every set in data.eval: per token, and the mean of per-document means.
+        """Held-out loss of every set in data.eval: per token, and the mean over documents of each one's mean.
+
+        The batches' weights are `document_mean_weights`: their sum is the number of documents.
 
         None when it was left because the run is to stop.
         """
@@ -166,9 +176,9 @@ class Loop:
                 if self._ask()[0]:
                     self.log.line(f"eval at step {step}: left after batch {i + 1} of {name}, because the run is to stop")
                     return None
-            sums = jax.device_get(sums)
+            sums, documents = jax.device_get(sums)
             record[f"{name}/loss"] = float(sums.nll / sums.count)
-            record[f"{name}/document_loss"] = float(sums.loss)
+            record[f"{name}/document_loss"] = float(sums.loss / documents)
             record[f"{name}/accuracy"] = float(sums.correct / sums.count)
         if self.writer:
             self.writer.write_heldout(step, record)
