@@ -9,7 +9,7 @@ class Batch(NamedTuple):
     """One micro batch of packed rows: R rows over all devices, T positions each.
 
     A document is the range [doc_start, doc_end) of its row; attention is causal inside it and never leaves it.
-    A padding position is a document of its own (doc_start = i, doc_end = i + 1) with token, position and weight 0.
+    A padding position is a document of its own (doc_start = i, doc_end = i + 1), with token, position and weight 0.
     """
 
     tokens: np.ndarray  # int32 [R, T]

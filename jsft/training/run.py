@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 from jsft import config as schema
 from jsft import mesh as meshes
 from jsft.data.loader import TrainingData, open_eval_data, open_training_data
+from jsft.data.objective import document_mean_weights
+from jsft.data.plan import attention_cost
 from jsft.distributed import any_process
 from jsft.errors import CheckpointError, ConfigError, OutOfMemoryError
 from jsft.hf.load import load_parameters
@@ -22,9 +24,9 @@ from jsft.models.families import read_config
 from jsft.models.module import abstract_parameters
 from jsft.peers import PeerLink
 from jsft.training import checkpoint, platform
+from jsft.training.ending import GO_ON, Ending
 from jsft.training.flops import matmul_parameters, peak_flops, step_flops
 from jsft.training.introduction import introduce
-from jsft.training.ending import GO_ON, Ending
 from jsft.training.loop import Loop
 from jsft.training.metrics import MetricsWriter, RunLog, has_heldout
 from jsft.training.optimizer import TrainState, initial_state, learning_rate_schedule, parameter_dtype
@@ -61,6 +63,7 @@ def build(config: ConfigDict) -> Parts:
     data = open_training_data(
         config, model_dir, rows_per_micro_batch=rows, process_index=jax.process_index(),
         process_count=jax.process_count(),
+        attention_cost=attention_cost(model.num_layers, model.num_heads, model.head_dim, matmul_parameters(model)),
     )
     expected, given = config.train.expect_steps, math.ceil(config.train.epochs * data.steps_per_epoch)
     if expected not in (None, -1, given):
@@ -239,10 +242,14 @@ def compile_gradients(parts: Parts, remat):
 def _eval_data(parts: Parts):
     if not (parts.config.eval.every and parts.config.data.eval):
         return {}
-    return open_eval_data(
+    sets = open_eval_data(
         parts.config, parts.model_dir, rows=parts.rows, process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    return {
+        name: [batch._replace(loss_weights=document_mean_weights(batch)) for batch in batches]
+        for name, batches in sets.items()
+    }
 
 
 @contextmanager

@@ -28,7 +28,7 @@ class StepPrograms(NamedTuple):
     gradients: Callable[[Tree, Batch], tuple[Tree, LossSums]]
     add_gradients: Callable[[Tree, Batch, Tree, LossSums], tuple[Tree, LossSums]]
     update: Callable[[TrainState, Tree, LossSums, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
-    evaluate: Callable[[Tree, Batch], LossSums]
+    evaluate: Callable[[Tree, Batch], tuple[LossSums, jax.Array]]  # sums, and the sum of the weights
 
 
 def loss_sums(
@@ -94,7 +94,7 @@ def make_programs(
         return state, metrics
 
     def evaluate(parameters, batch):
-        return loss_sums(parameters, batch, model, config, mesh, remat)
+        return loss_sums(parameters, batch, model, config, mesh, remat), jnp.sum(batch.loss_weights)
 
     return StepPrograms(
         jax.jit(value_and_gradients, in_shardings=(shardings, rows), out_shardings=(shardings, whole)),
