@@ -75,7 +75,8 @@ def hidden_states(
       parameters: nested dict as `initial_parameters` makes it, any float dtype, sharded by the mesh's rules.
       tokens, positions, doc_start, doc_end: int32 [B, T] as in `Batch`; B is a multiple of the mesh's devices.
       compute_dtype: of activations and matrix products (whose sums are float32); norms and rotations are float32.
-      attention, backward: `implementation` and `backward` of `packed_attention`.
+      attention, backward: `implementation` and `backward` of `packed_attention`; backward="deterministic" also sums
+        the embedding's gradient in a fixed order.
       remat: what a layer keeps for the backward pass: "full" (recompute everything; only the layer's input is kept),
         "none" (recompute nothing), or names of REMAT_NAMES.
       reduce_dtype: in which weight gradients are summed over tokens and devices.
@@ -103,6 +104,7 @@ def hidden_states(
         divided=divided,
         parts=parts,
         remat=remat,
+        ordered=backward == "deterministic",
         attend=functools.partial(
             packed_attention, scale=config.head_dim**-0.5, implementation=attention, backward=backward
         ),
@@ -159,10 +161,11 @@ def _widen_vectors(parameters, table):
 
 
 def _decode(
-    parameters, sums, tokens, positions, doc_start, doc_end, *, config, dtype, reduce_dtype, divided, parts, remat, attend
+    parameters, sums, tokens, positions, doc_start, doc_end, *, config, dtype, reduce_dtype, divided, parts, remat,
+    ordered, attend,
 ):
     """One device's rows through the whole decoder; see `hidden_states`."""
-    x = embed(parameters["embedding"], tokens, dtype, divided["embedding"], parts)
+    x = embed(parameters["embedding"], tokens, dtype, divided["embedding"], parts, ordered)
     cos_sin = rotary_tables(
         positions,
         doc_end - doc_start,

@@ -142,8 +142,10 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def embed(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype, divided: bool, parts: int) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def embed(
+    table: jax.Array, tokens: jax.Array, dtype: jnp.dtype, divided: bool, parts: int, ordered: bool = False
+) -> jax.Array:
     """Rows of the embedding for `tokens`, in `dtype`.
 
     A divided table is never gathered: its rows are exchanged for columns (all-to-all of 1/parts of it), every device
@@ -154,6 +156,7 @@ def embed(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype, divided: bool, 
       table: [V, D], or this device's rows of it where `divided`.
       tokens: int32 [b, T] of this device.
       parts: size of the mesh axis 'fsdp'.
+      ordered: sum the gradient in a fixed order. Otherwise a GPU adds with atomics, in whatever order they come.
 
     Returns [b, T, D]. The gradient sums over tokens in float32 and has the table's dtype.
     """
@@ -171,16 +174,18 @@ def _columns_divide(table: jax.Array, parts: int) -> bool:
     return table.shape[1] % parts == 0
 
 
-def _embed_forward(table, tokens, dtype, divided, parts):
-    return embed(table, tokens, dtype, divided, parts), (table, tokens)
+def _embed_forward(table, tokens, dtype, divided, parts, ordered):
+    return embed(table, tokens, dtype, divided, parts, ordered), (table, tokens)
 
 
-def _embed_backward(dtype, divided, parts, residuals, g):
+def _embed_backward(dtype, divided, parts, ordered, residuals, g):
     table, tokens = residuals
 
     def summed(g, tokens, vocabulary):
-        g = g.reshape(-1, g.shape[-1]).astype(jnp.float32)
-        return jnp.zeros((vocabulary, g.shape[-1]), jnp.float32).at[tokens.reshape(-1)].add(g)
+        g, tokens = g.reshape(-1, g.shape[-1]), tokens.reshape(-1)
+        if ordered:
+            return sum_rows_in_order(g, tokens, vocabulary)
+        return jnp.zeros((vocabulary, g.shape[-1]), jnp.float32).at[tokens].add(g.astype(jnp.float32))
 
     if not divided:
         gradient = summed(g, tokens, table.shape[0])
@@ -194,3 +199,24 @@ def _embed_backward(dtype, divided, parts, residuals, g):
 
 
 embed.defvjp(_embed_forward, _embed_backward)
+
+
+def sum_rows_in_order(rows: jax.Array, index: jax.Array, size: int) -> jax.Array:
+    """float32 [size, n]: at i the sum of the `rows` [N, n] whose `index` [N] is i, always added in the same order.
+
+    Sorted by index, each run of equal ones is summed by doubling: log2 of the longest run passes over the rows.
+    """
+    order = jnp.argsort(index, stable=True)
+    index, values = index[order], rows[order].astype(jnp.float32)
+    at = jnp.arange(index.shape[0])
+    starts = jnp.concatenate([jnp.ones((1,), bool), index[1:] != index[:-1]])
+    rank = at - lax.cummax(jnp.where(starts, at, 0))  # place within the run
+
+    def double(state):
+        width, values = state  # values[i]: sum of the last `width` rows of the run up to i
+        return width * 2, values + jnp.where((rank >= width)[:, None], jnp.roll(values, width, axis=0), 0)
+
+    _, values = lax.while_loop(lambda state: state[0] <= jnp.max(rank), double, (jnp.int32(1), values))
+    ends = jnp.concatenate([starts[1:], jnp.ones((1,), bool)])
+    where = jnp.where(ends, index, size + at)  # all different; those beyond `size` are dropped
+    return jnp.zeros((size, rows.shape[1]), jnp.float32).at[where].set(values, mode="drop", unique_indices=True)

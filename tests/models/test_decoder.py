@@ -14,6 +14,7 @@ from jsft.hf.load import load_parameters
 from jsft.mesh import make_mesh, shard_batch
 from jsft.models import Decoder, abstract_parameters, hidden_states, read_config, unembedding
 from jsft.models.decoder import REMAT_NAMES, parse_remat
+from jsft.models.layers import sum_rows_in_order
 
 def one_device():
     return make_mesh(devices=jax.devices()[:1])
@@ -93,6 +94,22 @@ def test_gradients_agree_with_finite_differences(random_model, packed_rows):
         step = 3e-2 * direction
         measured = (float(moved(step)) - float(moved(-step))) / 2
         assert measured == pytest.approx(float(jnp.vdot(leaf, step)), rel=0.02), name
+
+
+@pytest.mark.parametrize("highest", [1, 4, 300])
+def test_rows_are_summed_in_order(highest):
+    rng = np.random.default_rng(highest)
+    index, rows = rng.integers(0, highest, 257), rng.standard_normal((257, 5)).astype(np.float32)
+    expected = np.zeros((310, 5))
+    np.add.at(expected, index, rows)
+    np.testing.assert_allclose(sum_rows_in_order(jnp.asarray(rows), jnp.asarray(index), 310), expected, atol=1e-4)
+
+
+def test_the_deterministic_backward_pass_is_the_same_gradient(random_model, packed_rows):
+    batch = packed_rows([[20, 9], [31]] * 4, 32, 20)
+    expected = loss_and_gradient(random_model("qwen3"), make_mesh(), batch)
+    found = loss_and_gradient(random_model("qwen3"), make_mesh(), batch, backward="deterministic")
+    assert_close(expected, found, 1e-6)
 
 
 def test_packed_documents_do_not_see_each_other(random_model, packed_rows):
