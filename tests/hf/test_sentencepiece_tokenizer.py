@@ -9,7 +9,12 @@ from sentencepiece import sentencepiece_model_pb2
 
 from jsft.errors import ModelError
 from jsft.hf import tokenizer as module
+from jsft.hf.load import open_parameters
 from jsft.hf.tokenizer import MIXED_TEXT, add_fast_tokenizer, convert_sentencepiece, load_converted
+from jsft.hf.verify import prompt_ids
+from jsft.hf.write import write_model
+from jsft.mesh import make_mesh
+from jsft.models import read_config
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -86,6 +91,20 @@ def test_the_written_tokenizer_loads_without_code(directory, tmp_path):
         tokenizer = load.from_pretrained(copy)
         assert tokenizer.encode(MIXED_TEXT, add_special_tokens=False) == original.encode(MIXED_TEXT)
         assert tokenizer.eos_token == "</s>"
+
+
+def test_an_export_has_the_tokenizer_its_base_lacks(directory, random_model, tmp_path):
+    folder, original, _ = directory
+    base = shutil.copytree(random_model("internlm2"), tmp_path / "base")
+    (base / "tokenizer.json").unlink()
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(folder / name, base / name)
+    config, mesh = read_config(base), make_mesh()
+    with open_parameters(base, config, mesh, None) as read:
+        out = write_model(read, config, base, tmp_path / "out", "bfloat16")
+    assert (out / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+    assert prompt_ids(out, 1000)[1] == original.encode(MIXED_TEXT)
+    assert not (base / "tokenizer.json").exists()
 
 
 def test_a_conversion_that_differs_is_refused(directory, monkeypatch):
