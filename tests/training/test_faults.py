@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -104,7 +105,7 @@ def test_non_finite_ends_the_run(tiny, tmp_path):
     assert run(tiny, workdir, *flags) == 7
     assert "non-finite" in status(workdir)["reason"]
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["loss"] is None and lines[-1]["skipped"] == 1
+    assert lines[-1]["grad_norm"] is None and lines[-1]["skipped"] == 1
 
 
 @pytest.mark.slow
@@ -146,23 +147,22 @@ def test_two_runs_in_one_directory(tiny, tmp_path):
 @pytest.mark.slow
 def test_full_disk_keeps_the_run_alive(tiny, small_disk):
     """A tmpfs that has room for one checkpoint: later saves fail, the run goes on and says which is the last good."""
-    workdir = small_disk / "run"
-    blocker = small_disk / "blocker"
-    process = start(tiny, workdir, faults="slow:0.4", log=small_disk.parent / "full.out")
-    log = small_disk.parent / "full.out"
-    wait_for(log, "step 4/", process)
-    while not list_steps(workdir, full=True):
-        time.sleep(0.05)
-    with blocker.open("wb") as file:  # now fill it to the last byte
-        try:
+    workdir, blocker, log = small_disk / "run", small_disk / "blocker", small_disk.parent / "full.out"
+    process = start(tiny, workdir, faults="slow:0.4", log=log)
+    try:
+        wait_for(log, "step 4/", process)
+        while not list_steps(workdir, full=True):
+            time.sleep(0.05)
+        with blocker.open("wb", buffering=0) as file, suppress(OSError):  # now fill it to the last byte
             while True:
                 file.write(b"\0" * 4096)
-                file.flush()
-        except OSError:
-            pass
-    assert process.wait(90) == 5
+        assert process.wait(90) == 5
+    finally:
+        process.kill()
+        process.wait()
     text = log.read_text()
     assert "warning: checkpoint of step 6 was not saved" in text and "the last good one is 3" in text
+    assert "warning: metrics of step" in text and "No space left on device" in text
     assert f"step {STEPS}/{STEPS}" in text, "the run went on to its last step"
     assert "error: step 12 was not saved" in text.splitlines()[-1]
     blocker.unlink()
