@@ -1,6 +1,6 @@
-"""Run by test_memory.py: peak anonymous memory of loading and exporting a 1.5-billion-parameter model, as JSON.
+"""Run by test_memory.py: peak anonymous memory of loading and exporting a model of Qwen2.5-1.5B's width, as JSON.
 
-    python memory_probe.py FOLDER DTYPE
+    python memory_probe.py FOLDER DTYPE LAYERS VOCABULARY
 
 Files are not counted (they are read by pread and written by pwrite): only memory this process asked for.
 """
@@ -53,11 +53,11 @@ class Peak:
         self._thread.join()
 
 
-def make_directory(folder: Path, mesh) -> Path:
-    """Qwen2.5-1.5B's shape, filled with one random megabyte over and over."""
+def make_directory(folder: Path, mesh, layers: int, vocabulary: int) -> Path:
+    """Filled with one random megabyte over and over."""
     base = write_random_model(folder / "small", "qwen2", heads=12, kv_heads=2, head_dim=128, hidden_size=1536, layers=1)
     config = json.loads((base / "config.json").read_text())
-    config |= {"num_hidden_layers": 28, "intermediate_size": 8960, "vocab_size": 151936}
+    config |= {"num_hidden_layers": layers, "intermediate_size": 8960, "vocab_size": vocabulary}
     (base / "config.json").write_text(json.dumps(config))
     config = read_config(base)
     table = parameter_table(config)
@@ -77,7 +77,7 @@ def main() -> None:
     folder, dtype = Path(sys.argv[1]), jnp.dtype(sys.argv[2])
     mesh = make_mesh()
     if not (folder / "model").exists():
-        make_directory(folder, mesh)
+        make_directory(folder, mesh, int(sys.argv[3]), int(sys.argv[4]))
     config = read_config(folder / "model")
     before = anonymous()
     started = time.monotonic()
