@@ -114,9 +114,9 @@ def make_config(folder, length, **fields):
 
 
 @functools.cache
-def programs_for(folder, model, devices, length, precision):
+def programs_for(folder, model, devices, length, compiled_in):
     """(mesh, programs) on `devices` devices. Compiled once: objective and data only change what goes in."""
-    config = make_config(folder, length, **dict(precision))
+    config = make_config(folder, length, **dict(compiled_in))
     mesh = make_mesh(devices=jax.devices()[:devices])
     shardings = jax.tree.map(lambda p: p.sharding, abstract_parameters(model, mesh, parameter_dtype(config)))
     return mesh, make_programs(model, config, mesh, shardings, STEPS, "none")
@@ -126,9 +126,10 @@ def build(config, devices):
     """(model config, mesh, data, programs, parameters) of jsft on the first `devices` devices."""
     model = read_config(config.model.path)
     data = open_training_data(config, config.model.path, rows_per_micro_batch=devices)
-    precision = tuple((f"precision__{name}", config.precision[name]) for name in config.precision)
+    flat, groups = schema.flatten(config), ("precision.", "optimizer.")
+    compiled_in = tuple((name.replace(".", "__"), flat[name]) for name in flat if name.startswith(groups))
     folder = Path(config.model.path).parent
-    mesh, programs = programs_for(folder, model, devices, config.data.pack_length, precision)
+    mesh, programs = programs_for(folder, model, devices, config.data.pack_length, compiled_in)
     parameters = load_parameters(config.model.path, model, mesh, parameter_dtype(config))
     return model, mesh, data, programs, parameters
 
@@ -220,6 +221,20 @@ def layouts(quick):
 @pytest.mark.parametrize("devices, length", layouts([(1, 128), (2, 256), (8, 384)]))
 def test_float32_follows_the_published_loop(world, in_float32, devices, length):
     check_follows(make_config(world, length, **FLOAT32), devices, in_float32)
+
+
+@pytest.mark.slow
+def test_float32_follows_a_constant_rate_with_one_micro_batch_a_rank(world, serve_python):
+    """The shape of the runs with 32 rows: the weights of a step sum to 1, and nothing is accumulated."""
+    expected = emulation(
+        serve_python, world, "constant", dtype="float32", global_batch=32, micro_batch=4, epochs=2,
+        schedule="constant", learning_rate=5e-4, clip_norm=3.0,
+    )()  # fmt: skip
+    config = make_config(
+        world, 384, **FLOAT32, train__global_batch=32, objective__reference_micro_batch=4, train__epochs=2.0,
+        optimizer__schedule="constant", optimizer__learning_rate=5e-4, optimizer__clip_norm=3.0,
+    )  # fmt: skip
+    check_follows(config, 2, expected)
 
 
 def moved(folder, ours, theirs):
