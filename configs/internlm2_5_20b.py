@@ -9,21 +9,17 @@ Recipe, published name, hours on 8 x H200 (estimates; docs/recipes.md says of wh
     countdown_ep8    InternLM2.5-20B_Countdown-CoT-20k_lr5e-5_ep8_bs256   4.7 h
     deepseek_r1_ep8  InternLM2.5-20B_DeepSeek-R1-20k_lr5e-5_ep8_bs256     7.2 h
 
-The published runs had 2 rows per GPU and micro batch, so their gradient is 16 times the mean before the clip. EOS is
-the tokenizer's own. numina_ep8 cuts documents at 10,000 tokens.
+The published runs had 2 rows per GPU and micro batch, so their gradient is 16 times the mean before the clip.
+EOS is the tokenizer's own. numina_ep8 cuts documents at 10,000 tokens.
 """
 
 from configs import recipes
 
-NAMES = {
-    "math_cot_ep8": "math_cot_ep8",
-    "math_nocot_ep8": "math_nocot_ep8",
-    "numina_ep8": "numina_ep8_len10k",
-    "countdown_ep8": "countdown_ep8",
-    "deepseek_r1_ep8": "deepseek_r1_ep8",
-}
-RECIPES = tuple(NAMES)
+RECIPES = ("math_cot_ep8", "math_nocot_ep8", "numina_ep8", "countdown_ep8", "deepseek_r1_ep8")
 
 
 def get_config(recipe: str | None = None):
-    return recipes.build("internlm/internlm2_5-20b", recipe or RECIPES[0], NAMES, micro_batch=2, eos_token=None)
+    config = recipes.build("internlm/internlm2_5-20b", recipe, RECIPES, micro_batch=2, eos_token=None)
+    if recipe == "numina_ep8":
+        config.data.max_length = 10000
+    return config

@@ -20,23 +20,8 @@ Recipe, published name, hours on 8 x H200 (estimates; docs/recipes.md says of wh
 
 from configs import recipes
 
-NAMES = {
-    "math_cot_ep8": "math_cot_ep8",
-    "math_cot_ep1": "math_cot_ep1",
-    "math_cot_lr1e5_ep1": "math_cot_lr1e5_ep1",
-    "math_cot_lr1e5_ep2": "math_cot_lr1e5_ep2",
-    "math_cot_ep16": "math_cot_ep16",
-    "math_cot_ep16_const": "math_cot_ep16_const",
-    "math_cot_lr1e4_ep16_const": "math_cot_lr1e4_ep16_const",
-    "math_cot_ep1_bs32": "math_cot_ep1_bs32",
-    "math_cot_2_5k_ep8_bs32": "math_cot_2_5k_ep8_bs32",
-    "math_nocot_ep8": "math_nocot_ep8",
-    "numina_ep8": "numina_ep8",
-    "countdown_ep8": "countdown_ep8",
-    "deepseek_r1_ep8": "deepseek_r1_ep8",
-}
-RECIPES = tuple(NAMES)
+RECIPES = tuple(recipes.RECIPES)  # all there are
 
 
 def get_config(recipe: str | None = None):
-    return recipes.build("Qwen/Qwen3-14B-Base", recipe or RECIPES[0], NAMES)
+    return recipes.build("Qwen/Qwen3-14B-Base", recipe, RECIPES)

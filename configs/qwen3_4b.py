@@ -10,13 +10,8 @@ Recipe, published name, hours on 8 x H200 (estimates; docs/recipes.md says of wh
 
 from configs import recipes
 
-NAMES = {
-    "math_cot_ep8": "math_cot_ep8",
-    "math_nocot_ep8": "math_nocot_ep8",
-    "countdown_ep8": "countdown_ep8",
-}
-RECIPES = tuple(NAMES)
+RECIPES = ("math_cot_ep8", "math_nocot_ep8", "countdown_ep8")
 
 
 def get_config(recipe: str | None = None):
-    return recipes.build("Qwen/Qwen3-4B-Base", recipe or RECIPES[0], NAMES)
+    return recipes.build("Qwen/Qwen3-4B-Base", recipe, RECIPES)
