@@ -1,8 +1,8 @@
 """The published runs of 'Rethinking Generalization in Reasoning SFT', as differences from one shared recipe.
 
 Shared by all 33: AdamW (0.9, 0.999, 1e-8), weight decay 0.01, clip 1.0, 10 % warm-up, documents of at most
-20,000 tokens cut on the right, file order, EOS appended, the published arithmetic (`fidelity = reference`), and
-the paper's checkpoints kept for good. Each base model's file says which recipes it has.
+20,000 tokens cut on the right, file order, EOS appended, the published arithmetic (`fidelity = reference`),
+and the paper's checkpoints kept for good. Each base model's file says which recipes it has.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ MATH_COT_2_5K = "data/Math-CoT-2.5k.parquet"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one published run sets. `steps`: the published number of updates, checked before the run starts."""
+    """What one published run sets. `steps`: the published number of updates, checked at the start."""
 
     data: str
     epochs: int = 8
@@ -64,7 +64,7 @@ def build(
     eos_token: str | None = "<|endoftext|>",
     strip_default_system: bool = False,
 ) -> ConfigDict:
-    """The config of published run `recipe` on hub model `base`. `names`: the base's recipes, default first."""
+    """The config of published run `recipe` on hub model `base`. `names`: the base's, default first."""
     recipe = recipe or names[0]
     if recipe not in names:
         raise ConfigError(f"no recipe {recipe!r}{nearest(recipe, names)}; there are: {', '.join(names)}")
