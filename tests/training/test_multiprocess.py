@@ -127,7 +127,7 @@ def test_kills_of_two_processes_at_random(tiny, tmp_path):
     assert finish(start_two(tiny, straight)) == [0, 0]
     moments = random.Random(3)
     for _ in range(5):
-        started = start_two(tiny, workdir, faults=("slow:0.3", "slow:0.3"))
+        started = start_two(tiny, workdir, "--config.train.start_seconds=20", faults=("slow:0.3", "slow:0.3"))
         time.sleep(moments.uniform(1, 12))
         victim = moments.randrange(2)
         started[victim][0].kill()
