@@ -3,6 +3,8 @@
 A document is the range [doc_start, doc_end) of its row. Position i sees the positions of its own document up to i.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,15 +53,28 @@ def packed_attention(
       ConfigError: `implementation="pallas"` where it cannot run.
     """
     _check_arguments(q, k, v, doc_start, doc_end)
-    if _choose(implementation, backward) == "pallas":
-        raise ConfigError("attention.implementation: the Pallas kernel is not built yet; use 'xla' or 'auto'")
-    return attention_xla.packed_attention(q, k, v, doc_start, doc_end, scale=scale)
+    if _choose(implementation, backward) == "xla":
+        return attention_xla.packed_attention(q, k, v, doc_start, doc_end, scale=scale)
+    if problem := _pallas_cannot_take(q):
+        if implementation == "pallas":
+            raise ValueError(problem)
+        return attention_xla.packed_attention(q, k, v, doc_start, doc_end, scale=scale)
+    from jsft.kernels.flash import flash_attention  # here, because elsewhere than on GPUs nothing else needs it
+
+    return flash_attention(q, k, v, doc_start, doc_end, scale=scale, backward=backward)
 
 
 def describe_attention(implementation: str = "auto", backward: str = "auto") -> str:
     """One line for the run's log: which attention runs on this process's devices. Raises like `packed_attention`."""
-    _choose(implementation, backward)
-    return f"attention: plain XLA, float32 (device {jax.devices()[0].device_kind})"
+    device = jax.devices()[0].device_kind
+    if _choose(implementation, backward) == "xla":
+        return f"attention: plain XLA, float32 inside ({device})"
+    text = {
+        "auto": "backward chosen by shape",
+        "deterministic": "deterministic backward in two kernels",
+        "fused": "fused backward in one kernel, dq not bitwise reproducible",
+    }[backward]
+    return f"attention: Pallas flash kernels, {text} ({device}; plain XLA for other than bfloat16 or float16, h 64 or 128)"
 
 
 def check_document_ranges(doc_start, doc_end) -> None:
@@ -84,7 +99,51 @@ def _choose(implementation: str, backward: str) -> str:
         raise ConfigError(f"attention.implementation: {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if backward not in BACKWARDS:
         raise ConfigError(f"attention.backward: {backward!r} is not one of {', '.join(BACKWARDS)}")
-    return "pallas" if implementation == "pallas" else "xla"
+    if implementation == "xla":
+        return "xla"
+    why_not = _pallas_unavailable()
+    if why_not and implementation == "pallas":
+        raise ConfigError(f"attention.implementation: 'pallas' cannot run: {why_not}; use 'auto' or 'xla'")
+    if not why_not:
+        _refuse_bad_assembler()
+    return "xla" if why_not else "pallas"
+
+
+def _pallas_unavailable() -> str | None:
+    """Why this process cannot run the Pallas kernels; None if it can."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return f"they need a Hopper GPU (compute capability 9.0), this is a {device.platform} device"
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    if capability != "9.0":
+        return f"they need a Hopper GPU (compute capability 9.0), {device.device_kind} has {capability}"
+    return None
+
+
+def _pallas_cannot_take(q) -> str | None:
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"q: dtype {q.dtype} (shape {q.shape}); the Pallas kernel takes bfloat16 and float16"
+    if q.shape[3] not in (64, 128):
+        return f"q: shape {q.shape}; the Pallas kernel takes h = 64 and 128"
+    return None
+
+
+@functools.cache
+def _refuse_bad_assembler() -> None:
+    """ptxas of CUDA 12.8.0 to 12.9.0 compiles causal masks wrong; jax's own kernels refuse these versions too."""
+    from jax._src.lib import cuda_versions
+
+    version = cuda_versions.cuda_runtime_get_version() if cuda_versions else 0
+    check_cuda_version(version)
+
+
+def check_cuda_version(version: int) -> None:
+    """Raises ConfigError for a CUDA runtime (1000 * major + 10 * minor + patch) whose assembler is known as wrong."""
+    if 12080 <= version < 12091:
+        raise ConfigError(
+            f"attention.implementation: CUDA {version // 1000}.{version % 1000 // 10} has an assembler (ptxas 12.8.0 to "
+            "12.9.0) that compiles the Pallas kernels wrong; install jax[cuda13], or use 'xla'"
+        )
 
 
 def _check_arguments(q, k, v, doc_start, doc_end) -> None:

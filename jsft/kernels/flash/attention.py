@@ -1,0 +1,81 @@
+"""The kernels as one differentiable function."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jsft.kernels.flash.backward_dkv import backward_dkv, backward_fused
+from jsft.kernels.flash.backward_dq import backward_dq
+from jsft.kernels.flash.forward import forward
+from jsft.kernels.flash.plan import TILE
+from jsft.kernels.flash.tuned import configs
+
+
+def flash_attention(q, k, v, doc_start, doc_end, *, scale: float, backward: str = "auto", interpret=None) -> jax.Array:
+    """As `jsft.kernels.attention.packed_attention`, whose checks it relies on; T may be any length.
+
+    interpret: `plgpu.InterpretGPUParams` to run the kernels on the CPU.
+    """
+    T = q.shape[1]
+    pad = -T % TILE
+    if pad:  # rows of padding are documents of one position
+        alone = jnp.broadcast_to(jnp.arange(T, T + pad, dtype=jnp.int32), (q.shape[0], pad))
+        doc_start = jnp.concatenate([doc_start, alone], axis=1)
+        doc_end = jnp.concatenate([doc_end, alone + 1], axis=1)
+        q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
+    out = _attention(q, k, v, doc_start, doc_end, scale, backward, interpret)
+    return out[:, :T] if pad else out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attention(q, k, v, doc_start, doc_end, scale, backward, interpret):
+    return _attention_forward(q, k, v, doc_start, doc_end, scale, backward, interpret)[0]
+
+
+def _attention_forward(q, k, v, doc_start, doc_end, scale, backward, interpret):
+    config = _configs(q, k).forward
+    o, lse = _batched(functools.partial(forward, scale=scale, config=config, interpret=interpret))(q, k, v, doc_start)
+    o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")
+    return o, (q, k, v, doc_start, doc_end, o, lse)
+
+
+def _attention_backward(scale, backward, interpret, residuals, do):
+    q, k, v, doc_start, doc_end, o, lse = residuals
+    config = _configs(q, k)
+    fused = backward == "fused" or (backward == "auto" and config.fused)
+
+    def gradients(q, k, v, do, o, lse, doc_start, doc_end):
+        delta = jnp.einsum("bthd,bthd->bht", o.astype(jnp.float32), do.astype(jnp.float32))
+        common = dict(scale=scale, interpret=interpret)
+        if fused:
+            return backward_fused(q, k, v, do, lse, delta, doc_end, config=config.dq_dkv, **common)
+        dk, dv = backward_dkv(q, k, v, do, lse, delta, doc_end, config=config.dkv, **common)
+        return backward_dq(q, k, v, do, lse, delta, doc_start, config=config.dq, **common), dk, dv
+
+    dq, dk, dv = _batched(gradients)(q, k, v, do.astype(q.dtype), o, lse, doc_start, doc_end)
+    return dq, dk, dv, None, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _configs(q, k):
+    return configs(q.shape[3], q.shape[2] // k.shape[2], q.shape[1])
+
+
+def _batched(f):
+    """f under vmap: the mapped axis joins the rows, which are independent."""
+    f = jax.custom_batching.custom_vmap(f)
+
+    @f.def_vmap
+    def _(size, mapped, *arguments):
+        arguments = [
+            a if is_mapped else jnp.broadcast_to(a, (size, *a.shape)) for a, is_mapped in zip(arguments, mapped)
+        ]
+        out = f(*(a.reshape(-1, *a.shape[2:]) for a in arguments))
+        out = jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]), out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return f

@@ -1,0 +1,58 @@
+"""Which blocks of a packed row a tile visits, and which of them need a mask.
+
+Documents are contiguous and causal, so query i sees the keys [doc_start[i], i] and key j is seen by the queries
+[j, doc_end[j]). Both arrays never decrease along a row; two reads per tile therefore bound everything it visits.
+The functions take Python ints, numpy integers or traced int32 scalars alike.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+TILE = 128  # rows of a tile: rows are padded to a multiple of it
+
+
+class Blocks(NamedTuple):
+    """Blocks [first, last) are visited; of them only [plain_first, plain_last) need no mask."""
+
+    first: Any
+    plain_first: Any
+    plain_last: Any
+    last: Any
+
+
+def key_blocks(tile_start, start_of_first_row, start_of_last_row, block: int) -> Blocks:
+    """Key blocks for the TILE queries from `tile_start`, given doc_start of the tile's first and last query."""
+    first = _div(start_of_first_row, block)
+    last = _div(tile_start + (TILE - 1), block) + 1
+    plain_first = _minimum(_div(start_of_last_row + (block - 1), block), last)
+    plain_last = _maximum(_div(tile_start + 1, block), plain_first)
+    return Blocks(first, plain_first, plain_last, last)
+
+
+def query_blocks(tile_start, end_of_first_row, end_of_last_row, block: int) -> Blocks:
+    """Query blocks for the TILE keys from `tile_start`, given doc_end of the tile's first and last key."""
+    first = _div(tile_start, block)
+    last = _div(end_of_last_row + (block - 1), block)
+    plain_first = _minimum(_div(tile_start + (TILE - 1) + (block - 1), block), last)
+    plain_last = _maximum(_div(end_of_first_row, block), plain_first)
+    return Blocks(first, plain_first, plain_last, last)
+
+
+def _is_concrete(*values) -> bool:
+    return not any(isinstance(value, jax.Array) for value in values)
+
+
+def _div(a, b: int):
+    return a // b if _is_concrete(a) else lax.div(a, jnp.int32(b))
+
+
+def _minimum(a, b):
+    return np.minimum(a, b) if _is_concrete(a, b) else jnp.minimum(a, b)
+
+
+def _maximum(a, b):
+    return np.maximum(a, b) if _is_concrete(a, b) else jnp.maximum(a, b)

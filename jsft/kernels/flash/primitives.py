@@ -1,0 +1,184 @@
+"""Small pieces the attention kernels share: layouts, accumulators, barriers."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mosaic
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
+
+WGMMA = plgpu.Layout.WGMMA
+ROW = WGMMA.reduce(1)  # one value per row of an accumulator
+COLUMN = WGMMA.reduce(0)  # one value per column
+LOG2E = math.log2(math.e)
+LOWEST = -1e30  # a finite start of the running maximum: a block masked whole must not make inf - inf
+HALF = 64  # rows of a warpgroup: a tile is two of them
+
+COMPUTE_REGISTERS = 240  # of each thread of the two compute warpgroups
+MEMORY_REGISTERS = 24  # of the warpgroup that issues the copies; 128 * (2 * 240 + 24) <= 65,536
+
+
+def tiled(shape, dtype):
+    """Shared memory that wgmma and TMA can use: 128-byte swizzle."""
+    columns = 128 // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
+
+
+def accumulate(f, *shapes, pool=None):
+    """Calls f with float32 accumulators of `shapes`, zero: registers on the GPU.
+
+    In interpret mode, which lacks half of what accumulators can do, `pool` holds a shared-memory stand-in for each.
+    """
+    if pool is None:
+        return pl.run_scoped(f, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+    for ref in pool:
+        ref[...] = jnp.zeros(ref.shape, jnp.float32)
+    return f(*pool)
+
+
+def multiply(accumulator, a, b) -> None:
+    """accumulator += a @ b, asynchronously; a: reference or registers, b: reference."""
+    if _in_registers(accumulator):
+        plgpu.wgmma(accumulator, a, b)
+        return
+    a = a if isinstance(a, jax.Array) else a[...]
+    accumulator[...] += jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+    plgpu.commit_smem()  # orders these ordinary reads before the copy that refills the buffers
+
+
+def read(accumulator, *, in_flight: int = 0):
+    """The accumulator's value once at most the last `in_flight` products are unfinished."""
+    if _in_registers(accumulator):
+        # The barrier pins the value behind the wait: to the compiler it depends on registers, not on the wait.
+        return lax.optimization_barrier(plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight))
+    return accumulator[...]
+
+
+def wait(interpret: bool) -> None:
+    """Until all products are finished."""
+    if not interpret:
+        plgpu.wgmma_wait(0)
+
+
+def _in_registers(accumulator) -> bool:
+    return isinstance(getattr(accumulator, "aval", None), type(plgpu.ACC((64, 8), jnp.float32).get_ref_aval()))
+
+
+def compiler_params() -> plgpu.CompilerParams:
+    """No automatic barriers: no warpgroup reads and writes the same shared memory, but where the kernels wait."""
+    return plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
+
+
+def rows(x, shape):
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def columns(x, shape):
+    return lax.broadcast_in_dim(x, shape, [1])
+
+
+def row_positions(first):
+    """Positions of a warpgroup's 64 rows, of which `first` is the first."""
+    return plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=ROW) + first
+
+
+def rem(a, b: int):
+    """a % b for a >= 0, without the sign's instructions where b is a power of two."""
+    return a & jnp.int32(b - 1) if b & (b - 1) == 0 else lax.rem(a, jnp.int32(b))
+
+
+def div(a, b: int):
+    """a // b for a >= 0."""
+    return lax.shift_right_logical(a, jnp.int32(b.bit_length() - 1)) if b & (b - 1) == 0 else lax.div(a, jnp.int32(b))
+
+
+def zero(i):
+    """0 for i >= 0, which the compiler does not know.
+
+    Adding it to an address keeps what depends on that address inside the loop over i: dozens of operand descriptors
+    that never change would otherwise be kept in registers the accumulators need.
+    """
+    return lax.shift_right_arithmetic(i, jnp.int32(31))
+
+
+def tell(signals, index, interpret: bool) -> None:
+    """This compute warpgroup gives signal `index`; the other one awaits it. Signals are given and awaited in turn.
+
+    On the GPU these are the hardware's own barriers, cheaper than barriers in memory; Mosaic itself uses 0 to 3.
+    """
+    if interpret:
+        plgpu.barrier_arrive(signals.at[index])
+    else:
+        _hardware_barrier("arrive", index)
+
+
+def await_signal(signals, index, interpret: bool) -> None:
+    """Waits for signal `index` of the other compute warpgroup."""
+    if interpret:
+        plgpu.barrier_wait(signals.at[index])
+    else:
+        _hardware_barrier("sync", index)
+
+
+def _hardware_barrier(operation: str, index) -> None:
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
+    def run(_, index):
+        i32 = ir.IntegerType.get_signless(32)
+        number = arith.addi(index.registers[()], arith.constant(i32, ir.IntegerAttr.get(i32, 4)))
+        mosaic.utils.inline_ptx(f"bar.{operation} $0, 256;", number, has_side_effects=True)
+
+    run(index)
+
+
+def keep_columns(x, first, last, fill: float, interpret: bool):
+    """x where first[i] <= j < last[i], else `fill`; x: [64, n] accumulator layout, first and last: int32 [64] rows.
+
+    The plain form, comparing with an iota, makes the compiler keep one register for each column of a thread across the
+    loop. Here a thread's columns are constants beside the limits moved to its first column.
+    """
+    if interpret:
+        j = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=WGMMA)
+        return jnp.where((j >= rows(first, x.shape)) & (j < rows(last, x.shape)), x, fill)
+
+    @plgpu.inline_mgpu(
+        arg_types=(WGMMA, ROW, ROW), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=WGMMA)
+    )
+    def select(_, x, first, last):
+        i32 = ir.IntegerType.get_signless(32)
+
+        def constant(value):
+            return arith.constant(i32, ir.IntegerAttr.get(i32, value))
+
+        # Registers of the layout (PTX, wgmma m64nNk16, D): of each 8 columns a thread holds two neighbours, in 2 rows.
+        lane = arith.remui(mosaic.utils.thread_idx(), constant(32))
+        own = arith.shli(arith.remui(lane, constant(4)), constant(1))
+
+        def limit(rows, half):
+            row = vector.extract(rows.registers[0, 0, half, 0, 0], dynamic_position=[], static_position=[0])
+            return arith.subi(row, own)
+
+        out = x.registers.copy()
+        filler = arith.constant(ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), fill))
+        for half in range(2):
+            low, high = limit(first, half), limit(last, half)
+            for c in range(x.registers.shape[1]):
+                at = (0, c, 0, 0, half, 0, 0, 0, 0)
+                pair = x.registers[at]
+                for e in range(2):
+                    column = constant(8 * c + e)
+                    inside = arith.andi(
+                        arith.cmpi(arith.CmpIPredicate.sle, low, column),
+                        arith.cmpi(arith.CmpIPredicate.sgt, high, column),
+                    )
+                    value = vector.extract(pair, dynamic_position=[], static_position=[e])
+                    pair = vector.insert(
+                        arith.select(inside, value, filler), pair, dynamic_position=[], static_position=[e]
+                    )
+                out[at] = pair
+        return mosaic.FragmentedArray(_registers=out, _layout=x.layout, _is_signed=None)
+
+    return select(x, first, last)

@@ -1,0 +1,52 @@
+"""Configurations of the kernels, found by scripts/bench_attention.py --tune on a Hopper GPU (docs/performance.md)."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelConfig:
+    """Length of the inner loop's blocks and number of their buffers."""
+
+    block: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Configs:
+    """One configuration for each kernel; `fused`: what backward="auto" takes."""
+
+    forward: KernelConfig
+    dq: KernelConfig
+    dkv: KernelConfig
+    dq_dkv: KernelConfig
+    fused: bool
+
+
+_DEFAULT = {
+    128: Configs(
+        forward=KernelConfig(128, 2),
+        dq=KernelConfig(64, 4),
+        dkv=KernelConfig(64, 2),
+        dq_dkv=KernelConfig(64, 2),
+        fused=False,
+    ),
+    64: Configs(
+        forward=KernelConfig(128, 4),
+        dq=KernelConfig(64, 4),
+        dkv=KernelConfig(64, 4),
+        dq_dkv=KernelConfig(128, 2),
+        fused=False,
+    ),
+}
+
+# (h, query heads per key head, length class) -> what is faster there than the default of h.
+_TUNED: dict[tuple[int, int, str], Configs] = {}
+
+
+def length_class(T: int) -> str:
+    return "short" if T <= 4096 else "long"
+
+
+def configs(h: int, group: int, T: int) -> Configs:
+    """Configurations for head width h, H // K = group and rows of T positions."""
+    return _TUNED.get((h, group, length_class(T)), _DEFAULT[h])
