@@ -38,7 +38,7 @@ from jsft.training.optimizer import TrainState
 __all__ = ["Policy", "Saver", "list_steps", "read_manifest", "restore", "restore_parameters", "verify"]
 
 _SPACE_MARGIN = 1.05  # metadata and file-system overhead beside the arrays
-_TIMEOUT_SECONDS = 6 * 3600  # a slow disk is not an error
+_TIMEOUT_SECONDS = 1800  # that processes wait for each other at the end of a save
 _PATIENCE_SECONDS = 10  # that training waits for the save before; then the new one is left out
 _SPLIT_BYTES = 64 * 2**20  # replicated arrays above this are written in parts by their replicas
 _UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's name for a checkpoint not yet committed

@@ -89,7 +89,7 @@ def train(
     primary = jax.process_index() == 0
     ending = Ending(link)
     stop = StopRequest(ending)
-    directory, log = None, None
+    directory = log = watchdog = None
     try:
         with _device_errors():
             parts = build(config)
@@ -100,8 +100,10 @@ def train(
             directory.keep_base_files(parts.model_dir)
             directory.point_latest()
         log = RunLog(workdir / "log.txt" if primary else None, quiet=not primary)
+        watchdog = Watchdog(workdir, jax.process_index(), 60 * config.train.hang_minutes, ending)
         try:
-            _train(parts, name, workdir, directory, log, stop, ending)
+            with _device_errors():
+                _train(parts, name, workdir, directory, log, stop, watchdog)
         except Exception as error:
             ending.status("failed", " ".join(str(error).split())[:500])
             raise
@@ -113,6 +115,8 @@ def train(
         print(reason, flush=True)
     finally:
         stop.close()
+        if watchdog:
+            watchdog.close()
         if log:
             log.close()
         if directory:
@@ -122,12 +126,11 @@ def train(
 
 def _train(
     parts: Parts, name: str, workdir: Path, directory: RunDirectory | None, log: RunLog, stop: StopRequest,
-    ending: Ending,
+    watchdog: Watchdog,
 ) -> None:
     """The run between its directory's opening and closing."""
     config, total = parts.config, parts.data.total_steps
     status = directory.status if directory else lambda *_: None
-    watchdog = Watchdog(workdir, jax.process_index(), 60 * config.train.hang_minutes, ending)
     watchdog.at("reading the checkpoint")
     state = checkpoint.restore(workdir, parts.abstract, log.line)
     step = int(state.step) if state is not None else 0
@@ -136,7 +139,6 @@ def _train(
     if step >= total and (evaluated or not eval_data):
         status("done", step)
         log.line(f"{workdir} is done: {step} of {total} steps")
-        watchdog.close()
         return
     status("running", step)
     watchdog.at("choosing remat, which compiles")
@@ -172,7 +174,6 @@ def _train(
         raise OutOfMemoryError(f"the device ran out of memory: {advise_out_of_memory(parts, remat)}") from error
     finally:
         saver.wait()
-        watchdog.close()
         log.stop_progress()
         if writer:
             writer.close()

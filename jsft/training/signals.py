@@ -48,12 +48,9 @@ class StopRequest:
             self._free = True
             raise Stopped(self.signal)
 
-    def release(self) -> None:
-        """The state is saved: a signal may end the run at once again."""
-        self._free = True
-
     def close(self) -> None:
         """Puts back the handlers that were there before."""
+        self._free = False
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
             signal.signal(number, handler)
