@@ -79,7 +79,7 @@ def _from_nodes(environment) -> Cluster | None:
     if not (0 <= node < nodes and 0 <= local < each):
         raise ConfigError(f"NODE_RANK={node} of NODE_COUNT={nodes}, LOCAL_RANK={local} of PROC_PER_NODE={each}: out of range")
     port = _number("MASTER_PORT", environment.get("MASTER_PORT", str(DEFAULT_PORT)))
-    devices = (local,) if each > 1 and not _on_cpu(environment) else None
+    devices = _own_device(local, environment) if each > 1 else None
     return _checked(Cluster(nodes * each, node * each + local, host, port, devices, "NODE_COUNT and NODE_RANK"))
 
 
@@ -91,8 +91,8 @@ def _from_slurm(environment) -> Cluster:
         port = int(environment.get("MASTER_PORT") or 61440 + int(environment["SLURM_JOB_ID"]) % 2000 * 2)
     except (KeyError, ValueError) as error:
         raise ConfigError(f"SLURM's environment is incomplete ({error}); start with srun, or give --coordinator") from error
-    one_device = not tasks.startswith("1(") and tasks != "1" and not _on_cpu(environment)
-    return _checked(Cluster(count, index, host, port, (local,) if one_device else None, "SLURM"))
+    several = not tasks.startswith("1(") and tasks != "1"  # "4(x2)": four on each of two nodes
+    return _checked(Cluster(count, index, host, port, _own_device(local, environment) if several else None, "SLURM"))
 
 
 def first_host(nodes: str) -> str:
@@ -106,6 +106,13 @@ def _number(name: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise ConfigError(f"{name}={text!r} is not a number") from None
+
+
+def _own_device(local: int, environment) -> tuple[int, ...] | None:
+    """The device of process `local` of a node with several; None where it sees no other (or is to use CPUs)."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    sees_one = bool(visible) and "," not in visible
+    return None if sees_one or _on_cpu(environment) else (local,)
 
 
 def _on_cpu(environment) -> bool:

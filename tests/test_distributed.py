@@ -30,6 +30,8 @@ def test_one_process_a_gpu():
     cluster = find_cluster(environment)
     assert (cluster.count, cluster.index, cluster.local_devices) == (32, 19, (3,))
     assert find_cluster(environment | {"JAX_PLATFORMS": "cpu"}).local_devices is None
+    assert find_cluster(environment | {"CUDA_VISIBLE_DEVICES": "3"}).local_devices is None, "it sees no other"
+    assert find_cluster(environment | {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}).local_devices == (3,)
 
 
 def test_slurm():

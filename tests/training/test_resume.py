@@ -75,12 +75,12 @@ def test_kill_at_twenty_random_moments(tiny, reference, tmp_path):
 
 @pytest.mark.slow
 def test_other_numbers_of_devices(tiny, tmp_path):
-    """8 -> 4 -> 1 devices: the same batches and objective; only the order of additions differs."""
+    """8 -> 4 (two replicas) -> 1 devices: the same batches and objective; only the order of additions differs."""
     straight = tmp_path / "straight"
     assert run(tiny, straight, devices=8) == 0
     moved = tmp_path / "moved"
     assert run(tiny, moved, devices=8, faults="slow:0.3,kill-step:5") == KILLED
-    assert run(tiny, moved, devices=4, faults="slow:0.3,kill-step:8") == KILLED
+    assert run(tiny, moved, "--config.mesh.replica=2", devices=4, faults="slow:0.3,kill-step:8") == KILLED
     assert run(tiny, moved, devices=1) == 0
     assert "devices 8 -> 4" in output(moved).read_text() and "devices 4 -> 1" in output(moved).read_text()
     for ours, theirs in zip(records(moved), records(straight), strict=True):
