@@ -2,7 +2,8 @@ r"""Reading answers out of text: `\boxed{...}`, the letter of a choice, Yes or N
 
 import re
 
-_BOX = re.compile(r"\\f?boxed\s*(\{|(?=[^\s{]))")
+# A box with braces, one before a single character, an escaped character, a brace.
+_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\boxed(?=[^\sa-zA-Z{])|\\.|[{}]", re.S)
 _LETTER_ONLY = re.compile(r"^\W*(?:\\text(?:bf|rm)?\{\s*)?\(?([A-Z])(?:\)|\}|[.:,\s]|$)")
 _WRAPPED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf)\s*\{\s*([^{}]*?)\s*\}")
 
@@ -10,21 +11,31 @@ _WRAPPED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf)\s*\{\s*([^{}]*?)\
 def boxed(text: str) -> list[str]:
     r"""The contents of all outermost `\boxed{...}` in order; a box that never closes is none.
 
-    Braces nest; `\{` and `\}` are LaTeX's printed braces and do not count. `\boxed5` holds one character.
+    Braces nest; `\{` and `\}` are LaTeX's printed braces and do not count. `\boxed5` holds one character. One pass,
+    however the braces are nested.
     """
-    found, place = [], 0
-    while match := _BOX.search(text, place):
-        if not match[1]:
-            found.append(text[match.end()])
-            place = match.end() + 1
-            continue
-        end = _closing(text, match.end())
-        if end is None:
-            place = match.end()
-        else:
-            found.append(text[match.end() : end].strip())
-            place = end + 1
-    return found
+    found: list[tuple[int, int]] = []  # closed boxes, inner ones first
+    opened: list[int] = []  # where the content of each open box starts; -1 for other braces
+    for match in _TOKEN.finditer(text):
+        token = match[0]
+        if token.endswith("boxed"):
+            if match.end() < len(text):
+                found.append((match.end(), match.end() + 1))
+        elif token.endswith("{") and token[0] == "\\" and len(token) > 2:
+            opened.append(match.end())
+        elif token == "{":
+            opened.append(-1)
+        elif token == "}" and opened:
+            start = opened.pop()
+            if start >= 0:
+                found.append((start, match.start()))
+    outermost: list[str] = []
+    covered = -1
+    for start, end in sorted(found):
+        if start > covered:
+            outermost.append(text[start:end].strip())
+            covered = end
+    return outermost
 
 
 def last_boxed(text: str) -> str | None:
@@ -57,18 +68,3 @@ def last_code_block(text: str) -> str | None:
     if marked:
         return marked[-1]
     return blocks[-1][1] if blocks else None
-
-
-def _closing(text: str, start: int) -> int | None:
-    depth = 1
-    place = start
-    while place < len(text):
-        character = text[place]
-        if character == "\\":
-            place += 2
-            continue
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth == 0:
-            return place
-        place += 1
-    return None

@@ -52,7 +52,7 @@ class Mathematics(Task):
 
     def grade(self, gold: dict[str, Any], response: str) -> Grade:
         target = parse(f"\\boxed{{{gold['answer']}}}")
-        final = answers.last_boxed(thinking.final_answer(response))
+        final = answers.last_boxed(thinking.final_answer(response)) or None  # an empty box is no answer
         too_long = final is not None and len(final) > LONGEST_ANSWER
         read = parse(f"\\boxed{{{final}}}") if final and not too_long else []
         strict = bool(read) and equal(target, read)

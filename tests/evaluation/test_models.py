@@ -1,0 +1,200 @@
+"""What the command line's model argument means; data files; folders of results."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jsft.errors import CheckpointError, ConfigError, DataError, ModelError
+from jsft.evaluation import data, models
+from jsft.evaluation.store import TaskFolder
+from jsft.evaluation.vllm_engine import VllmEngine, VllmSettings, check_model_dir
+
+
+def make_model(path: Path, **config) -> Path:
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps({"model_type": "qwen3", "max_position_embeddings": 64} | config))
+    (path / "model.safetensors").write_bytes(b"weights" * 100)
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    base = make_model(tmp_path / "base")
+    run = tmp_path / "my-run"
+    for step in (10, 20):
+        (run / "checkpoints" / str(step)).mkdir(parents=True)
+    make_model(run / "hf" / "step_20")
+    (run / "config.json").write_text(json.dumps({"name": "n", "config": {"model.path": str(base)}}))
+    return run
+
+
+def test_steps_of_a_run(run, tmp_path):
+    (latest,) = models.find_targets(str(run), None, None)
+    assert (latest.step, latest.path, latest.out) == (20, run / "hf" / "step_20", run / "eval" / "step_20")
+    targets = models.find_targets(str(run), "all", None)
+    assert [t.step for t in targets] == [0, 10, 20]
+    assert targets[0].path == tmp_path / "base"  # step 0 is the base model
+    assert targets[1].path is None  # must be exported
+    assert [t.step for t in models.find_targets(str(run), "20,0,latest", None)] == [20, 0]
+    (elsewhere,) = models.find_targets(str(run), "10", tmp_path / "out")
+    assert elsewhere.out == tmp_path / "out" / "step_10"
+
+
+def test_model_directory_and_latest(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (plain,) = models.find_targets(str(tmp_path / "base"), None, None)
+    assert (plain.step, plain.out) == (None, Path("runs/base/eval/step_0"))
+    assert models.find_targets("base", None, Path("o"))[0].out == Path("o")
+    (exported,) = models.find_targets(str(run / "hf" / "step_20"), None, None)
+    assert (exported.step, exported.out) == (20, run / "eval" / "step_20")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "latest").symlink_to(run)
+    assert models.find_targets(None, None, None)[0].step == 20
+    assert "runs/latest, which is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "model, steps, kind, message",
+    [
+        ("{run}", "30", CheckpointError, "has no step 30; it has 0, 10, 20"),
+        ("{run}", "ten", ConfigError, "'ten' is no step"),
+        ("{base}", "10", ConfigError, "is a model directory"),
+        ("/no/such", None, ModelError, "neither a directory nor a hub id"),
+        ("{empty}", None, CheckpointError, "has no step to evaluate"),
+    ],
+)
+def test_wrong_steps_and_models(run, tmp_path, model, steps, kind, message):
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    where = model.format(run=run, base=tmp_path / "base", empty=tmp_path / "empty")
+    with pytest.raises(kind, match=message):
+        models.find_targets(where, steps, None)
+
+
+def test_export_that_fails_passes_its_reason_on(run, tmp_path, monkeypatch):
+    (target,) = models.find_targets(str(run), "10", None)
+    monkeypatch.setenv("JSFT_VENV", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="run scripts/setup.sh"):
+        target.prepare()
+    fake = tmp_path / "venv" / "bin" / "python"
+    fake.parent.mkdir(parents=True)
+    fake.write_text("#!/bin/sh\necho working >&2\necho 'error: the disk is full' >&2\nexit 5\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("JSFT_VENV", str(tmp_path / "venv"))
+    with pytest.raises(CheckpointError, match="step 10 of .* could not be exported: error: the disk is full"):
+        target.prepare()
+    fake.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\n')
+    assert target.prepare() == run / "hf" / "step_10"
+    assert (tmp_path / "called").read_text().split() == ["-m", "jsft.export", "--workdir", str(run), "--step", "10"]
+
+
+def test_hub_ids(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_hub_folders", lambda repository: {"step10", "step640", "other"})
+    asked = []
+    monkeypatch.setattr(models, "_download", lambda repository, folder: asked.append((repository, folder)) or tmp_path)
+    targets = models.find_targets("jasonrqh/Some-Run", "all", None)
+    assert [(t.step, t.out) for t in targets] == [
+        (10, Path("runs/Some-Run/eval/step_10")),
+        (640, Path("runs/Some-Run/eval/step_640")),
+    ]
+    targets[1].prepare()
+    (one,) = models.find_targets("jasonrqh/Some-Run:step640", None, tmp_path)
+    one.prepare()
+    assert asked == [("jasonrqh/Some-Run", "step640")] * 2 and one.step == 640
+    assert one.out == tmp_path / "step_640"
+    (plain,) = models.find_targets("Qwen/Qwen3-4B-Base", None, None)
+    assert (plain.step, plain.out) == (None, Path("runs/Qwen3-4B-Base/eval/step_0"))
+
+
+def test_digest_tells_models_apart(tmp_path):
+    a, b = make_model(tmp_path / "a"), make_model(tmp_path / "b")
+    assert models.model_digest(a) == models.model_digest(b)
+    (b / "model.safetensors").write_bytes(b"weightz" * 100)
+    assert models.model_digest(a) != models.model_digest(b)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda p: (p / "config.json").unlink(), "has no config.json"),
+        (lambda p: (p / "config.json").write_text("{"), "config.json is not JSON"),
+        (lambda p: (p / "model.safetensors").unlink(), "has no weights"),
+        (lambda p: (p / "tokenizer.json").unlink(), "has no tokenizer"),
+        (lambda p: (p / "config.json").write_text('{"auto_map": {}}'), "add --trust_remote_code"),
+    ],
+)
+def test_incomplete_model_directories(tmp_path, spoil, message):
+    path = make_model(tmp_path / "m")
+    assert check_model_dir(path, False) == 64
+    spoil(path)
+    with pytest.raises(ModelError, match=message):
+        check_model_dir(path, False)
+
+
+def test_context_longer_than_the_models(tmp_path):
+    with pytest.raises(ModelError, match="--max_model_len 128 is longer than the context .* 64 positions"):
+        VllmEngine(VllmSettings(make_model(tmp_path / "m"), tmp_path / "log", max_model_len=128))
+
+
+def test_rows_from_every_kind_of_file(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"problem": "a\nb", "answer": "1"}, {"problem": "c", "answer": "2"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + "\n")
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    (tmp_path / "c.csv").write_text('problem,answer\n"a\nb",1\nc,2\n')
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    for name in "abcd":
+        assert data.read_rows(data.find_file(tmp_path, name)) == rows
+    assert data.find_file(tmp_path / "a.jsonl", "a") == tmp_path / "a.jsonl"
+    assert data.find_file(tmp_path / "a.jsonl", "b") is None is data.find_file(None, "a")
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.jsonl", '{"a": 1}\n{"a":\n', "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", "", "holds no rows"),
+        ("a.json", '{"a": 1}', "must hold a list of objects"),
+        ("a.jsonl", "[1]\n", "must hold a list of objects"),
+        ("a.parquet", "no parquet", "a.parquet cannot be read"),
+    ],
+)
+def test_broken_data_files(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        data.read_rows(tmp_path / name)
+
+
+def entry(problem, sample, response="r"):
+    return {"problem": problem, "sample": sample, "response": response}
+
+
+def test_folder_goes_on_after_a_torn_line(tmp_path):
+    folder = TaskFolder(tmp_path / "t", {"seed": 0})
+    assert folder.open() is False
+    folder.add(entry("a", 0))
+    folder.add(entry("a", 1))
+    folder.add({"problem": "a", "sample": 0, "verdict": 5})
+    path = tmp_path / "t" / "samples.jsonl"
+    whole = path.read_bytes()
+    for torn in (b'{"problem": "b", "sam', b'{"problem": "b", "sample": 0}', b"\xff\xfe\n", b"[1]\n"):
+        path.write_bytes(whole + torn)
+        again = TaskFolder(tmp_path / "t", {"seed": 0})
+        assert again.open() is False
+        assert again.samples == {("a", 0): entry("a", 0) | {"verdict": 5}, ("a", 1): entry("a", 1)}
+        assert path.read_bytes() == whole
+    again.finish([("a", 1), ("a", 0)], {"score": 1})
+    assert [json.loads(x)["sample"] for x in path.read_text().splitlines()] == [1, 0]
+    assert TaskFolder(tmp_path / "t", {"seed": 0}).open() is True
+    with pytest.raises(ConfigError, match="seed: 0 there, 1 now"):
+        TaskFolder(tmp_path / "t", {"seed": 1}).open()
+    assert TaskFolder(tmp_path / "t", {"seed": 1}).open(redo=True) is False
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        TaskFolder(tmp_path / "file" / "t", {}).open()

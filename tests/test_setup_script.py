@@ -1,0 +1,57 @@
+"""scripts/setup.sh: cheap when all is right, one clear line when not, nothing half-made."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def setup(*arguments, **environment) -> subprocess.CompletedProcess:
+    command = ["bash", str(ROOT / "scripts" / "setup.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)
+
+
+def test_repeating_is_cheap_and_changes_nothing():
+    stamp = Path(os.environ.get("JSFT_VENV", ROOT / ".venv")) / ".jsft-setup"
+    if not stamp.exists():
+        pytest.skip("this environment was not made by scripts/setup.sh")
+    before = stamp.stat().st_mtime_ns
+    started = time.monotonic()
+    done = setup()
+    assert done.returncode == 0 and "is up to date" in done.stdout, done.stderr
+    assert time.monotonic() - started < 5 and stamp.stat().st_mtime_ns == before
+
+
+def test_no_python_is_one_clear_line(tmp_path):
+    done = setup(JSFT_VENV=str(tmp_path / "venv"), JSFT_PYTHON="/no/such/python")
+    assert done.returncode == 2 and not (tmp_path / "venv").exists()
+    assert done.stderr.startswith("setup: found no Python 3.12 or 3.13") and done.stderr.count("\n") == 1
+
+
+def test_packages_that_cannot_be_had_leave_nothing(tmp_path):
+    options = {"JSFT_VENV": str(tmp_path / "venv"), "JSFT_PYTHON": sys.executable}
+    offline = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    done = setup(**options, **offline)
+    assert done.returncode == 2 and not (tmp_path / "venv").exists()
+    assert done.stderr.startswith("setup: pip could not install pyproject.toml") and done.stderr.count("\n") == 1
+
+
+def test_environment_of_another_python_is_not_touched(tmp_path):
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "2.7"\n')
+    python.chmod(0o755)
+    done = setup(JSFT_VENV=str(tmp_path / "venv"))
+    assert done.returncode == 2 and "is Python 2.7, wanted one of: 3.12" in done.stderr
+    assert python.read_text().startswith("#!/bin/sh")
+
+
+def test_unknown_option_and_help():
+    done = setup("--server")
+    assert done.returncode == 2 and "unknown option '--server'; known: --serve" in done.stderr
+    assert "--serve" in setup("--help").stdout
