@@ -140,9 +140,10 @@ def _export(workdir: Path, run: dict[str, Any], step: int, out: Path, dtype: str
         template = trained_template(template, *options)
     trained_by = read_manifest(workdir, step).get("code", jsft.__version__)
     facts = {"run": run.get("name"), "step": step, "base_model": config.get("model.path"), "code": trained_by}
+    card = _model_card(run, trained_by, step, dtype, stop)
     write_model(
-        checkpoint, model, base, out, dtype, eos_token_id=stop, chat_template=template,
-        model_card=_model_card(run, trained_by, step, dtype, stop), facts=facts, say=lambda line: print(f"note: {line}"),
+        checkpoint, model, base, out, dtype, eos_token_id=stop, chat_template=template, model_card=card, facts=facts,
+        say=lambda line: print(f"note: {line}"),
     )  # fmt: skip
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     print(f"step {step}: {size / 1e9:.2f} GB in {time.monotonic() - started:.0f} s: {out}")
@@ -170,7 +171,8 @@ class _CheckpointParameters:
             self._stored = ocp.checkpointables_metadata(str(self._folder)).metadata["parameters"]
             for path, spec in leaves(self._table):
                 if get_leaf(self._stored, path).shape != spec.shape:
-                    raise CheckpointError(f"{self._name}: {'/'.join(path)} does not have the model's shape {spec.shape}")
+                    name = "/".join(path)
+                    raise CheckpointError(f"{self._name}: {name} does not have the model's shape {spec.shape}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self._name} does not hold the parameters of {workdir}/base ({error})") from error
 
@@ -246,7 +248,7 @@ def _model_card(run: dict[str, Any], trained_by: str, step: int, dtype: str, eos
         "params": config.get("precision.params"),
         "compute": config.get("precision.compute"),
         "dtype": dtype,
-        "eos": str(eos) + (f" `{config['data.eos_token']}`".replace("|", "\\|") if config.get("data.eos_token") else ""),
+        "eos": f"{eos} `{token}`".replace("|", "\\|") if (token := config.get("data.eos_token")) else eos,
         "trained_by": trained_by,
         "commit": _commit(),
     }

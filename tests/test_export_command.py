@@ -143,7 +143,7 @@ def test_bad_runs_and_steps(broken, tmp_path, monkeypatch):
 
 
 def test_a_damaged_checkpoint(broken):
-    folder = broken / "checkpoints" / "5"
+    folder = broken / "checkpoints" / "5" / "parameters"
     file = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1

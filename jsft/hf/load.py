@@ -75,7 +75,9 @@ def check_tensors(files: TensorFiles, table: Table, config: ModelConfig) -> None
         )
 
 
-def _load_leaf(files: TensorFiles, spec: ParameterSpec, mesh: Mesh, dtype: jnp.dtype | None, map_: Callable) -> jax.Array:
+def _load_leaf(
+    files: TensorFiles, spec: ParameterSpec, mesh: Mesh, dtype: jnp.dtype | None, map_: Callable
+) -> jax.Array:
     sharding = parameter_sharding(spec.axes, spec.shape, mesh)
     devices_of: dict[tuple, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
@@ -95,7 +97,9 @@ def _load_leaf(files: TensorFiles, spec: ParameterSpec, mesh: Mesh, dtype: jnp.d
     return jax.jit(lambda x: x.astype(dtype), out_shardings=sharding)(leaf)
 
 
-def _read_part(files: TensorFiles, spec: ParameterSpec, bounds: tuple[tuple[int, int], ...], map_: Callable) -> np.ndarray:
+def _read_part(
+    files: TensorFiles, spec: ParameterSpec, bounds: tuple[tuple[int, int], ...], map_: Callable
+) -> np.ndarray:
     """One device's part of a parameter, in the dtype on disk (float32 where layers differ)."""
     layers = range(*bounds[0]) if spec.stacked else [None]
     (first, last), *columns = bounds[1:] if spec.stacked else bounds

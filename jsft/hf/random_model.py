@@ -84,7 +84,9 @@ def write_random_model(
     if family not in FAMILIES:
         raise ModelError(f"family {family!r} is unknown; one of {', '.join(FAMILIES)}")
     if family != "qwen3" and hidden_size != heads * head_dim:
-        raise ModelError(f"a {family} model needs hidden_size = heads * head_dim, not {hidden_size} and {heads} * {head_dim}")
+        raise ModelError(
+            f"a {family} model needs hidden_size = heads * head_dim, not {hidden_size} and {heads} * {head_dim}"
+        )
     tokenizer = byte_tokenizer()
     end = tokenizer.token_to_id("<|endoftext|>")
     size = tokenizer.get_vocab_size()
@@ -123,7 +125,9 @@ def write_random_model(
     try:
         _write_json(beside / "config.json", config)
         table = parameter_table(read_config(beside))
-        save_file(random_tensors(table, seed, std, DTYPES[dtype], perturb), beside / "model.safetensors", {"format": "pt"})
+        tensors = random_tensors(table, seed, std, DTYPES[dtype], perturb)
+        save_file(tensors, beside / "model.safetensors", {"format": "pt"})
+        (beside / "model.safetensors").chmod(0o644)
         tokenizer.save(str(beside / "tokenizer.json"))
         _write_json(
             beside / "tokenizer_config.json",

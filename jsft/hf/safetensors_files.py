@@ -117,8 +117,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         entries.pop("__metadata__", None)
         tensors = {name: _stored(file, name, entry, 8 + length) for name, entry in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{file} has no readable safetensors header ({type(error).__name__}); download it again") from error
-    end = max((t.offset + t.dtype.itemsize * int(np.prod(t.shape, dtype=np.int64)) for t in tensors.values()), default=0)
+        why = type(error).__name__
+        raise ModelError(f"{file} has no readable safetensors header ({why}); download it again") from error
+    ends = [t.offset + t.dtype.itemsize * int(np.prod(t.shape, dtype=np.int64)) for t in tensors.values()]
+    end = max(ends, default=0)
     if end > size:
         raise ModelError(f"{file} is truncated: {size:,} bytes, its header needs {end:,}; download it again")
     return tensors

@@ -1,4 +1,4 @@
-"""Is an exported directory what it should be? Every tensor against its source, and its log-probabilities against vLLM."""
+"""Is an exported directory what it should be? Every tensor against its source, log-probabilities against vLLM."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""From sharded arrays to a Hugging Face directory: one parameter at a time, each device's rows straight to their place.
+"""From sharded arrays to a Hugging Face directory: a parameter at a time, each device's rows straight to their place.
 
 The layout of every file is known before the first weight is there, so parameters may come in any order, and no more
 than one of them is ever held. All is written beside the directory and renamed at the end.
@@ -101,7 +101,9 @@ def check_output(out_dir: Path) -> None:
         raise CheckpointError(f"{out_dir} exists and is no export of jsft; choose another --out or move it away")
 
 
-def _plan(config: ModelConfig, dtype: jnp.dtype, limit: int) -> tuple[dict[str, tuple[bytes, int]], dict[str, _Place]]:
+def _plan(
+    config: ModelConfig, dtype: jnp.dtype, limit: int
+) -> tuple[dict[str, tuple[bytes, int]], dict[str, _Place]]:
     """File -> (header, size in bytes), and tensor -> place. Tensors fill shards in the model's order."""
     shards: list[dict[str, tuple[tuple[int, ...], int]]] = []
     filled = limit + 1

@@ -59,7 +59,7 @@ class ConfigJson:
         except (OSError, ValueError) as error:
             raise ModelError(f"{file} cannot be read: {error}") from error
         if not isinstance(self.raw, dict):
-            raise ModelError(f"{file} holds a {type(self.raw).__name__}, not an object; copy the base model's file again")
+            raise ModelError(f"{file} holds a {type(self.raw).__name__}, not an object; take the base model's file")
 
     def wrong(self, message: str) -> ModelError:
         return ModelError(f"{self.file}: {message}")

@@ -21,7 +21,8 @@ def internlm2_table(config: ModelConfig) -> Table:
     Rows of wqkv, viewed as [K, G + 2, h] with G = H / K query heads for each key/value head: the G query heads, then
     the key head, then the value head.
     """
-    L, D, F, h, K = config.num_layers, config.hidden_size, config.intermediate_size, config.head_dim, config.num_kv_heads
+    L, D, F, h = config.num_layers, config.hidden_size, config.intermediate_size, config.head_dim
+    K = config.num_kv_heads
     G = config.num_heads // K
     block = "model.layers.{layer}."
 

@@ -116,7 +116,12 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def rotary_tables(
-    positions: jax.Array, lengths: jax.Array, head_dim: int, theta: float, dynamic_factor: float | None, max_positions: int
+    positions: jax.Array,
+    lengths: jax.Array,
+    head_dim: int,
+    theta: float,
+    dynamic_factor: float | None,
+    max_positions: int,
 ) -> tuple[jax.Array, jax.Array]:
     """(cos, sin), each float32 [B, T, 1, head_dim / 2], of the angles position * base^(-2i / head_dim).
 
