@@ -47,7 +47,7 @@ class Loop:
         Returns (state, updates done, whether it was asked to stop early).
         """
         step, bad, pending = first_step, 0, None
-        self._agreement, self._stalled = Agreement(self.mesh), 0.0
+        self._agreement, self._stalled, self._saved = Agreement(self.mesh), 0.0, first_step
         batches = iter(data.iterate(first_step))
         if self._evaluates(step) and not evaluated and self.evaluate(state, step) is None:
             return state, step, True
@@ -57,6 +57,12 @@ class Loop:
         while step < self.total_steps:
             waited = time.perf_counter()
             step_data = self._next(batches, step)
+            if step_data is None:
+                if pending:
+                    self._report(*pending, clock, bad)
+                if step != self._saved:
+                    self._save(step, state)
+                return state, step, True
             waited = time.perf_counter() - waited
             state, metrics = self._update(state, step_data)
             step += 1
@@ -93,6 +99,7 @@ class Loop:
         began = time.perf_counter()
         self.saver.save(step, state)
         self._stalled += time.perf_counter() - began
+        self._saved = step
 
     def _ask(self) -> tuple[bool, ...]:
         """Whether the processes agree to stop, and to save because process 0's clock says so."""
@@ -103,13 +110,18 @@ class Loop:
         every = self.config.eval.every
         return bool(every and self.eval_data) and (step % every == 0 or step == self.total_steps)
 
-    def _next(self, batches, step: int) -> StepData:
-        """The data of the step after `step`. Raises DataError when the loader fails, whatever its error."""
+    def _next(self, batches, step: int) -> StepData | None:
+        """The data of the step after `step`. Raises DataError when the loader fails, whatever its error.
+
+        None when the run is to stop and the loader's processes died of the same signal.
+        """
         try:
             return next(batches)
         except JsftError:
             raise
         except Exception as error:  # a worker's error may be of any kind
+            if self.stop.signal and jax.process_count() == 1:
+                return None
             raise DataError(
                 f"the data of step {step + 1} could not be made ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
                 f"is the data's disk there, and its token cache whole? the same command goes on from the last checkpoint"

@@ -7,6 +7,7 @@ kill-seal:K        ... when they are, and the manifest is not
 kill-prune:K       ... when checkpoint K is half removed
 kill-cache         ... when the token cache is half built
 signal-step:K      SIGTERM to itself in step K;  signal-eval:K, signal-save:K, signal-cache alike
+signal-loader:K    ... and the loader fails at step K
 signal-compile     SIGTERM to itself while a program is compiled that takes very long
 twice-step:K       two SIGTERM in a step K that never ends
 hang-step:K        step K never ends
@@ -127,6 +128,9 @@ def install() -> None:
 
     def faulty_iterate(self, first_step=0):
         for step, data in enumerate(iterate(self, first_step), first_step + 1):
+            if at("signal-loader", step):
+                terminate()
+                raise OSError("the worker died of it too")
             if at("loader", step):
                 raise OSError(5, "Input/output error", "/data/part-0.arrow")
             yield data

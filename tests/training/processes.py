@@ -75,7 +75,8 @@ def start(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         return subprocess.Popen(
-            command, env=environment(tiny, devices, faults), stdout=file, stderr=file, cwd=ROOT
+            command, env=environment(tiny, devices, faults), stdout=file, stderr=file, cwd=ROOT,
+            start_new_session=True,
         )
 
 

@@ -1,6 +1,7 @@
 """What a run does when it is asked to stop, hangs, runs out of memory, or loses its data: real processes."""
 
 import json
+import os
 import signal
 import time
 from contextlib import suppress
@@ -123,6 +124,24 @@ def test_ctrl_c_and_a_signal_that_comes_again_later(tiny, reference, tmp_path):
         if status(workdir)["step"] == STEPS and status(workdir)["state"] == "done":
             break
         assert status(workdir)["state"] == "preempted"
+    assert run(tiny, workdir) == 0
+    assert_same_run(workdir, reference)
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_the_loader_processes_too(tiny, reference, tmp_path):
+    """A terminal sends Ctrl-C to the whole group: the loader's workers die of it, and the run still saves."""
+    workdir = tmp_path / "run"
+    process = start(tiny, workdir, "--config.data.workers=1", faults="slow:0.4")
+    wait_for(output(workdir), "step 4/", process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 0, output(workdir).read_text()[-3000:]
+    state = status(workdir)
+    assert state["state"] == "preempted" and list_steps(workdir, full=True)[-1] == state["step"] >= 4
+    for step in (8, 10):  # the second time right after a save
+        assert run(tiny, workdir, faults=f"slow:0.2,signal-loader:{step}") == 0
+        state = status(workdir)
+        assert state["state"] == "preempted" and list_steps(workdir, full=True)[-1] == state["step"] == step - 1
     assert run(tiny, workdir) == 0
     assert_same_run(workdir, reference)
 
