@@ -301,7 +301,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(world):
 
 
 def test_micro_batches_are_added_in_bfloat16(world):
-    """Each micro batch's gradient is rounded, and so is each sum, whatever XLA would like to keep."""
+    """Each micro batch's gradient is rounded, and so is each sum."""
     model, mesh, data, programs, parameters = build(make_config(world, 128), 1)
     first, second = (shard_batch(batch, mesh) for batch in data[0].micro_batches[:2])
     one, sums = programs.gradients(parameters, first)
