@@ -90,6 +90,8 @@ FIELDS: tuple[Field, ...] = (
           "-1: any number.", minimum=-1),
     Field("train.seed", int, 0, "The one seed; every use folds in a name and the step.", minimum=0),
     Field("train.deterministic", bool, False, "Bitwise repeatable on GPU, at a small cost."),
+    Field("train.unroll_layers", bool, None, "Compile the layers one after the other instead of as a loop: a faster "
+          "step, a longer compilation. Default: on GPUs."),
     Field("train.max_bad_steps", int, 10, "Stop after this many steps in a row with a non-finite gradient.",
           minimum=1),
     Field("train.hang_minutes", float, 30.0, "End with exit code 8 and every thread's stack when a step, compilation, "

@@ -37,6 +37,7 @@ def parse():
     add("--params", default="bfloat16", choices=("float32", "bfloat16"), help="weights, moments and gradients")
     add("--reduce", default=None, help="precision.reduce (default: float32 with float32 weights, else bfloat16)")
     add("--remat", default="auto", help="the config's remat")
+    add("--unroll", action=argparse.BooleanOptionalAction, help="train.unroll_layers (default: the program's)")
     add("--attention", default="auto", help="attention.implementation")
     add("--backward", default="auto", help="attention.backward")
     add("--median", type=float, default=6000, help="median document length of the log-normal (sigma 0.6)")
@@ -113,6 +114,7 @@ def build(options):
     config.precision.reduce = options.reduce or options.params
     config.remat, config.attention.implementation = options.remat, options.attention
     config.attention.backward = options.backward
+    config.train.unroll_layers = options.unroll
     config.optimizer.learning_rate = 1e-5
     config = schema.resolve(config)
     mesh = make_mesh()
@@ -243,7 +245,8 @@ def profile_parts(step, state) -> None:
         jax.block_until_ready(metrics)
     (file,) = Path(folder).rglob("*.xplane.pb")
     data = jax.profiler.ProfileData.from_file(str(file))
-    totals, names, first, last = collections.Counter(), collections.Counter(), float("inf"), 0.0
+    totals, names, calls = collections.Counter(), collections.Counter(), collections.Counter()
+    first, last = float("inf"), 0.0
     for plane in data.planes:
         if not plane.name.startswith("/device:GPU:0"):
             continue
@@ -256,6 +259,7 @@ def profile_parts(step, state) -> None:
                 part = next((part for part, words in PARTS if any(w in name for w in words)), "elementwise")
                 totals[part] += event.duration_ns
                 names[part, event.name] += event.duration_ns
+                calls[part, event.name] += 1
     if not totals:
         print("profile: no device events (a CPU has none)")
         return
@@ -265,7 +269,7 @@ def profile_parts(step, state) -> None:
         print(f"  {part:12} {nanoseconds / 2e6:8.1f} ms a step, {nanoseconds / (last - first):5.1%}")
     print(f"  {'gaps':12} {(last - first - busy) / 2e6:8.1f} ms a step, {1 - busy / (last - first):5.1%}")
     for (part, name), nanoseconds in names.most_common(24):
-        print(f"    {nanoseconds / 2e6:8.2f} ms  {part:11} {name[:90]}")
+        print(f"    {nanoseconds / 2e6:8.2f} ms  {calls[part, name] // 2:5d} x {part:11} {name[:80]}")
 
 
 def show(result: dict) -> None:
@@ -273,7 +277,8 @@ def show(result: dict) -> None:
     print(
         f"{result['who']}: {result['model']} ({result['layers']} layers, {result['params']}, remat {result['remat']}) on "
         f"{result['devices']} x {result['device']}: {result['tokens_per_second']:,.0f} tok/s a device, {mfu}, "
-        f"{result['seconds'] * 1e3:.0f} ms a step (spread {result['spread']:.1%}), peak {result['peak_gib']:.1f} GiB; "
+        f"{result['seconds'] * 1e3:.0f} ms a step (spread {result['spread']:.1%}), peak {result['peak_gib']:.1f} GiB"
+        f"{', compiled in %.0f s' % result['compile_seconds'] if 'compile_seconds' in result else ''}; "
         f"{result['version']}",
         flush=True,
     )

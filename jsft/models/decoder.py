@@ -67,6 +67,7 @@ def hidden_states(
     remat: str | Sequence[str] = "full",
     reduce_dtype: jnp.dtype = jnp.float32,
     accumulated: dict[str, Any] | None = None,
+    unroll: bool = False,
     mesh: Mesh,
 ) -> jax.Array:
     """Final-norm output of the decoder for packed rows; multiply by `unembedding` for logits.
@@ -82,6 +83,7 @@ def hidden_states(
       reduce_dtype: in which weight gradients are summed over tokens and devices.
       accumulated: gradients of earlier micro batches, like `parameters` and in their dtype. Where
         `accumulates_in_place`, a parameter's gradient comes back with them added.
+      unroll: write the layers out instead of looping over them (see `run_layers`).
       mesh: with axes ('replica', 'fsdp').
 
     Returns [B, T, D] in compute_dtype, rows divided over the mesh.
@@ -104,6 +106,7 @@ def hidden_states(
         divided=divided,
         parts=parts,
         remat=remat,
+        unroll=unroll,
         ordered=backward == "deterministic",
         attend=functools.partial(
             packed_attention, scale=config.head_dim**-0.5, implementation=attention, backward=backward
@@ -162,7 +165,7 @@ def _widen_vectors(parameters, table):
 
 def _decode(
     parameters, sums, tokens, positions, doc_start, doc_end, *, config, dtype, reduce_dtype, divided, parts, remat,
-    ordered, attend,
+    unroll, ordered, attend,
 ):
     """One device's rows through the whole decoder; see `hidden_states`."""
     x = embed(parameters["embedding"], tokens, dtype, divided["embedding"], parts, ordered)
@@ -187,8 +190,8 @@ def _decode(
     if remat != "none":
         names = () if remat == "full" else remat
         policy = jax.checkpoint_policies.save_only_these_names(*names)
-        layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)  # the scan keeps XLA from merging the two runs
-    x = run_layers(layer, x, parameters["layers"], sums, (cos_sin, doc_start, doc_end))
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=unroll)  # a loop keeps XLA from merging the two runs
+    x = run_layers(layer, unroll, x, parameters["layers"], sums, (cos_sin, doc_start, doc_end))
     return rms_norm(x, parameters["final_norm"], config.rms_eps)
 
 

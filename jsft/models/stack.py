@@ -28,40 +28,58 @@ class _Residuals:
     tree: Any  # treedef of the vjp function
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def run_layers(layer: Layer, x: jax.Array, weights: Tree, accumulated: Tree, constants: Tree) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def run_layers(
+    layer: Layer, unroll: bool, x: jax.Array, weights: Tree, accumulated: Tree, constants: Tree
+) -> jax.Array:
     """x after `layer` with each slice of `weights`.
 
     Args:
       layer: what one layer does; a `jax.checkpoint` around it decides what is kept for the backward pass.
+      unroll: write the layers out instead of looping over them: what a layer keeps is then not copied into and out of
+        stacked arrays, for a compilation that takes L times as long.
       x: the residual stream.
       weights: dict of arrays with a leading axis L.
       accumulated: some of the entries of `weights`, same shape and dtype: gradients so far. The gradient of those
         weights comes back with them added.
       constants: what every layer reads and nothing differentiates (rotary tables, document ranges).
     """
+    if unroll:
+        for index in range(_depth(weights)):
+            x = layer(x, _slice(weights, index), constants)
+        return x
+    return lax.scan(lambda x, weights: (layer(x, weights, constants), None), x, weights)[0]
 
-    def body(x, weights):
-        return layer(x, weights, constants), None
 
-    return lax.scan(body, x, weights)[0]
+def _depth(weights: Tree) -> int:
+    return jax.tree.leaves(weights)[0].shape[0]
 
 
-def _forward(layer, x, weights, accumulated, constants):
+def _slice(weights: Tree, index: int) -> Tree:
+    return jax.tree.map(lambda w: w[index], weights)
+
+
+def _forward(layer, unroll, x, weights, accumulated, constants):
     def body(x, weights):
         y, vjp = jax.vjp(lambda x, weights: layer(x, weights, constants), x, weights)
-        # Weights and constants are there anyway: the scan must not stack copies of them.
+        # Weights and constants are there anyway: nobody must keep copies of them.
         known = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves((weights, constants)))}
         leaves, tree = jax.tree.flatten(vjp)
         origins = tuple(known.get(id(leaf)) for leaf in leaves)
         saved = [leaf for leaf, origin in zip(leaves, origins) if origin is None]
         return y, _Residuals(saved, origins, tree)
 
-    y, residuals = lax.scan(body, x, weights)
-    return y, (residuals, weights, accumulated, constants)
+    if unroll:
+        residuals = []
+        for index in range(_depth(weights)):
+            x, kept = body(x, _slice(weights, index))
+            residuals.append(kept)
+    else:
+        x, residuals = lax.scan(body, x, weights)
+    return x, (residuals, weights, accumulated, constants)
 
 
-def _backward(layer, kept, dy):
+def _backward(layer, unroll, kept, dy):
     residuals, weights, accumulated, constants = kept
     gradients = {
         name: accumulated[name] if name in accumulated else jnp.zeros_like(value) for name, value in weights.items()
@@ -79,9 +97,14 @@ def _backward(layer, kept, dy):
             gradients = gradients | {name: lax.dynamic_update_index_in_dim(gradients[name], new, index, 0)}
         return (dx, gradients), None
 
-    layers = jax.tree.leaves(weights)[0].shape[0]
-    slices = (jnp.arange(layers, dtype=jnp.int32), residuals, weights)
-    (dx, gradients), _ = lax.scan(body, (dy, gradients), slices, reverse=True)
+    carry = (dy, gradients)
+    if unroll:
+        for index in reversed(range(_depth(weights))):
+            carry, _ = body(carry, (index, residuals[index], _slice(weights, index)))
+    else:
+        indices = jnp.arange(_depth(weights), dtype=jnp.int32)
+        carry, _ = lax.scan(body, carry, (indices, residuals, weights), reverse=True)
+    dx, gradients = carry
     return dx, gradients, None, None
 
 

@@ -43,11 +43,17 @@ def loss_sums(
         parameters, model, batch.tokens, batch.positions, batch.doc_start, batch.doc_end, mesh=mesh, remat=remat,
         compute_dtype=jnp.dtype(config.precision.compute), attention=config.attention.implementation,
         backward=backward, reduce_dtype=jnp.dtype(config.precision.reduce),
-        accumulated=accumulated,
+        accumulated=accumulated, unroll=_unrolls(config, mesh),
     )
     return linear_cross_entropy(
         hidden, unembedding(parameters, model), batch.targets, batch.loss_weights, mesh=mesh
     )
+
+
+def _unrolls(config: ConfigDict, mesh: Mesh) -> bool:
+    """train.unroll_layers, or its default: on GPUs (docs/performance.md), not where compiling is the larger part."""
+    asked = config.train.unroll_layers
+    return mesh.devices.flat[0].platform == "gpu" if asked is None else asked
 
 
 def make_programs(
