@@ -27,6 +27,7 @@ class LossSums(NamedTuple):
     entropy: jax.Array  # sum of the entropies of p, in nats
     correct: jax.Array  # number of tokens whose target has the largest logit
     count: jax.Array  # number of supervised tokens
+    weighted_entropy: jax.Array  # sum of weight * entropy
 
 
 def linear_cross_entropy(
@@ -152,12 +153,14 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
         log_z = top + jnp.log(total)
         nll = log_z - at_target
         on = wc != 0
+        entropy = log_z - exp_logits / total
         sums += jnp.stack([
             jnp.sum(wc * nll),
             jnp.sum(jnp.where(on, nll, 0)),
-            jnp.sum(jnp.where(on, log_z - exp_logits / total, 0)),
+            jnp.sum(jnp.where(on, entropy, 0)),
             jnp.sum(on & (at_target >= top)).astype(wide),
             jnp.sum(on).astype(wide),
+            jnp.sum(wc * entropy),
         ])
         if grads:
             d_logits = (exp * (wc / total)[:, None] - jnp.where(is_target, wc[:, None], 0)).astype(dtype)
@@ -170,7 +173,7 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
 
     start = (
         jnp.int32(0),
-        jnp.zeros(5, wide),
+        jnp.zeros(len(LossSums._fields), wide),
         jnp.zeros_like(x) if grads else None,
         jnp.zeros(w.shape, jnp.promote_types(gradient_dtype, wide) if wide == jnp.float64 else gradient_dtype)
         if grads

@@ -36,6 +36,7 @@ def oracle(hidden, unembedding, targets, weights):
         -(p * log_p).sum(-1)[on].sum(),
         (on & (at_target >= log_p.max(-1))).sum(),
         on.sum(),
+        -(weights * (p * log_p).sum(-1)).sum(),
     )
     d_z = (p - np.eye(z.shape[-1])[targets]) * weights[..., None]
     return sums, d_z @ unembedding, np.einsum("btv,btd->vd", d_z, hidden)
@@ -121,7 +122,7 @@ def test_work_follows_the_supervised_tokens():
     """All tokens unsupervised on all devices: no chunk is computed, sums and gradients are zero."""
     hidden, unembedding, targets, weights = make_inputs()
     sums, gradients = run((hidden, unembedding, targets, weights * 0), make_mesh(2, 4))
-    assert np.array(sums).tolist() == [0] * 5 and all((np.asarray(g) == 0).all() for g in gradients)
+    assert np.array(sums).tolist() == [0] * len(sums) and all((np.asarray(g) == 0).all() for g in gradients)
 
 
 def test_uneven_supervision_over_devices():

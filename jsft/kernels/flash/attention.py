@@ -36,7 +36,8 @@ def _attention(q, k, v, doc_start, doc_end, scale, backward, interpret):
 
 def _attention_forward(q, k, v, doc_start, doc_end, scale, backward, interpret):
     config = _configs(q, k).forward
-    o, lse = _batched(functools.partial(forward, scale=scale, config=config, interpret=interpret))(q, k, v, doc_start)
+    run = functools.partial(forward, scale=scale, config=config, programs=_multiprocessors(), interpret=interpret)
+    o, lse = _batched(run)(q, k, v, doc_start)
     o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")
     return o, (q, k, v, doc_start, doc_end, o, lse)
 
@@ -63,6 +64,11 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 def _configs(q, k):
     return configs(q.shape[3], q.shape[2] // k.shape[2], q.shape[1])
+
+
+def _multiprocessors() -> int:
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else 132  # Hopper's, to compile for it elsewhere
 
 
 def _batched(f):

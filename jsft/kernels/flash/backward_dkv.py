@@ -233,6 +233,7 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool)
         grid_names=("tile", "head"),
         num_threads=3,
         thread_name="wg",
+        kernel_name="flash_backward_fused" if fused else "flash_backward_dkv",
         compiler_params=mgpu.compiler_params(),
         interpret=interpret,
     )

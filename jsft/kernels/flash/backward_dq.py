@@ -139,6 +139,7 @@ def backward_dq(q, k, v, do, lse, delta, doc_start, *, scale: float, config: Ker
         grid_names=("tile", "head"),
         num_threads=3,
         thread_name="wg",
+        kernel_name="flash_backward_dq",
         compiler_params=mgpu.compiler_params(),
         interpret=interpret,
     )(q, k, v, do, lse, delta, doc_start)

@@ -1,0 +1,281 @@
+"""Times packed attention on a GPU beside cuDNN's packed path in the same run, and searches kernel configurations.
+
+    python scripts/bench_attention.py                          every case
+    python scripts/bench_attention.py --cases 16k_one,2k       some of them
+    python scripts/bench_attention.py --tune --heads 40/8      the kernels' configurations for one head layout
+
+Rates are useful TFLOP/s: 4 H h sum(len^2) / 2 for the forward pass, 2.5 times that for the backward one; pairs a kernel
+masks are not counted. A time is the median over rounds of the mean of calls issued back to back, ours and cuDNN's in
+turn; inputs are random. Backward is forward + backward less forward.
+"""
+
+import argparse
+import functools
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jsft.kernels import attention_xla
+from jsft.kernels.attention import describe_attention, packed_attention
+
+
+class Case(NamedTuple):
+    name: str
+    heads: tuple[int, int]  # query heads, key heads
+    lengths: tuple[int, ...]  # documents of the row
+
+
+def log_normal(T: int, median: float, seed: int) -> tuple[int, ...]:
+    """Lengths that fill a row of T: log-normal, sigma 0.6, at least 128; the last one is cut."""
+    rng = np.random.default_rng(seed)
+    lengths: list[int] = []
+    while (left := T - sum(lengths)) > 0:
+        lengths.append(min(left, int(np.clip(rng.lognormal(np.log(median), 0.6), 128, T))))
+    return tuple(lengths)
+
+
+CASES = [
+    Case("16k_one", (40, 8), (16384,)),
+    Case("16k_3docs", (40, 8), log_normal(16384, 6000, 0)),
+    Case("32k_lognormal", (32, 8), log_normal(32768, 6000, 1)),
+    Case("32k_48/8", (48, 8), log_normal(32768, 6000, 3)),
+    Case("16k_28/4", (28, 4), log_normal(16384, 6000, 2)),
+    Case("16k_16/2", (16, 2), log_normal(16384, 6000, 0)),
+    Case("2k", (40, 8), (2048,) * 8),
+    Case("1k", (40, 8), (1024,) * 16),
+    *(Case(f"one_{T // 1024}k", (40, 8), (T,)) for T in (2048, 4096, 8192, 32768)),
+    *(Case(f"one_16k_{H}/8", (H, 8), (16384,)) for H in (16, 32)),
+    Case("512", (40, 8), (512,) * 32),
+    Case("4k", (40, 8), (4096,) * 4),
+    Case("8k", (40, 8), (8192,) * 2),
+    Case("16k_lognormal_1k", (40, 8), log_normal(16384, 1000, 4)),
+    Case("16k_long_and_short", (40, 8), (14336,) + (256,) * 8),
+]
+
+
+def inputs(case: Case, h: int, dtype):
+    """q, k, v, do and the ranges of a case, one row."""
+    T, (H, K) = sum(case.lengths), case.heads
+    q, k, v, do = (
+        jax.random.normal(jax.random.key(i), (1, T, heads, h), dtype) for i, heads in enumerate((H, K, K, H))
+    )
+    ends = np.cumsum(case.lengths)
+    start = jnp.asarray(np.repeat(ends - case.lengths, case.lengths)[None], jnp.int32)
+    end = jnp.asarray(np.repeat(ends, case.lengths)[None], jnp.int32)
+    return q, k, v, do, start, end
+
+
+def forward_and_both(attend):
+    """Two jitted functions: attend itself, and its value with all gradients."""
+
+    def both(q, k, v, do):
+        out, vjp = jax.vjp(attend, q, k, v)
+        return out, *vjp(do)
+
+    return jax.jit(attend), jax.jit(both)
+
+
+def cudnn_packed(case: Case, scale: float):
+    """cuDNN's attention with packed offsets: not public in JAX. Slots for documents are static, 16 at least here."""
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    slots = max(16, len(case.lengths))
+    lengths, offsets = np.full((1, slots), -1, np.int32), np.full((1, slots + 1), -1, np.int32)
+    lengths[0, : len(case.lengths)] = case.lengths
+    offsets[0, : len(case.lengths) + 1] = np.r_[0, np.cumsum(case.lengths)]
+    sizes = dict(q_seqlen=jnp.asarray(lengths), kv_seqlen=jnp.asarray(lengths))
+    places = dict(q_offsets=jnp.asarray(offsets), kv_offsets=jnp.asarray(offsets))
+    return functools.partial(
+        dot_product_attention, scale=scale, mask_type=MaskType.PADDING_CAUSAL, **sizes, **places
+    )
+
+
+def seconds(function, arguments, calls: int) -> float:
+    began = time.perf_counter()
+    for _ in range(calls):
+        out = function(*arguments)
+    jax.block_until_ready(out)
+    return (time.perf_counter() - began) / calls
+
+
+def compile_all(jobs):
+    """jobs: {key: (jitted, arguments)} -> {key: compiled, or the exception}. Assembling takes seconds: in threads."""
+    lowered = {}
+    for key, (function, arguments) in jobs.items():
+        try:
+            lowered[key] = function.lower(*arguments)
+        except Exception as error:  # a case may not fit the peer
+            lowered[key] = error
+
+    def finish(item):
+        key, found = item
+        if isinstance(found, Exception):
+            return key, found
+        try:
+            return key, found.compile()
+        except Exception as error:
+            return key, error
+
+    with ThreadPoolExecutor(8) as pool:
+        return dict(pool.map(finish, lowered.items()))
+
+
+def median_times(compiled, jobs, rounds: int, calls: int):
+    """{key: median seconds}; the functions take turns, so that a change of the card's clock meets all of them."""
+    usable = {key: f for key, f in compiled.items() if not isinstance(f, Exception)}
+    for key, f in usable.items():
+        jax.block_until_ready(f(*jobs[key][1]))
+    times: dict = {key: [] for key in usable}
+    for _ in range(rounds):
+        for key, f in usable.items():
+            times[key].append(seconds(f, jobs[key][1], calls))
+    return {key: float(np.median(t)) for key, t in times.items()}
+
+
+def relative_errors(outputs, case: Case, values, scale: float):
+    """||ours - oracle|| / ||oracle|| of o, dq, dk, dv for the first key head; the oracle is float32 XLA."""
+    q, k, v, do, start, end = values
+    G = case.heads[0] // case.heads[1]
+    f32 = [x[:, :, :n].astype(jnp.float32) for x, n in ((q, G), (k, 1), (v, 1), (do, G))]
+    attend = functools.partial(attention_xla.packed_attention, doc_start=start, doc_end=end, scale=scale)
+    wanted = forward_and_both(attend)[1](*f32)
+
+    def error(ours, want):
+        return float(jnp.linalg.norm((ours.astype(jnp.float32) - want).ravel()) / jnp.linalg.norm(want.ravel()))
+
+    return [error(ours[:, :, : want.shape[2]], want) for ours, want in zip(outputs, wanted)]
+
+
+def bench(arguments, cases: list[Case]) -> None:
+    backwards = arguments.backward.split(",")
+    scale = arguments.h**-0.5
+    dtype = jnp.dtype(arguments.dtype)
+    print(
+        f"{'case':20s} {'heads':6s} {'docs':>4s} | {'backward':13s} {'fwd':>5s} {'bwd':>5s} {'both':>5s} TF/s  fwd ms  "
+        f"both ms | cuDNN fwd both | ratio fwd both | temporaries MiB ours cuDNN | relative errors o dq dk dv"
+    )
+    for case in cases:
+        values = inputs(case, arguments.h, dtype)
+        q, k, v, do, start, end = values
+        jobs = {}
+        for backward in backwards:
+            options = dict(scale=scale, implementation=arguments.implementation, backward=backward)
+            attend = functools.partial(packed_attention, doc_start=start, doc_end=end, **options)
+            forward, both = forward_and_both(attend)
+            jobs["forward"] = forward, (q, k, v)
+            jobs[backward] = both, (q, k, v, do)
+        if not arguments.no_cudnn:
+            forward, both = forward_and_both(cudnn_packed(case, scale))
+            jobs["cudnn forward"], jobs["cudnn both"] = (forward, (q, k, v)), (both, (q, k, v, do))
+        compiled = compile_all(jobs)
+        for key, f in compiled.items():
+            if isinstance(f, Exception):
+                print(f"{case.name}: {key} cannot run: {' '.join(str(f).split())[:200]}")
+        times = median_times(compiled, jobs, arguments.rounds, arguments.calls)
+        flops = 4 * case.heads[0] * arguments.h * sum(n * n for n in case.lengths) / 2
+
+        def rate(factor, t):
+            return f"{factor * flops / t / 1e12:5.0f}" if t else "    -"
+
+        peer_forward, peer_both = times.get("cudnn forward"), times.get("cudnn both")
+
+        def memory(key):
+            f = compiled.get(key)
+            return "    -" if f is None or isinstance(f, Exception) else f"{f.memory_analysis().temp_size_in_bytes >> 20:5d}"
+
+        for backward in backwards:
+            if backward not in times:
+                continue
+            tf, tb = times["forward"], times[backward]
+            ratios = [f"{a / b:4.2f}" if a else "   -" for a, b in ((peer_forward, tf), (peer_both, tb))]
+            errors = ""
+            if arguments.errors:
+                outputs = compiled[backward](q, k, v, do)
+                errors = " ".join(f"{e:.1e}" for e in relative_errors(outputs, case, values, scale))
+            print(
+                f"{case.name:20s} {case.heads[0]:>2d}/{case.heads[1]:<3d} {len(case.lengths):4d} | {backward:13s} "
+                f"{rate(1, tf)} {rate(2.5, tb - tf)} {rate(3.5, tb)}      {tf * 1e3:6.2f} {tb * 1e3:8.2f} | "
+                f"    {rate(1, peer_forward)} {rate(3.5, peer_both)} |       {ratios[0]} {ratios[1]} | "
+                f"{memory(backward)} {memory('cudnn both')} | {errors}",
+                flush=True,
+            )
+
+
+def tune(arguments) -> None:
+    """Times every configuration that fits for one head layout on a packed row and prints the best of each kernel."""
+    from jsft.kernels.flash.backward_dkv import backward_dkv, backward_fused
+    from jsft.kernels.flash.backward_dq import backward_dq
+    from jsft.kernels.flash.forward import forward
+    from jsft.kernels.flash.tuned import KernelConfig
+
+    H, K = (int(n) for n in arguments.heads.split("/"))
+    h, T = arguments.h, arguments.length
+    case = Case("tune", (H, K), log_normal(T, min(6000, T), 0))
+    q, k, v, do, start, end = inputs(case, h, jnp.dtype(arguments.dtype))
+    common = dict(scale=h**-0.5)
+    o, lse = jax.jit(functools.partial(forward, config=KernelConfig(128, 2), **common))(q, k, v, start)
+    delta = jnp.einsum("bthd,bthd->bht", o.astype(jnp.float32), do.astype(jnp.float32))
+    kernels = {
+        "forward": (forward, (q, k, v, start), [(128, 2), (128, 3), (128, 4), (64, 2), (64, 4)], 1.0),
+        "dq": (backward_dq, (q, k, v, do, lse, delta, start), [(64, 2), (64, 3), (64, 4), (128, 2), (128, 3)], 1.5),
+        "dkv": (backward_dkv, (q, k, v, do, lse, delta, end), [(64, 2), (64, 4), (128, 2)], 2.0),
+        "fused": (backward_fused, (q, k, v, do, lse, delta, end), [(8192 // h, 2), (8192 // h, 3)], 2.5),
+    }
+    flops = 4 * H * h * sum(n * n for n in case.lengths) / 2
+    jobs = {}
+    for name, (kernel, values, candidates, _) in kernels.items():
+        for block, stages in candidates:
+            run = functools.partial(kernel, config=KernelConfig(block, stages), **common)
+            jobs[name, block, stages] = jax.jit(run), values
+    compiled = compile_all(jobs)
+    times = median_times(compiled, jobs, arguments.rounds, arguments.calls)
+    for name, (_, _, candidates, factor) in kernels.items():
+        ranked = sorted((times[name, *c], c) for c in candidates if (name, *c) in times)
+        for t, (block, stages) in ranked:
+            print(f"{name:8s} block {block:4d} stages {stages}: {factor * flops / t / 1e12:5.0f} TF/s {t * 1e3:7.3f} ms")
+        for c in candidates:
+            if (name, *c) not in times:
+                print(f"{name:8s} block {c[0]:4d} stages {c[1]}: {' '.join(str(compiled[name, *c]).split())[:120]}")
+        if ranked:
+            print(f"-> h {h}, group {H // K}, T {T}: {name}=KernelConfig{ranked[0][1]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="all", help="names, with commas: " + ", ".join(c.name for c in CASES))
+    parser.add_argument("--backward", default="auto", help="auto, deterministic, fused; several with commas")
+    parser.add_argument("--implementation", default="auto")
+    parser.add_argument("--h", type=int, default=128, help="head width")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--calls", type=int, default=5, help="calls of a round, back to back")
+    parser.add_argument("--no_cudnn", action="store_true", help="without the peer")
+    parser.add_argument("--errors", action="store_true", help="errors against float32 too (compiles long)")
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--heads", default="40/8", help="with --tune: query heads / key heads")
+    parser.add_argument("--length", type=int, default=16384, help="with --tune: positions of the row")
+    arguments = parser.parse_args()
+    device = jax.devices()[0]
+    print(f"{device.device_kind}, jax {jax.__version__}, {arguments.dtype}, h {arguments.h}; {describe_attention()}")
+    if arguments.tune:
+        tune(arguments)
+        return
+    names = {c.name: c for c in CASES}
+    chosen = list(names) if arguments.cases == "all" else arguments.cases.split(",")
+    if unknown := [name for name in chosen if name not in names]:
+        parser.error(f"--cases: {', '.join(unknown)} not among {', '.join(names)}")
+    bench(arguments, [names[name] for name in chosen])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Inputs and a float64 oracle for the attention tests."""
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def ranges(rows_of_lengths):
+    """int32 [B, T] doc_start and doc_end of rows given by their documents' lengths."""
+    start, end = [], []
+    for lengths in rows_of_lengths:
+        ends = np.cumsum(lengths)
+        start.append(np.repeat(ends - lengths, lengths))
+        end.append(np.repeat(ends, lengths))
+    return np.array(start, np.int32), np.array(end, np.int32)
+
+
+def make(rows_of_lengths, H, K, h, dtype=jnp.bfloat16, seed=0):
+    """q, k, v, do as numpy float64 exactly representable in dtype, and the ranges."""
+    rng = np.random.default_rng(seed)
+    start, end = ranges(rows_of_lengths)
+    B, T = start.shape
+
+    def draw(heads):
+        return np.asarray(jnp.asarray(rng.normal(size=(B, T, heads, h)), dtype), np.float64)
+
+    return draw(H), draw(K), draw(K), draw(H), start, end
+
+
+def oracle(q, k, v, do, doc_start, scale):
+    """o, dq, dk, dv in float64 by the definition."""
+    B, T, H, h = q.shape
+    K = k.shape[2]
+    group = H // K
+    keys, values = np.repeat(k, group, 2), np.repeat(v, group, 2)
+    logits = np.einsum("bqhd,bkhd->bhqk", q, keys) * scale
+    i = np.arange(T)
+    visible = (i[:, None] >= i) & (i >= doc_start[:, :, None])
+    logits = np.where(visible[:, None], logits, -np.inf)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    o = np.einsum("bhqk,bkhd->bqhd", p, values)
+    dp = np.einsum("bqhd,bkhd->bhqk", do, values)
+    ds = p * (dp - (o * do).sum(-1).transpose(0, 2, 1)[..., None])
+    dq = np.einsum("bhqk,bkhd->bqhd", ds, keys) * scale
+    dk = np.einsum("bhqk,bqhd->bkhd", ds, q) * scale
+    dv = np.einsum("bhqk,bqhd->bkhd", p, do)
+    return o, dq, dk.reshape(B, T, K, group, h).sum(3), dv.reshape(B, T, K, group, h).sum(3)
+
+
+def relative(ours, want) -> float:
+    """||ours - want|| / ||want||; against 0.1 for each entry where the truth is zero, as with documents of one token."""
+    size = max(np.linalg.norm(want), 0.1 * np.sqrt(want.size) if np.abs(want).max() < 1e-9 else 0)
+    return float(np.linalg.norm(np.asarray(ours, np.float64) - want) / size)

@@ -1,0 +1,116 @@
+"""The flash kernels on a Hopper GPU: against float64 and beside bfloat16 XLA; determinism, isolation, lengths.
+
+    pytest -m gpu tests/kernels
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attention_cases import make, oracle, relative
+from jsft.kernels.attention import packed_attention
+
+pytestmark = pytest.mark.gpu
+
+
+def run(attend, q, k, v, do, start, end, dtype=jnp.bfloat16, **options):
+    @jax.jit
+    def both(q, k, v, do, start, end):
+        o, vjp = jax.vjp(functools.partial(attend, doc_start=start, doc_end=end, **options), q, k, v)
+        return o, *vjp(do)
+
+    return both(*(jnp.asarray(x, dtype) for x in (q, k, v, do)), jnp.asarray(start), jnp.asarray(end))
+
+
+def plain_bfloat16(q, k, v, doc_start, doc_end, scale):
+    """Attention in XLA as one would write it, products in bfloat16: the yardstick of the errors."""
+    group = q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, group, 2), jnp.repeat(v, group, 2)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
+    i = jnp.arange(q.shape[1])
+    visible = (i[:, None] >= i) & (i >= doc_start[:, :, None])
+    p = jax.nn.softmax(jnp.where(visible[:, None], logits, -jnp.inf), axis=-1).astype(q.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", p, v)
+
+
+@pytest.mark.parametrize(
+    "lengths, H, K, h",
+    [
+        ([[128]], 1, 1, 128),
+        ([[1] * 256], 2, 1, 64),
+        ([[127, 129, 1024, 100]], 5, 1, 128),
+        ([[1000], [999 - 600, 601]], 4, 2, 128),
+        ([[700, 1476]], 7, 1, 64),
+        ([[2048, 1, 2047]], 16, 8, 128),
+    ],
+)
+def test_errors_are_those_of_bfloat16(lengths, H, K, h):
+    case = make(lengths, H, K, h)
+    scale = h**-0.5
+    plain = run(plain_bfloat16, *case, scale=scale)
+    wanted = oracle(*case[:5], scale)
+    for backward in ("deterministic", "fused"):
+        ours = run(packed_attention, *case, scale=scale, implementation="pallas", backward=backward)
+        for a, b, want in zip(ours, plain, wanted):
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            assert relative(a, want) < 1e-2 and relative(a, want) <= 2 * relative(b, want) + 1e-3
+            assert np.abs(a - want).max() <= 2 * np.abs(b - want).max() + 1e-2
+
+
+def test_float16_and_huge_logits():
+    q, k, v, do, start, end = make([[300, 212]], 2, 1, 128, jnp.float16)
+    ours = run(packed_attention, q * 30, k, v, do, start, end, jnp.float16, scale=0.09, implementation="pallas")
+    for a, want in zip(ours, oracle(q * 30, k, v, do, start, 0.09)):
+        assert relative(a, want) < 2e-2
+
+
+def test_deterministic_backward_repeats_bitwise_200_times():
+    case = make([[700, 800, 548]], 40, 8, 128)
+    attend = functools.partial(packed_attention, scale=0.09, implementation="pallas", backward="deterministic")
+
+    @jax.jit
+    def both(q, k, v, do, start, end):
+        o, vjp = jax.vjp(functools.partial(attend, doc_start=start, doc_end=end), q, k, v)
+        return o, *vjp(do)
+
+    arguments = [jnp.asarray(x, jnp.bfloat16) for x in case[:4]] + [jnp.asarray(x) for x in case[4:]]
+    first = both(*arguments)
+    same = jax.jit(lambda a, b: jnp.all(jnp.stack([jnp.all(x == y) for x, y in zip(a, b)])))
+    assert all(bool(same(first, both(*arguments))) for _ in range(200))
+
+
+@pytest.mark.parametrize("backward", ["deterministic", "fused"])
+def test_documents_do_not_see_each_other(backward):
+    case = make([[300, 500, 224]], 4, 2, 128)
+    options = dict(scale=0.09, implementation="pallas", backward=backward)
+    before = run(packed_attention, *case, **options)
+    for x in case[:4]:
+        x[:, :300] = np.asarray(jnp.asarray(x[:, :300] * 2 + 1, jnp.bfloat16), np.float64)
+    after = run(packed_attention, *case, **options)
+    for name, a, b in zip(("o", "dq", "dk", "dv"), before, after):
+        a, b = np.asarray(a[:, 300:], np.float32), np.asarray(b[:, 300:], np.float32)
+        if backward == "fused" and name == "dq":
+            np.testing.assert_allclose(a, b, atol=2e-2)  # its sums come in any order
+        else:
+            np.testing.assert_array_equal(a, b)
+
+
+def test_whole_tile_documents_equal_themselves_alone_bitwise():
+    case = make([[256, 384]], 2, 1, 128)
+    options = dict(scale=0.09, implementation="pallas", backward="deterministic")
+    together = run(packed_attention, *case, **options)
+    alone = run(packed_attention, *(x[:, 256:] for x in case[:4]), case[4][:, 256:] - 256, case[5][:, 256:] - 256, **options)
+    for a, b in zip(together, alone):
+        np.testing.assert_array_equal(np.asarray(a[:, 256:], np.float32), np.asarray(b, np.float32))
+
+
+def test_values_of_one_give_one():
+    q, k, v, _, start, end = make([[77, 435]], 2, 1, 128)
+    out = packed_attention(
+        *(jnp.asarray(x, jnp.bfloat16) for x in (q, k, np.ones_like(v))), jnp.asarray(start), jnp.asarray(end),
+        scale=0.09, implementation="pallas",
+    )  # fmt: skip
+    np.testing.assert_allclose(np.asarray(out, np.float32), 1.0, atol=8e-3)

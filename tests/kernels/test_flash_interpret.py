@@ -1,0 +1,82 @@
+"""The flash kernels in interpret mode on the CPU, with race detection, against float64.
+
+Not modelled there: that products run asynchronously, and the adding copy of the fused backward.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from attention_cases import make, oracle, relative
+from jsft.kernels.flash import flash_attention
+from jsft.kernels.flash.forward import forward
+from jsft.kernels.flash.tuned import KernelConfig
+
+
+@pytest.fixture(autouse=True)
+def fresh_interpreter():
+    yield
+    interpret_pallas_call.reset_gpu_interpret_mode_state()
+
+
+def run(lengths, H, K, h, backward, dtype=jnp.bfloat16):
+    q, k, v, do, start, end = make(lengths, H, K, h, dtype)
+
+    @jax.jit
+    def both(q, k, v, do, start, end):
+        attend = functools.partial(
+            flash_attention, doc_start=start, doc_end=end, scale=h**-0.5, backward=backward,
+            interpret=plgpu.InterpretGPUParams(detect_races=True),
+        )  # fmt: skip
+        o, vjp = jax.vjp(attend, q, k, v)
+        return o, *vjp(do)
+
+    ours = jax.block_until_ready(both(*(jnp.asarray(x, dtype) for x in (q, k, v, do)), start, end))
+    assert not interpret_pallas_call.get_races().races_found
+    return ours, oracle(q, k, v, do, start, h**-0.5)
+
+
+# T of 200 is padded inside; boundaries at, before and after a tile's edge.
+CASES = [
+    ([[127, 1, 72]], 2, 1, 128, "deterministic", jnp.bfloat16),
+    ([[90, 38, 128]], 3, 1, 64, "fused", jnp.float16),
+]
+SLOW = [
+    ([[256]], 2, 2, 64, "deterministic", jnp.bfloat16),
+    ([[1] * 20 + [180]], 2, 1, 128, "fused", jnp.bfloat16),
+    ([[100, 156], [129, 127]], 4, 2, 64, "deterministic", jnp.float16),
+    ([[384]], 5, 1, 128, "fused", jnp.bfloat16),
+]
+
+
+@pytest.mark.parametrize(
+    "lengths, H, K, h, backward, dtype", CASES + [pytest.param(*c, marks=pytest.mark.slow) for c in SLOW]
+)
+def test_matches_float64_without_races(lengths, H, K, h, backward, dtype):
+    ours, wanted = run(lengths, H, K, h, backward, dtype)
+    for value, want in zip(ours, wanted):
+        assert value.dtype == dtype and relative(value, want) < 5e-3
+
+
+@pytest.mark.parametrize("programs", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
+def test_any_number_of_programs_gives_the_same_bits(programs):
+    q, k, v, _, start, _ = make([[70, 186, 128]], 2, 1, 64)
+    arguments = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)] + [jnp.asarray(start)]
+
+    def run(programs):
+        f = functools.partial(
+            forward, scale=0.125, config=KernelConfig(128, 2), programs=programs,
+            interpret=plgpu.InterpretGPUParams(detect_races=True),
+        )  # fmt: skip
+        out = jax.block_until_ready(jax.jit(f)(*arguments))
+        assert not interpret_pallas_call.get_races().races_found
+        interpret_pallas_call.reset_gpu_interpret_mode_state()
+        return out
+
+    for a, b in zip(run(programs), run(6)):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))

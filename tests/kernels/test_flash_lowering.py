@@ -1,0 +1,71 @@
+"""Every shipped configuration lowers for CUDA on a machine without a GPU; so does what the model wraps around it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec as P
+
+from jsft.kernels.flash import flash_attention, tuned
+from jsft.kernels.flash.backward_dkv import backward_dkv, backward_fused
+from jsft.kernels.flash.backward_dq import backward_dq
+from jsft.kernels.flash.forward import forward
+
+HOPPER = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
+S = jax.ShapeDtypeStruct
+
+
+def lower(f, *arguments) -> str:
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=HOPPER)):
+        return jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+SHIPPED = [
+    *((h, group, configs) for (h, group, _), configs in tuned._TUNED.items()),
+    *((h, 5, configs) for h, configs in tuned._DEFAULT.items()),
+]
+
+
+@pytest.mark.parametrize("h, group, configs", SHIPPED, ids=lambda x: str(x) if isinstance(x, int) else "")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_every_shipped_configuration_lowers(h, group, configs, dtype):
+    T, K = 16384, 2
+    q, k = S((1, T, K * group, h), dtype), S((1, T, K, h), dtype)
+    statistic, position = S((1, K * group, T), jnp.float32), S((1, T), jnp.int32)
+    both = (q, k, k, q, statistic, statistic, position)
+    for kernel, config, arguments in (
+        (forward, configs.forward, (q, k, k, position)),
+        (backward_dq, configs.dq, both),
+        (backward_dkv, configs.dkv, both),
+        (backward_fused, configs.dq_dkv, both),
+    ):
+        text = lower(functools.partial(kernel, scale=h**-0.5, config=config), *arguments)
+        assert text.count("mosaic_gpu") >= 1
+
+
+@pytest.mark.parametrize("backward", ["deterministic", "fused"])
+def test_lowers_under_jit_scan_remat_vmap_and_shard_map(backward):
+    B, T, H, K, h = 8, 384, 4, 2, 128
+    q, k, ranges = S((B, T, H, h), jnp.bfloat16), S((B, T, K, h), jnp.bfloat16), S((B, T), jnp.int32)
+    attend = functools.partial(flash_attention, scale=0.1, backward=backward)
+    policy = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+
+    def layers(q, k, start, end):
+        layer = jax.checkpoint(lambda x: x + attend(x, k, k, start, end), policy=policy)
+        return jax.lax.scan(lambda x, _: (layer(x), None), q, None, length=2)[0]
+
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("replica", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    rows = P(("replica", "fsdp"))
+    sharded = jax.shard_map(layers, mesh=mesh, in_specs=(rows,) * 4, out_specs=rows, check_vma=False)
+
+    def gradient(f):
+        return jax.grad(lambda q, k, start, end: jnp.sum(f(q, k, start, end).astype(jnp.float32)), (0, 1))
+
+    kernels = 2 if backward == "fused" else 3
+    assert lower(gradient(layers), q, k, ranges, ranges).count("@mosaic_gpu") == kernels
+    lowered = jax.jit(gradient(sharded)).trace(q, k, ranges, ranges).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("@mosaic_gpu") == kernels
+    mapped = [S((2, *x.shape), x.dtype) for x in (q, k, ranges, ranges)]
+    assert lower(jax.vmap(gradient(layers)), *mapped).count("@mosaic_gpu") == kernels
