@@ -16,7 +16,7 @@ from jsft.evaluation.models import Target, find_targets, model_digest
 from jsft.evaluation.openai_engine import OpenAIEngine
 from jsft.evaluation.runner import Model, Options, Outcome, run_tasks
 from jsft.evaluation.tasks import TASKS, get_task
-from jsft.evaluation.vllm_engine import VllmEngine, VllmSettings
+from jsft.evaluation.vllm_engine import VllmEngine, VllmSettings, check_model_dir
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,6 +43,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     server = parser.add_argument_group("a server instead of vLLM in this process")
     server.add_argument("--url", help="OpenAI-compatible server to sample from; the model argument only names it")
     server.add_argument("--url_model", help="model to ask for (default: the only one it serves)")
+    server.add_argument("--reload", type=Path, metavar="DIR", help="first have the vLLM server load these weights")
     server.add_argument("--concurrency", type=int, default=64, help="requests at a time")
     engine = parser.add_argument_group("vLLM")
     engine.add_argument("--tp", type=int, default=1, help="GPUs that share the model (tensor parallel)")
@@ -57,6 +58,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("limit", "samples", "max_tokens", "max_model_len", "tp"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ConfigError(f"--{name} must be at least 1")
+    if options.reload is not None and not options.url:
+        raise ConfigError("--reload needs --url: it is the server that loads the weights")
     if options.data_dir is not None and not options.data_dir.exists():
         raise ConfigError(f"--data_dir {options.data_dir} does not exist")
     return options
@@ -105,6 +108,8 @@ def _targets(options: argparse.Namespace) -> list[Target]:
         return find_targets(options.model, options.steps, options.out)
     if options.steps:
         raise ConfigError("--steps and --url exclude each other: a server has one model loaded")
+    if options.reload is not None:  # the model is that directory, wherever it is sampled
+        return find_targets(str(options.reload), None, options.out)
     name = options.model or options.url_model or "server"
     match = re.search(r"step[_-]?(\d+)/?$", name)
     step = int(match[1]) if match else None
@@ -120,8 +125,19 @@ def _evaluate(target: Target, tasks: list, options: argparse.Namespace, judges: 
     run_options = Options(**{name: getattr(options, name) for name in fields}, judges=judges)
     if options.url:
         engine = OpenAIEngine(options.url, options.url_model, concurrency=options.concurrency)
-        model = Model(target.name, target.step, options.url, f"{engine.model} at {engine.facts['root'] or options.url}")
-        return run_tasks(tasks, model, target.out, run_options, lambda: engine)
+        if options.reload is None:
+            digest = f"{engine.model} at {engine.facts['root'] or options.url}"
+            return run_tasks(
+                tasks, Model(target.name, target.step, options.url, digest), target.out, run_options, lambda: engine
+            )
+        check_model_dir(options.reload, options.trust_remote_code)
+        model = Model(target.name, target.step, str(options.reload), model_digest(options.reload))
+
+        def reloaded() -> OpenAIEngine:
+            engine.reload(options.reload)
+            return engine
+
+        return run_tasks(tasks, model, target.out, run_options, reloaded)
     path = target.path or target.prepare()
     model = Model(target.name, target.step, str(path), model_digest(path) if (path / "config.json").exists() else None)
 

@@ -45,6 +45,10 @@ class OpenAIClient:
         """Posts JSON to /<path>, beside /v1 (vLLM's own end points)."""
         return self._ask("POST", f"{self.url.removesuffix('/v1')}/{path}", body)
 
+    def get_root(self, path: str) -> dict[str, Any]:
+        """Gets /<path>, beside /v1."""
+        return self._ask("GET", f"{self.url.removesuffix('/v1')}/{path}", None)
+
     def models(self) -> list[dict[str, Any]]:
         """What the server serves (/v1/models)."""
         answer = self._ask("GET", f"{self.url}/models", None)
@@ -58,7 +62,8 @@ class OpenAIClient:
             request = urllib.request.Request(url, data, self._headers, method=method)
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    answer = json.load(response)
+                    text = response.read()
+                answer = json.loads(text or b"{}")  # some end points only say that it is done
                 if isinstance(answer, dict):
                     return answer
                 problem = "an answer that is no JSON object"

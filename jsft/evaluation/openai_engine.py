@@ -1,8 +1,10 @@
 """Sampling from any OpenAI-compatible server, many requests at a time."""
 
+import json
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from jsft.errors import ModelError
@@ -66,6 +68,26 @@ class OpenAIEngine:
                 yield item
         finally:
             stop.set()
+
+    def reload(self, path: Path) -> None:
+        """Makes a vLLM server in development mode load the weights of another directory of the same architecture.
+
+        The server must see the same file system. Raises ModelError when it refuses, or would do it wrongly.
+        """
+        command = {"method": "reload_weights", "kwargs": {"weights_path": str(path.resolve())}}
+        try:
+            on_cpu = "device_config=cpu" in str(self._client.get_root("server_info").get("vllm_config"))
+            if on_cpu and json.loads((path / "config.json").read_text()).get("tie_word_embeddings"):
+                # Seen with 0.32: it keeps the old output layer, without an error.
+                raise ModelError(f"vLLM's CPU build cannot reload {path}: its embeddings are tied; evaluate without --url")
+            self._client.post_root("collective_rpc", command)
+            self._client.post_root("reset_prefix_cache", {})  # it holds the old weights' keys and values
+        except ServerError as error:
+            raise ModelError(
+                f"the server did not load {path} ({error}); it must be vLLM, started with VLLM_SERVER_DEV_MODE=1, see "
+                "the same directory and hold a model of this architecture"
+            ) from error
+        self.facts["root"] = str(path)
 
     def close(self) -> None:
         """Nothing is held between requests; here so that both engines are closed alike."""

@@ -22,12 +22,15 @@ class FakeOpenAI:
         self.trouble: list = []
         self.requests: list[tuple[str, dict]] = []
         self.finish = "stop"
+        self.device = "cuda"
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(self):
+                if self.path == "/server_info":
+                    return self.reply(200, {"vllm_config": f"device_config={fake.device}, seed=0"})
                 models = [{"id": fake.model, "root": "weights", "max_model_len": fake.context}]
                 self.reply(200, {"object": "list", "data": models})
 

@@ -1,0 +1,134 @@
+"""Evaluation beside a training run: steps are sampled in the background while training goes on.
+
+The training loop exports a step (the only time it waits for), hands the directory to `StepEvaluator.start`, and asks
+`poll` at later steps for scores that have come in. Sampling runs in a process of its own: with vLLM in the serving
+environment on devices training does not use, or on a vLLM server named by a URL, which loads each step's weights.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+
+from jsft.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepScores:
+    """Scores of one step: `<task>/<metric>` -> value, and what went wrong (one line each), if anything did."""
+
+    step: int
+    scores: dict[str, float]
+    problems: list[str]
+
+
+class StepEvaluator:
+    """Evaluates exported steps of one run, one after another, in the background.
+
+    Args:
+      workdir: the run's directory; results go to `eval/step_<N>/<task>/`, the output to `eval/step_<N>/evaluate.log`.
+      tasks: names of benchmarks.
+      url: a vLLM server with VLLM_SERVER_DEV_MODE=1 that sees `workdir`; None: vLLM in the serving environment.
+      options: further arguments of `jsft.evaluate`, e.g. ("--limit", "64", "--data_dir", "data").
+
+    Raises ConfigError when neither a URL is given nor the serving environment is there.
+    """
+
+    def __init__(self, workdir: Path, tasks: list[str], *, url: str | None = None, options: tuple[str, ...] = ()):
+        self.workdir, self.tasks, self.url, self.options = Path(workdir), list(tasks), url, options
+        serving = Path(os.environ.get("JSFT_SERVE_VENV", ROOT / ".venv-serve")) / "bin" / "python"
+        if serving.exists():
+            self._python = str(serving)
+        elif url:
+            self._python = sys.executable  # sampling is the server's work, grading is done here
+        else:
+            raise ConfigError(f"evaluating during training needs the serving environment ({serving}) or a URL of vLLM")
+        self._waiting: deque[tuple[int, Path]] = deque()
+        self._running: tuple[int, subprocess.Popen] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step is being evaluated or waits."""
+        return self._running is not None or bool(self._waiting)
+
+    def start(self, step: int, model_dir: Path) -> None:
+        """Evaluates `model_dir`, the export of `step`, as soon as earlier steps are done. Returns at once."""
+        self._waiting.append((step, Path(model_dir)))
+        self._next()
+
+    def poll(self) -> list[StepScores]:
+        """Scores of the steps that have been finished since the last call; does not wait."""
+        finished = []
+        while self._running is not None and self._running[1].poll() is not None:
+            finished.append(self._collect())
+            self._next()
+        return finished
+
+    def finish(self, timeout: float | None = None) -> list[StepScores]:
+        """Waits for all steps that were started (each at most `timeout` seconds) and returns their scores."""
+        finished = []
+        while self._running is not None:
+            try:
+                self._running[1].wait(timeout)
+            except subprocess.TimeoutExpired:
+                self.stop()
+                break
+            finished += self.poll()
+        return finished
+
+    def stop(self) -> None:
+        """Ends what runs and forgets what waits. `scripts/eval_vllm.sh WORKDIR` goes on where it was."""
+        self._waiting.clear()
+        if self._running is not None:
+            process = self._running[1]
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            self._running = None
+
+    def _next(self) -> None:
+        if self._running is not None or not self._waiting:
+            return
+        step, model_dir = self._waiting.popleft()
+        out = self.workdir / "eval"
+        command = [self._python, "-m", "jsft.evaluate", "--tasks", ",".join(self.tasks), "--out", str(out), *self.options]
+        command += ["--url", self.url, "--reload", str(model_dir)] if self.url else [str(model_dir)]
+        (out / f"step_{step}").mkdir(parents=True, exist_ok=True)
+        # The training process's settings of JAX and XLA are not meant for vLLM.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
+        with (out / f"step_{step}" / "evaluate.log").open("w") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                env={**environment, "PYTHONPATH": str(ROOT)},
+            )  # fmt: skip
+        self._running = step, process
+
+    def _collect(self) -> StepScores:
+        step, process = self._running
+        self._running = None
+        folder = self.workdir / "eval" / f"step_{step}"
+        scores: dict[str, float] = {}
+        problems = []
+        if process.returncode:
+            lines = [line for line in (folder / "evaluate.log").read_text(errors="replace").splitlines() if line.strip()]
+            errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+            problems = errors or [f"evaluation of step {step} ended with code {process.returncode}: {lines[-1:]}"]
+        for task in self.tasks:
+            try:
+                results = json.loads((folder / task / "results.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+            if results.get("state") == "done":
+                for name, metric in results["metrics"].items():
+                    if metric["avg"]["mean"] is not None:
+                        scores[f"{task}/{name}"] = metric["avg"]["mean"]
+                scores[f"{task}/tokens"] = results["response"]["tokens"]["mean"]
+        return StepScores(step, scores, problems)
