@@ -90,10 +90,11 @@ def make_programs(
         rate = schedule(state.step).astype(jnp.float32)
         state, metrics = apply_update(state, gradients, rate, config)
         count = jnp.maximum(sums.count, 1)
+        weighed = not config.objective.use_advantage  # as the loss is, unless advantages make the weights no mean
         metrics |= {
             "loss": sums.loss / weight_sum,
             "nll": sums.nll / count,
-            "entropy": sums.entropy / count,
+            "entropy": sums.weighted_entropy / weight_sum if weighed else sums.entropy / count,
             "accuracy": sums.correct / count,
             "lr": rate,
         }
