@@ -12,6 +12,7 @@ signal-compile     SIGTERM to itself while a program is compiled that takes very
 twice-step:K       two SIGTERM in a step K that never ends
 hang-step:K        step K never ends
 loader:K           the loader fails at step K
+least:SECONDS      the watchdog's least limit of a step
 oom:K              the device runs out of memory in step K
 """
 
@@ -59,7 +60,10 @@ def install() -> None:
     import jax.numpy as jnp
 
     from jsft.data import cache, loader
-    from jsft.training import checkpoint, loop
+    from jsft.training import checkpoint, loop, watchdog
+
+    if "least" in FAULTS:
+        watchdog.Watchdog.__init__.__kwdefaults__["least_seconds"] = float(FAULTS["least"])
 
     update, write_manifest, write_part = loop.Loop._update, checkpoint.write_manifest, cache._write_part
     save_async, rmtree, iterate = checkpoint.ocp.save_checkpointables_async, checkpoint.shutil.rmtree, loader.TrainingData.iterate

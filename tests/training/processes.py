@@ -124,9 +124,15 @@ def final_state(workdir: Path, step: int = STEPS) -> dict[str, np.ndarray]:
     from jsft.training.checkpoint import verify
 
     assert verify(workdir, step) is None
-    items = ocp.load_checkpointables(str((workdir / "checkpoints" / str(step)).absolute()))
-    leaves = jax.tree_util.tree_flatten_with_path(items)[0]
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves if hasattr(leaf, "shape")}
+    path = str((workdir / "checkpoints" / str(step)).absolute())
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    stored = ocp.checkpointables_metadata(path).metadata
+    abstract = {
+        name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), stored[name])
+        for name in ("parameters", "optimizer")
+    }
+    leaves = jax.tree_util.tree_flatten_with_path(ocp.load_checkpointables(path, abstract))[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def assert_same_run(workdir: Path, reference: Path) -> None:

@@ -41,17 +41,18 @@ def test_second_signal_ends_at_once(tiny, tmp_path):
 
 def test_hang_is_ended_with_stacks(tiny, tmp_path):
     workdir = tmp_path / "run"
-    assert run(tiny, workdir, "--config.train.hang_minutes=0.12", faults="hang-step:4") == 8
+    assert run(tiny, workdir, faults="hang-step:9,least:4") == 8
     stacks = (workdir / "hang-0.txt").read_text()
-    assert "faulty_update" in stacks and "in step 4" in stacks
-    assert status(workdir)["state"] == "failed" and status(workdir)["step"] in (2, 3)
+    assert "faulty_update" in stacks and "in step " in stacks
+    assert status(workdir)["state"] == "failed" and status(workdir)["step"] in (7, 8)
     last = output(workdir).read_text().splitlines()[-1]
     assert last.startswith("error: no progress for") and "the same command goes on" in last
     beat = json.loads((workdir / "heartbeats" / "0.json").read_text())
-    assert beat["process"] == 0 and beat["doing"] == "in step 4" and beat["beat"] >= 2
+    assert beat["process"] == 0 and beat["doing"] in ("in step 8", "in step 9") and beat["beat"] >= 2
 
 
-def test_out_of_memory(tiny, tmp_path):
+@pytest.mark.slow
+def test_out_of_memory_with_nothing_left(tiny, tmp_path):
     workdir = tmp_path / "run"
     assert run(tiny, workdir, "--config.remat=full", faults="oom:2") == 6
     last = output(workdir).read_text().splitlines()[-1]
@@ -64,7 +65,8 @@ def test_out_of_memory_names_the_next_rung_that_fits(monkeypatch):
     from jsft.training import remat
 
     gib = 2**30
-    needs = dict(zip(remat.LADDER, (90 * gib, None, 81 * gib, 79 * gib, 70 * gib, 60 * gib)))
+    needs = {"none": 90 * gib, "a": None, "b": 81 * gib, "c": 79 * gib, "d": 70 * gib, "full": 60 * gib}
+    monkeypatch.setattr(remat, "LADDER", tuple(needs))
     monkeypatch.setattr(remat, "bytes_needed", lambda parts, rung: needs[rung])
 
     class Device:
@@ -74,8 +76,7 @@ def test_out_of_memory_names_the_next_rung_that_fits(monkeypatch):
     monkeypatch.setattr(remat.jax, "local_devices", lambda: [Device()])
     text = remat.advise_out_of_memory(None, "none")
     assert text == (
-        "the plan for remat=none was 90 GiB of 80.0 GiB per device; the next that fits is "
-        f"remat={remat.LADDER[4]} with 70 GiB"
+        "the plan for remat=none was 90 GiB of 80.0 GiB per device; the next that fits is remat=d with 70 GiB"
     )
     assert "no rung needs less" in remat.advise_out_of_memory(None, "full")
 
