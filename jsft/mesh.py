@@ -27,7 +27,12 @@ def make_mesh(replica: int = 1, fsdp: int = -1, devices: Sequence[jax.Device] | 
     Raises ConfigError when the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    count = len(devices)
+    replica, fsdp = mesh_shape(replica, fsdp, len(devices))
+    return Mesh(np.array(devices).reshape(replica, fsdp), MESH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def mesh_shape(replica: int, fsdp: int, count: int) -> tuple[int, int]:
+    """(replica, fsdp) over `count` devices; `fsdp=-1` takes what `replica` leaves. Raises ConfigError."""
     if replica < 1 or count % replica:
         raise ConfigError(f"mesh.replica={replica} does not divide {count} devices; choose one of {_divisors(count)}")
     if fsdp == -1:
@@ -37,7 +42,7 @@ def make_mesh(replica: int = 1, fsdp: int = -1, devices: Sequence[jax.Device] | 
             f"mesh.replica={replica} x mesh.fsdp={fsdp} = {replica * fsdp} is not the number of devices, {count}; "
             f"set mesh.fsdp=-1 to take what is left"
         )
-    return Mesh(np.array(devices).reshape(replica, fsdp), MESH_AXES, axis_types=(AxisType.Auto,) * 2)
+    return replica, fsdp
 
 
 def _divisors(n: int) -> list[int]:

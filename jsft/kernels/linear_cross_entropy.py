@@ -66,11 +66,19 @@ def linear_cross_entropy(
     if padding:
         unembedding = jnp.pad(unembedding, ((0, padding), (0, 0)))
     local_tokens = targets.size // (parts * mesh.shape["replica"])
-    if chunk_tokens is None:
-        width = (V + padding) // parts
-        chunk_tokens = min(_CHUNK_TOKENS, 2 ** max(7, (_LOGIT_BYTES // (4 * width)).bit_length() - 1))
-    chunk = max(1, min(chunk_tokens // parts, local_tokens))
+    chunk = chunk_size(V, parts, local_tokens, chunk_tokens)
     return _loss(hidden, unembedding, targets, weights.astype(jnp.float32), mesh, V, chunk, jnp.dtype(gradient_dtype))
+
+
+def chunk_size(vocabulary: int, parts: int, local_tokens: int, chunk_tokens: int | None = None) -> int:
+    """Tokens of one device in a chunk; `parts` times as many meet its [chunk, V / parts] logits.
+
+    Arguments as in `linear_cross_entropy`; local_tokens: positions of one device.
+    """
+    if chunk_tokens is None:
+        width = -(-vocabulary // parts)
+        chunk_tokens = min(_CHUNK_TOKENS, 2 ** max(7, (_LOGIT_BYTES // (4 * width)).bit_length() - 1))
+    return max(1, min(chunk_tokens // parts, local_tokens))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
