@@ -7,6 +7,16 @@ import os
 from pathlib import Path
 
 import jax
+import jaxlib
+
+# Compiler flags, each with its measurement in docs/performance.md. A jaxlib that does not know a flag aborts on it, so
+# they are set only on versions that were tried.
+_TRIED = ("0.11.", "0.12.")
+_FLAGS = {
+    # Unrolled layers are thousands of kernels between attention's custom calls: capturing them piece by piece in CUDA
+    # graphs left the device idle for 5 % of a step, launching them one by one 1 %.
+    "--xla_gpu_enable_command_buffer": "",
+}
 
 
 def configure() -> None:
@@ -17,6 +27,10 @@ def configure() -> None:
     compiles nothing.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    given = os.environ.get("XLA_FLAGS", "")
+    if jaxlib.__version__.startswith(_TRIED):
+        ours = " ".join(f"{flag}={value}" for flag, value in _FLAGS.items() if flag not in given)
+        os.environ["XLA_FLAGS"] = f"{given} {ours}".strip()
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jsft" / "compiled"
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JSFT_COMPILATION_CACHE", str(default)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

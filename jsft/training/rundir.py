@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 import jsft
 from jsft import config as schema
+from jsft.hf.base_files import copy_base_files
 from jsft.errors import CheckpointError, ConfigError
 
 # Fields that may differ when a run goes on: they change where and how fast it runs, not what it computes
@@ -114,10 +115,7 @@ class RunDirectory:
         beside = self.path / "base.tmp"
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
-        for path in sorted(Path(model_dir).iterdir()):
-            wanted = path.suffix in (".json", ".jinja", ".model", ".txt", ".py") and path.is_file()
-            if wanted and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, beside / path.name)
+        copy_base_files(model_dir, beside)
         beside.rename(base)
 
     def set_step(self, step: int) -> None:
