@@ -39,6 +39,11 @@ class TrainingData:
             repr((source.documents.fingerprint(), source.recipe, self.total_steps)).encode()
         ).hexdigest()[:32]
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [N]: tokens of every document as trained."""
+        return self._source.documents.lengths
+
     def __getitem__(self, step: int) -> StepData:
         """The data of one step, made on the spot."""
         return self._source[step]
