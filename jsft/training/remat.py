@@ -27,7 +27,7 @@ LADDER: tuple[str, ...] = (
 _LAST_RESORTS = (
     "lower data.rows_per_device or data.pack_length, use more devices, or set precision.params=bfloat16"
 )
-_HEADROOM = 0.94  # of the device's memory: the rest is for the allocator's gaps and the runtime's own buffers
+HEADROOM = 0.94  # of the device's memory: the rest is for the allocator's gaps and the runtime's own buffers
 
 
 def choose_remat(parts, say) -> str:
@@ -44,7 +44,7 @@ def choose_remat(parts, say) -> str:
         return "none"
     for rung in LADDER:
         needed = bytes_needed(parts, rung)
-        if needed is not None and needed <= _HEADROOM * limit:
+        if needed is not None and needed <= HEADROOM * limit:
             say(f"remat:     {rung} needs {needed / 2**30:.1f} of {limit / 2**30:.1f} GiB")
             return rung
     raise OutOfMemoryError(
@@ -81,6 +81,6 @@ def advise_out_of_memory(parts, remat: str) -> str:
     text = f"the plan for remat={remat} was {f'{now / 2**30:.3g} GiB' if now else 'more than there is'}{of} per device"
     for rung in LADDER[LADDER.index(remat) + 1 :] if remat in LADDER else LADDER:
         needed = bytes_needed(parts, rung)
-        if needed is not None and (now is None or needed < now) and (not limit or needed <= _HEADROOM * limit):
+        if needed is not None and (now is None or needed < now) and (not limit or needed <= HEADROOM * limit):
             return f"{text}; the next that fits is remat={rung} with {needed / 2**30:.3g} GiB"
     return f"{text}, and no rung needs less; {_LAST_RESORTS}"
