@@ -16,9 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jsft.kernels.flash import primitives as mgpu
-from jsft.kernels.flash.plan import TILE, query_blocks
+from jsft.kernels.flash.plan import TILE, order_of_keys, query_blocks
 from jsft.kernels.flash.primitives import HALF, LOG2E, columns, div, rem, zero
 from jsft.kernels.flash.tuned import KernelConfig
+
+_ENOUGH_PROGRAMS = 264  # two for each multiprocessor
 
 
 def backward_dkv(q, k, v, do, lse, delta, doc_end, *, scale: float, config: KernelConfig, interpret=None):
@@ -26,20 +28,35 @@ def backward_dkv(q, k, v, do, lse, delta, doc_end, *, scale: float, config: Kern
 
     do: as q; lse: as the forward gave it; delta: float32 [B, H, T], the sum of o * do over h; doc_end: int32 [B, T].
     """
-    return _kernel(q, k, config, scale, interpret, fused=False)(q, k, v, do, lse, delta, doc_end)
+    B, T, H, h = q.shape
+    K = k.shape[2]
+    parts = _parts(B * K * (T // TILE), H // K)
+    dk, dv = _kernel(q, k, config, scale, interpret, parts)(q, k, v, do, lse, delta, doc_end, order_of_keys(doc_end))
+    if parts > 1:
+        dk, dv = (jnp.sum(x.reshape(B, T, K, parts, h), 3, dtype=jnp.float32).astype(k.dtype) for x in (dk, dv))
+    return dk, dv
 
 
 def backward_fused(q, k, v, do, lse, delta, doc_end, *, scale: float, config: KernelConfig, interpret=None):
     """-> dq, dk, dv. The last bits of dq depend on the order in which the GPU runs the tiles."""
     dq = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
-    dk, dv = _kernel(q, k, config, scale, interpret, fused=True)(q, k, v, do, lse, delta, doc_end, dq)
+    run = _kernel(q, k, config, scale, interpret, 1, fused=True)
+    dk, dv = run(q, k, v, do, lse, delta, doc_end, order_of_keys(doc_end), dq)
     return (dq[...] * scale).astype(q.dtype), dk, dv
 
 
-def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool):
+def _parts(programs: int, group: int) -> int:
+    """Into how many parts the query heads of a key head are split, so that short rows fill the GPU too.
+
+    Each part rounds its dk and dv to the output's dtype before they are summed.
+    """
+    return next((n for n in range(1, group) if group % n == 0 and n * programs >= _ENOUGH_PROGRAMS), group)
+
+
+def _kernel(q, k, config: KernelConfig, scale: float, interpret, parts: int, *, fused: bool = False):
     B, T, H, h = q.shape
     K = k.shape[2]
-    G = H // K
+    G = H // K // parts  # query heads of a program
     block, stages = config.block, config.stages
     tiles = T // TILE
     dtype = q.dtype
@@ -50,19 +67,19 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool)
         raise ValueError(f"config: a fused block of {block} with h = {h}; two halves of dq must make block x h")
 
     def body(*refs):
-        q_g, k_g, v_g, do_g, lse_g, delta_g, end_g, *refs = refs
+        q_g, k_g, v_g, do_g, lse_g, delta_g, end_g, order_g, *refs = refs
         if fused:
             dq_g, *refs = refs
         dk_g, dv_g, k_s, v_s, q_s, do_s, lse_s, delta_s, *refs = refs
         if fused:
             ds_s, dq_s, swap, *refs = refs
         kv_full, q_full, do_full, q_free, do_free, *pool = refs
-        tile, bk, wg = lax.axis_index("tile"), lax.axis_index("head"), lax.axis_index("wg")
-        b, kv_head = div(bk, K), rem(bk, K)
-        t0 = tile * TILE
+        bt, piece, wg = order_g[lax.axis_index("rank")], lax.axis_index("head"), lax.axis_index("wg")
+        b, t0 = div(bt, tiles), rem(bt, tiles) * TILE
+        kv_head = div(piece, parts)
         blocks = query_blocks(t0, end_g[b, t0], end_g[b, t0 + TILE - 1], block)
         steps = (blocks.last - blocks.first) * G
-        start = (kv_head * G, blocks.first)
+        start = (piece * G, blocks.first)
 
         def following(at):
             """(query head, query block) of the step after the one at `at`."""
@@ -170,7 +187,7 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool)
             k_s.at[own][...] = dk.astype(dtype)
             v_s.at[own][...] = dv.astype(dtype)
             plgpu.commit_smem()
-            at = (b, pl.ds(base, HALF), kv_head)
+            at = (b, pl.ds(base, HALF), piece)
             plgpu.copy_smem_to_gmem(k_s.at[own], dk_g.at[at])
             plgpu.copy_smem_to_gmem(v_s.at[own], dv_g.at[at])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -227,10 +244,10 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool)
         scratch += [plgpu.SMEM((2, *s), jnp.float32) for s in (shape, shape, dq_shape, (HALF, h), (HALF, h))]
     return plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct(k.shape, dtype)] * 2,
+        out_type=[jax.ShapeDtypeStruct((B, T, K * parts, h), dtype)] * 2,
         scratch_types=scratch,
-        grid=(tiles, B * K),  # tiles from the first: of a long document the longest work
-        grid_names=("tile", "head"),
+        grid=(B * tiles, K * parts),
+        grid_names=("rank", "head"),
         num_threads=3,
         thread_name="wg",
         kernel_name="flash_backward_fused" if fused else "flash_backward_dkv",

@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jsft.kernels.flash import primitives as mgpu
-from jsft.kernels.flash.plan import TILE, key_blocks
+from jsft.kernels.flash.plan import TILE, key_blocks, order_of_queries
 from jsft.kernels.flash.primitives import HALF, LOG2E, div, rem, rows
 from jsft.kernels.flash.tuned import KernelConfig
 
@@ -26,11 +26,10 @@ def backward_dq(q, k, v, do, lse, delta, doc_start, *, scale: float, config: Ker
     simulated = interpret is not None
 
     def body(*refs):
-        q_g, k_g, v_g, do_g, lse_g, delta_g, start_g, dq_g, q_s, do_s, k_s, v_s, *refs = refs
+        q_g, k_g, v_g, do_g, lse_g, delta_g, start_g, order_g, dq_g, q_s, do_s, k_s, v_s, *refs = refs
         q_full, k_full, v_full, k_free, v_free, turn, *pool = refs
-        tile, bh, wg = tiles - 1 - lax.axis_index("tile"), lax.axis_index("head"), lax.axis_index("wg")
-        b, head = div(bh, H), rem(bh, H)
-        t0 = tile * TILE
+        bt, head, wg = order_g[lax.axis_index("rank")], lax.axis_index("head"), lax.axis_index("wg")
+        b, t0 = div(bt, tiles), rem(bt, tiles) * TILE
         blocks = key_blocks(t0, start_g[b, t0], start_g[b, t0 + TILE - 1], block)
 
         def slot(j):
@@ -135,12 +134,12 @@ def backward_dq(q, k, v, do, lse, delta, doc_start, *, scale: float, config: Ker
         body,
         out_type=[jax.ShapeDtypeStruct(q.shape, dtype)],
         scratch_types=scratch,
-        grid=(tiles, B * H),
-        grid_names=("tile", "head"),
+        grid=(B * tiles, H),
+        grid_names=("rank", "head"),
         num_threads=3,
         thread_name="wg",
         kernel_name="flash_backward_dq",
         compiler_params=mgpu.compiler_params(),
         interpret=interpret,
-    )(q, k, v, do, lse, delta, doc_start)
+    )(q, k, v, do, lse, delta, doc_start, order_of_queries(doc_start))
     return dq

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jsft.kernels.flash import primitives as mgpu
-from jsft.kernels.flash.plan import TILE, key_blocks
+from jsft.kernels.flash.plan import TILE, key_blocks, order_of_queries
 from jsft.kernels.flash.primitives import HALF, LOG2E, LOWEST, div, rem, rows
 from jsft.kernels.flash.tuned import KernelConfig
 
@@ -226,9 +226,7 @@ def forward(q, k, v, doc_start, *, scale: float, config: KernelConfig, programs:
 
 
 def _schedule(doc_start):
-    """int32 [3, B * T / 128]: tiles by falling work; b * tiles + tile, doc_start of its first and of its last query."""
-    B, T = doc_start.shape
+    """int32 [3, B * T / 128]: tiles by falling work, and doc_start of their first and of their last query."""
+    order = order_of_queries(doc_start)
     first, last = doc_start[:, ::TILE].reshape(-1), doc_start[:, TILE - 1 :: TILE].reshape(-1)
-    tile_start = jnp.tile(jnp.arange(0, T, TILE, dtype=jnp.int32), B)
-    order = jnp.argsort(first - tile_start, stable=True).astype(jnp.int32)
     return jnp.stack([order, first[order], last[order]])

@@ -42,6 +42,20 @@ def query_blocks(tile_start, end_of_first_row, end_of_last_row, block: int) -> B
     return Blocks(first, plain_first, plain_last, last)
 
 
+def order_of_queries(doc_start):
+    """int32 [B * T / TILE]: tiles of queries, b * (T / TILE) + tile, by falling work. doc_start: int32 [B, T]."""
+    B, T = doc_start.shape
+    tile_start = jnp.arange(0, T, TILE, dtype=jnp.int32)
+    return jnp.argsort((doc_start[:, ::TILE] - tile_start).reshape(-1), stable=True).astype(jnp.int32)
+
+
+def order_of_keys(doc_end):
+    """As `order_of_queries` for tiles of keys. doc_end: int32 [B, T]."""
+    B, T = doc_end.shape
+    tile_start = jnp.arange(0, T, TILE, dtype=jnp.int32)
+    return jnp.argsort((tile_start - doc_end[:, TILE - 1 :: TILE]).reshape(-1), stable=True).astype(jnp.int32)
+
+
 def _is_concrete(*values) -> bool:
     return not any(isinstance(value, jax.Array) for value in values)
 
