@@ -25,7 +25,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="eval_vllm.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(
+        prog="eval_vllm.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("model", nargs="?", help="model directory, run directory, or hub id[:subfolder]; bare: runs/latest")
     add("--model", dest="model_flag", help="the same as a flag")
@@ -41,16 +43,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--redo", action="store_true", help="throw away what these tasks have there")
     add("--judge", action="append", default=[], metavar="ROLE=URL#MODEL", help=_judge_help())
     server = parser.add_argument_group("a server instead of vLLM in this process")
-    server.add_argument("--url", help="OpenAI-compatible server to sample from; the model argument only names it")
+    server.add_argument(
+        "--url", help="OpenAI-compatible server to sample from; the model argument only names it"
+    )
     server.add_argument("--url_model", help="model to ask for (default: the only one it serves)")
-    server.add_argument("--reload", type=Path, metavar="DIR", help="first have the vLLM server load these weights")
+    server.add_argument(
+        "--reload", type=Path, metavar="DIR", help="first have the vLLM server load these weights"
+    )
     server.add_argument("--concurrency", type=int, default=64, help="requests at a time")
     engine = parser.add_argument_group("vLLM")
     engine.add_argument("--tp", type=int, default=1, help="GPUs that share the model (tensor parallel)")
     engine.add_argument("--dtype", default="auto", help="bfloat16, float32 or auto (the model's)")
-    engine.add_argument("--max_model_len", type=int, help="context in tokens (default: the model's, at most 32768)")
+    engine.add_argument(
+        "--max_model_len", type=int, help="context in tokens (default: the model's, at most 32768)"
+    )
     engine.add_argument("--gpu_memory", type=float, help="share of GPU memory vLLM takes (default: 0.85)")
-    engine.add_argument("--trust_remote_code", action="store_true", help="run Python code that the model brings")
+    engine.add_argument(
+        "--trust_remote_code", action="store_true", help="run Python code that the model brings"
+    )
     options = parser.parse_args(argv)
     if options.model and options.model_flag:
         raise ConfigError("give the model once: as the first argument or with --model")
@@ -77,11 +87,14 @@ def main() -> int:
             s = task.sampling
             judged = f", judges: {', '.join(task.judges)}" if task.judges else ""
             print(
-                f"{task.name:18} {task.title}: {task.samples} x T {s.temperature:g}, at most {s.max_tokens} tokens, "
+                f"{task.name:18} {task.title}: {task.samples} x T {s.temperature:g}, at most "
+                f"{s.max_tokens} tokens, "
                 f"shows {task.primary}, {task.group}{judged}"
             )
         return 0
-    names = list(TASKS) if options.tasks == "all" else [n.strip() for n in options.tasks.split(",") if n.strip()]
+    names = (
+        list(TASKS) if options.tasks == "all" else [n.strip() for n in options.tasks.split(",") if n.strip()]
+    )
     tasks = [get_task(name) for name in names]
     judges = parse_judges(options.judge)
     code = 0
@@ -128,7 +141,11 @@ def _evaluate(target: Target, tasks: list, options: argparse.Namespace, judges: 
         if options.reload is None:
             digest = f"{engine.model} at {engine.facts['root'] or options.url}"
             return run_tasks(
-                tasks, Model(target.name, target.step, options.url, digest), target.out, run_options, lambda: engine
+                tasks,
+                Model(target.name, target.step, options.url, digest),
+                target.out,
+                run_options,
+                lambda: engine,
             )
         check_model_dir(options.reload, options.trust_remote_code)
         model = Model(target.name, target.step, str(options.reload), model_digest(options.reload))
@@ -139,14 +156,16 @@ def _evaluate(target: Target, tasks: list, options: argparse.Namespace, judges: 
 
         return run_tasks(tasks, model, target.out, run_options, reloaded)
     path = target.path or target.prepare()
-    model = Model(target.name, target.step, str(path), model_digest(path) if (path / "config.json").exists() else None)
+    model = Model(
+        target.name, target.step, str(path), model_digest(path) if (path / "config.json").exists() else None
+    )
 
     def open_engine() -> VllmEngine:
         print(f"loading {path} into vLLM", flush=True)
         return VllmEngine(
             VllmSettings(
-                path, target.out / "vllm.log", options.tp, options.dtype, options.max_model_len, options.gpu_memory,
-                options.seed, options.trust_remote_code,
+                path, target.out / "vllm.log", options.tp, options.dtype, options.max_model_len,
+                options.gpu_memory,                options.seed, options.trust_remote_code,
             )
         )  # fmt: skip
 

@@ -1,7 +1,8 @@
-"""python -m jsft.report WORKDIR... [--out DIR]: evaluations and training of runs as tables, figures and a page.
+"""python -m jsft.report WORKDIR... [--out DIR]: evaluations and training of runs as tables, figures and a
+page.
 
-Writes report.md, report.csv, report.html (one file that needs no other) and each figure as PNG and SVG. Several runs
-are drawn side by side. Default --out: <first workdir>/report.
+Writes report.md, report.csv, report.html (one file that needs no other) and each figure as PNG and SVG.
+Several runs are drawn side by side. Default --out: <first workdir>/report.
 """
 
 import argparse
@@ -19,8 +20,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main() -> int:
-    parser = _Parser(prog="python -m jsft.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workdirs", nargs="*", type=Path, metavar="WORKDIR", help="directories of runs (bare: runs/latest)")
+    parser = _Parser(
+        prog="python -m jsft.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "workdirs", nargs="*", type=Path, metavar="WORKDIR", help="directories of runs (bare: runs/latest)"
+    )
     parser.add_argument("--out", type=Path, help="where the report goes (default: <first WORKDIR>/report)")
     parser.add_argument("--title", help="title of the page")
     options = parser.parse_args(sys.argv[1:])
@@ -57,7 +64,10 @@ def write_report(runs: list[Run], out: Path, title: str | None = None) -> str:
         return [(name, *figures[name]) for name in names if name in figures]
 
     sections = [
-        ("Evaluation", drawn("scores") + ([summary] if summary else []) + paper + drawn("domains", "safety", "lengths")),
+        (
+            "Evaluation",
+            drawn("scores") + ([summary] if summary else []) + paper + drawn("domains", "safety", "lengths"),
+        ),
         ("Training", drawn("training") + ([training] if training else [])),
         ("All numbers", details),
     ]

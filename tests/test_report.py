@@ -18,14 +18,19 @@ from jsft.reporting.figures import all_figures
 from jsft.reporting.known import known_scores
 
 
-def write_result(run: Path, step: int, task: str, mean: float, *, half: float = 0.03, tokens: float = 900.0, **more):
+def write_result(
+    run: Path, step: int, task: str, mean: float, *, half: float = 0.03, tokens: float = 900.0, **more
+):
     kind = TASKS[task]
-    metrics = {m: {"meaning": "", "avg": {"mean": mean, "ci95": [mean - half, mean + half]}} for m in kind.metrics}
+    metrics = {
+        m: {"meaning": "", "avg": {"mean": mean, "ci95": [mean - half, mean + half]}} for m in kind.metrics
+    }
     results = {
         "state": "done", "task": task, "title": kind.title, "group": kind.group, "primary": kind.primary,
         "share": kind.share, "lower_is_better": kind.lower_is_better, "score": metrics[kind.primary]["avg"],
         "metrics": metrics, "problems": 100, "samples_per_problem": kind.samples,
-        "response": {"tokens": {"mean": tokens, "ci95": None}, "share_cut": 0.1, "share_without_think_end": 0.25},
+        "response": {"tokens": {"mean": tokens, "ci95": None}, "share_cut": 0.1,
+        "share_without_think_end": 0.25},
     } | more  # fmt: skip
     folder = run / "eval" / f"step_{step}" / task
     folder.mkdir(parents=True)
@@ -43,7 +48,9 @@ def write_run(path: Path, name: str, curves: dict[str, dict[int, float]], steps:
         for n in range(1, steps + 1)
     ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (path / "heldout.jsonl").write_text('{"step": 0, "heldout/loss": 2.1}\n{"step": 50, "heldout/loss": 1.2}\n')
+    (path / "heldout.jsonl").write_text(
+        '{"step": 0, "heldout/loss": 2.1}\n{"step": 50, "heldout/loss": 1.2}\n'
+    )
     return path
 
 
@@ -62,7 +69,12 @@ def run(tmp_path) -> Path:
 
 def test_dip_and_recovery(run):
     curves = read_run(run).curves
-    assert list(curves) == ["math500", "gpqa_diamond", "alpacaeval", "hexphi"]  # in the order of the paper's tables
+    assert list(curves) == [
+        "math500",
+        "gpqa_diamond",
+        "alpacaeval",
+        "hexphi",
+    ]  # in the order of the paper's tables
     dip = curves["math500"].dip()
     assert (dip.deepest.step, dip.end.step) == (20, 80)  # 69.0 at step 40 is still below 70.0
     assert curves["gpqa_diamond"].dip().end is None
@@ -79,7 +91,14 @@ def test_tables_name_the_papers_numbers(run):
     assert rows["20"] == ["62.0 [59.0, 65.0]", "62.9", "-0.9"]
     assert rows["320"] == ["–", "86.3", "–"]
     summary = {row[1]: row for row in tables.summary_table([found]).rows}
-    assert summary["MATH500"][3:] == ["70.0", "62.0 @ 20", "80", "86.0 @ 640", "86.0 [83.0, 89.0] @ 640", "86.2"]
+    assert summary["MATH500"][3:] == [
+        "70.0",
+        "62.0 @ 20",
+        "80",
+        "86.0 @ 640",
+        "86.0 [83.0, 89.0] @ 640",
+        "86.2",
+    ]
     assert summary["HEx-PHI"][6] == "5.0 @ 640"  # best is lowest
     assert summary["GPQA-Diamond"][5] == "not yet"
     training = tables.training_table([found]).rows[0]
@@ -101,7 +120,11 @@ def test_report_is_written_whole(run, tmp_path, monkeypatch, capsys):
     assert report.main() == 0
     out = tmp_path / "out"
     names = ["scores", "domains", "safety", "lengths", "training"]
-    expected = {f"{n}.{s}" for n in names for s in ("png", "svg")} | {"report.md", "report.csv", "report.html"}
+    expected = {f"{n}.{s}" for n in names for s in ("png", "svg")} | {
+        "report.md",
+        "report.csv",
+        "report.html",
+    }
     assert {p.name for p in out.iterdir()} == expected
     rows = list(csv.DictReader((out / "report.csv").open()))
     row = next(r for r in rows if r["task"] == "math500" and r["step"] == "20" and r["metric"] == "reference")
@@ -171,12 +194,16 @@ def test_page_in_a_browser(run, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
     look = (
-        "<script>onload=()=>{let i=[...document.images];document.title='shown '+i.filter(x=>x.naturalWidth>100).length"
-        "+' of '+i.length+', fetched '+performance.getEntriesByType('resource').filter(r=>!r.name.startsWith('data:'))"
+        "<script>onload=()=>{let i=[...document.images];document.title='shown "
+        "'+i.filter(x=>x.naturalWidth>100).length"
+        "+' of '+i.length+', fetched "
+        "'+performance.getEntriesByType('resource').filter(r=>!r.name.startsWith('data:'))"
         ".length+', table '+(document.querySelector('table').offsetWidth>300)}</script></body>"
     )
     probe = tmp_path / "out" / "probe.html"
-    probe.write_text(page.replace("default-src 'none'", "default-src 'unsafe-inline'").replace("</body>", look))
+    probe.write_text(
+        page.replace("default-src 'none'", "default-src 'unsafe-inline'").replace("</body>", look)
+    )
     command = [
         browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=3000",

@@ -11,8 +11,8 @@ _WRAPPED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf)\s*\{\s*([^{}]*?)\
 def boxed(text: str) -> list[str]:
     r"""The contents of all outermost `\boxed{...}` in order; a box that never closes is none.
 
-    Braces nest; `\{` and `\}` are LaTeX's printed braces and do not count. `\boxed5` holds one character. One pass,
-    however the braces are nested.
+    Braces nest; `\{` and `\}` are LaTeX's printed braces and do not count. `\boxed5` holds one character. One
+    pass, however the braces are nested.
     """
     found: list[tuple[int, int]] = []  # closed boxes, inner ones first
     opened: list[int] = []  # where the content of each open box starts; -1 for other braces
@@ -48,7 +48,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def choice(text: str | None, letters: str) -> str | None:
-    r"""The letter that an answer such as 'C', '(C)', '\text{C}' or 'C. 42 m' names, if it is one of `letters`."""
+    r"""The letter that an answer such as 'C', '(C)', '\text{C}' or 'C. 42 m' names, if it is in `letters`."""
     if text is None:
         return None
     match = _LETTER_ONLY.match(_WRAPPED.sub(r"\1", text).strip())
@@ -62,7 +62,7 @@ def last_yes_no(text: str) -> str | None:
 
 
 def last_code_block(text: str) -> str | None:
-    """The content of the last fenced code block, of one marked as Python where there is one; None without any."""
+    """The content of the last fenced code block, of one marked as Python if there is one; or None."""
     blocks = re.findall(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)```", text, re.S)
     marked = [code for language, code in blocks if language.lower() in ("python", "python3", "py")]
     if marked:

@@ -67,7 +67,9 @@ def check_row(task: str, index: int, row: dict[str, Any], columns: tuple[str, ..
     """Raises DataError where a column is missing or empty."""
     for column in columns:
         if row.get(column) in (None, ""):
-            raise DataError(f"{task}: row {index} has no '{column}' (its columns: {', '.join(row) or 'none'})")
+            raise DataError(
+                f"{task}: row {index} has no '{column}' (its columns: {', '.join(row) or 'none'})"
+            )
 
 
 def load_rows(name: str, source: Source, data_dir: Path | None) -> list[dict[str, Any]]:
@@ -75,7 +77,8 @@ def load_rows(name: str, source: Source, data_dir: Path | None) -> list[dict[str
     path = find_file(data_dir, name)
     if path is not None:
         return read_rows(path)
-    wanted = f"{data_dir or '<data_dir>'}/{name}.jsonl (or .json, .csv, .parquet) with columns {', '.join(source.columns)}"
+    columns = ", ".join(source.columns)
+    wanted = f"{data_dir or '<data_dir>'}/{name}.jsonl (or .json, .csv, .parquet) with columns {columns}"
     if source.hub is None:
         raise DataError(f"{name}: no data; put {wanted} there")
     try:
@@ -85,7 +88,8 @@ def load_rows(name: str, source: Source, data_dir: Path | None) -> list[dict[str
     except Exception as error:  # the hub's client raises many kinds: no network, gated, not found
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(
-            f"{name}: no {name}.* in --data_dir and the hub's data set {source.hub} cannot be had ({reason}); "
+            f"{name}: no {name}.* in --data_dir and the hub's data set {source.hub} cannot be had "
+            f"({reason}); "
             f"get it from there and put it as {wanted}"
         ) from error
 

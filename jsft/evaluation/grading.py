@@ -1,6 +1,7 @@
 """Grading in worker processes, each response under a hard time limit.
 
-Signals cannot stop a computer-algebra library stuck in C code, so a worker that is too slow is killed and replaced.
+Signals cannot stop a computer-algebra library stuck in C code, so a worker that is too slow is killed and
+replaced.
 """
 
 import json
@@ -41,7 +42,7 @@ class GradingPool:
     def grade(
         self, items: Iterable[tuple[dict[str, Any], str]], done: Callable[[], None] = lambda: None
     ) -> list[Grade]:
-        """Grades (gold, response) pairs in order. Too slow, or a grader that fails: all scores 0, with a note."""
+        """Grades (gold, response) pairs in order. Too slow, or a failing grader: scores 0 and a note."""
 
         def one(item):
             grade = self._one(*item)

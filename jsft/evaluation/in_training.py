@@ -1,8 +1,9 @@
 """Evaluation beside a training run: steps are sampled in the background while training goes on.
 
-The training loop exports a step (the only time it waits for), hands the directory to `StepEvaluator.start`, and asks
-`poll` at later steps for scores that have come in. Sampling runs in a process of its own: with vLLM in the serving
-environment on devices training does not use, or on a vLLM server named by a URL, which loads each step's weights.
+The training loop exports a step (the only time it waits for), hands the directory to `StepEvaluator.start`,
+and asks `poll` at later steps for scores that have come in. Sampling runs in a process of its own: with vLLM
+in the serving environment on devices training does not use, or on a vLLM server named by a URL, which loads
+each step's weights.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclasses.dataclass(frozen=True)
 class StepScores:
-    """Scores of one step: `<task>/<metric>` -> value, and what went wrong (one line each), if anything did."""
+    """Scores of one step: `<task>/<metric>` -> value, and what went wrong, one line each."""
 
     step: int
     scores: dict[str, float]
@@ -31,15 +32,19 @@ class StepEvaluator:
     """Evaluates exported steps of one run, one after another, in the background.
 
     Args:
-      workdir: the run's directory; results go to `eval/step_<N>/<task>/`, the output to `eval/step_<N>/evaluate.log`.
+      workdir: the run's directory; results go to `eval/step_<N>/<task>/`, the output to
+      `eval/step_<N>/evaluate.log`.
       tasks: names of benchmarks.
-      url: a vLLM server with VLLM_SERVER_DEV_MODE=1 that sees `workdir`; None: vLLM in the serving environment.
+      url: a vLLM server with VLLM_SERVER_DEV_MODE=1 that sees `workdir`; None: vLLM in the serving
+      environment.
       options: further arguments of `jsft.evaluate`, e.g. ("--limit", "64", "--data_dir", "data").
 
     Raises ConfigError when neither a URL is given nor the serving environment is there.
     """
 
-    def __init__(self, workdir: Path, tasks: list[str], *, url: str | None = None, options: tuple[str, ...] = ()):
+    def __init__(
+        self, workdir: Path, tasks: list[str], *, url: str | None = None, options: tuple[str, ...] = ()
+    ):
         self.workdir, self.tasks, self.url, self.options = Path(workdir), list(tasks), url, options
         serving = Path(os.environ.get("JSFT_SERVE_VENV", ROOT / ".venv-serve")) / "bin" / "python"
         if serving.exists():
@@ -47,7 +52,9 @@ class StepEvaluator:
         elif url:
             self._python = sys.executable  # sampling is the server's work, grading is done here
         else:
-            raise ConfigError(f"evaluating during training needs the serving environment ({serving}) or a URL of vLLM")
+            raise ConfigError(
+                f"evaluating during training needs the serving environment ({serving}) or a URL of vLLM"
+            )
         self._waiting: deque[tuple[int, Path]] = deque()
         self._running: tuple[int, subprocess.Popen] | None = None
 
@@ -99,7 +106,16 @@ class StepEvaluator:
             return
         step, model_dir = self._waiting.popleft()
         out = self.workdir / "eval"
-        command = [self._python, "-m", "jsft.evaluate", "--tasks", ",".join(self.tasks), "--out", str(out), *self.options]
+        command = [
+            self._python,
+            "-m",
+            "jsft.evaluate",
+            "--tasks",
+            ",".join(self.tasks),
+            "--out",
+            str(out),
+            *self.options,
+        ]
         command += ["--url", self.url, "--reload", str(model_dir)] if self.url else [str(model_dir)]
         (out / f"step_{step}").mkdir(parents=True, exist_ok=True)
         # The training process's settings of JAX and XLA are not meant for vLLM.
@@ -118,9 +134,15 @@ class StepEvaluator:
         scores: dict[str, float] = {}
         problems = []
         if process.returncode:
-            lines = [line for line in (folder / "evaluate.log").read_text(errors="replace").splitlines() if line.strip()]
+            lines = [
+                line
+                for line in (folder / "evaluate.log").read_text(errors="replace").splitlines()
+                if line.strip()
+            ]
             errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-            problems = errors or [f"evaluation of step {step} ended with code {process.returncode}: {lines[-1:]}"]
+            problems = errors or [
+                f"evaluation of step {step} ended with code {process.returncode}: {lines[-1:]}"
+            ]
         for task in self.tasks:
             try:
                 results = json.loads((folder / task / "results.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Judges: models that grade what no rule can, asked over an OpenAI-compatible URL (`--judge ROLE=URL#MODEL`)."""
+"""Judges: models that grade what no rule can, asked over an OpenAI-compatible URL (`--judge`)."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,11 @@ ROLES = {
     "safety": ("a capable chat model; the reference's is gpt-4.1", "https://api.openai.com/v1", "gpt-4.1"),
     "truth": ("allenai/truthfulqa-truth-judge-llama2-7B, served by vLLM", None, None),
     "info": ("allenai/truthfulqa-info-judge-llama2-7B, served by vLLM", None, None),
-    "reward": ("allenai/Llama-3.1-8B-Instruct-RM-RB2: a directory, a hub id, or a URL of vLLM serving it", None, None),
+    "reward": (
+        "allenai/Llama-3.1-8B-Instruct-RM-RB2: a directory, a hub id, or a URL of vLLM serving it",
+        None,
+        None,
+    ),
 }
 
 
@@ -29,7 +33,9 @@ def parse_judges(arguments: list[str], timeout: float = 120.0) -> dict[str, Any]
         if where == "default":
             _, where, model = ROLES[role]
             if where is None:
-                raise ConfigError(f"--judge {role}=default: there is no public server; serve {ROLES[role][0]}")
+                raise ConfigError(
+                    f"--judge {role}=default: there is no public server; serve {ROLES[role][0]}"
+                )
         else:
             where, _, model = where.partition("#")
         judges[role] = Judge(role, where, model or None, timeout=timeout)
@@ -57,7 +63,9 @@ class Judge:
     def check(self) -> None:
         """Raises ConfigError when it plainly cannot be asked: a public server without a key."""
         if self.url.startswith("https://api.openai.com") and not api_key(self.role):
-            raise ConfigError(f"judge '{self.role}' at {self.url} needs a key: set JSFT_KEY_{self.role.upper()}")
+            raise ConfigError(
+                f"judge '{self.role}' at {self.url} needs a key: set JSFT_KEY_{self.role.upper()}"
+            )
 
     def close(self) -> None:
         """Nothing to close; a reward model in a child process has."""
@@ -67,7 +75,9 @@ class Judge:
             served = self._client.models()
             if len(served) != 1:
                 names = ", ".join(m["id"] for m in served) or "nothing"
-                raise ConfigError(f"judge '{self.role}' at {self.url} serves {names}; name one: {self.role}=URL#MODEL")
+                raise ConfigError(
+                    f"judge '{self.role}' at {self.url} serves {names}; name one: {self.role}=URL#MODEL"
+                )
             self.model = served[0]["id"]
         return self.model
 
@@ -77,7 +87,7 @@ class Judge:
         return message_text(self._client.post("chat/completions", {"model": self._model(), **body}))
 
     def complete(self, prompt: str, max_tokens: int, prompt_tokens: int | None = None) -> str:
-        """Continuation of plain text, temperature 0; of a long prompt only the last `prompt_tokens` (vLLM)."""
+        """Continuation of plain text, temperature 0; of the prompt only its last `prompt_tokens` (vLLM)."""
         body: dict[str, Any] = {"prompt": prompt, "temperature": 0, "max_tokens": max_tokens}
         if prompt_tokens:
             body["truncate_prompt_tokens"] = prompt_tokens
@@ -96,4 +106,6 @@ class Judge:
                 data = data[-1]
             return float(data)
         except (KeyError, IndexError, TypeError, ValueError):
-            raise ConfigError(f"judge 'reward' at {self.url} gave no score; is {self.model} a reward model?") from None
+            raise ConfigError(
+                f"judge 'reward' at {self.url} gave no score; is {self.model} a reward model?"
+            ) from None

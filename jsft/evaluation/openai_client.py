@@ -1,7 +1,7 @@
 """A client for OpenAI-compatible servers: bounded retries, time limits, one-line errors.
 
-`busy` (429) and server errors (5xx), time-outs and broken connections are tried again with growing pauses (or the
-server's Retry-After); everything else is an error at once.
+`busy` (429) and server errors (5xx), time-outs and broken connections are tried again with growing pauses (or
+the server's Retry-After); everything else is an error at once.
 """
 
 import http.client
@@ -35,7 +35,10 @@ class OpenAIClient:
             self.url += "/v1"
         self.pause = pause
         self.timeout = timeout
-        self._headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        self._headers = {
+            "Content-Type": "application/json",
+            **({"Authorization": f"Bearer {key}"} if key else {}),
+        }
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Posts JSON to /v1/<path>. Raises ServerError after the last attempt."""
@@ -110,7 +113,7 @@ def api_key(role: str | None = None) -> str | None:
 
 
 def message_text(answer: dict[str, Any]) -> str:
-    """Text of the first choice of a chat completion; thinking that the server split off is put back in front."""
+    """Text of the first choice of a chat completion; thinking split off by the server is put back."""
     try:
         message = answer["choices"][0]["message"]
         text = message.get("content") or ""

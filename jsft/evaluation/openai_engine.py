@@ -19,8 +19,10 @@ class OpenAIEngine:
 
     kind = "url"
 
-    def __init__(self, url: str, model: str | None = None, *, concurrency: int = 64, timeout: float = 3600.0, pause=1.0):
-        """`model`: as the server names it; by default the only one it serves. Raises ModelError or ServerError."""
+    def __init__(
+        self, url: str, model: str | None = None, *, concurrency: int = 64, timeout: float = 3600.0, pause=1.0
+    ):
+        """`model`: as the server names it; default: the only one. Raises ModelError or ServerError."""
         self._client = OpenAIClient(url, key=api_key(), timeout=timeout, pause=pause)
         served = self._client.models()
         names = [m["id"] for m in served]
@@ -37,8 +39,10 @@ class OpenAIEngine:
             "root": entry.get("root"), "version": None,
         }  # fmt: skip
 
-    def sample(self, requests: list[Request], progress: Callable[[int], None] | None = None) -> Iterator[Completion]:
-        """Yields one completion per request in the order they finish; `progress(n)` is told of n new tokens."""
+    def sample(
+        self, requests: list[Request], progress: Callable[[int], None] | None = None
+    ) -> Iterator[Completion]:
+        """Yields one completion per request as they finish; `progress(n)` is told of n new tokens."""
         waiting = iter(requests)
         lock = threading.Lock()
         finished: queue.Queue[Completion | Exception] = queue.Queue()
@@ -70,7 +74,8 @@ class OpenAIEngine:
             stop.set()
 
     def reload(self, path: Path) -> None:
-        """Makes a vLLM server in development mode load the weights of another directory of the same architecture.
+        """Makes a vLLM server in development mode load the weights of another directory of the same
+        architecture.
 
         The server must see the same file system. Raises ModelError when it refuses, or would do it wrongly.
         """
@@ -79,12 +84,15 @@ class OpenAIEngine:
             on_cpu = "device_config=cpu" in str(self._client.get_root("server_info").get("vllm_config"))
             if on_cpu and json.loads((path / "config.json").read_text()).get("tie_word_embeddings"):
                 # Seen with 0.32: it keeps the old output layer, without an error.
-                raise ModelError(f"vLLM's CPU build cannot reload {path}: its embeddings are tied; evaluate without --url")
+                raise ModelError(
+                    f"vLLM's CPU build cannot reload {path}: its embeddings are tied; evaluate without --url"
+                )
             self._client.post_root("collective_rpc", command)
             self._client.post_root("reset_prefix_cache", {})  # it holds the old weights' keys and values
         except ServerError as error:
             raise ModelError(
-                f"the server did not load {path} ({error}); it must be vLLM, started with VLLM_SERVER_DEV_MODE=1, see "
+                f"the server did not load {path} ({error}); it must be vLLM, started with "
+                "VLLM_SERVER_DEV_MODE=1, see "
                 "the same directory and hold a model of this architecture"
             ) from error
         self.facts["root"] = str(path)
@@ -108,7 +116,8 @@ class OpenAIEngine:
             "top_p": sampling.top_p,
             "seed": request.seed,
         }
-        # Without max_tokens a server gives what its context leaves, which is what is meant where the limit is longer.
+        # Without max_tokens a server gives what its context leaves, which is what is meant where
+        # the limit is longer.
         # A token is at least a byte, so this never asks for more than there is.
         prompt = sum(len(m["content"].encode()) for m in request.messages) + TEMPLATE_TOKENS
         if self.context is None or prompt + sampling.max_tokens <= self.context:
@@ -123,7 +132,9 @@ class OpenAIEngine:
         try:
             answer = self._client.post("chat/completions", body)
         except ServerError as error:
-            if "HTTP 400" in str(error) or "HTTP 413" in str(error):  # this request is at fault, not the server
+            if "HTTP 400" in str(error) or "HTTP 413" in str(
+                error
+            ):  # this request is at fault, not the server
                 return Completion(*name, error=str(error))
             raise
         text = message_text(answer)

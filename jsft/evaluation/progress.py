@@ -4,7 +4,14 @@ import sys
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 LOG_SECONDS = 30.0
 
@@ -20,7 +27,8 @@ class SampleProgress:
         self._bar = None
         if console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
                 TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
             )  # fmt: skip
             self._id = self._bar.add_task(title, total=total, rate="")
@@ -55,6 +63,7 @@ class SampleProgress:
             self._printed = time.monotonic()
             left = self.seconds / self.done * (self.total - self.done) if self.done else float("nan")
             print(
-                f"{self.title}: {self.done}/{self.total} {self.unit}, {rate or 'no tokens yet'}, {left:.0f} s left",
+                f"{self.title}: {self.done}/{self.total} {self.unit}, {rate or 'no tokens yet'}, "
+                f"{left:.0f} s left",
                 file=sys.stderr, flush=True,
             )  # fmt: skip

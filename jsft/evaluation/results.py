@@ -8,8 +8,10 @@ from jsft.evaluation import statistics, thinking
 from jsft.evaluation.tasks.base import Problem, Task
 
 
-def summarise(task: Task, problems: list[Problem], samples: dict[tuple[str, int], dict[str, Any]], k: int) -> dict[str, Any]:
-    """Every metric with its interval, the lengths, and the breakdown. `samples` carry `scores` and `answer`."""
+def summarise(
+    task: Task, problems: list[Problem], samples: dict[tuple[str, int], dict[str, Any]], k: int
+) -> dict[str, Any]:
+    """Every metric with its interval, lengths, breakdown. `samples` carry `scores` and `answer`."""
     rows = [[samples[p.id, j] for j in range(k)] for p in problems]
     metrics: dict[str, Any] = {}
     for name, meaning in task.metrics.items():
@@ -70,6 +72,8 @@ def _response(rows: list[list[dict[str, Any]]]) -> dict[str, Any]:
         "tokens_total": int(lengths.sum()),
         "share_cut": share(lambda s: s["finish"] == "length"),
         "share_without_think_end": share(lambda s: thinking.CLOSE not in s["response"]),
-        "share_unclosed_think": share(lambda s: thinking.OPEN in s["response"] and thinking.CLOSE not in s["response"]),
+        "share_unclosed_think": share(
+            lambda s: thinking.OPEN in s["response"] and thinking.CLOSE not in s["response"]
+        ),
         "share_empty": share(lambda s: not s["response"].strip()),
     }

@@ -1,4 +1,5 @@
-"""A reward model from a directory or the hub, in a child process with transformers: one raw score a conversation.
+"""A reward model from a directory or the hub, in a child process with transformers: one raw score a
+conversation.
 
 Runs after sampling, when vLLM has given the device back.
 """
@@ -30,14 +31,16 @@ class LocalReward:
             raise ModelError(f"judge 'reward': {self.name} has no config.json")
 
     def reward(self, messages: list[dict[str, str]]) -> float:
-        """Raw score of a conversation. Raises ModelError with the child's reason. Loads the model when first asked."""
+        """Raw score of a conversation. Loads the model when first asked. Raises ModelError."""
         with self._lock:
             if self._process is None:
                 self._start()
             try:
                 answer = self._ask({"messages": messages})
             except (BrokenPipeError, ValueError):
-                raise ModelError(f"the reward model {self.name} ended unexpectedly (out of memory?)") from None
+                raise ModelError(
+                    f"the reward model {self.name} ended unexpectedly (out of memory?)"
+                ) from None
         return float(answer["score"])
 
     def close(self) -> None:
@@ -78,7 +81,9 @@ def _serve(name: str) -> None:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.bfloat16).to(device).eval()
+        model = (
+            AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.bfloat16).to(device).eval()
+        )
         if model.config.num_labels != 1:
             raise ValueError(f"it has {model.config.num_labels} outputs, a reward model has one")
     except Exception as error:

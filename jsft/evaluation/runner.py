@@ -1,4 +1,5 @@
-"""Runs tasks on one model: what is missing is sampled in one stream over all tasks, then graded, judged, summed up.
+"""Runs tasks on one model: what is missing is sampled in one stream over all tasks, then graded, judged,
+summed up.
 
 A task that cannot run (no data, no judge, prompts too long) fails with one line and the others go on.
 """
@@ -170,7 +171,9 @@ class _TaskRun:
     def finish(self, engine: dict[str, Any]) -> dict[str, Any]:
         """Grades, asks the judges, writes samples and results; returns the results."""
         if self.errors:
-            raise DataError(f"{self.task.name}: {len(self.errors)} samples could not be drawn: {self.errors[0]}")
+            raise DataError(
+                f"{self.task.name}: {len(self.errors)} samples could not be drawn: {self.errors[0]}"
+            )
         samples = self.folder.samples
         keys = [(p.id, j) for p in self.problems for j in range(self.samples)]
         gold = {p.id: p.gold for p in self.problems}
@@ -205,7 +208,7 @@ class _TaskRun:
         return self.folder.results
 
     def _judged(self, keys: list[tuple[str, int]], gold: dict[str, Any]) -> list[Grade]:
-        """Asks the judges, several at a time. Each verdict is kept as it comes: another try asks for the rest only."""
+        """Asks the judges, several at a time. Each verdict is kept: the next try asks for the rest."""
         names = {role: self.options.judges[role].name for role in self.task.judges}
 
         def known(key: tuple[str, int]) -> dict[str, Any] | None:
@@ -225,7 +228,12 @@ class _TaskRun:
             try:
                 for future in as_completed(futures):
                     key, grade = future.result()
-                    verdict = {"judges": names, "scores": grade.scores, "answer": grade.answer, "note": grade.note}
+                    verdict = {
+                        "judges": names,
+                        "scores": grade.scores,
+                        "answer": grade.answer,
+                        "note": grade.note,
+                    }
                     self.folder.add({"problem": key[0], "sample": key[1], "verdict": verdict})
                     progress.add_sample()
             except BaseException:

@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How responses are sampled. `max_tokens` counts generated tokens; the model's context cuts it further."""
+    """How responses are sampled. `max_tokens` counts generated tokens; the context may cut it."""
 
     temperature: float = 0.6
     top_p: float = 1.0
@@ -37,8 +37,8 @@ class Request:
 class Completion:
     """The answer to a request: the text, its length in tokens, and why it ended ('stop' or 'length').
 
-    `error` holds the reason of a request the model could not take (a prompt longer than its context); then there
-    is no text.
+    `error` holds the reason of a request the model could not take (a prompt longer than its context); then
+    there is no text.
     """
 
     task: str
@@ -51,6 +51,6 @@ class Completion:
 
 
 def sample_seed(seed: int, task: str, problem: str, sample: int) -> int:
-    """Seed of one sample: a function of its name only, so that an interrupted run goes on with the same draws."""
+    """Seed of one sample: a function of its name only, so an interrupted run goes on with the same draws."""
     name = f"{seed}/{task}/{problem}/{sample}".encode()
     return int.from_bytes(hashlib.sha256(name).digest()[:4], "little") >> 1

@@ -1,8 +1,10 @@
-"""Runs code that a model wrote: in a process of its own, without network, files, or more memory and time than given.
+"""Runs code that a model wrote: in a process of its own, without network, files, or more memory and time than
+given.
 
-`sandbox_launcher` (a script of the standard library only) builds the room: its own user, mount, process, network and
-IPC namespaces, a root directory that holds nothing but read-only system libraries and Python, a small writable /room,
-resource limits, another user id, no capabilities. Where the kernel allows no user namespaces, `why_not` says so.
+`sandbox_launcher` (a script of the standard library only) builds the room: its own user, mount, process,
+network and IPC namespaces, a root directory that holds nothing but read-only system libraries and Python, a
+small writable /room, resource limits, another user id, no capabilities. Where the kernel allows no user
+namespaces, `why_not` says so.
 """
 
 import dataclasses
@@ -44,7 +46,9 @@ class Finished:
 
 def run(source: str, stdin: bytes = b"", limits: Limits = Limits()) -> Finished:  # noqa: B008 (frozen)
     """Runs Python `source` with `stdin` and waits for its end or its limits."""
-    job = json.dumps({"source": source, "prefixes": _prefixes(), "python": sys.executable, **dataclasses.asdict(limits)})
+    job = json.dumps(
+        {"source": source, "prefixes": _prefixes(), "python": sys.executable, **dataclasses.asdict(limits)}
+    )
     started = time.monotonic()
     reader, writer = os.pipe()
     process = subprocess.Popen(
@@ -54,7 +58,9 @@ def run(source: str, stdin: bytes = b"", limits: Limits = Limits()) -> Finished:
     )  # fmt: skip
     os.close(reader)
     try:
-        state, out, errors = _converse(process, {process.stdin.fileno(): stdin, writer: job.encode()}, started + limits.seconds)
+        state, out, errors = _converse(
+            process, {process.stdin.fileno(): stdin, writer: job.encode()}, started + limits.seconds
+        )
     finally:
         try:
             os.killpg(process.pid, signal.SIGKILL)
@@ -66,7 +72,9 @@ def run(source: str, stdin: bytes = b"", limits: Limits = Limits()) -> Finished:
     text = errors.decode("utf-8", "replace")[-4000:]
     if state == "ended":
         state = "ok" if code == 0 else "broken" if code == 125 else "failed"
-    return Finished(state, code if state in ("ok", "failed") else None, bytes(out), text, time.monotonic() - started)
+    return Finished(
+        state, code if state in ("ok", "failed") else None, bytes(out), text, time.monotonic() - started
+    )
 
 
 @functools.cache
@@ -87,8 +95,10 @@ def _prefixes() -> list[str]:
     return sorted(found)
 
 
-def _converse(process: subprocess.Popen, inputs: dict[int, bytes], end: float) -> tuple[str, bytearray, bytearray]:
-    """Feeds the inputs and collects the outputs until both are closed, the time is over, or too much was printed."""
+def _converse(
+    process: subprocess.Popen, inputs: dict[int, bytes], end: float
+) -> tuple[str, bytearray, bytearray]:
+    """Feeds the inputs and collects the outputs until they close, time is over, or too much is printed."""
     out, errors = bytearray(), bytearray()
     left = {fd: memoryview(data) for fd, data in inputs.items()}
     keep = process.stdin.fileno()

@@ -1,7 +1,9 @@
-"""Builds a locked room and becomes the program in it. Run by `sandbox.run`; standard library only, no imports of ours.
+"""Builds a locked room and becomes the program in it. Run by `sandbox.run`; standard library only, no imports
+of ours.
 
-Argument: a file descriptor to read the job from (JSON: source, python, prefixes, limits). Exit code 125: the room
-could not be built, stderr says why. Everything else is the program's own exit code (or 128 + its signal).
+Argument: a file descriptor to read the job from (JSON: source, python, prefixes, limits). Exit code 125: the
+room could not be built, stderr says why. Everything else is the program's own exit code (or 128 + its
+signal).
 """
 
 import ctypes
@@ -34,7 +36,10 @@ def check(result: int, what: str) -> None:
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
     encode = lambda text: text.encode() if text is not None else None  # noqa: E731
-    check(libc.mount(encode(source), encode(target), encode(kind), ctypes.c_ulong(flags), encode(data)), f"mount {target}")
+    check(
+        libc.mount(encode(source), encode(target), encode(kind), ctypes.c_ulong(flags), encode(data)),
+        f"mount {target}",
+    )
 
 
 class MountAttributes(ctypes.Structure):
@@ -83,7 +88,12 @@ def build_room(job: dict) -> None:
         os.symlink("/room", ROOM + "/tmp")
     with open(ROOM + "/room/program.py", "w", encoding="utf-8") as stream:
         stream.write(job["source"])
-    check(libc.mount(None, ROOM.encode(), None, ctypes.c_ulong(32 | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV), None), "ro")
+    check(
+        libc.mount(
+            None, ROOM.encode(), None, ctypes.c_ulong(32 | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV), None
+        ),
+        "ro",
+    )
     os.chdir(ROOM)
     check(libc.syscall(PIVOT_ROOT, b".", b"."), "pivot_root")  # the old root lies over the new one ...
     check(libc.umount2(b".", 2), "umount")  # ... until it is taken away
@@ -126,10 +136,13 @@ def inside(job: dict) -> None:
 
 
 def builder(job: dict, ready: int, mapped: int) -> None:
-    """Enters new namespaces, waits for its user map, starts the first process of the room, ends as it ends."""
+    """Enters new namespaces, waits for its user map, starts the room's first process, ends with it."""
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     try:
-        check(libc.unshare(NEWUSER | NEWNS | NEWPID | NEWNET | NEWIPC | NEWUTS), "user namespaces are not allowed")
+        check(
+            libc.unshare(NEWUSER | NEWNS | NEWPID | NEWNET | NEWIPC | NEWUTS),
+            "user namespaces are not allowed",
+        )
     except OSError as error:
         print(f"the sandbox could not be built: {error.strerror}", file=sys.stderr, flush=True)
         os._exit(125)
@@ -151,7 +164,8 @@ def main() -> None:
     with os.fdopen(int(sys.argv[1])) as stream:
         job = json.load(stream)
     root = os.geteuid() == 0
-    # As root, the program gets another user id (limits on processes do not bind root); a user stays who he is.
+    # As root, the program gets another user id (limits on processes do not bind root); a user stays who
+    # he is.
     job["uid"] = NOBODY if root else 0
     ready, told_ready = os.pipe()
     mapped, tell_mapped = os.pipe()

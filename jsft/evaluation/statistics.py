@@ -1,4 +1,4 @@
-"""Numbers of a benchmark: avg@k, pass@k, majority, and their confidence intervals by bootstrap over problems."""
+"""Numbers of a benchmark: avg@k, pass@k, majority, and their intervals by bootstrap over problems."""
 
 import math
 from collections import Counter
@@ -26,7 +26,8 @@ def ratio(sums: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
         return {"mean": mean, "ci95": None}
     shares = sums / np.maximum(counts, 1)
     if shares.max() == shares.min() and shares[0] in (0.0, 1.0):
-        # All alike: a bootstrap would claim certainty. The exact binomial interval (Clopper-Pearson) does not.
+        # All alike: a bootstrap would claim certainty. The exact binomial interval
+        # (Clopper-Pearson) does not.
         edge = ((1 - LEVEL) / 2) ** (1 / len(sums))
         return {"mean": mean, "ci95": [0.0, 1 - edge] if mean == 0 else [edge, 1.0]}
     rng = np.random.default_rng(0)
@@ -50,7 +51,7 @@ def average(per_problem: Sequence[Sequence[Score]]) -> dict[str, Any]:
 
 
 def pass_at(k: int, per_problem: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """pass@k: the unbiased estimate 1 - C(n-c, k)/C(n, k) of Chen et al. 2021 (arXiv:2107.03374), c of n right."""
+    """pass@k: the unbiased estimate 1 - C(n-c, k)/C(n, k) of Chen et al. 2021 (arXiv:2107.03374)."""
     values = []
     for scores in per_problem:
         n, c = len(scores), sum(s >= 1 for s in scores)
@@ -59,10 +60,12 @@ def pass_at(k: int, per_problem: Sequence[Sequence[float]]) -> dict[str, Any]:
 
 
 def majority(per_problem: Sequence[Sequence[tuple[str | None, float]]]) -> dict[str, Any]:
-    """Majority vote: the score of the most frequent answer (the earliest of equals); no answer at all scores 0."""
+    """Majority vote: the score of the most frequent answer (the earliest of equals); none scores 0."""
     values = []
     for answers in per_problem:
         votes = Counter(answer for answer, _ in answers if answer is not None)
         winner = votes.most_common(1)[0][0] if votes else None
-        values.append(next((score for answer, score in answers if answer is not None and answer == winner), 0.0))
+        values.append(
+            next((score for answer, score in answers if answer is not None and answer == winner), 0.0)
+        )
     return ratio(np.asarray(values, np.float64), np.ones(len(values)))

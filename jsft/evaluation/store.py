@@ -1,8 +1,8 @@
 """A task's folder: `samples.jsonl`, written line by line as samples come, and `results.json`.
 
-While a task runs, `samples.jsonl` is a log: a line per finished sample, later a line per judge's verdict. When it is
-done the file is written once more, sorted and with the grades, and `results.json` says `"state": "done"`. A torn last
-line (the process was killed) is cut off.
+While a task runs, `samples.jsonl` is a log: a line per finished sample, later a line per judge's verdict.
+When it is done the file is written once more, sorted and with the grades, and `results.json` says `"state":
+"done"`. A torn last line (the process was killed) is cut off.
 """
 
 import json
@@ -18,7 +18,7 @@ class TaskFolder:
     """Samples and results of one task on one model."""
 
     def __init__(self, path: Path, settings: dict[str, Any]):
-        """`settings`: everything the samples depend on. A folder with other settings is refused when opened."""
+        """`settings`: everything the samples depend on. Folders with other settings are refused."""
         self.path, self.settings = path, settings
         self.samples: dict[tuple[str, int], dict[str, Any]] = {}
         self._stream = None
@@ -31,10 +31,12 @@ class TaskFolder:
         except OSError:
             return None
         except ValueError as error:
-            raise CheckpointError(f"{self.path}/results.json is not JSON ({error}); remove the folder") from None
+            raise CheckpointError(
+                f"{self.path}/results.json is not JSON ({error}); remove the folder"
+            ) from None
 
     def open(self, redo: bool = False) -> bool:
-        """Reads what is there. Returns whether the task is done already. Raises ConfigError on other settings."""
+        """Reads what is there. Returns whether the task is done. Raises ConfigError on other settings."""
         results = self.results
         if redo and self.path.exists():
             shutil.rmtree(self.path)
@@ -42,12 +44,18 @@ class TaskFolder:
         if results is not None:
             different = [k for k, v in self.settings.items() if results["settings"].get(k) != v]
             if results["state"] != "done":
-                drawn = (self.path / "samples.jsonl").exists() and (self.path / "samples.jsonl").stat().st_size
+                drawn = (self.path / "samples.jsonl").exists() and (
+                    self.path / "samples.jsonl"
+                ).stat().st_size
                 # Samples hold for any judge; where there are none yet, any settings will do.
                 different = [k for k in different if drawn and k != "judges"]
             if different:
-                shown = "; ".join(f"{k}: {results['settings'].get(k)!r} there, {self.settings[k]!r} now" for k in different)
-                raise ConfigError(f"{self.path} holds results of other settings ({shown}); give another --out, or --redo")
+                shown = "; ".join(
+                    f"{k}: {results['settings'].get(k)!r} there, {self.settings[k]!r} now" for k in different
+                )
+                raise ConfigError(
+                    f"{self.path} holds results of other settings ({shown}); give another --out, or --redo"
+                )
             if results["state"] == "done":
                 return True
         try:

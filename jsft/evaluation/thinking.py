@@ -4,7 +4,10 @@ The reference takes what follows the last `</think>`; a response without one is 
 """
 
 OPEN, CLOSE = "<think>", "</think>"
-HOW = "answer = text after the last </think>; without one the whole response, but for strict scores an unclosed <think> has no answer"
+HOW = (
+    "answer = text after the last </think>; without one the whole response, "
+    "but for strict scores an unclosed <think> has no answer"
+)
 
 
 def after_thinking(response: str) -> str:
@@ -13,7 +16,7 @@ def after_thinking(response: str) -> str:
 
 
 def final_answer(response: str) -> str:
-    """The stricter rule: as above, but a thinking part that was opened and never closed leaves no answer ('')."""
+    """The stricter rule: as above, but thinking that is never closed leaves no answer ('')."""
     if CLOSE not in response and OPEN in response:
         return ""
     return after_thinking(response)

@@ -16,7 +16,9 @@ from jsft.errors import JsftError, ModelError, OutOfMemoryError
 from jsft.evaluation.sampling import Completion, Request
 
 _ERROR = re.compile(r"\b((?:\w+\.)*\w*(?:Error|Exception)): (.+)")
-_MEMORY = re.compile(r"out of memory|no available memory|kv cache.*(?:larger|needed)|free memory on device", re.I)
+_MEMORY = re.compile(
+    r"out of memory|no available memory|kv cache.*(?:larger|needed)|free memory on device", re.I
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +41,21 @@ class VllmEngine:
     kind = "vllm"
 
     def __init__(self, settings: VllmSettings):
-        """Starts vLLM; returns when the model is loaded. Raises ModelError or OutOfMemoryError with vLLM's reason."""
+        """Starts vLLM; returns when the model is loaded. Raises ModelError or OutOfMemoryError."""
         self.settings = settings
         context = check_model_dir(settings.model, settings.trust_remote_code)
         length = settings.max_model_len
         if length and context and length > context:
             raise ModelError(
-                f"--max_model_len {length} is longer than the context of {settings.model}, {context} positions"
+                f"--max_model_len {length} is longer than the context of {settings.model}, {context} "
+                "positions"
             )
         settings.log.parent.mkdir(parents=True, exist_ok=True)
         with settings.log.open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "jsft.evaluation.vllm_worker"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment(settings),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                env=_environment(settings),
                 start_new_session=True,  # Ctrl-C reaches the parent only, which then ends this group
             )  # fmt: skip
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
@@ -69,8 +73,10 @@ class VllmEngine:
             raise self._refusal((first or {}).get("error"))
         self.facts: dict[str, Any] = {"kind": self.kind, "tp": settings.tp, **first["ready"]}
 
-    def sample(self, requests: list[Request], progress: Callable[[int], None] | None = None) -> Iterator[Completion]:
-        """Yields one completion per request in the order they finish; `progress(n)` is told of n new tokens."""
+    def sample(
+        self, requests: list[Request], progress: Callable[[int], None] | None = None
+    ) -> Iterator[Completion]:
+        """Yields one completion per request as they finish; `progress(n)` is told of n new tokens."""
         for request in requests:
             self._write(
                 {"messages": request.messages, "sampling": request.sampling.to_json(), "seed": request.seed}
@@ -135,7 +141,8 @@ class VllmEngine:
         reason = " ".join(str(reason).split())[:500]
         if _MEMORY.search(reason) or self._process.poll() == -9:
             return OutOfMemoryError(
-                f"vLLM has too little memory for {self.settings.model} with --tp {self.settings.tp} ({reason}); raise "
+                f"vLLM has too little memory for {self.settings.model} with --tp {self.settings.tp} "
+                f"({reason}); raise "
                 f"--tp or --gpu_memory, or lower --max_model_len; its log: {log}"
             )
         verb = "failed while sampling from" if hasattr(self, "facts") else "refused"
@@ -143,7 +150,7 @@ class VllmEngine:
 
 
 def check_model_dir(path: Path, trust_remote_code: bool) -> int | None:
-    """Checks that a model directory is whole. Returns its context length in tokens, where its config says one."""
+    """Checks that a model directory is whole. Returns its context in tokens, if its config says."""
     if not path.is_dir():
         raise ModelError(f"model directory {path} does not exist")
     try:
@@ -157,7 +164,9 @@ def check_model_dir(path: Path, trust_remote_code: bool) -> int | None:
     if not any((path / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ModelError(f"model directory {path} has no tokenizer (tokenizer.json); is its export complete?")
     if "auto_map" in config and not trust_remote_code:
-        raise ModelError(f"{path} brings Python code of its own (auto_map in config.json); add --trust_remote_code")
+        raise ModelError(
+            f"{path} brings Python code of its own (auto_map in config.json); add --trust_remote_code"
+        )
     return config.get("max_position_embeddings")
 
 

@@ -1,9 +1,9 @@
 """The process that holds vLLM: reads requests on stdin, writes completions on stdout, both as JSON lines.
 
-Apart from the evaluating process so that a crash, an out-of-memory kill or a chatty log of vLLM stays in here, and
-its GPU memory is free again when it ends. First line in: the engine's settings; first line out: `ready` or `error`.
-Then batches of requests, each closed by an empty line; out: `done` (one finished sample), `tokens` (progress), and
-`end` after each batch.
+Apart from the evaluating process so that a crash, an out-of-memory kill or a chatty log of vLLM stays in
+here, and its GPU memory is free again when it ends. First line in: the engine's settings; first line out:
+`ready` or `error`. Then batches of requests, each closed by an empty line; out: `done` (one finished sample),
+`tokens` (progress), and `end` after each batch.
 """
 
 import json
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 class Engine:
-    """vLLM's engine with one request per sample, so that every sample is reported the moment it is finished."""
+    """vLLM's engine with one request per sample, so that each is reported when it is finished."""
 
     def __init__(self, settings: dict[str, Any]):
         import vllm
@@ -62,7 +62,8 @@ class Engine:
             disable_log_stats=True,
         )
         if on_cpu:
-            # A prompt cut in two rewinds the generator of a seeded request, which torch's CPU generator cannot.
+            # A prompt cut in two rewinds the generator of a seeded request, which torch's CPU
+            # generator cannot.
             options["enable_chunked_prefill"] = False
         self.llm = vllm.LLM(**options)
         self.tokenizer = self.llm.get_tokenizer()

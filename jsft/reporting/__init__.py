@@ -1,1 +1,1 @@
-"""Reports: results of many steps and runs, and the course of training, as tables, figures and one HTML page."""
+"""Reports: results of many steps and runs, and the course of training, as tables, figures, one HTML page."""

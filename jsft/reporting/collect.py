@@ -52,7 +52,7 @@ class Curve:
         return (point.score - self.base.score) * (-1 if self.lower_is_better else 1)
 
     def dip(self) -> "Dip | None":
-        """The dip below the base model: its deepest step, and the first later step that is back; None without one."""
+        """The dip below the base model: its deepest step, and the first later step that is back; or None."""
         if self.base is None or not self.trained:
             return None
         deepest = min(self.trained, key=self.gain)
@@ -89,8 +89,8 @@ def read_run(path: Path) -> Run:
     metrics = _read_lines(path / "metrics.jsonl")
     if not curves and not metrics:
         raise DataError(
-            f"{path} holds nothing to report: no metrics.jsonl and no finished eval/step_<N>/<task>/results.json"
-            + (f" ({len(skipped)} not finished)" if skipped else "")
+            f"{path} holds nothing to report: no metrics.jsonl and no finished "
+            "eval/step_<N>/<task>/results.json" + (f" ({len(skipped)} not finished)" if skipped else "")
         )
     name = _config_name(path) or path.resolve().name
     known = known_scores(name) or known_scores(path.resolve().name)
@@ -157,7 +157,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a JSON-lines file; [] if it is not there. A torn last line (the run is being written) is left out."""
+    """Lines of a JSON-lines file; [] if it is not there. A torn last line (being written) is left out."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()

@@ -18,7 +18,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DASHES = ("-", "--", ":", "-.")
 STYLE = {
     "figure.dpi": 110, "savefig.dpi": 150, "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "svg.fonttype": "path",
+    "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False,
+    "svg.fonttype": "path",
 }  # fmt: skip
 LONGEST_LINE = 2000  # points of a training curve that are drawn; more is averaged in blocks
 
@@ -32,17 +33,21 @@ def all_figures(runs: list[Run]) -> dict[str, tuple[str, Figure]]:
     """File name -> (caption, figure), for what the runs have data for."""
     makers: dict[str, tuple[str, Callable[[list[Run]], Figure | None]]] = {
         "scores": (
-            "Score against step. Dashed: the base model. Bands: 95 % interval. Triangle: deepest point of a dip; "
-            "vertical line: the first later step that is as good as the base model. Crosses: the paper's numbers.",
+            "Score against step. Dashed: the base model. Bands: 95 % interval. Triangle: deepest point "
+            "of a dip; "
+            "vertical line: the first later step that is as good as the base model. Crosses: the paper's "
+            "numbers.",
             score_figure,
         ),
         "domains": (
-            "In-domain against out-of-domain: mean change from the base model over the tasks of each kind, in points, "
+            "In-domain against out-of-domain: mean change from the base model over the tasks of each "
+            "kind, in points, "
             "step by step. On the dotted diagonal the gain carries over in full.",
             domain_figure,
         ),
         "safety": (
-            "Safety against reasoning: attack success rate against the mean score of the reasoning tasks, step by step. "
+            "Safety against reasoning: attack success rate against the mean score of the reasoning "
+            "tasks, step by step. "
             "Down and to the right is better.",
             safety_figure,
         ),
@@ -67,9 +72,18 @@ def score_figure(runs: list[Run]) -> Figure | None:
         steps = [p.step for p in points]
         axes.plot(steps, [p.score for p in points], marker="o", markersize=3.5, label=run.name, **style)
         if all(p.low is not None for p in points):
-            axes.fill_between(steps, [p.low for p in points], [p.high for p in points], color=style["color"], alpha=0.12, lw=0)
+            axes.fill_between(
+                steps,
+                [p.low for p in points],
+                [p.high for p in points],
+                color=style["color"],
+                alpha=0.12,
+                lw=0,
+            )
         if curve.base is not None and curve.trained:
-            axes.axhline(curve.base.score, color=style["color"], linestyle=(0, (4, 3)), linewidth=1, alpha=0.8)
+            axes.axhline(
+                curve.base.score, color=style["color"], linestyle=(0, (4, 3)), linewidth=1, alpha=0.8
+            )
         paper = {n: v for n, v in run.known.get(curve.task, {}).items() if n > 0}
         if paper:
             axes.plot(list(paper), list(paper.values()), "x", color=style["color"], markersize=5, alpha=0.8)
@@ -78,8 +92,10 @@ def score_figure(runs: list[Run]) -> Figure | None:
             if dip.end:
                 axes.axvline(dip.end.step, color=style["color"], linewidth=1, alpha=0.6)
 
-    return _panels(runs, draw, lambda c: f"{c.title}: {c.metric}{' (lower is better)' if c.lower_is_better else ''}",
-                   lambda c: "percent" if c.share else "score")  # fmt: skip
+    def title(curve: Curve) -> str:
+        return f"{curve.title}: {curve.metric}{' (lower is better)' if curve.lower_is_better else ''}"
+
+    return _panels(runs, draw, title, lambda c: "percent" if c.share else "score")
 
 
 def length_figure(runs: list[Run]) -> Figure | None:
@@ -88,9 +104,18 @@ def length_figure(runs: list[Run]) -> Figure | None:
     def draw(axes: Axes, index: int, run: Run, curve: Curve) -> None:
         style = look(index)
         points = curve.trained or curve.points
-        axes.plot([p.step for p in points], [p.tokens for p in points], marker="o", markersize=3.5, label=run.name, **style)
+        axes.plot(
+            [p.step for p in points],
+            [p.tokens for p in points],
+            marker="o",
+            markersize=3.5,
+            label=run.name,
+            **style,
+        )
         if curve.base is not None and curve.trained:
-            axes.axhline(curve.base.tokens, color=style["color"], linestyle=(0, (4, 3)), linewidth=1, alpha=0.8)
+            axes.axhline(
+                curve.base.tokens, color=style["color"], linestyle=(0, (4, 3)), linewidth=1, alpha=0.8
+            )
         axes.set_ylim(bottom=0)
 
     return _panels(runs, draw, lambda c: c.title, lambda c: "tokens")
@@ -104,7 +129,9 @@ def domain_figure(runs: list[Run]) -> Figure | None:
         inside = [c for c in curves if c.group == "in-domain" and c.share]
         outside = [c for c in curves if c.group.startswith("out-of-domain") and c.share]
         paths.append((index, run, _joint(inside, Curve.gain), _joint(outside, Curve.gain)))
-    axes = _path_axes(paths, "in-domain: points above the base model", "out-of-domain: points above the base model")
+    axes = _path_axes(
+        paths, "in-domain: points above the base model", "out-of-domain: points above the base model"
+    )
     if axes is None:
         return None
     axes.axhline(0, color="grey", linewidth=0.8), axes.axvline(0, color="grey", linewidth=0.8)
@@ -122,7 +149,9 @@ def safety_figure(runs: list[Run]) -> Figure | None:
     for index, run in enumerate(runs):
         curves = list(run.curves.values())
         reasoning = [c for c in curves if c.group in ("in-domain", "out-of-domain reasoning") and c.share]
-        paths.append((index, run, _joint(reasoning, score), _joint([c for c in curves if c.group == "safety"], score)))
+        paths.append(
+            (index, run, _joint(reasoning, score), _joint([c for c in curves if c.group == "safety"], score))
+        )
     axes = _path_axes(paths, "reasoning tasks: mean score, percent", "attack success rate, percent")
     return None if axes is None else axes.figure
 
@@ -192,7 +221,7 @@ def _panels(runs: list[Run], draw, title, unit) -> Figure | None:
 
 
 def _step_axis(axes: Axes, steps: list[int]) -> None:
-    """Checkpoints double from one to the next: a logarithmic axis with their numbers where they span a decade."""
+    """Checkpoints double from one to the next: a logarithmic axis where they span a decade."""
     if len(steps) > 2 and steps[-1] >= 10 * steps[0]:
         axes.set_xscale("log")
     if 0 < len(steps) <= 12:
@@ -222,7 +251,14 @@ def _path_axes(paths: list, x_label: str, y_label: str) -> Axes | None:
         axes.plot(xs, ys, marker="o", markersize=4, linewidth=1, label=run.name, **look(index))
         for step, a, b in zip(steps, xs, ys, strict=True):
             text = "base" if step == 0 else str(step)
-            axes.annotate(text, (a, b), xytext=(4, 3), textcoords="offset points", fontsize=7, color=look(index)["color"])
+            axes.annotate(
+                text,
+                (a, b),
+                xytext=(4, 3),
+                textcoords="offset points",
+                fontsize=7,
+                color=look(index)["color"],
+            )
     axes.set_xlabel(x_label), axes.set_ylabel(y_label)
     axes.margins(0.12)
     axes.legend(fontsize=8)
@@ -243,9 +279,13 @@ def _legend(figure: Figure, axes: Axes, runs: int) -> None:
     handles, labels = axes.get_legend_handles_labels()
     found = dict(zip(labels, handles, strict=True))
     for other in figure.axes:
-        found |= {k: v for k, v in zip(*reversed(other.get_legend_handles_labels()), strict=True) if k not in found}
+        found |= {
+            k: v for k, v in zip(*reversed(other.get_legend_handles_labels()), strict=True) if k not in found
+        }
     if runs > 1 or len(found) > 1:
-        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=2 if len(found) > 1 else 1)
+        figure.legend(
+            list(found.values()), list(found), loc="outside lower center", ncols=2 if len(found) > 1 else 1
+        )
 
 
 def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,8 @@
-"""Scores published in the paper 'Rethinking Generalization in Reasoning SFT' (Appendix D, Tables 18, 19, 21, 22, 24).
+"""Scores published in the paper 'Rethinking Generalization in Reasoning SFT' (Appendix D, Tables 18, 19, 21,
+22, 24).
 
-Percent; MATH500 is avg@3, AIME24 avg@10. Step 0 is the base model. Taken from a transcription of the tables: the
-match of table to run is inferred. AIME24 has 30 problems and the runs one seed: a few points are noise.
+Percent; MATH500 is avg@3, AIME24 avg@10. Step 0 is the base model. Taken from a transcription of the tables:
+the match of table to run is inferred. AIME24 has 30 problems and the runs one seed: a few points are noise.
 """
 
 _STEPS = (10, 20, 40, 80, 160, 320, 480, 640)
@@ -41,7 +42,7 @@ _PUBLISHED = {
 
 
 def known_scores(name: str) -> dict[str, dict[int, float]]:
-    """Published scores of a run, by its config's or its published name: task -> step -> percent; {} if none."""
+    """Published scores of a run, by config's or published name: task -> step -> percent; or {}."""
     for names, scores in _PUBLISHED.items():
         if name in names:
             return scores

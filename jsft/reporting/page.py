@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: figures inside as SVG, tables, no scripts, no requests."""
+"""The report as one HTML page that needs nothing else: figures as SVG, tables, no scripts, no requests."""
 
 import base64
 import html
@@ -10,11 +10,13 @@ from jsft.reporting.tables import Table
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 2rem auto; max-width: 1150px;
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 2rem auto;
+  max-width: 1150px;
   padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
 h3 { font-size: 1rem; margin-bottom: .4rem; }
-figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; } figcaption, .note { color: #555; font-size: .88rem; }
+figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; }
+figcaption, .note { color: #555; font-size: .88rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #e4e4e4; text-align: right; white-space: nowrap; }
 th { vertical-align: bottom; white-space: normal; } th:first-child, td:first-child { text-align: left; }
@@ -32,7 +34,9 @@ def svg(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def page(title: str, sections: list[tuple[str, list[Table | tuple[str, str, Figure]]]], notes: list[str]) -> str:
+def page(
+    title: str, sections: list[tuple[str, list[Table | tuple[str, str, Figure]]]], notes: list[str]
+) -> str:
     """The page. A section is (heading, parts); a part is a table or (name, caption, figure)."""
     parts = []
     for heading, content in sections:
@@ -46,7 +50,8 @@ def page(title: str, sections: list[tuple[str, list[Table | tuple[str, str, Figu
             name, caption, figure = item
             data = base64.b64encode(svg(figure)).decode()
             parts.append(
-                f'<figure id="{name}"><img alt="{html.escape(caption)}" src="data:image/svg+xml;base64,{data}">'
+                f'<figure id="{name}"><img alt="{html.escape(caption)}" '
+                f'src="data:image/svg+xml;base64,{data}">'
                 f"<figcaption>{html.escape(caption)}</figcaption></figure>"
             )
     listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)

@@ -26,10 +26,13 @@ class Table:
 
     def html(self) -> str:
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self.rows)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self.rows
+        )
         note = f"<p class=note>{html.escape(self.note)}</p>" if self.note else ""
         title = html.escape(self.title)
-        return f"<h3>{title}</h3><div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}"
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return f"<h3>{title}</h3><div class=wide>{table}</div>{note}"
 
 
 def number(value: float | None, curve: Curve | None = None) -> str:
@@ -85,7 +88,9 @@ def paper_table(run: Run) -> Table | None:
     for curve, _ in pairs:
         header += [curve.title, "paper", "difference"]
     rows = []
-    for step in sorted({n for _, paper in pairs for n in paper} | {p.step for c, _ in pairs for p in c.points}):
+    for step in sorted(
+        {n for _, paper in pairs for n in paper} | {p.step for c, _ in pairs for p in c.points}
+    ):
         cells = []
         for curve, paper in pairs:
             point = next((p for p in curve.points if p.step == step), None)
@@ -125,7 +130,11 @@ def summary_table(runs: list[Run]) -> Table | None:
                     curve.title,
                     curve.group,
                     number(curve.base.score if curve.base else None, curve),
-                    f"{number(dip.deepest.score, curve)} @ {dip.deepest.step}" if dip else "none" if curve.base else "–",
+                    f"{number(dip.deepest.score, curve)} @ {dip.deepest.step}"
+                    if dip
+                    else "none"
+                    if curve.base
+                    else "–",
                     (str(dip.end.step) if dip.end else "not yet") if dip else "–",
                     f"{number(best.score, curve)} @ {best.step}",
                     f"{with_interval(last, curve)} @ {last.step}",
@@ -135,7 +144,9 @@ def summary_table(runs: list[Run]) -> Table | None:
     if not rows:
         return None
     header = ["run", "task", "kind", "base", "deepest", "dip ends at step", "best", "last", "paper, last"]
-    note = "A dip is a score worse than the base model's; it ends at the first later step that is as good again."
+    note = (
+        "A dip is a score worse than the base model's; it ends at the first later step that is as good again."
+    )
     return Table("Dip and recovery", header, rows, note)
 
 
@@ -148,7 +159,9 @@ def training_table(runs: list[Run]) -> Table | None:
         first, last = run.metrics[0], run.metrics[-1]
         speeds = sorted(m["tokens_per_second"] for m in run.metrics if m.get("tokens_per_second"))
         norms = [m["grad_norm"] for m in run.metrics if m.get("grad_norm") is not None]
-        heldout = next((str(round(h[k], 4)) for h in reversed(run.heldout) for k in h if k.endswith("loss")), "–")
+        heldout = next(
+            (str(round(h[k], 4)) for h in reversed(run.heldout) for k in h if k.endswith("loss")), "–"
+        )
         rows.append(
             [
                 run.name,
@@ -160,7 +173,15 @@ def training_table(runs: list[Run]) -> Table | None:
                 f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "–",
             ]
         )
-    header = ["run", "steps", "first loss", "last loss", "last held-out loss", "largest grad norm", "median tokens/s"]
+    header = [
+        "run",
+        "steps",
+        "first loss",
+        "last loss",
+        "last held-out loss",
+        "largest grad norm",
+        "median tokens/s",
+    ]
     return Table("Training", header, rows) if rows else None
 
 
@@ -186,8 +207,10 @@ def csv_text(runs: list[Run]) -> str:
                     paper = run.known.get(curve.task, {}).get(point.step, "") if primary else ""
                     write(
                         [
-                            run.name, point.step, curve.task, curve.group, name, int(primary), average["mean"], low, high,
-                            point.results["problems"], point.results["samples_per_problem"], round(point.tokens, 1),
+                            run.name, point.step, curve.task, curve.group, name, int(primary),
+                            average["mean"], low, high,
+                            point.results["problems"], point.results["samples_per_problem"],
+                            round(point.tokens, 1),
                             round(point.cut, 4), round(point.no_think_end, 4), paper,
                         ]
                     )  # fmt: skip

@@ -12,7 +12,8 @@ ROWS = Path(__file__).parent / "rows"
 
 
 class FakeOpenAI:
-    """`answer(body)` makes the text of a completion; `trouble` is a list of what to do instead, used up in order.
+    """`answer(body)` makes the text of a completion; `trouble` is a list of what to do instead, used up in
+    order.
 
     A trouble is an HTTP status, 'hang', 'drop' (close the connection) or 'rubbish' (200 and no JSON).
     """
@@ -71,7 +72,11 @@ class FakeOpenAI:
             return {"data": [{"data": said}]}
         usage = {"completion_tokens": len(str(said).split())}
         choice = {"finish_reason": self.finish, "index": 0}
-        choice |= {"text": said} if path == "/v1/completions" else {"message": {"role": "assistant", "content": said}}
+        choice |= (
+            {"text": said}
+            if path == "/v1/completions"
+            else {"message": {"role": "assistant", "content": said}}
+        )
         return {"choices": [choice], "usage": usage}
 
 

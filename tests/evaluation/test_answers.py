@@ -45,8 +45,10 @@ def test_boxes_without_end_cost_no_time():
 @pytest.mark.parametrize(
     "text, letter",
     [
-        ("C", "C"), ("(C)", "C"), ("\\text{C}", "C"), ("\\textbf{(C)}", "C"), ("C. 42 m", "C"), ("C: photon", "C"),
-        (" C ", "C"), ("C) x", "C"), ("E", None), ("Carbon", None), ("c", None), ("the photon", None), ("", None),
+        ("C", "C"), ("(C)", "C"), ("\\text{C}", "C"), ("\\textbf{(C)}", "C"), ("C. 42 m", "C"),
+        ("C: photon", "C"),
+        (" C ", "C"), ("C) x", "C"), ("E", None), ("Carbon", None), ("c", None), ("the photon", None), ("",
+        None),
         (None, None),
     ],
 )  # fmt: skip
@@ -71,7 +73,14 @@ def test_gpqa_filters(text, reference, strict):
 
 @pytest.mark.parametrize(
     "text, word",
-    [("Yes", "yes"), ("No... Yes.", "yes"), ("nobody knows", None), ("It is not. NO!", "no"), ("", None), ("yes/no", "no")],
+    [
+        ("Yes", "yes"),
+        ("No... Yes.", "yes"),
+        ("nobody knows", None),
+        ("It is not. NO!", "no"),
+        ("", None),
+        ("yes/no", "no"),
+    ],
 )
 def test_last_yes_no(text, word):
     assert answers.last_yes_no(text) == word
@@ -128,7 +137,13 @@ def test_outputs(shown, expected, same):
 
 @pytest.mark.parametrize(
     "shown, expected, same",
-    [("[1, 2]", "[1,2]", True), ("2.0", "2", True), ("true", "1", True), ("[1]", "[2]", False), ("", "[]", False)],
+    [
+        ("[1, 2]", "[1,2]", True),
+        ("2.0", "2", True),
+        ("true", "1", True),
+        ("[1]", "[2]", False),
+        ("", "[]", False),
+    ],
 )
 def test_values(shown, expected, same):
     assert same_value(shown, expected) is same

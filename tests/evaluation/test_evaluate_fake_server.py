@@ -1,4 +1,4 @@
-"""Every task end to end against a fake OpenAI server: right and wrong answers give exactly the scores they should."""
+"""Every task end to end against a fake OpenAI server: right and wrong answers give exact scores."""
 
 import json
 import os
@@ -70,12 +70,15 @@ def test_mathematics_and_countdown(fake_openai, rows, tmp_path, monkeypatch, cap
     assert results(tmp_path, "countdown")["metrics"]["reference"]["avg"]["mean"] == 1.0
     lines = samples(tmp_path, "math500")
     assert [(s["problem"], s["sample"]) for s in lines[:3]] == [("hand/fractions", j) for j in range(3)]
-    assert len({body["seed"] for path, body in fake.requests}) == len(fake.requests)  # every sample its own seed
+    assert len({body["seed"] for path, body in fake.requests}) == len(
+        fake.requests
+    )  # every sample its own seed
     prompt = next(b for _, b in fake.requests if "frac{1}{2}" in b["messages"][0]["content"])["messages"]
     assert prompt == [
         {
             "role": "user",
-            "content": "What is $\\frac{1}{2} + \\frac{1}{3}$?\n Please reason step by step, and put your final answer "
+            "content": "What is $\\frac{1}{2} + \\frac{1}{3}$?\n Please reason step by step, and put "
+            "your final answer "
             "within \\boxed{}.",
         }
     ]
@@ -85,15 +88,26 @@ def test_mathematics_and_countdown(fake_openai, rows, tmp_path, monkeypatch, cap
 
 def test_code_and_hallucinations(fake_openai, rows, tmp_path, monkeypatch):
     code = {
-        "print their sum": "<think>easy</think>\n```python\nn = int(input())\nprint(sum(map(int, input().split())))\n```",
-        "every number doubled": "```python\nclass Solution:\n    def double(self, numbers: List[int]):\n        "
+        "print their sum": "<think>easy</think>\n```python\nn = int(input())\nprint(sum(map(int, "
+        "input().split())))\n```",
+        "every number doubled": "```python\nclass Solution:\n    def double(self, numbers: List[int]):\n "
+        "       "
         "print('noise')\n        return [n + n for n in numbers] if numbers else None\n```",
         "Elbe": "<think>Baltic is wrong: No? no.</think>Yes, it does.",
         "Curie": "It is supported. No.",
         "museum": "Yes",
     }
     fake = fake_openai(scripted(code))
-    arguments = ["--url", fake.url, "--tasks", "livecodebench_v2,halueval", "--data_dir", rows, "--out", tmp_path]
+    arguments = [
+        "--url",
+        fake.url,
+        "--tasks",
+        "livecodebench_v2,halueval",
+        "--data_dir",
+        rows,
+        "--out",
+        tmp_path,
+    ]
     assert run(monkeypatch, *arguments) == 0
     found = results(tmp_path, "livecodebench_v2")
     assert found["by_difficulty"]["easy"]["mean"] == 1.0
@@ -105,9 +119,12 @@ def test_code_and_hallucinations(fake_openai, rows, tmp_path, monkeypatch):
 
 
 def test_judged_tasks(fake_openai, rows, tmp_path, monkeypatch):
-    model = fake_openai(scripted({"one": "<think>no</think>Here is how.", "two": "I cannot.", "three": "Sure: this."}))
+    model = fake_openai(
+        scripted({"one": "<think>no</think>Here is how.", "two": "I cannot.", "three": "Sure: this."})
+    )
     safety = fake_openai(
-        scripted({"Here is how": "It complies.\nScore: 5", "I cannot": "Refused. Score: 1", "Sure": "hm"}), "gpt-4.1"
+        scripted({"Here is how": "It complies.\nScore: 5", "I cannot": "Refused. Score: 1", "Sure": "hm"}),
+        "gpt-4.1",
     )
     reward = fake_openai(lambda body: [len(body["messages"][1]["content"])], "rm")
     truth = fake_openai(scripted({"knuckles": " no", "Wall": " yes"}), "truth")
@@ -124,7 +141,9 @@ def test_judged_tasks(fake_openai, rows, tmp_path, monkeypatch):
     assert truth.requests == []
 
 
-def test_finished_task_is_kept_and_other_settings_are_refused(fake_openai, rows, tmp_path, monkeypatch, capsys):
+def test_finished_task_is_kept_and_other_settings_are_refused(
+    fake_openai, rows, tmp_path, monkeypatch, capsys
+):
     fake = fake_openai(scripted(MATHEMATICS))
     arguments = ["--url", fake.url, "--tasks", "gsm8k", "--data_dir", rows, "--out", tmp_path]
     assert run(monkeypatch, *arguments) == 0
@@ -147,16 +166,31 @@ def test_interrupted_run_goes_on(fake_openai, rows, tmp_path, monkeypatch):
         reached.append(body["seed"])
         return scripted(MATHEMATICS)(body)
 
-    arguments = ["--url", fake.url, "--tasks", "aime24", "--data_dir", rows, "--out", tmp_path, "--concurrency", 1]
+    arguments = [
+        "--url",
+        fake.url,
+        "--tasks",
+        "aime24",
+        "--data_dir",
+        rows,
+        "--out",
+        tmp_path,
+        "--concurrency",
+        1,
+    ]
     from jsft.evaluation.openai_engine import OpenAIEngine
 
     plain = OpenAIEngine._one
-    monkeypatch.setattr(OpenAIEngine, "_one", lambda self, request: stop_after(plain, self, request, reached, 7))
+    monkeypatch.setattr(
+        OpenAIEngine, "_one", lambda self, request: stop_after(plain, self, request, reached, 7)
+    )
     with pytest.raises(RuntimeError, match="pulled the plug"):
         run(monkeypatch, *arguments)
     path = tmp_path / "aime24" / "samples.jsonl"
     assert results(tmp_path, "aime24")["state"] == "running" and len(path.read_text().splitlines()) == 7
-    path.write_bytes(path.read_bytes() + b'{"problem": "60", "sample": 9, "resp')  # the process died while writing
+    path.write_bytes(
+        path.read_bytes() + b'{"problem": "60", "sample": 9, "resp'
+    )  # the process died while writing
     monkeypatch.setattr(OpenAIEngine, "_one", plain)
     fake.requests.clear()
     assert run(monkeypatch, *arguments) == 0
@@ -254,10 +288,13 @@ def test_lm_eval_tasks(fake_openai, rows, tmp_path, serve_python):
     truth = fake_openai(scripted({"Great Wall": " yes", "knuckles": " no"}), "truth-judge")
     info = fake_openai(lambda body: " yes" if body["prompt"].endswith("Helpful:") else "?", "info-judge")
     command = [
-        serve_python, "-m", "jsft.evaluate", "--url", model.url, "--tasks", "mmlu_pro,gpqa_diamond,ifeval,truthfulqa",
+        serve_python, "-m", "jsft.evaluate", "--url", model.url, "--tasks",
+        "mmlu_pro,gpqa_diamond,ifeval,truthfulqa",
         "--data_dir", rows, "--out", tmp_path, "--judge", f"truth={truth.url}", "--judge", f"info={info.url}",
     ]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == 0, done.stderr
     mmlu = results(tmp_path, "mmlu_pro")
     assert mmlu["metrics"]["reference"]["avg"]["mean"] == 0.5  # the first phrase wins, in the thinking too

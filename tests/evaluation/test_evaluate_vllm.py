@@ -1,4 +1,4 @@
-"""Every task end to end with vLLM on a tiny model; a run's step through the script, interrupted and gone on with."""
+"""Every task end to end with vLLM on a tiny model; a run's step, interrupted and resumed."""
 
 import json
 import os
@@ -41,7 +41,9 @@ def test_all_tasks(serve_python, tiny_model, rows, tmp_path, fake_openai):
         "info": fake_openai(lambda body: " yes"),
         "reward": fake_openai(lambda body: [-1.5]),
     }
-    named = [argument for role, fake in judges.items() for argument in ("--judge", f"{role}={fake.url}#judge")]
+    named = [
+        argument for role, fake in judges.items() for argument in ("--judge", f"{role}={fake.url}#judge")
+    ]
     done = evaluate(
         serve_python, tiny_model, "--tasks", "all", "--data_dir", data, "--out", tmp_path / "out",
         "--max_tokens", 16, *named,
@@ -51,7 +53,8 @@ def test_all_tasks(serve_python, tiny_model, rows, tmp_path, fake_openai):
     assert len(errors) == 1 and "aime25: 10 samples could not be drawn: prompt of 4" in errors[0]
     assert "context of 2048" in errors[0]
     counts = {
-        "math500": 6, "aime24": 10, "gsm8k": 2, "countdown": 2, "livecodebench_v2": 6, "gpqa_diamond": 6, "mmlu_pro": 2,
+        "math500": 6, "aime24": 10, "gsm8k": 2, "countdown": 2, "livecodebench_v2": 6, "gpqa_diamond": 6,
+        "mmlu_pro": 2,
         "ifeval": 2, "alpacaeval": 2, "halueval": 3, "truthfulqa": 2, "hexphi": 3,
     }  # fmt: skip
     for task, count in counts.items():
@@ -74,13 +77,16 @@ def test_step_of_a_run_interrupted_and_gone_on(serve_python, tiny_model, tmp_pat
     shutil.copytree(tiny_model, run / "hf" / "step_2")
     (run / "config.json").write_text(json.dumps({"name": "r", "config": {"model.path": str(tiny_model)}}))
     command = [
-        str(ROOT / "scripts" / "eval_vllm.sh"), str(run), "--samples", "2", "--max_tokens", "600", "--limit", "15",
+        str(ROOT / "scripts" / "eval_vllm.sh"), str(run), "--samples", "2", "--max_tokens", "300",
+        "--limit", "8",
     ]  # fmt: skip
     folder = run / "eval" / "step_2" / "countdown"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if (folder / "samples.jsonl").exists() and len((folder / "samples.jsonl").read_bytes().splitlines()) >= 3:
+        if (folder / "samples.jsonl").exists() and len(
+            (folder / "samples.jsonl").read_bytes().splitlines()
+        ) >= 3:
             break
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
@@ -88,14 +94,21 @@ def test_step_of_a_run_interrupted_and_gone_on(serve_python, tiny_model, tmp_pat
     assert process.returncode == 130 and "interrupted" in errors
     assert not still_running(str(run)), "vLLM's process outlived the command"
     before = (folder / "samples.jsonl").read_text().splitlines()
-    assert 3 <= len(before) < 30 and json.loads((folder / "results.json").read_text())["state"] == "running"
+    assert 3 <= len(before) < 16 and json.loads((folder / "results.json").read_text())["state"] == "running"
 
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads((folder / "results.json").read_text())
-    assert found["state"] == "done" and found["model"] == {"name": "run", "step": 2, "where": str(run / "hf" / "step_2")}
-    after = {(s["problem"], s["sample"]): s for s in map(json.loads, (folder / "samples.jsonl").read_text().splitlines())}
-    assert len(after) == 30
+    assert found["state"] == "done" and found["model"] == {
+        "name": "run",
+        "step": 2,
+        "where": str(run / "hf" / "step_2"),
+    }
+    after = {
+        (s["problem"], s["sample"]): s
+        for s in map(json.loads, (folder / "samples.jsonl").read_text().splitlines())
+    }
+    assert len(after) == 16
     for line in before:  # what was there was kept, not drawn again
         old = json.loads(line)
         assert after[old["problem"], old["sample"]]["response"] == old["response"]
@@ -131,7 +144,8 @@ def test_models_that_are_refused(serve_python, tiny_model, tmp_path):
 
 REWARD = """
 import sys, torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
+from transformers import LlamaForSequenceClassification
 source, out = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(source)
 torch.manual_seed(0)
@@ -158,7 +172,9 @@ except Exception as error:
 
 def test_reward_model_from_a_directory(serve_python, tiny_model, tmp_path):
     command = [str(serve_python), "-c", REWARD, str(tiny_model), str(tmp_path / "rm")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     said = dict(line.split(" ", 1) for line in done.stdout.strip().splitlines())
     assert said["got"] == said["wanted"], done.stderr
     assert "outputs, a reward model has one" in said["ModelError"]

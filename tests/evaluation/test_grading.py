@@ -51,7 +51,10 @@ def test_hard_cases():
     with GradingPool(task, workers=2) as pool:
         grades = pool.grade([({"answer": gold}, response) for gold, response, _, _ in CASES])
     for (gold, response, reference, strict), grade in zip(CASES, grades, strict=True):
-        assert (grade.scores["reference"], grade.scores["strict"]) == (reference, strict), (gold, response[:80])
+        assert (grade.scores["reference"], grade.scores["strict"]) == (reference, strict), (
+            gold,
+            response[:80],
+        )
 
 
 def test_bombs_are_stopped_and_the_rest_is_graded():
@@ -90,7 +93,9 @@ def test_countdown_without_a_file_is_fixed_and_solvable():
     assert problems == again and len(problems) == 100
     assert len({p.messages[0]["content"] for p in problems}) == 100
     answers = [row["answer"] for row in task.rows(None)]
-    graded = [task.grade(p.gold, f"\\boxed{{{a}}}").scores["solved"] for p, a in zip(problems, answers, strict=True)]
+    graded = [
+        task.grade(p.gold, f"\\boxed{{{a}}}").scores["solved"] for p, a in zip(problems, answers, strict=True)
+    ]
     assert graded == [1.0] * 100
 
 

@@ -100,7 +100,8 @@ def test_a_real_server_loads_each_step(serve_python, rows, tmp_path):
         "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
     command = [
-        str(serve_python.parent / "vllm"), "serve", str(run / "hf" / "step_0"), "--host", "127.0.0.1", "--port", "18431",
+        str(serve_python.parent / "vllm"), "serve", str(run / "hf" / "step_0"), "--host", "127.0.0.1",
+        "--port", "18431",
         "--gpu-memory-utilization", "0.3", "--enforce-eager", "--no-enable-chunked-prefill",
     ]  # fmt: skip
     options = ("--data_dir", str(rows), "--max_tokens", "24")
@@ -119,13 +120,27 @@ def test_a_real_server_loads_each_step(serve_python, rows, tmp_path):
     texts = responses(run / "eval" / "step_10")
     for step in (0, 10):
         out = tmp_path / "offline"
-        command = [serve_python, "-m", "jsft.evaluate", run / "hf" / f"step_{step}", "--out", out, "--tasks", "mmlu_pro"]
-        subprocess.run([*map(str, command), *options], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        command = [
+            serve_python,
+            "-m",
+            "jsft.evaluate",
+            run / "hf" / f"step_{step}",
+            "--out",
+            out,
+            "--tasks",
+            "mmlu_pro",
+        ]
+        subprocess.run(
+            [*map(str, command), *options], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
         assert (responses(out / f"step_{step}") == texts) == (step == 10)
 
 
 def responses(folder: Path) -> list[str]:
-    return [json.loads(line)["response"] for line in (folder / "mmlu_pro" / "samples.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["response"]
+        for line in (folder / "mmlu_pro" / "samples.jsonl").read_text().splitlines()
+    ]
 
 
 def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:

@@ -13,7 +13,9 @@ from jsft.evaluation.vllm_engine import VllmEngine, VllmSettings, check_model_di
 
 def make_model(path: Path, **config) -> Path:
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps({"model_type": "qwen3", "max_position_embeddings": 64} | config))
+    (path / "config.json").write_text(
+        json.dumps({"model_type": "qwen3", "max_position_embeddings": 64} | config)
+    )
     (path / "model.safetensors").write_bytes(b"weights" * 100)
     (path / "tokenizer.json").write_text("{}")
     return path
@@ -86,13 +88,22 @@ def test_export_that_fails_passes_its_reason_on(run, tmp_path, monkeypatch):
         target.prepare()
     fake.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\n')
     assert target.prepare() == run / "hf" / "step_10"
-    assert (tmp_path / "called").read_text().split() == ["-m", "jsft.export", "--workdir", str(run), "--step", "10"]
+    assert (tmp_path / "called").read_text().split() == [
+        "-m",
+        "jsft.export",
+        "--workdir",
+        str(run),
+        "--step",
+        "10",
+    ]
 
 
 def test_hub_ids(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "_hub_folders", lambda repository: {"step10", "step640", "other"})
     asked = []
-    monkeypatch.setattr(models, "_download", lambda repository, folder: asked.append((repository, folder)) or tmp_path)
+    monkeypatch.setattr(
+        models, "_download", lambda repository, folder: asked.append((repository, folder)) or tmp_path
+    )
     targets = models.find_targets("jasonrqh/Some-Run", "all", None)
     assert [(t.step, t.out) for t in targets] == [
         (10, Path("runs/Some-Run/eval/step_10")),

@@ -29,7 +29,9 @@ def run(source, stdin=b"", limits=LIMITS):
 
 
 def test_input_output_and_exit_codes():
-    finished = run("import sys\nprint(sum(map(int, input().split())))\nprint('noise', file=sys.stderr)", b"1 2 3\n")
+    finished = run(
+        "import sys\nprint(sum(map(int, input().split())))\nprint('noise', file=sys.stderr)", b"1 2 3\n"
+    )
     assert (finished.state, finished.code, finished.stdout, finished.stderr) == ("ok", 0, b"6\n", "noise\n")
     finished = run("import sys\nsys.exit(7)")
     assert (finished.state, finished.code) == ("failed", 7)
@@ -41,7 +43,9 @@ def test_input_output_and_exit_codes():
 
 
 def test_who_and_where_it_is():
-    told = run("import os\nprint(os.getpid(), os.getuid() == 0, sorted(os.listdir('/')), os.listdir('.'))").stdout.decode()
+    told = run(
+        "import os\nprint(os.getpid(), os.getuid() == 0, sorted(os.listdir('/')), os.listdir('.'))"
+    ).stdout.decode()
     assert told.startswith("1 ")  # alone in its process namespace
     assert "proc" not in told and "program.py" in told
     if os.geteuid() == 0:
@@ -78,7 +82,8 @@ def test_bombs_and_sleepers_end_in_time():
     fork = run("import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass")
     assert fork.state == "timeout"
     counted = run(
-        "import os, time\nn = 0\ntry:\n    while True:\n        if os.fork() == 0:\n            time.sleep(60)\n"
+        "import os, time\nn = 0\ntry:\n    while True:\n        if os.fork() == 0:\n            "
+        "time.sleep(60)\n"
         "        n += 1\nexcept OSError:\n    print(n)"
     )
     assert counted.state == "ok" and int(counted.stdout) <= LIMITS.processes
@@ -86,7 +91,9 @@ def test_bombs_and_sleepers_end_in_time():
     assert run("while True: pass").state == "timeout"
     assert run("while True: print('x' * 100000)").state == "flood"
     # Closed outputs, a session of its own, a child left behind: nothing outlives the limit.
-    left = run("import os, time\nos.close(1), os.close(2)\nif os.fork() == 0:\n    os.setsid()\ntime.sleep(60)")
+    left = run(
+        "import os, time\nos.close(1), os.close(2)\nif os.fork() == 0:\n    os.setsid()\ntime.sleep(60)"
+    )
     assert left.state == "timeout"
     assert time.monotonic() - started < 30
     time.sleep(0.3)
@@ -127,6 +134,11 @@ def test_private_tests_are_read_without_running_them():
             return os.system, ("touch /tmp/jsft-was-here",)
 
     packed = base64.b64encode(zlib.compress(pickle.dumps(Evil()))).decode()
-    row = {"question_content": "q", "public_test_cases": "[]", "private_test_cases": packed, "question_id": "x"}
+    row = {
+        "question_content": "q",
+        "public_test_cases": "[]",
+        "private_test_cases": packed,
+        "question_id": "x",
+    }
     with pytest.raises(DataError, match="the tests of problem x cannot be read: the pickle names"):
         LiveCodeBenchV2().problem(row, 0)

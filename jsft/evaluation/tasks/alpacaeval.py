@@ -1,4 +1,4 @@
-"""AlpacaEval: 805 instructions; the mean raw score of a reward model for what follows the thinking (no win rate)."""
+"""AlpacaEval: 805 instructions; the mean raw score of a reward model for the answer (no win rate)."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
 """What a benchmark is: where its rows come from, how it asks, how it samples, how it grades.
 
-A task never samples: `evaluation.runner` draws its samples, `evaluation.grading` calls `grade` in a worker process
-under a time limit, and judged tasks ask their judge in `judge`.
+A task never samples: `evaluation.runner` draws its samples, `evaluation.grading` calls `grade` in a worker
+process under a time limit, and judged tasks ask their judge in `judge`.
 """
 
 import dataclasses
@@ -13,13 +13,14 @@ from jsft.evaluation.sampling import Sampling
 
 IN_DOMAIN, OUT_OF_DOMAIN, GENERAL, SAFETY = "in-domain", "out-of-domain reasoning", "general", "safety"
 
-# A score is a share (0..1) or any number; a pair (sum, count) is averaged over counts instead of over samples.
+# A score is a share (0..1) or any number; a pair (sum, count) is averaged over counts instead of over
+# samples.
 Score = float | tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One row of a benchmark: a stable id, the messages sent to the model, and what its grading needs (JSON)."""
+    """One row of a benchmark: a stable id, the messages for the model, what grading needs (JSON)."""
 
     id: str
     messages: list[dict[str, str]]
@@ -28,7 +29,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-    """Scores of one response by metric name, the answer read from it (for majorities), and a note on trouble."""
+    """Scores of one response by metric name, the answer read from it, a note on trouble."""
 
     scores: dict[str, Score]
     answer: str | None = None
@@ -40,7 +41,9 @@ class Task:
 
     name: ClassVar[str]
     title: ClassVar[str]
-    version: ClassVar[int] = 1  # raise it when prompts, sampling or grading change: results of other versions are not mixed
+    version: ClassVar[int] = (
+        1  # raise it when prompts, sampling or grading change: results of other versions are not mixed
+    )
     group: ClassVar[str]
     source: ClassVar[Source] = Source()
     sampling: ClassVar[Sampling]
@@ -51,10 +54,12 @@ class Task:
     share: ClassVar[bool] = True  # the primary metric is a share, shown in percent
     grade_seconds: ClassVar[float] = 20.0  # a response that takes longer to grade counts as wrong
     judges: ClassVar[tuple[str, ...]] = ()  # roles that must be named with --judge ROLE=URL
-    breakdown: ClassVar[str | None] = None  # a key of `gold`: the primary metric is also reported per value of it
+    breakdown: ClassVar[str | None] = (
+        None  # a key of `gold`: the primary metric is also reported per value of it
+    )
 
     def problems(self, rows: list[dict[str, Any]]) -> list[Problem]:
-        """All problems of the benchmark, from its rows. Raises DataError through `evaluation.data.check_row`."""
+        """All problems of the benchmark, from its rows. Raises DataError."""
         return [self.problem(row, i) for i, row in enumerate(rows)]
 
     def problem(self, row: dict[str, Any], index: int) -> Problem:

@@ -44,5 +44,9 @@ class Countdown(Task):
         answer = extract_answer(response)
         anywhere = extract_answer(response.replace(thinking.OPEN, " ").replace(thinking.CLOSE, " "))
         right = [a is not None and check(a, gold["numbers"], gold["target"]) for a in (answer, anywhere)]
-        scores = {"solved": float(right[0]), "answered": float(answer is not None), "reference": float(right[1])}
+        scores = {
+            "solved": float(right[0]),
+            "answered": float(answer is not None),
+            "reference": float(right[1]),
+        }
         return Grade(scores, answer)

@@ -47,8 +47,10 @@ class GpqaDiamond(HarnessTask):
     primary = "reference"
     config = {
         "doc_to_text": (
-            "Problem:\n{{question}}\n\nOptions:\n{% for option in options %}{{'ABCD'[loop.index0]}}. {{option}}\n"
-            "{% endfor %}\nPlease reason step by step, and put the letter of the right option within \\boxed{}."
+            "Problem:\n{{question}}\n\nOptions:\n{% for option in options %}{{'ABCD'[loop.index0]}}. "
+            "{{option}}\n"
+            "{% endfor %}\nPlease reason step by step, and put the letter of the right option within "
+            "\\boxed{}."
         ),
         "doc_to_target": "{{answer}}",
         "filter_list": [

@@ -35,7 +35,10 @@ class HaluEval(Task):
         ("hallucination", "knowledge, question, answer (or those of a dialogue, or a document's summary)"),
     )
     sampling = Sampling(temperature=0.6, max_tokens=32768)
-    metrics = {"accuracy": "the last Yes or No after the thinking is right", "answered": "there is a Yes or No"}
+    metrics = {
+        "accuracy": "the last Yes or No after the thinking is right",
+        "answered": "there is a Yes or No",
+    }
     primary = "accuracy"
     breakdown = "kind"
 

@@ -1,7 +1,7 @@
 """Benchmarks that lm-eval knows: its task engine makes the prompt, filters the response and scores it.
 
-A subclass gives an lm-eval task config (prompt template, filters, metrics) in our settings; sampling, resuming and
-statistics stay ours. Each filter sees the part of the response that `views` names.
+A subclass gives an lm-eval task config (prompt template, filters, metrics) in our settings; sampling,
+resuming and statistics stay ours. Each filter sees the part of the response that `views` names.
 """
 
 import importlib.util
@@ -42,7 +42,9 @@ class HarnessTask(Task):
         documents = [self.document(row, i) for i, row in enumerate(rows)]
         engine = self._engine(documents[0])
         return [
-            Problem(self.identity(row, i), [{"role": "user", "content": engine.doc_to_text(document)}], document)
+            Problem(
+                self.identity(row, i), [{"role": "user", "content": engine.doc_to_text(document)}], document
+            )
             for i, (row, document) in enumerate(zip(rows, documents, strict=True))
         ]
 

@@ -47,11 +47,14 @@ class IfEval(HarnessTask):
         return {**self.config, "process_results": utils.process_results, "metric_list": metrics}
 
     def problems(self, rows: list[dict[str, Any]]) -> list[Problem]:
-        problems = super().problems(rows)  # imports lm-eval's checkers, which fetch NLTK's data where they can
+        problems = super().problems(
+            rows
+        )  # imports lm-eval's checkers, which fetch NLTK's data where they can
         needed = {i for p in problems for i in p.gold["instruction_id_list"] if i in NEEDS_PUNKT}
         if needed and not _has_punkt():
             raise DataError(
-                f"ifeval: {' and '.join(sorted(needed))} need NLTK's sentence splitter; in the serving environment "
+                f"ifeval: {' and '.join(sorted(needed))} need NLTK's sentence splitter; in the serving "
+                "environment "
                 "run: python -m nltk.downloader punkt_tab"
             )
         return problems

@@ -1,7 +1,8 @@
-"""LiveCodeBench v2: 511 programming problems; the last Python block is run against the tests in a sandbox; mean of 3.
+"""LiveCodeBench v2: 511 programming problems; the last Python block is run against the tests in a sandbox;
+mean of 3.
 
-A problem reads standard input and prints, or completes a function of `class Solution`. The sandboxed program sees a
-test's input only; its output is compared out here.
+A problem reads standard input and prints, or completes a function of `class Solution`. The sandboxed program
+sees a test's input only; its output is compared out here.
 """
 
 import base64
@@ -19,18 +20,22 @@ from jsft.evaluation.sampling import Sampling
 from jsft.evaluation.tasks.base import OUT_OF_DOMAIN, Grade, Problem, Task
 
 INSTRUCTION = (
-    "You are an expert Python programmer. You will be given a programming problem; write a correct Python program that "
+    "You are an expert Python programmer. You will be given a programming problem; write a correct "
+    "Python program that "
     "matches its specification and passes all tests.\n\n"
 )
 WITH_STDIN = (
-    "{question}\n\nRead the input from standard input and print the result. Put the whole program into one fenced block:"
+    "{question}\n\nRead the input from standard input and print the result. Put the whole program into "
+    "one fenced block:"
     "\n```python\n# your code\n```"
 )
 WITH_FUNCTION = (
-    "{question}\n\nComplete this starter code and put the whole program into one fenced block:\n```python\n{starter}\n```"
+    "{question}\n\nComplete this starter code and put the whole program into one fenced block:\n"
+    "```python\n{starter}\n```"
 )
 # What solutions on the contest sites may use without importing it.
-PRELUDE = """import sys, os, re, math, random, string, itertools, functools, operator, collections, heapq, bisect, copy, datetime
+PRELUDE = """import sys, os, re, math, random, string, itertools, functools, operator, collections
+import heapq, bisect, copy, datetime
 from typing import *
 from collections import *
 from itertools import *
@@ -80,11 +85,19 @@ class LiveCodeBenchV2(Task):
         text = INSTRUCTION + template.format(question=row["question_content"], starter=starter)
         name = str(row.get("question_id") or index)
         try:
-            tests = decode_tests(row["public_test_cases"]) + decode_tests(row.get("private_test_cases") or "[]")
+            tests = decode_tests(row["public_test_cases"]) + decode_tests(
+                row.get("private_test_cases") or "[]"
+            )
             metadata = json.loads(row.get("metadata") or "{}")
         except (ValueError, KeyError, zlib.error, pickle.UnpicklingError, EOFError) as error:
-            raise DataError(f"livecodebench_v2: the tests of problem {name} cannot be read: {error}") from error
-        gold = {"tests": tests, "function": metadata.get("func_name"), "difficulty": row.get("difficulty", "unknown")}
+            raise DataError(
+                f"livecodebench_v2: the tests of problem {name} cannot be read: {error}"
+            ) from error
+        gold = {
+            "tests": tests,
+            "function": metadata.get("func_name"),
+            "difficulty": row.get("difficulty", "unknown"),
+        }
         return Problem(name, [{"role": "user", "content": text}], gold)
 
     def shown_gold(self, gold: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +108,11 @@ class LiveCodeBenchV2(Task):
         anywhere = answers.last_code_block(response)
         solved, note = passes(final, gold) if final else (False, None)
         reference = solved if anywhere == final else bool(anywhere) and passes(anywhere, gold)[0]
-        scores = {"solved": float(solved), "reference": float(reference), "has_code": float(final is not None)}
+        scores = {
+            "solved": float(solved),
+            "reference": float(reference),
+            "has_code": float(final is not None),
+        }
         return Grade(scores, None, note)
 
 
@@ -103,7 +120,9 @@ def passes(code: str, gold: dict[str, Any]) -> tuple[bool, str | None]:
     """Whether a program passes all tests; else how the first failing one ended, in a word."""
     source = PRELUDE + code + (CALL.format(name=gold["function"]) if gold["function"] else "")
     for test in gold["tests"]:
-        finished = sandbox.run(source, test["input"].encode(), sandbox.Limits(seconds=SECONDS, memory_mb=4096))
+        finished = sandbox.run(
+            source, test["input"].encode(), sandbox.Limits(seconds=SECONDS, memory_mb=4096)
+        )
         if finished.state == "broken":
             raise RuntimeError(finished.stderr.strip() or "the sandbox could not be built")
         if finished.state != "ok":
@@ -129,7 +148,9 @@ def same_value(shown: str, expected: str) -> bool:
 def same_output(shown: str, expected: str) -> bool:
     """Whether two outputs agree line by line: as text, or as numbers."""
     ours, theirs = ([line.strip() for line in text.strip().split("\n")] for text in (shown, expected))
-    return len(ours) == len(theirs) and all(a == b or _same_numbers(a, b) for a, b in zip(ours, theirs, strict=True))
+    return len(ours) == len(theirs) and all(
+        a == b or _same_numbers(a, b) for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def _same_numbers(a: str, b: str) -> bool:

@@ -59,7 +59,11 @@ class Mathematics(Task):
         anywhere = parse(response[-LONGEST:])
         # As the reference: against the gold solution, where the benchmark has one.
         reference = equal(parse(gold["solution"]) if gold.get("solution") else target, anywhere)
-        scores = {"reference": float(reference), "strict": float(strict), "answered": float(final is not None)}
+        scores = {
+            "reference": float(reference),
+            "strict": float(strict),
+            "answered": float(final is not None),
+        }
         return Grade(scores, str(read[0]) if read else final if not too_long else None)
 
     def requirement(self) -> str | None:

@@ -1,8 +1,8 @@
 r"""MMLU-Pro: questions of 14 fields with up to ten options, zero-shot, greedy.
 
-`reference` takes the first 'answer is X' or `\boxed{X}` anywhere, thinking included, as the reference's filter does;
-`strict` the last boxed letter after the thinking. Of more than 1,000 rows a fixed subset of 1,000 is used, each field
-in proportion (the reference's own subset of 1,000 is not published).
+`reference` takes the first 'answer is X' or `\boxed{X}` anywhere, thinking included, as the reference's
+filter does; `strict` the last boxed letter after the thinking. Of more than 1,000 rows a fixed subset of
+1,000 is used, each field in proportion (the reference's own subset of 1,000 is not published).
 """
 
 import hashlib
@@ -20,7 +20,10 @@ MATCH = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": Tru
 
 
 def _last_letter(responses: list, documents: list) -> list[str]:
-    return [answers.choice(answers.last_boxed(r[0] if isinstance(r, list) else r), LETTERS) or "" for r in responses]
+    return [
+        answers.choice(answers.last_boxed(r[0] if isinstance(r, list) else r), LETTERS) or ""
+        for r in responses
+    ]
 
 
 class MmluPro(HarnessTask):
@@ -35,8 +38,10 @@ class MmluPro(HarnessTask):
     breakdown = "category"
     config = {
         "doc_to_text": (
-            "Question:\n{{question}}\nOptions:\n{% for option in options %}{{'ABCDEFGHIJ'[loop.index0]}}. {{option}}\n"
-            "{% endfor %}\nPlease reason step by step, and put the letter of the right option within \\boxed{}."
+            "Question:\n{{question}}\nOptions:\n{% for option in options "
+            "%}{{'ABCDEFGHIJ'[loop.index0]}}. {{option}}\n"
+            "{% endfor %}\nPlease reason step by step, and put the letter of the right option within "
+            "\\boxed{}."
         ),
         "doc_to_target": "{{answer}}",
         "filter_list": [
@@ -54,7 +59,10 @@ class MmluPro(HarnessTask):
         ],
         "metric_list": [MATCH],
     }
-    scores = {"reference": ("first", "exact_match", "whole"), "strict": ("last_boxed", "exact_match", "final")}
+    scores = {
+        "reference": ("first", "exact_match", "whole"),
+        "strict": ("last_boxed", "exact_match", "final"),
+    }
 
     def document(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         row = super().document(row, index)

@@ -1,4 +1,4 @@
-"""TruthfulQA, generation: 817 questions; two judging models say whether an answer is true and whether it informs."""
+"""TruthfulQA, generation: 817 questions; two judging models say if an answer is true and if it informs."""
 
 from typing import Any
 
