@@ -1,0 +1,85 @@
+"""Does it fit, on which rung of the remat ladder, and what to change if not."""
+
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from jsft import config as schema
+from jsft.errors import ConfigError
+from jsft.models.config import ModelConfig
+from jsft.planning.memory import Memory, estimate, planned_mesh
+from jsft.training.remat import HEADROOM, LADDER
+
+
+class Fit(NamedTuple):
+    """rung: what each layer keeps; memory: with it; fits: within the limit; changes: what would make it fit."""
+
+    rung: str
+    memory: Memory
+    fits: bool
+    changes: list[str]
+
+
+def rungs(
+    model: ModelConfig, config: ConfigDict, devices: int, limit: float, platform: str = "gpu"
+) -> list[tuple[str, Memory, bool]]:
+    """(rung, memory, fits within `limit` bytes) of the whole ladder, best first."""
+    mesh = planned_mesh(config, devices)
+    found = [(rung, estimate(model, config, mesh, rung, platform)) for rung in LADDER]
+    return [(rung, memory, memory.total <= HEADROOM * limit) for rung, memory in found]
+
+
+def fit(model: ModelConfig, config: ConfigDict, devices: int, limit: float, platform: str = "gpu") -> Fit:
+    """The config's remat, or for `auto` the first rung that fits `limit` bytes; the last one where none does."""
+    ladder = rungs(model, config, devices, limit, platform)
+    if config.remat == "auto":
+        rung, memory, fits = next((row for row in ladder if row[2]), ladder[-1])
+    else:
+        rung, memory = config.remat, estimate(model, config, planned_mesh(config, devices), config.remat, platform)
+        fits = memory.total <= HEADROOM * limit
+    return Fit(rung, memory, fits, [] if fits else changes(model, config, devices, limit, platform))
+
+
+def changes(
+    model: ModelConfig, config: ConfigDict, devices: int, limit: float, platform: str = "gpu"
+) -> list[str]:
+    """Single changes of fields, and then both of the strongest, each of which makes the run fit."""
+    found = []
+    if config.remat != "auto":
+        found += [f"remat={rung}" for rung, _, fits in rungs(model, config, devices, limit, platform) if fits][:1]
+    options: list[dict] = []
+    if config.data.rows_per_device > 1:
+        options.append({"data.rows_per_device": 1})
+    shortest = -(-config.data.max_length // 128) * 128
+    if config.data.pack_length > shortest:
+        options.append({"data.pack_length": shortest})
+    options += [{"data.pack_length": n, "data.max_length": n} for n in (16384, 8192, 4096) if n < shortest]
+    if config.precision.params == "float32":
+        options.append(_BFLOAT16)
+        options += [_BFLOAT16 | option for option in options[:-1]]
+    for option in options:
+        changed = config.copy_and_resolve_references()
+        for name, value in {"remat": "auto", **option}.items():
+            schema.put(changed, name, value)
+        if _fits(model, changed, devices, limit, platform):
+            found.append(" ".join(f"{name}={value}" for name, value in option.items()))
+            if len(found) == 3:
+                break
+    for more in (2, 4, 8):
+        changed = config.copy_and_resolve_references()
+        changed.remat, changed.mesh.fsdp = "auto", -1
+        if _fits(model, changed, devices * more, limit, platform):
+            return [*found, f"{devices * more} devices"]
+    return found
+
+
+_BFLOAT16 = {
+    "precision.params": "bfloat16_stochastic", "precision.moments": "bfloat16", "precision.gradients": "bfloat16",
+}  # fmt: skip
+
+
+def _fits(model, config, devices, limit, platform) -> bool:
+    try:
+        return any(fits for _, _, fits in rungs(model, config, devices, limit, platform))
+    except ConfigError:
+        return False

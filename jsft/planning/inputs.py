@@ -1,0 +1,85 @@
+"""What a plan is made from: the model's architecture and the documents' lengths, at hand or not."""
+
+import json
+import re
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from jsft.config import nearest
+from jsft.data.sources import split_paths
+from jsft.errors import ConfigError, DataError
+from jsft.models.config import ModelConfig
+from jsft.models.families import read_config
+from jsft.models.published import PUBLISHED
+from jsft.planning.work import ASSUMED_LENGTHS, PUBLISHED_ROWS, Lengths
+
+
+def find_model(path: str) -> tuple[ModelConfig, str]:
+    """The architecture of a model directory, or of a published base model by its hub id; and where it came from."""
+    if Path(path).is_dir():
+        return read_config(path), f"{path}/config.json"
+    if Path(path).is_absolute() or path.count("/") != 1:
+        raise ConfigError(f"model.path={path}: there is no such directory")
+    name = re.sub(r"[^a-z0-9]+", "_", path.rpartition("/")[2].lower().removesuffix("-base"))
+    if name in PUBLISHED:
+        return PUBLISHED[name], "jsft/models/published.py"
+    raise ConfigError(
+        f"model.path={path}: no such directory, and not a base model known by name{nearest(name, PUBLISHED)}; a plan "
+        f"needs the model's config.json at least"
+    )
+
+
+def find_lengths(
+    config: ConfigDict, devices: int, file: str | None, mean: float | None, weighted: float | None, documents: int | None
+) -> Lengths:
+    """Lengths from `file`, from a given mean, from the data itself, or as assumed of a published set, in this order.
+
+    Raises ConfigError when nothing is known of them.
+    """
+    longest = config.data.max_length
+    if file:
+        return Lengths.of(_read_lengths(Path(file)), longest, file)
+    if mean:
+        mean = min(mean, longest)
+        return Lengths(documents or PUBLISHED_ROWS, mean, min(weighted or 1.3 * mean, longest), "as given")
+    paths = split_paths(config.data.train)
+    if all(Path(path).exists() for path in paths):
+        if Path(config.model.path).is_dir():
+            return _measured(config, devices)
+        raise ConfigError(
+            f"model.path={config.model.path} is not a directory here, so that {paths[0]} cannot be tokenised; give the "
+            f"directory, or --mean_length TOKENS --documents N"
+        )
+    name = Path(paths[0]).name.lower()
+    for known, (tokens, square_mean) in ASSUMED_LENGTHS.items():
+        if known in name:
+            rows = documents or (2560 if "2.5k" in name else PUBLISHED_ROWS)
+            limited = min(tokens, longest), min(square_mean, longest)
+            return Lengths(rows, *limited, f"assumed of {paths[0]}, which is not here (docs/recipes.md)")
+    raise ConfigError(
+        f"data.train={paths[0]} is not here, and nothing is known of its lengths; give --mean_length TOKENS "
+        f"--documents N, or --lengths FILE with a number a line"
+    )
+
+
+def _measured(config: ConfigDict, devices: int) -> Lengths:
+    """The real data, packed as the run will pack it."""
+    from jsft.data.loader import open_training_data
+
+    rows = devices * config.data.rows_per_device
+    data = open_training_data(config, config.model.path, rows_per_micro_batch=rows)
+    found = Lengths.of(data.lengths, config.data.max_length, f"{config.data.train}, tokenised and packed")
+    return found._replace(micro_batches=data.report["micro_batches"], padding=data.report["padding_share"])
+
+
+def _read_lengths(file: Path) -> list[int]:
+    """Lengths in tokens: a JSON list, or a number a line. Raises DataError."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        found = json.loads(text) if text.lstrip().startswith("[") else [int(line) for line in text.split()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"--lengths {file}: {error}; want a JSON list of tokens, or a number a line") from error
+    if not found or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in found):
+        raise DataError(f"--lengths {file}: want positive whole numbers, one for each document")
+    return found

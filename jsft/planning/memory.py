@@ -1,0 +1,143 @@
+"""Bytes of a device's memory that a run takes, from the parameter table and the names that remat keeps.
+
+A step's fullest moment is in the program that makes gradients: beside the state and the gradients lie what every layer
+keeps for the backward pass, and the workspace either of one layer's backward pass or of a chunk of the loss.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict
+
+from jsft import mesh as meshes
+from jsft.kernels.linear_cross_entropy import chunk_size
+from jsft.models.config import ModelConfig
+from jsft.models.decoder import parse_remat
+from jsft.models.families import parameter_table
+from jsft.models.parameters import leaves
+from jsft.training.optimizer import parameter_dtype
+
+
+class Workspace(NamedTuple):
+    """Temporaries of a program in units of an activation: [b, T, F], [b, T, D], [b, T, H h] of a layer; a chunk's logits.
+
+    layer_full: weights of a layer held whole at once (gathered, or as gradients before they are scattered), in
+    matrices [F, D].
+    """
+
+    mlp: float
+    residual: float
+    query: float
+    logits: float
+    loss: float  # [b, T, D] around the loss
+    chunk: float  # hidden states of a chunk, gathered, and their gradients
+    layer_full: float
+
+
+# Fitted to XLA's buffer assignment (memory_analysis of the compiled gradient program); tests/test_planning.py holds it to 10 %.
+# A CPU widens bfloat16 to float32 for every product, so that bfloat16 needs more units, of half the bytes.
+CPU_BFLOAT16 = Workspace(mlp=9.0, residual=13.5, query=8.0, logits=4.0, loss=6.0, chunk=2.0, layer_full=0.0)
+CPU_FLOAT32 = Workspace(mlp=6.0, residual=7.0, query=6.0, logits=4.0, loss=4.0, chunk=2.0, layer_full=0.0)
+# Counted from the program, not fitted: a GPU multiplies bfloat16 as it is and fuses elementwise work.
+GPU = Workspace(mlp=6.0, residual=8.0, query=4.0, logits=2.5, loss=6.0, chunk=2.0, layer_full=3.0)
+
+
+class Memory(NamedTuple):
+    """Bytes per device. `total` is the fullest moment of a step."""
+
+    parameters: int
+    moments: int
+    gradients: int
+    beside: int  # a second tree of gradients, where those of a micro batch cannot be added in place
+    batch: int
+    kept: int  # activations that remat keeps, over all layers
+    layer: int  # workspace of one layer's backward pass, gathered weights and their gradients included
+    loss: int  # workspace of a chunk of the loss
+    gathered: int  # of `layer`: the largest weights of a layer held whole
+
+    @property
+    def workspace(self) -> int:
+        return max(self.layer, self.loss)
+
+    @property
+    def temporaries(self) -> int:
+        """What the compiled gradient program calls temporaries."""
+        return self.kept + self.workspace
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.moments + self.gradients + self.beside + self.batch + self.temporaries
+
+
+def planned_mesh(config: ConfigDict, devices: int) -> AbstractMesh:
+    """The run's mesh over so many devices that need not exist. Raises ConfigError when it is impossible."""
+    shape = meshes.mesh_shape(config.mesh.replica, config.mesh.fsdp, devices)
+    return AbstractMesh(shape, meshes.MESH_AXES)
+
+
+def local_sizes(model: ModelConfig, mesh) -> list[tuple[int, int, bool]]:
+    """(elements of the whole parameter, elements on a device, whether it is a matrix) of every parameter."""
+    found = []
+    for _, spec in leaves(parameter_table(model)):
+        size = math.prod(spec.shape)
+        divided = "fsdp" in meshes.partition_spec(spec.axes, spec.shape, mesh)
+        found.append((size, size // mesh.shape["fsdp"] if divided else size, len(spec.layer_shape) > 1))
+    return found
+
+
+def kept_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int, pallas: bool) -> int:
+    """Bytes that one layer keeps for its backward pass, for `tokens` positions of a device.
+
+    remat: "none", "full", or names of REMAT_NAMES; pallas: the attention kernel, which keeps a log-sum-exp.
+    """
+    D, Q, KV, F = model.hidden_size, model.query_size, model.kv_size, model.intermediate_size
+    widths = {
+        "attention_input": D, "query_projection": Q, "key_projection": KV, "query": Q, "key": KV, "value": KV,
+        "attention_out": Q, "residual": D, "mlp_input": D, "gate": F, "up": F, "mlp_hidden": F,
+    }  # fmt: skip
+    names = parse_remat(remat)
+    if names == "full":
+        names = ()
+    statistics = 4 * model.num_heads * tokens if pallas and (names == "none" or "attention_lse" in names) else 0
+    if names != "none":
+        return tokens * itemsize * (D + sum(widths.get(name, 0) for name in names)) + statistics
+    if not model.qk_norm:  # what the rotation reads is not needed to undo it
+        del widths["query_projection"], widths["key_projection"]
+    kept = tokens * itemsize * (D + sum(widths.values())) + statistics
+    if not pallas and itemsize < 4:  # plain XLA attention keeps keys and values widened to float32 instead
+        kept += tokens * 2 * KV * (4 - itemsize)
+    return kept
+
+
+def estimate(model: ModelConfig, config: ConfigDict, mesh, remat: str, platform: str = "gpu") -> Memory:
+    """Memory of a device of `mesh` (anything with `shape` and `size`) with remat, on "gpu" or "cpu"."""
+    pallas = platform != "cpu" and config.attention.implementation != "xla" and model.head_dim in (64, 128)
+    compute = jnp.dtype(config.precision.compute).itemsize
+    work = GPU if platform != "cpu" else CPU_BFLOAT16 if compute == 2 else CPU_FLOAT32
+    parts, length = mesh.shape["fsdp"], config.data.pack_length
+    tokens = config.data.rows_per_device * length
+    local = sum(here for _, here, _ in local_sizes(model, mesh))
+    D, F, V = model.hidden_size, model.intermediate_size, model.vocab_size
+    kept = model.num_layers * kept_bytes(model, remat, tokens, compute, pallas)
+    unit = tokens * compute
+    gathered = int(work.layer_full * F * D * 4) if parts > 1 else int(work.layer_full * F * D * 4 / 3)
+    layer = unit * (work.mlp * F + work.residual * D + work.query * model.query_size) + gathered
+    width = -(-V // parts)
+    chunk = chunk_size(V, parts, tokens) * parts
+    loss = chunk * (4 * work.logits * width + work.chunk * compute * D) + width * D * (4 + compute) + work.loss * unit * D
+    itemsize = parameter_dtype(config).itemsize
+    gradient = jnp.dtype(config.precision.gradients).itemsize
+    in_place = mesh.shape["replica"] == 1 and gradient == itemsize
+    return Memory(
+        parameters=local * itemsize,
+        moments=2 * local * jnp.dtype(config.precision.moments).itemsize,
+        gradients=local * gradient,
+        beside=0 if in_place else local * gradient,
+        batch=6 * 4 * tokens,
+        kept=kept,
+        layer=int(layer),
+        loss=int(loss),
+        gathered=gathered,
+    )

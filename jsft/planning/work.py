@@ -1,0 +1,166 @@
+"""Work, traffic and time of a step, from the lengths of its documents and the measured rates."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jsft.models.config import ModelConfig
+from jsft.models.decoder import parse_remat
+from jsft.planning.devices import NETWORK, RATES, Device
+from jsft.planning.memory import local_sizes
+from jsft.training.flops import matmul_parameters, step_flops
+
+# Mean tokens of a document, and mean of squares / mean, of the published data sets (docs/recipes.md): assumptions.
+ASSUMED_LENGTHS = {
+    "math-cot": (6600, 8500), "deepseek-r1": (4500, 5500), "countdown-cot": (3000, 4000), "math-nocot": (500, 700),
+    "numinamath": (450, 650),
+}  # fmt: skip
+PUBLISHED_ROWS = 20480
+_PADDING = 0.015  # of packed rows where lengths are not known one by one; real data gives the real number
+
+
+class Lengths(NamedTuple):
+    """What is known of the documents of a step. weighted: mean of squares / mean, in tokens."""
+
+    documents: int  # of the whole data set
+    mean: float
+    weighted: float
+    source: str
+    micro_batches: float | None = None  # measured by packing the real lengths
+    padding: float | None = None
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], longest: int, source: str) -> "Lengths":
+        """Of documents of `lengths` tokens, cut to `longest`."""
+        cut = np.minimum(np.asarray(lengths, np.float64), longest)
+        return cls(len(cut), float(cut.mean()), float((cut**2).mean() / cut.mean()), source)
+
+
+class Work(NamedTuple):
+    """One update. FLOPs over all devices, bytes and seconds of one device."""
+
+    tokens: float
+    micro_batches: float
+    padding: float
+    flops: float  # useful: no recompute, no padding
+    recomputed_flops: float
+    collectives: dict[str, tuple[float, float]]  # kind: (number, bytes that leave and enter a device) of an update
+    compute_seconds: float
+    collective_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Collectives run beside the computation: the longer of the two counts."""
+        return max(self.compute_seconds, self.collective_seconds)
+
+
+def plan_work(
+    model: ModelConfig, config: ConfigDict, mesh, remat: str, lengths: Lengths, device: Device, per_node: int = 8
+) -> Work:
+    """Work of a mean update on `mesh`. per_node: devices of a node, beyond which collectives use the network."""
+    batch, positions = config.train.global_batch, config.data.pack_length
+    rows = mesh.size * config.data.rows_per_device
+    tokens = batch * lengths.mean
+    padding = _PADDING if lengths.padding is None else lengths.padding
+    micro_batches = lengths.micro_batches
+    if micro_batches is None:
+        micro_batches = max(1.0, tokens / (1 - padding) / (rows * positions))
+        if micro_batches == 1.0:
+            padding = max(padding, 0.0)
+    squares = tokens * lengths.weighted
+    flops = step_flops(model, matmul_parameters(model), int(tokens), int(squares))
+    products, attention = recomputed(model, remat)
+    extra_products, extra_attention = 2.0 * products * tokens, 2.0 * model.num_layers * model.query_size * squares * attention
+    matmul = 6.0 * matmul_parameters(model) * tokens + extra_products
+    attend = 6.0 * model.num_layers * model.query_size * squares + extra_attention
+    moved = RATES.passes * model.num_layers * tokens * 2 * (model.intermediate_size + model.hidden_size + model.query_size)
+    scale = device.peak / 989e12
+    share = 1 / mesh.size / (1 - padding)
+    compute = share * (matmul / RATES.matmul / scale + attend / RATES.attention / scale + moved / RATES.elementwise)
+    state = sum(here for _, here, _ in local_sizes(model, mesh))
+    moments = jnp.dtype(config.precision.moments).itemsize
+    parameters = 4 if config.precision.params == "float32" else 2
+    update_bytes = state * (2 * parameters + 4 * moments + 2 * jnp.dtype(config.precision.gradients).itemsize)
+    compute += update_bytes / RATES.elementwise
+    collectives = _collectives(model, config, mesh, micro_batches, tokens)
+    link = device.link if mesh.shape["fsdp"] <= per_node else NETWORK
+    seconds = sum(size for kind, (_, size) in collectives.items() if kind != "all-reduce") / link
+    if "all-reduce" in collectives:
+        seconds += collectives["all-reduce"][1] / (device.link if mesh.size <= per_node else NETWORK)
+    return Work(
+        tokens, micro_batches, padding, flops, extra_products + extra_attention, collectives, compute, seconds
+    )
+
+
+def recomputed(model: ModelConfig, remat: str) -> tuple[float, float]:
+    """(weights whose product the backward pass repeats, over all layers; how often attention's forward is repeated)."""
+    names = parse_remat(remat)
+    if names == "none":
+        return 0.0, 0.0
+    names = () if names == "full" else names
+    D, Q, KV, F = model.hidden_size, model.query_size, model.kv_size, model.intermediate_size
+    weights = 0
+    if not {"query", "query_projection"} & set(names):
+        weights += D * Q
+    if not {"key", "key_projection"} & set(names):
+        weights += D * KV
+    if "value" not in names:
+        weights += D * KV
+    if "residual" not in names:
+        weights += Q * D
+    weights += D * F * (("gate" not in names) + ("up" not in names))
+    # The down projection's output is only added to the stream: nothing reads it again.
+    repeats = 0.0 if {"attention_out", "attention_lse"} <= set(names) else 1.0
+    return float(model.num_layers * weights), repeats
+
+
+def _collectives(model, config, mesh, micro_batches, tokens) -> dict[str, tuple[float, float]]:
+    parts, replica = mesh.shape["fsdp"], mesh.shape["replica"]
+    compute = jnp.dtype(config.precision.compute).itemsize
+    reduce = jnp.dtype(config.precision.reduce).itemsize
+    divided = sum(size for size, here, matrix in local_sizes(model, mesh) if matrix and here < size)
+    embeddings = model.vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
+    layers = max(0, divided - embeddings) if parts > 1 else 0
+    found: dict[str, tuple[float, float]] = {}
+    matrices = 7 * model.num_layers
+    hidden = tokens / mesh.size * model.hidden_size
+    if parts > 1:
+        away = (parts - 1) / parts
+        loss = hidden * (parts - 1) * compute  # every device meets the hidden states of all
+        found["all-gather"] = (2 * matrices * micro_batches, 2 * layers * away * compute * micro_batches + loss)
+        found["reduce-scatter"] = (
+            matrices * micro_batches, layers * away * reduce * micro_batches + hidden * (parts - 1) * 4,
+        )  # fmt: skip
+        table = model.vocab_size * model.hidden_size / parts
+        exchanged = away * (table * (compute + 4) * micro_batches + 2 * hidden * compute)
+        found["all-to-all"] = (4 * micro_batches, exchanged)
+    if replica > 1:
+        local = sum(here for _, here, _ in local_sizes(model, mesh))
+        found["all-reduce"] = (matrices * micro_batches, 2 * (replica - 1) / replica * local * reduce * micro_batches)
+    return found
+
+
+def checkpoint_bytes(model: ModelConfig, config: ConfigDict, steps: int) -> tuple[float, float, int]:
+    """(bytes of a full checkpoint, of a milestone's parameters, number of milestones within `steps`)."""
+    count = sum(size for size, _, _ in _sizes(model))
+    parameters = count * (4 if config.precision.params == "float32" else 2)
+    full = parameters + 2 * count * jnp.dtype(config.precision.moments).itemsize
+    return float(full), float(parameters), sum(step <= steps for step in config.checkpoint.milestones)
+
+
+def _sizes(model: ModelConfig):
+    class One:
+        shape = {"replica": 1, "fsdp": 1}
+
+    return local_sizes(model, One)
+
+
+def updates(config: ConfigDict, documents: int) -> int:
+    """Updates of the run, as the loader counts them."""
+    per_epoch = documents // config.train.global_batch
+    steps = math.ceil(round(config.train.epochs * per_epoch, 6))
+    return min(steps, config.train.max_steps) if config.train.max_steps else steps
