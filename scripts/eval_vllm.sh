@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Benchmarks a model with vLLM; finds or makes the serving environment first.
 #
-#   scripts/eval_vllm.sh [MODEL_DIR | WORKDIR | HUB_ID[:subfolder]] [--tasks a,b] [--steps 10,20,...|all] [--tp N]
-#                        [--data_dir DIR] [--out DIR] ...        (--help lists all; bare: the run runs/latest points to)
+#   scripts/eval_vllm.sh [MODEL_DIR | WORKDIR | HUB_ID[:subfolder]] [--tasks a,b] [--steps 10,20,...|all]
+#                        [--tp N] [--data_dir DIR] [--out DIR] ...
+#
+# Bare: the run runs/latest points to. --help lists all options.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${JSFT_SERVE_VENV:-$root/.venv-serve}

