@@ -4,6 +4,7 @@ Axes: `replica` holds copies of the parameters (one per node in a large run), `f
 are divided over both. The mesh uses Auto axis types: XLA's partitioner places the collectives, as pjit did.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -71,6 +72,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of [R, ...] batch arrays: rows over all devices."""
     return NamedSharding(mesh, BATCH)
+
+
+def shard_bytes(x: jax.ShapeDtypeStruct) -> int:
+    """Bytes of one device's part of `x`."""
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
 def shard_batch(batch, mesh: Mesh):

@@ -33,6 +33,7 @@ def _define_flags(values) -> None:
                       flag_values=values)
     flags.DEFINE_list("allow_changed", [], "fields that may differ from the run that --workdir holds",
                       flag_values=values)
+    flags.DEFINE_bool("ignore_plan", False, "start though the plan says that the run does not fit", flag_values=values)
     flags.DEFINE_string("coordinator", None, "several processes: host:port of process 0", flag_values=values)
     flags.DEFINE_integer("process_count", None, "several processes: how many", flag_values=values)
     flags.DEFINE_integer("process_index", None, "several processes: which this is, from 0", flag_values=values)
@@ -52,10 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     from jsft.training import run
 
     if flags.dry_run:
-        return run.dry_run(config, name)
+        return run.dry_run(config, name, flags.ignore_plan)
     limits = {"start_seconds": config.train.start_seconds, "silence_seconds": config.train.peer_seconds}
     with distributed.session(cluster, **limits) as link:
-        return run.train(config, name, workdir, frozenset(flags.allow_changed), link)
+        return run.train(config, name, workdir, frozenset(flags.allow_changed), link, flags.ignore_plan)
 
 
 if __name__ == "__main__":

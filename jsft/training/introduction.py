@@ -1,6 +1,5 @@
 """What a run says of itself before it starts: nothing that matters is decided silently."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +7,8 @@ import jax
 
 from jsft import mesh as meshes
 from jsft.kernels.attention import describe_attention
+from jsft.mesh import shard_bytes
+from jsft.planning.startup import expectation
 
 Say = Callable[[str], None]
 
@@ -42,12 +43,9 @@ def introduce(parts, name: str, workdir: Path | None, remat: str, step: int, say
     )
     for i, text in enumerate(parts.data.report_lines()):
         line("" if i else "data", text)
+    if expected := expectation(parts, remat):
+        line("plan", expected)
     total, per_epoch = parts.data.total_steps, parts.data.steps_per_epoch
     line("steps", f"{total:,} of {config.train.global_batch} documents ({per_epoch:,} an epoch); one document:")
     for row in parts.data.preview().splitlines():
         line("", row)
-
-
-def shard_bytes(x: jax.ShapeDtypeStruct) -> int:
-    """Bytes of one device's part of `x`."""
-    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

@@ -7,7 +7,7 @@ that keeps most, and takes the first whose own memory analysis fits the device b
 import jax
 
 from jsft.errors import OutOfMemoryError
-from jsft.training.introduction import shard_bytes
+from jsft.mesh import shard_bytes
 
 # Best first. Each rung names what is kept; "none" means no recompute at all, "full" that only layer inputs are kept.
 # Norms, rotations and silu are recomputed from the second rung on: they cost little beside the matrix products, which

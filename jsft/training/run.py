@@ -23,6 +23,7 @@ from jsft.models.config import ModelConfig
 from jsft.models.families import read_config
 from jsft.models.module import abstract_parameters
 from jsft.peers import PeerLink
+from jsft.planning.startup import check_memory
 from jsft.training import checkpoint, platform
 from jsft.training.ending import GO_ON, Ending
 from jsft.training.flops import matmul_parameters, peak_flops, step_flops
@@ -79,11 +80,13 @@ def build(config: ConfigDict) -> Parts:
 
 
 def train(
-    config: ConfigDict, name: str, workdir: Path, allow_changed: frozenset[str], link: PeerLink | None = None
+    config: ConfigDict, name: str, workdir: Path, allow_changed: frozenset[str], link: PeerLink | None = None,
+    ignore_plan: bool = False,
 ) -> int:
     """Runs, or goes on with, the run in `workdir`. Returns 0; raises JsftError with its exit code.
 
-    link: to the other processes of the run, where there are some (`jsft.distributed.session`).
+    link: to the other processes of the run, where there are some (`jsft.distributed.session`). ignore_plan: start though
+    the plan says that the run does not fit.
     """
     platform.configure()  # before JAX looks for devices
     primary = jax.process_index() == 0
@@ -100,6 +103,7 @@ def train(
             directory.keep_base_files(parts.model_dir)
             directory.point_latest()
         log = RunLog(workdir / "log.txt" if primary else None, quiet=not primary)
+        check_memory(parts, log.line, ignore_plan)
         watchdog = Watchdog(workdir, jax.process_index(), 60 * config.train.hang_minutes, ending)
         try:
             with _device_errors():
@@ -207,11 +211,12 @@ def _say_what_changed(there: dict[str, Any], here: dict[str, Any], say: Say) -> 
         say(f"note: going on with the same documents and objective, perhaps not bit for bit: {', '.join(changed)}")
 
 
-def dry_run(config: ConfigDict, name: str) -> int:
+def dry_run(config: ConfigDict, name: str, ignore_plan: bool = False) -> int:
     """Builds everything on shapes alone, compiles one abstract step, prints the summary, and trains nothing."""
     platform.configure()
     with _device_errors():
         parts = build(config)
+        check_memory(parts, print, ignore_plan)
         remat = choose_remat(parts, print)
         introduce(parts, name, None, remat, 0, print)
         compiled = compile_gradients(parts, remat)
