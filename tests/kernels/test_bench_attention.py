@@ -1,0 +1,66 @@
+"""The attention benchmark on the CPU: what it prints, with the kernels replaced where they need a GPU."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from jsft.kernels.flash import backward_dkv, backward_dq, forward as forward_module
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_attention.py"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    spec = importlib.util.spec_from_file_location("bench_attention", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "CASES", [module.Case("tiny", (4, 2), (40, 24)), module.Case("one", (2, 2), (48,))])
+    return module
+
+
+def call(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["bench_attention.py", *arguments, "--rounds", "1", "--calls", "1", "--h", "64"])
+    module.main()
+
+
+def test_prints_a_row_for_each_case_with_errors(bench, monkeypatch, capsys):
+    call(bench, monkeypatch, "--errors", "--no_cudnn")
+    out = capsys.readouterr().out.splitlines()
+    assert "plain XLA" in out[0]
+    rows = [line for line in out if line.startswith(("tiny", "one"))]
+    assert len(rows) == 2 and all(float(error) < 1e-2 for row in rows for error in row.split("|")[-1].split())
+
+
+def test_a_peer_that_cannot_run_is_named(bench, monkeypatch, capsys):
+    call(bench, monkeypatch, "--cases", "tiny")
+    out = capsys.readouterr().out
+    assert "tiny: cudnn forward cannot run: cuDNN is not detected." in out and "tiny  " in out
+
+
+def test_unknown_case(bench, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        call(bench, monkeypatch, "--cases", "large")
+    assert "--cases: large not among tiny, one" in capsys.readouterr().err
+
+
+def test_tune_ranks_what_runs_and_names_what_does_not(bench, monkeypatch, capsys):
+    def fake_forward(q, k, v, start, *, scale, config):
+        if config.block == 64:
+            raise ValueError("too small")
+        return q * scale, jnp.zeros((1, q.shape[2], q.shape[1]))
+
+    def fake_backward(q, *others, scale, config):
+        return q * scale
+
+    monkeypatch.setattr(forward_module, "forward", fake_forward)
+    monkeypatch.setattr(backward_dq, "backward_dq", fake_backward)
+    monkeypatch.setattr(backward_dkv, "backward_dkv", fake_backward)
+    monkeypatch.setattr(backward_dkv, "backward_fused", fake_backward)
+    call(bench, monkeypatch, "--tune", "--heads", "4/2", "--length", "256")
+    out = capsys.readouterr().out
+    assert "forward  block   64 stages 2: too small" in out
+    for name in ("forward", "dq", "dkv", "fused"):
+        assert f"-> h 64, group 2, T 256: {name}=KernelConfig(" in out
