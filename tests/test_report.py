@@ -48,9 +48,8 @@ def write_run(path: Path, name: str, curves: dict[str, dict[int, float]], steps:
         for n in range(1, steps + 1)
     ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (path / "heldout.jsonl").write_text(
-        '{"step": 0, "heldout/loss": 2.1}\n{"step": 50, "heldout/loss": 1.2}\n'
-    )
+    held = [{"step": n, "h/loss": 2.1 - n / 50, "h/document_loss": 9.0, "h/accuracy": 0.5} for n in (0, 50)]
+    (path / "heldout.jsonl").write_text("".join(json.dumps(line) + "\n" for line in held))
     return path
 
 
@@ -102,7 +101,7 @@ def test_tables_name_the_papers_numbers(run):
     assert summary["HEx-PHI"][6] == "5.0 @ 640"  # best is lowest
     assert summary["GPQA-Diamond"][5] == "not yet"
     training = tables.training_table([found]).rows[0]
-    assert training == ["qwen3_4b-math_cot_ep8", "50", "1.9800", "1.0000", "1.2", "0.500", "1,026"]
+    assert training == ["qwen3_4b-math_cot_ep8", "50", "1.9800", "1.0000", "1.1", "0.500", "1,026"]
 
 
 def test_known_scores_by_both_names():
@@ -145,6 +144,9 @@ def test_lines_that_are_drawn(run, tmp_path):
     assert len(verticals) == 1  # where the dip ends
     bases = [line for line in panel.get_lines() if list(line.get_ydata()) == [70.0, 70.0]]
     assert len(bases) == 2  # the base model's line of each run
+    losses = {a.get_title(): a for a in figures["training"][1].axes}["loss"].get_lines()
+    held = [line for line in losses if "held out" in str(line.get_label())]
+    assert [list(line.get_ydata()) for line in held] == [[2.1, 1.1]] * 2  # per token only
     domain = figures["domains"][1].axes[0].get_lines()[0]
     assert domain.get_xdata()[-1] == pytest.approx(16.0) and domain.get_ydata()[-1] == pytest.approx(-2.0)
 

@@ -71,7 +71,10 @@ def score_figure(runs: list[Run]) -> Figure | None:
         points = curve.trained or curve.points
         steps = [p.step for p in points]
         axes.plot(steps, [p.score for p in points], marker="o", markersize=3.5, label=run.name, **style)
-        if all(p.low is not None for p in points):
+        known = all(p.low is not None for p in points)
+        if known and len(points) == 1:  # a band needs two
+            axes.vlines(steps, points[0].low, points[0].high, color=style["color"], alpha=0.5)
+        elif known:
             axes.fill_between(
                 steps,
                 [p.low for p in points],
@@ -192,7 +195,7 @@ def training_figure(runs: list[Run]) -> Figure | None:
 
 
 def _draw_heldout(axes: Axes, run: Run, style: dict) -> None:
-    names = sorted({k for h in run.heldout for k in h if k.endswith("loss")})
+    names = sorted({k for h in run.heldout for k in h if k.endswith("/loss")})
     for name in names:
         pairs = [(h["step"], h[name]) for h in run.heldout if h.get(name) is not None]
         axes.plot(*zip(*pairs, strict=True), "D--", color=style["color"], markersize=3, linewidth=0.8,

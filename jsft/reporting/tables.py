@@ -160,7 +160,7 @@ def training_table(runs: list[Run]) -> Table | None:
         speeds = sorted(m["tokens_per_second"] for m in run.metrics if m.get("tokens_per_second"))
         norms = [m["grad_norm"] for m in run.metrics if m.get("grad_norm") is not None]
         heldout = next(
-            (str(round(h[k], 4)) for h in reversed(run.heldout) for k in h if k.endswith("loss")), "–"
+            (str(round(h[k], 4)) for h in reversed(run.heldout) for k in h if k.endswith("/loss")), "–"
         )
         rows.append(
             [
