@@ -1,7 +1,8 @@
 """Several processes, one run: where the others are, meeting them, agreeing with them, and ending together.
 
-Who is who comes from flags, from NODE_COUNT, NODE_RANK, MASTER_ADDR and PROC_PER_NODE, or from SLURM. Two ports of
-process 0's host are used: one for JAX's coordination service, the next for our own link (`jsft/peers.py`).
+Who is who comes from flags, from NODE_COUNT, NODE_RANK, MASTER_ADDR and PROC_PER_NODE, or from SLURM. Two
+ports of process 0's host are used: one for JAX's coordination service, the next for our own link
+(`jsft/peers.py`).
 """
 
 import ctypes
@@ -38,7 +39,10 @@ class Cluster(NamedTuple):
 
 
 def find_cluster(
-    environment: Mapping[str, str], coordinator: str | None = None, count: int | None = None, index: int | None = None
+    environment: Mapping[str, str],
+    coordinator: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
 ) -> Cluster | None:
     """The cluster that flags or `environment` describe, or None for a single process. Raises ConfigError.
 
@@ -55,7 +59,9 @@ def find_cluster(
 
 def _from_flags(coordinator, count, index) -> Cluster:
     if None in (coordinator, count, index):
-        raise ConfigError("--coordinator, --process_count and --process_index go together: give all three, or none")
+        raise ConfigError(
+            "--coordinator, --process_count and --process_index go together: give all three, or none"
+        )
     host, colon, port = coordinator.rpartition(":")
     if not colon:
         host, port = coordinator, str(DEFAULT_PORT)
@@ -71,16 +77,24 @@ def _from_nodes(environment) -> Cluster | None:
         return None
     host = environment.get("MASTER_ADDR")
     if not host:
-        raise ConfigError("NODE_COUNT is set but MASTER_ADDR is not; set it to the address of the node of NODE_RANK=0")
+        raise ConfigError(
+            "NODE_COUNT is set but MASTER_ADDR is not; set it to the address of the node of NODE_RANK=0"
+        )
     if each > 1 and "LOCAL_RANK" not in environment:
         raise ConfigError(
-            f"PROC_PER_NODE={each} but LOCAL_RANK is not set; start the node with scripts/launch_node.sh, which sets it"
+            f"PROC_PER_NODE={each} but LOCAL_RANK is not set; start the node with scripts/launch_node.sh, "
+            f"which sets it"
         )
     if not (0 <= node < nodes and 0 <= local < each):
-        raise ConfigError(f"NODE_RANK={node} of NODE_COUNT={nodes}, LOCAL_RANK={local} of PROC_PER_NODE={each}: out of range")
+        raise ConfigError(
+            f"NODE_RANK={node} of NODE_COUNT={nodes}, LOCAL_RANK={local} of PROC_PER_NODE={each}: out of "
+            f"range"
+        )
     port = _number("MASTER_PORT", environment.get("MASTER_PORT", str(DEFAULT_PORT)))
     devices = _own_device(local, environment) if each > 1 else None
-    return _checked(Cluster(nodes * each, node * each + local, host, port, devices, "NODE_COUNT and NODE_RANK"))
+    return _checked(
+        Cluster(nodes * each, node * each + local, host, port, devices, "NODE_COUNT and NODE_RANK")
+    )
 
 
 def _from_slurm(environment) -> Cluster:
@@ -90,9 +104,13 @@ def _from_slurm(environment) -> Cluster:
         host = environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"])
         port = int(environment.get("MASTER_PORT") or 61440 + int(environment["SLURM_JOB_ID"]) % 2000 * 2)
     except (KeyError, ValueError) as error:
-        raise ConfigError(f"SLURM's environment is incomplete ({error}); start with srun, or give --coordinator") from error
+        raise ConfigError(
+            f"SLURM's environment is incomplete ({error}); start with srun, or give --coordinator"
+        ) from error
     several = not tasks.startswith("1(") and tasks != "1"  # "4(x2)": four on each of two nodes
-    return _checked(Cluster(count, index, host, port, _own_device(local, environment) if several else None, "SLURM"))
+    return _checked(
+        Cluster(count, index, host, port, _own_device(local, environment) if several else None, "SLURM")
+    )
 
 
 def first_host(nodes: str) -> str:
@@ -109,7 +127,7 @@ def _number(name: str, text: str) -> int:
 
 
 def _own_device(local: int, environment) -> tuple[int, ...] | None:
-    """The device of process `local` of a node with several; None where it sees no other (or is to use CPUs)."""
+    """The device of process `local` of a node with several; None where it sees no other, or uses CPUs."""
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     sees_one = bool(visible) and "," not in visible
     return None if sees_one or _on_cpu(environment) else (local,)
@@ -121,13 +139,18 @@ def _on_cpu(environment) -> bool:
 
 def _checked(cluster: Cluster) -> Cluster | None:
     if not 0 <= cluster.index < cluster.count:
-        raise ConfigError(f"process {cluster.index} of {cluster.count} ({cluster.source}): numbers go from 0 to count - 1")
+        raise ConfigError(
+            f"process {cluster.index} of {cluster.count} ({cluster.source}): numbers go from 0 to count - 1"
+        )
     return cluster if cluster.count > 1 else None
 
 
 @contextmanager
-def session(cluster: Cluster | None, *, start_seconds: float, silence_seconds: float) -> Iterator[PeerLink | None]:
-    """A run of `cluster`'s processes, from meeting to parting; yields the link to the others, None for a single one.
+def session(
+    cluster: Cluster | None, *, start_seconds: float, silence_seconds: float
+) -> Iterator[PeerLink | None]:
+    """A run of `cluster`'s processes, from meeting to parting; yields the link to the others, None for a
+    single one.
 
     Inside, an error of this process ends the others with its exit code; a lost process ends this one. Raises
     PeerLostError naming who did not come within `start_seconds`.
@@ -136,9 +159,16 @@ def session(cluster: Cluster | None, *, start_seconds: float, silence_seconds: f
         yield None
         return
     if silence_seconds >= _JAX_SILENCE:
-        raise ConfigError(f"train.peer_seconds={silence_seconds:g}: must be below {_JAX_SILENCE}, where JAX itself aborts")
+        raise ConfigError(
+            f"train.peer_seconds={silence_seconds:g}: must be below {_JAX_SILENCE}, where JAX itself aborts"
+        )
     link = PeerLink.open(
-        cluster.index, cluster.count, cluster.host, cluster.port + 1, timeout=start_seconds, silence=silence_seconds
+        cluster.index,
+        cluster.count,
+        cluster.host,
+        cluster.port + 1,
+        timeout=start_seconds,
+        silence=silence_seconds,
     )
     link.on_loss = lambda rank, why, code, state: _end(code, why)
     _on_abort(link)
@@ -146,11 +176,17 @@ def session(cluster: Cluster | None, *, start_seconds: float, silence_seconds: f
         if _on_cpu(os.environ):
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(
-            f"{cluster.host}:{cluster.port}", cluster.count, cluster.index, cluster.local_devices,
-            initialization_timeout=int(start_seconds), heartbeat_timeout_seconds=_JAX_SILENCE,
+            f"{cluster.host}:{cluster.port}",
+            cluster.count,
+            cluster.index,
+            cluster.local_devices,
+            initialization_timeout=int(start_seconds),
+            heartbeat_timeout_seconds=_JAX_SILENCE,
         )
         yield link
-        multihost_utils.sync_global_devices("end of run")  # process 0 may still have been sealing the last checkpoint
+        multihost_utils.sync_global_devices(
+            "end of run"
+        )  # process 0 may still have been sealing the last checkpoint
     except JsftError as error:
         why = " ".join(str(error).split())
         link.leave(error.exit_code, why, "failed")
@@ -177,8 +213,9 @@ def _end(code: int, why: str) -> None:
 def _on_abort(link: PeerLink) -> None:
     """Lets the link name a lost process when JAX's client aborts first.
 
-    JAX ends a survivor by abort() as soon as process 0 is gone. The handler runs in the aborting thread; if the link
-    finds a process lost, `on_loss` ends this one with its own exit code, else the abort takes its way.
+    JAX ends a survivor by abort() as soon as process 0 is gone. The handler runs in the aborting thread; if
+    the link finds a process lost, `on_loss` ends this one with its own exit code, else the abort takes its
+    way.
     """
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -193,7 +230,7 @@ def _on_abort(link: PeerLink) -> None:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether `flag` is set on any process; every process must ask at the same point. Waits for the devices."""
+    """Whether `flag` is set on any process; all must ask at the same point. Waits for the devices."""
     if jax.process_count() == 1:
         return bool(flag)
     return bool(multihost_utils.process_allgather(np.int32(flag)).max())

@@ -1,9 +1,9 @@
 """Who of a run's processes is there: a link over TCP beside JAX's own, which aborts without naming anyone.
 
-Process 0 listens and the others connect to it, which is also how a start learns who is missing. From then on each side
-sends a beat every few seconds. A connection that closes, or stays silent for too long, is a lost process; process 0
-tells the others which. A process that leaves by itself says so, with its exit code and why, so that the others end
-with the same code and sentence. Messages are lines of JSON.
+Process 0 listens and the others connect to it, which is also how a start learns who is missing. From then on
+each side sends a beat every few seconds. A connection that closes, or stays silent for too long, is a lost
+process; process 0 tells the others which. A process that leaves by itself says so, with its exit code and
+why, so that the others end with the same code and sentence. Messages are lines of JSON.
 """
 
 import json
@@ -19,7 +19,8 @@ _LINE_LIMIT = 65536
 
 
 class PeerLink:
-    """This process's end of the link. `on_loss(rank, why, exit code, state)` runs once, on the link's own thread.
+    """This process's end of the link. `on_loss(rank, why, exit code, state)` runs once, on the link's own
+    thread.
 
     `state` is what the run becomes: "failed", or "preempted" where a process left because it was asked to.
     """
@@ -27,7 +28,7 @@ class PeerLink:
     def __init__(self, rank: int, count: int, silence: float):
         self.rank, self.count, self.silence = rank, count, silence
         self.on_loss: Callable[[int, str, int, str], None] = lambda rank, why, code, state: None
-        self._sockets: dict[int, socket.socket] = {}  # by rank: all others for process 0, only 0 for the others
+        self._sockets: dict[int, socket.socket] = {}  # by rank: process 0 has all others, they have 0
         self._buffers: dict[int, bytes] = {}
         self._heard: dict[int, float] = {}
         self._left: set[int] = set()
@@ -37,8 +38,11 @@ class PeerLink:
         self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
 
     @classmethod
-    def open(cls, rank: int, count: int, host: str, port: int, *, timeout: float, silence: float) -> "PeerLink":
-        """Meets the other processes at `host:port`. Raises PeerLostError naming those that did not come in time.
+    def open(
+        cls, rank: int, count: int, host: str, port: int, *, timeout: float, silence: float
+    ) -> "PeerLink":
+        """Meets the other processes at `host:port`. Raises PeerLostError naming those that did not come in
+        time.
 
         timeout: seconds to wait for them; silence: seconds without a beat after which one counts as lost.
         """
@@ -56,8 +60,8 @@ class PeerLink:
             server = socket.create_server(("", port), backlog=self.count)
         except OSError as error:
             raise ConfigError(
-                f"process 0 cannot listen on port {port} of {host} ({error.strerror}); is another run using it? choose "
-                f"another port in --coordinator or MASTER_PORT"
+                f"process 0 cannot listen on port {port} of {host} ({error.strerror}); is another run "
+                f"using it? choose another port in --coordinator or MASTER_PORT"
             ) from error
         end = time.monotonic() + timeout
         others = set(range(1, self.count))
@@ -67,9 +71,9 @@ class PeerLink:
                 if left <= 0:
                     missing = sorted(others - set(self._sockets))
                     why = (
-                        f"process{'es' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {self.count} did "
-                        f"not reach {host}:{port} within {timeout:.0f} s; look at the log there, start "
-                        f"{'them' if len(missing) > 1 else 'it'}, or raise train.start_seconds"
+                        f"process{'es' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of "
+                        f"{self.count} did not reach {host}:{port} within {timeout:.0f} s; look at the log "
+                        f"there, start {'them' if len(missing) > 1 else 'it'}, or raise train.start_seconds"
                     )
                     self._tell_all({"refused": why, "code": PeerLostError.exit_code})
                     raise PeerLostError(why)
@@ -91,7 +95,10 @@ class PeerLink:
             return
         why = None
         if count != self.count:
-            why = f"process {rank} was started for {count} processes, process 0 for {self.count}; start all alike"
+            why = (
+                f"process {rank} was started for {count} processes, process 0 for {self.count}; start all "
+                f"alike"
+            )
         elif not 0 < rank < self.count or rank in self._sockets:
             why = f"two processes were started as process {rank} of {self.count}; give each its own number"
         self._add(rank if why is None else -1, connection)
@@ -107,8 +114,8 @@ class PeerLink:
             left = end - time.monotonic()
             if left <= 0:
                 raise PeerLostError(
-                    f"process 0 of {self.count} was not found at {host}:{port} within {timeout:.0f} s ({reason}); start "
-                    f"it, or correct --coordinator or MASTER_ADDR"
+                    f"process 0 of {self.count} was not found at {host}:{port} within {timeout:.0f} s "
+                    f"({reason}); start it, or correct --coordinator or MASTER_ADDR"
                 )
             try:
                 connection = socket.create_connection((host, port), timeout=left)
@@ -169,14 +176,18 @@ class PeerLink:
                     if not self._receive(key.data):
                         selector.unregister(key.fileobj)
                         if key.data not in self._left and not self._closing.is_set():
-                            return self._lost(key.data, f"process {key.data} of {self.count} is gone (its connection closed)")
+                            return self._lost(
+                                key.data,
+                                f"process {key.data} of {self.count} is gone (its connection closed)",
+                            )
                     if self._verdict.is_set():
                         return None
                 now = time.monotonic()
                 for rank, heard in self._heard.items():
                     if rank not in self._left and now - heard > self.silence:
                         return self._lost(
-                            rank, f"process {rank} of {self.count} has not been heard of for {self.silence:.0f} s"
+                            rank,
+                            f"process {rank} of {self.count} has not been heard of for {self.silence:.0f} s",
                         )
         return None
 

@@ -3,8 +3,8 @@
 
     .venv/bin/python scripts/bench_save.py --gigabytes 2 --folder /disk/of/the/run
 
-makes a state of that size (float32 weights and moments, divided over all devices), saves it five times while the
-devices go on with donated updates, as in training, checks and restores it, and removes it.
+makes a state of that size (float32 weights and moments, divided over all devices), saves it five times while
+the devices go on with donated updates, as in training, checks and restores it, and removes it.
 """
 
 import argparse
@@ -41,16 +41,22 @@ def make_state(gigabytes: float, mesh) -> TrainState:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure; default: a temporary one")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="on the disk to measure; default: a temporary one"
+    )
     arguments = parser.parse_args()
     mesh = make_mesh()
     state = make_state(arguments.gigabytes, mesh)
     size = sum(x.nbytes for x in jax.tree.leaves(state))
     shardings = jax.tree.map(lambda x: x.sharding, state)
     update = jax.jit(
-        lambda s: jax.tree.map(lambda x: x + 1 if x.ndim == 0 else x * 0.999, s), donate_argnums=0, out_shardings=shardings
+        lambda s: jax.tree.map(lambda x: x + 1 if x.ndim == 0 else x * 0.999, s),
+        donate_argnums=0,
+        out_shardings=shardings,
     )
     state = jax.block_until_ready(update(state))
     print(f"{size / 1e9:.3f} GB on {describe(mesh)}")
@@ -65,7 +71,10 @@ def main() -> None:
             state = update(state)
             saver.wait()
             whole = time.perf_counter() - began
-            print(f"save {step}: training waits {stalled:.3f} s; whole after {whole:.2f} s ({size / whole / 1e9:.2f} GB/s)")
+            print(
+                f"save {step}: training waits {stalled:.3f} s; whole after {whole:.2f} s "
+                f"({size / whole / 1e9:.2f} GB/s)"
+            )
         began = time.perf_counter()
         assert verify(workdir, SAVES) is None
         checked = time.perf_counter() - began
@@ -73,7 +82,10 @@ def main() -> None:
         began = time.perf_counter()
         jax.block_until_ready(restore(workdir, abstract, print))
         whole = time.perf_counter() - began
-        print(f"restore: {whole:.2f} s, {checked:.2f} s of it for the checksums ({size / checked / 1e9:.2f} GB/s)")
+        print(
+            f"restore: {whole:.2f} s, {checked:.2f} s of it for the checksums ({size / checked / 1e9:.2f} "
+            f"GB/s)"
+        )
     finally:
         shutil.rmtree(workdir, ignore_errors=True)
 

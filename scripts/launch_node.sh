@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # Starts this node's processes of a run over several hosts. On every node, with its own NODE_RANK:
 #
-#   NODE_COUNT=4 NODE_RANK=0 MASTER_ADDR=node0 scripts/launch_node.sh --config configs/qwen3_14b.py:math_cot_ep8 \
-#       --config.mesh.replica=4 --workdir /shared/runs/math
+#   NODE_COUNT=4 NODE_RANK=0 MASTER_ADDR=node0 scripts/launch_node.sh --workdir /shared/runs/math \
+#       --config configs/qwen3_14b.py:math_cot_ep8 --config.mesh.replica=4
 #
 # NODE_COUNT     nodes of the run (default 1)
 # NODE_RANK      this node, from 0
-# MASTER_ADDR    address of the node of rank 0; MASTER_PORT (default 29400) and the port after it must be free there
+# MASTER_ADDR    address of the node of rank 0
+# MASTER_PORT    default 29400; it and the port after it must be free on that node
 # PROC_PER_NODE  1 (default): one process drives all GPUs of the node; their number: one process each
 #
-# --workdir must be on a disk that all nodes share. Ends with 0 when all processes do, else with the exit code of the
-# process that failed first by itself; 9 (a peer was lost) only when there is no better one. SIGTERM and SIGINT are
-# passed on.
+# --workdir must be on a disk that all nodes share. Ends with 0 when all processes do, else with the exit code
+# of the process that failed first by itself; 9 (a peer was lost) only when there is no better one. SIGTERM
+# and SIGINT are passed on.
 set -u
 cd "$(dirname "$0")/.."
 python=${JSFT_VENV:-.venv}/bin/python

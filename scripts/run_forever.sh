@@ -4,17 +4,18 @@
 #   scripts/run_forever.sh --config configs/qwen3_14b.py:math_cot_ep8 --workdir runs/math
 #   NODE_COUNT=4 NODE_RANK=0 MASTER_ADDR=node0 scripts/run_forever.sh scripts/launch_node.sh --config ...
 #
-# Restarts on exit code 8 (hang), 9 (a peer was lost), and on death by a signal (SIGKILL, SIGABRT, SIGBUS, SIGSEGV).
-# Everything else needs a person: it ends with that code. A run that was asked to stop (exit 0) is not restarted.
+# Restarts on exit code 8 (hang), 9 (a peer was lost), and on death by a signal (SIGKILL, SIGABRT, SIGBUS,
+# SIGSEGV). Everything else needs a person: it ends with that code. A run that was asked to stop (exit 0) is
+# not restarted.
 #
 # JSFT_RESTARTS     restarts in a row without a new checkpoint before it gives up (default 10)
-# JSFT_BACKOFF      seconds before the first restart (default 10); doubled each time, at most 300; back to the first
-#                   after a new checkpoint
+# JSFT_BACKOFF      seconds before the first restart (default 10); doubled each time, at most 300; anew after
+#                   a new checkpoint
 set -u
 cd "$(dirname "$0")/.."
 limit=${JSFT_RESTARTS:-10}
 first_wait=${JSFT_BACKOFF:-10}
-if (($# == 0)); then sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2; fi
+if (($# == 0)); then sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; fi
 if [[ $1 == --* ]]; then set -- "${JSFT_VENV:-.venv}/bin/python" -m jsft.train "$@"; fi
 
 # Where the run lives: as jsft.train finds it.
@@ -62,7 +63,8 @@ while true; do
   now=$(newest)
   if ((now > step)); then restarts=0 wait_for=$first_wait step=$now; fi
   if ((restarts >= limit)); then
-    echo "run_forever: exit code $code again, $restarts restarts without a new checkpoint after step $step; giving up" >&2
+    echo "run_forever: exit code $code again, $restarts restarts without a new checkpoint after step $step;" \
+      "giving up" >&2
     exit "$code"
   fi
   restarts=$((restarts + 1))

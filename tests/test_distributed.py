@@ -7,7 +7,8 @@ from jsft.errors import ConfigError
 
 NODES = {"NODE_COUNT": "4", "NODE_RANK": "2", "MASTER_ADDR": "node0"}
 SLURM = {
-    "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
     "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_JOB_ID": "12345",
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The link between processes: who is missing, who was lost, who left and how. Threads stand for the processes."""
+"""The link between processes: who is missing, lost, or left, and how. Threads stand for the processes."""
 
 import socket
 import threading
@@ -92,7 +92,9 @@ def test_one_that_is_silent_is_lost(victim):
     for rank, loss in enumerate(losses):
         if rank != victim:
             assert loss.event.wait(5)
-            assert loss.found == [(victim, f"process {victim} of 3 has not been heard of for 1 s", 9, "failed")]
+            assert loss.found == [
+                (victim, f"process {victim} of 3 has not been heard of for 1 s", 9, "failed")
+            ]
     close_all(links)
 
 

@@ -1,8 +1,8 @@
 """Step checkpoints: Orbax writes the arrays in the background, a manifest says which checkpoints are whole.
 
-`checkpoints/<step>/` holds two Orbax items, `parameters` and `optimizer` (moments and counters), and last of all
-`manifest.json`. Old checkpoints are removed, or reduced to their parameters where they are milestones, only after a
-newer one is whole.
+`checkpoints/<step>/` holds two Orbax items, `parameters` and `optimizer` (moments and counters), and last of
+all `manifest.json`. Old checkpoints are removed, or reduced to their parameters where they are milestones,
+only after a newer one is whole.
 """
 
 import shutil
@@ -77,8 +77,8 @@ def tidy(workdir: Path, say: Say) -> None:
 def newest_whole(workdir: Path, say: Say) -> int | None:
     """Step of the newest undamaged full checkpoint, or None where there is none at all.
 
-    A damaged one is named through `say` and set aside as `<step>.damaged`, until a later one has been written. Raises
-    CheckpointError when all are damaged.
+    A damaged one is named through `say` and set aside as `<step>.damaged`, until a later one has been
+    written. Raises CheckpointError when all are damaged.
     """
     folder = checkpoint_folder(workdir)
     damaged = []
@@ -94,8 +94,8 @@ def newest_whole(workdir: Path, say: Say) -> int | None:
         say(f"checkpoint {step} is damaged ({problem}); trying the one before")
     if damaged:
         raise CheckpointError(
-            f"none of the checkpoints in {folder} is whole ({', '.join(map(str, sorted(damaged)))}); move the folder "
-            f"away to start anew"
+            f"none of the checkpoints in {folder} is whole ({', '.join(map(str, sorted(damaged)))}); move "
+            f"the folder away to start anew"
         )
     return None
 
@@ -103,8 +103,8 @@ def newest_whole(workdir: Path, say: Say) -> int | None:
 def restore(workdir: Path, abstract: TrainState, say: Say) -> TrainState | None:
     """The newest whole checkpoint, on the shardings of `abstract` (any number of devices), or None.
 
-    A damaged or unfinished one is named through `say`, and the one before is used. Raises CheckpointError when none is
-    whole, or when the checkpoint is of another model.
+    A damaged or unfinished one is named through `say`, and the one before is used. Raises CheckpointError
+    when none is whole, or when the checkpoint is of another model.
     """
     step = -1
     if jax.process_index() == 0:
@@ -141,7 +141,8 @@ def _load(workdir: Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         return ocp.load_checkpointables(str(checkpoint_folder(workdir) / str(step)), abstract)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"checkpoint {step} in {workdir} does not fit this model: {str(error)[:300]}; use another --workdir"
+            f"checkpoint {step} in {workdir} does not fit this model: {str(error)[:300]}; use another "
+            f"--workdir"
         ) from error
 
 
@@ -157,9 +158,9 @@ class Policy(NamedTuple):
 class Saver:
     """Saves states in the background, one at a time.
 
-    `save` returns once the arrays are off the device. A save that fails (a full disk) is reported through `say`; the
-    run goes on with the checkpoints it has, and `failed` holds the reason until a later save succeeds.
-    `facts` go into each manifest.
+    `save` returns once the arrays are off the device. A save that fails (a full disk) is reported through
+    `say`; the run goes on with the checkpoints it has, and `failed` holds the reason until a later save
+    succeeds. `facts` go into each manifest.
     """
 
     def __init__(self, workdir: Path, policy: Policy, facts: dict, say: Say):
@@ -167,7 +168,9 @@ class Saver:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CheckpointError(f"{self._folder} cannot be written: {error.strerror}; choose another --workdir") from error
+            raise CheckpointError(
+                f"{self._folder} cannot be written: {error.strerror}; choose another --workdir"
+            ) from error
         self._workdir, self._policy, self._facts, self._say = Path(workdir), policy, facts, say
         self._thread: threading.Thread | None = None
         self._last = time.monotonic()
@@ -177,8 +180,8 @@ class Saver:
     def wants(self, step: int) -> bool:
         """Whether the policy wants the state after `step` updates, by count. Every process must ask.
 
-        Not while the save before is still being written: training waits for a slow disk only a moment, except at
-        milestones.
+        Not while the save before is still being written: training waits for a slow disk only a moment, except
+        at milestones.
         """
         if step in self._policy.milestones:
             return True
@@ -191,8 +194,8 @@ class Saver:
         self._skipped += 1
         if self._skipped == 1:
             self._say(
-                f"warning: step {step} is not saved: the save before is still being written; raise checkpoint.every "
-                f"above what the disk can take"
+                f"warning: step {step} is not saved: the save before is still being written; raise "
+                f"checkpoint.every above what the disk can take"
             )
         return False
 
@@ -230,11 +233,16 @@ class Saver:
     def _no_space(self, state: TrainState) -> str | None:
         needed = int(_SPACE_MARGIN * sum(x.nbytes for x in jax.tree.leaves(state)))
         free = shutil.disk_usage(self._folder).free
-        if jax.process_count() > 1:  # one decision for all: a process that skips alone would leave the others waiting
+        if (
+            jax.process_count() > 1
+        ):  # one decision for all: a process that skips alone would leave the others waiting
             free = int(multihost_utils.broadcast_one_to_all(np.float64(free)))
         if free >= needed:
             return None
-        return f"it needs {_size(needed)} and {self._folder} has {_size(free)} free; free space, or move old runs away"
+        return (
+            f"it needs {_size(needed)} and {self._folder} has {_size(free)} free; free space, or move old "
+            f"runs away"
+        )
 
     def _finish(self, step: int, path: Path, response, manifest: dict) -> None:
         try:
@@ -255,7 +263,8 @@ class Saver:
                     shutil.rmtree(path, ignore_errors=True)
 
     def _prune(self, newest: int) -> None:
-        """Removes full checkpoints past the `keep` up to `newest`; a milestone loses only its optimizer state.
+        """Removes full checkpoints past the `keep` up to `newest`; a milestone loses only its optimizer
+        state.
 
         One that is being read is left for the next time.
         """

@@ -1,4 +1,4 @@
-"""How a thread other than the main one ends the process: the run's status first, then word to the others, then out."""
+"""How a thread beside the main one ends the process: the run's status, then word to the others, then out."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ GO_ON = "the same command goes on from the last checkpoint"
 
 
 class Ending:
-    """Ends this process at once, whatever its main thread is stuck in. `status(state, reason)` writes status.json."""
+    """Ends this process, whatever its main thread is stuck in. `status(state, reason)` writes status.json."""
 
     def __init__(self, link: PeerLink | None):
         self.status: Callable[[str, str], None] = lambda state, reason: None
@@ -26,7 +26,11 @@ class Ending:
     def now(self, code: int, state: str, reason: str) -> None:
         """Ends with exit `code`; the run's status becomes `state` because of `reason`. Does not return."""
         with self._lock:  # the first to come decides
-            print(reason if code == 0 else f"error: {reason}", file=sys.stdout if code == 0 else sys.stderr, flush=True)
+            print(
+                reason if code == 0 else f"error: {reason}",
+                file=sys.stdout if code == 0 else sys.stderr,
+                flush=True,
+            )
             try:
                 self.status(state, reason)
                 if self._link:

@@ -1,7 +1,7 @@
 """Which checkpoints are whole: a manifest with a checksum of every file, written after everything else.
 
-A checkpoint without a manifest was never finished; one whose files disagree with it is damaged (Orbax itself does not
-notice a flipped byte in its array data).
+A checkpoint without a manifest was never finished; one whose files disagree with it is damaged (Orbax itself
+does not notice a flipped byte in its array data).
 """
 
 import fcntl
@@ -55,8 +55,8 @@ def read_manifest(workdir: Path, step: int) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path.parent} has no readable {MANIFEST} ({error})") from error
     if manifest.get("format") != FORMAT:
         raise FormatError(
-            f"checkpoint {path.parent} has format {manifest.get('format')}, this jsft reads {FORMAT}; use the version "
-            f"that wrote it ({manifest.get('code', 'unknown')})"
+            f"checkpoint {path.parent} has format {manifest.get('format')}, this jsft reads {FORMAT}; use "
+            f"the version that wrote it ({manifest.get('code', 'unknown')})"
         )
     return manifest
 
@@ -80,7 +80,11 @@ def verify(workdir: Path, step: int, items: tuple[str, ...] = (PARAMETERS, OPTIM
     root = checkpoint_folder(workdir) / str(step)
     try:
         files = read_manifest(workdir, step)["files"]
-        wanted = {n: (int(size), int(crc)) for n, (size, crc) in files.items() if "/" not in n or n.split("/")[0] in items}
+        wanted = {
+            n: (int(size), int(crc))
+            for n, (size, crc) in files.items()
+            if "/" not in n or n.split("/")[0] in items
+        }
     except FormatError:
         raise
     except CheckpointError as error:
@@ -118,7 +122,9 @@ def describe_arrays(tree: Any) -> dict[str, list]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): [
-            list(x.shape), x.dtype.name, math.prod(x.shape) * x.dtype.itemsize
+            list(x.shape),
+            x.dtype.name,
+            math.prod(x.shape) * x.dtype.itemsize,
         ]
         for path, x in leaves
     }
@@ -136,14 +142,15 @@ def check_arrays(workdir: Path, step: int, tree: Any) -> None:
         first = differ[0]
         more = f" and {len(differ) - 1} more" if len(differ) > 1 else ""
         raise CheckpointError(
-            f"checkpoint {step} in {workdir} is of another model: {first} is {shape(saved, first)} there and "
-            f"{shape(wanted, first)} in this one{more}; use another --workdir, or the model the run began with"
+            f"checkpoint {step} in {workdir} is of another model: {first} is {shape(saved, first)} there "
+            f"and {shape(wanted, first)} in this one{more}; use another --workdir, or the model the run "
+            f"began with"
         )
 
 
 @contextmanager
 def reading(workdir: Path, step: int) -> Iterator[None]:
-    """While open, a running training will not remove this checkpoint. Raises CheckpointError when it is gone."""
+    """While open, a training will not remove this checkpoint. Raises CheckpointError when it is gone."""
     try:
         file = (checkpoint_folder(workdir) / str(step) / MANIFEST).open("rb")
     except OSError as error:

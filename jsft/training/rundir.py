@@ -1,7 +1,8 @@
 """A run's directory: what it holds, who owns it, and whether it is the same run.
 
-`config.json`, `status.json`, `base/` (the base model's config, tokenizer and template files as used), `checkpoints/`,
-`metrics.jsonl`, `tensorboard/`, `log.txt`; `hf/` and `eval/` are added by export and evaluation.
+`config.json`, `status.json`, `base/` (the base model's config, tokenizer and template files as used),
+`checkpoints/`, `metrics.jsonl`, `tensorboard/`, `log.txt`; `hf/` and `eval/` are added by export and
+evaluation.
 """
 
 import errno
@@ -30,8 +31,15 @@ FREE_FIELDS = frozenset(
     if name.startswith(("checkpoint.", "eval.", "mesh.", "attention."))
     or name
     in (
-        "data.workers", "data.cache_dir", "data.eval", "remat", "train.max_bad_steps", "train.deterministic",
-        "train.hang_minutes", "train.peer_seconds", "train.start_seconds",
+        "data.workers",
+        "data.cache_dir",
+        "data.eval",
+        "remat",
+        "train.max_bad_steps",
+        "train.deterministic",
+        "train.hang_minutes",
+        "train.peer_seconds",
+        "train.start_seconds",
     )
 )
 
@@ -46,14 +54,17 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / "lock").open("a+")
         except OSError as error:
-            raise CheckpointError(f"--workdir {path} cannot be written: {error.strerror}; choose another") from error
+            raise CheckpointError(
+                f"--workdir {path} cannot be written: {error.strerror}; choose another"
+            ) from error
         self._take_lock()
 
     def _take_lock(self) -> None:
         """Raises CheckpointError naming the owner when another process has the lock.
 
-        The kernel drops a lock with its process, so that a stale one cannot stay. On a file system without locks the
-        owner written in the file decides: it counts while its process is there, as far as this host can see.
+        The kernel drops a lock with its process, so that a stale one cannot stay. On a file system without
+        locks the owner written in the file decides: it counts while its process is there, as far as this host
+        can see.
         """
         self._lock.seek(0)
         owner = self._lock.read().strip()
@@ -64,8 +75,8 @@ class RunDirectory:
             taken = error.errno not in (errno.EWOULDBLOCK, errno.EACCES) and not _alive(owner)
         if not taken:
             raise CheckpointError(
-                f"--workdir {self.path} is in use by {owner or 'another process'}; wait for it, stop it, or choose another "
-                f"--workdir (if it is surely gone: rm {self.path / 'lock'})"
+                f"--workdir {self.path} is in use by {owner or 'another process'}; wait for it, stop it, "
+                f"or choose another --workdir (if it is surely gone: rm {self.path / 'lock'})"
             )
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}")
@@ -87,7 +98,9 @@ class RunDirectory:
                 there = json.loads(path.read_text(encoding="utf-8"))
                 old, old_data = dict(there["config"]), there.get("data", "")
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(f"{path} cannot be read ({error}); is {self.path} a run's directory?") from error
+                raise CheckpointError(
+                    f"{path} cannot be read ({error}); is {self.path} a run's directory?"
+                ) from error
             new = json.loads(json.dumps(flat))
             for field in schema.FIELDS:  # one that did not exist yet had its default's effect
                 old.setdefault(field.name, json.loads(json.dumps(field.default)))
@@ -101,8 +114,8 @@ class RunDirectory:
             if differ:
                 shown = "; ".join(f"{n}: {old.get(n)!r} there, {new.get(n)!r} now" for n in differ)
                 raise ConfigError(
-                    f"--workdir {self.path} holds a run with another config ({shown}); choose another --workdir, or go "
-                    f"on all the same with --allow_changed={','.join(differ)}"
+                    f"--workdir {self.path} holds a run with another config ({shown}); choose another "
+                    f"--workdir, or go on all the same with --allow_changed={','.join(differ)}"
                 )
         write_json(path, {"name": name, "version": jsft.__version__, "data": data, "config": flat})
         return exists
@@ -123,7 +136,7 @@ class RunDirectory:
         self.last_step = step
 
     def status(self, state: str, step: int, reason: str = "") -> None:
-        """state: running, done, preempted or failed; `step`: updates done; `reason`: why, for the last two."""
+        """state: running, done, preempted or failed; step: updates done; reason: why, for the last two."""
         self.last_step = step
         facts = {"state": state, "step": step, "reason": reason, "time": time.time()}
         with suppress(OSError):  # a full disk must not end the run

@@ -1,7 +1,8 @@
-"""SIGTERM and SIGINT: the first asks the run to stop where nothing is lost, the second ends the process at once.
+"""SIGTERM and SIGINT: the first asks the run to stop where nothing is lost, the second ends the process at
+once.
 
-A thread hears of each signal through a wake-up pipe, because Python's own handlers do not run while the main thread
-is inside a compilation or waits for a device.
+A thread hears of each signal through a wake-up pipe, because Python's own handlers do not run while the main
+thread is inside a compilation or waits for a device.
 """
 
 import os
@@ -25,9 +26,11 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Whether the run was asked to stop. Until `hold()` there is nothing to save, and a signal ends the run at once.
+    """Whether the run was asked to stop. Until `hold()` there is nothing to save, and a signal ends the run
+    at once.
 
-    `signal`: name of the first signal, or None. Make it after `jax.distributed.initialize`, which sets a handler too.
+    `signal`: name of the first signal, or None. Make it after `jax.distributed.initialize`, which sets a
+    handler too.
     """
 
     def __init__(self, ending: Ending):
@@ -80,14 +83,16 @@ class StopRequest:
         """With nothing to save, leaves although the main thread is inside a compilation."""
         time.sleep(_GRACE_SECONDS)
         if self._free:
-            self._ending.now(0, "preempted", f"stopped by {self.signal} before there was anything new to save; {GO_ON}")
+            self._ending.now(
+                0, "preempted", f"stopped by {self.signal} before there was anything new to save; {GO_ON}"
+            )
 
 
 class Agreement:
     """What any process wants, agreed on by all without making the host wait for the devices.
 
-    Flags given at one step boundary are answered at the next, by when the devices have long reduced them. Alone, a
-    process is answered at once. Every process must ask at the same boundaries.
+    Flags given at one step boundary are answered at the next, by when the devices have long reduced them.
+    Alone, a process is answered at once. Every process must ask at the same boundaries.
     """
 
     def __init__(self, mesh: Mesh):

@@ -25,14 +25,21 @@ _BEAT_SECONDS = 5
 class Watchdog:
     """Watches the main thread's progress, and writes `heartbeats/<process>.json` in the run's directory.
 
-    Between two calls of `at` or `stepped` at most `limit_seconds` may pass; in a step, also at most ten times the median
-    step, but a minute at least. Else every thread's stack goes to `hang-<process>.txt` and to stderr, and the process
-    ends with HangError's exit code. Counts by the monotonic clock: a clock that is set back does not matter.
+    Between two calls of `at` or `stepped` at most `limit_seconds` may pass; in a step, also at most ten times
+    the median step, but a minute at least. Else every thread's stack goes to `hang-<process>.txt` and to
+    stderr, and the process ends with HangError's exit code. Counts by the monotonic clock: a clock that is
+    set back does not matter.
     """
 
     def __init__(
-        self, workdir: Path, process: int, limit_seconds: float, ending: Ending, *,
-        least_seconds: float = _LEAST_SECONDS, beat_seconds: float = _BEAT_SECONDS,
+        self,
+        workdir: Path,
+        process: int,
+        limit_seconds: float,
+        ending: Ending,
+        *,
+        least_seconds: float = _LEAST_SECONDS,
+        beat_seconds: float = _BEAT_SECONDS,
     ):
         self._workdir, self._process, self._ending = Path(workdir), process, ending
         self._limit, self._least, self._beat = limit_seconds, least_seconds, beat_seconds
@@ -83,8 +90,13 @@ class Watchdog:
     def _write_beat(self) -> None:
         self._beats += 1
         beat = {
-            "process": self._process, "pid": os.getpid(), "host": socket.gethostname(), "beat": self._beats,
-            "doing": self._doing, "step": self._step, "seconds": round(time.monotonic() - self._progress, 1),
+            "process": self._process,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "beat": self._beats,
+            "doing": self._doing,
+            "step": self._step,
+            "seconds": round(time.monotonic() - self._progress, 1),
             "time": time.time(),
         }
         with suppress(OSError):  # a full disk must not end the run
@@ -100,7 +112,9 @@ class Watchdog:
         with suppress(OSError, ValueError):
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         self._ending.now(
-            HangError.exit_code, "failed",
-            f"no progress for {silent:.0f} s while {doing} (process {self._process}; limit {self.limit():.0f} s, see "
-            f"train.hang_minutes); the stacks of all threads are in {path}; {GO_ON}",
+            HangError.exit_code,
+            "failed",
+            f"no progress for {silent:.0f} s while {doing} (process {self._process}; limit "
+            f"{self.limit():.0f} s, see train.hang_minutes); the stacks of all threads are in {path}; "
+            f"{GO_ON}",
         )

@@ -18,13 +18,14 @@ oom:K              the device runs out of memory in step K
 
 import os
 import signal
-import sys
 import threading
 import time
 
 from jsft import errors, train
 
-FAULTS = dict(f.split(":", 1) if ":" in f else (f, "") for f in os.environ.get("JSFT_FAULTS", "").split(",") if f)
+FAULTS = dict(
+    f.split(":", 1) if ":" in f else (f, "") for f in os.environ.get("JSFT_FAULTS", "").split(",") if f
+)
 
 
 def kill() -> None:
@@ -66,7 +67,11 @@ def install() -> None:
         watchdog.Watchdog.__init__.__kwdefaults__["least_seconds"] = float(FAULTS["least"])
 
     update, write_manifest, write_part = loop.Loop._update, checkpoint.write_manifest, cache._write_part
-    save_async, rmtree, iterate = checkpoint.ocp.save_checkpointables_async, checkpoint.shutil.rmtree, loader.TrainingData.iterate
+    save_async, rmtree, iterate = (
+        checkpoint.ocp.save_checkpointables_async,
+        checkpoint.shutil.rmtree,
+        loader.TrainingData.iterate,
+    )
     evaluate = loop.Loop.evaluate
     count = {"step": None}
 
@@ -80,7 +85,9 @@ def install() -> None:
             for n in range(1, 1000):  # ever other programs, each long to compile
                 jax.jit(lambda x: jax.lax.fori_loop(0, n, lambda i, y: _deep(y, 4000), x)).lower(x).compile()
         if at("oom", step):
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes (made by a test)")
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes (made by a test)"
+            )
         result = update(self, state, data)
         time.sleep(float(FAULTS.get("slow", 0)))
         if at("kill-step", step):
@@ -139,7 +146,11 @@ def install() -> None:
                 raise OSError(5, "Input/output error", "/data/part-0.arrow")
             yield data
 
-    loop.Loop._update, loop.Loop.evaluate, checkpoint.write_manifest = faulty_update, faulty_evaluate, faulty_manifest
+    loop.Loop._update, loop.Loop.evaluate, checkpoint.write_manifest = (
+        faulty_update,
+        faulty_evaluate,
+        faulty_manifest,
+    )
     checkpoint.ocp.save_checkpointables_async, checkpoint.shutil.rmtree = faulty_save, faulty_rmtree
     cache._write_part, loader.TrainingData.iterate = faulty_part, faulty_iterate
 

@@ -15,7 +15,18 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
 EVERY = 3
 # What a step's record holds that is a function of config and step alone.
-EXACT = ("step", "loss", "lr", "grad_norm", "nll", "entropy", "accuracy", "update_ratio", "tokens", "supervised_tokens")
+EXACT = (
+    "step",
+    "loss",
+    "lr",
+    "grad_norm",
+    "nll",
+    "entropy",
+    "accuracy",
+    "update_ratio",
+    "tokens",
+    "supervised_tokens",
+)
 
 
 class Tiny(NamedTuple):
@@ -33,7 +44,14 @@ def make_tiny(folder: Path) -> Tiny:
 
     from jsft.hf.random_model import write_random_model
 
-    sizes = {"hidden_size": 64, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 32, "intermediate_size": 64}
+    sizes = {
+        "hidden_size": 64,
+        "layers": 1,
+        "heads": 2,
+        "kv_heads": 1,
+        "head_dim": 32,
+        "intermediate_size": 64,
+    }
     model = write_random_model(folder / "model", **sizes)
     rows = []
     for i in range(96):
@@ -58,7 +76,9 @@ def arguments(tiny: Tiny, workdir: Path, *flags: str) -> list[str]:
 
 def environment(tiny: Tiny, devices: int = 2, faults: str = "") -> dict[str, str]:
     """The environment of a process with so many virtual CPU devices."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "NODE_", "MASTER_", "PROC_PER_"))}
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "NODE_", "MASTER_", "PROC_PER_"))
+    }
     return kept | {
         "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JSFT_FAULTS": faults, "PYTHONUNBUFFERED": "1",
         "JSFT_COMPILATION_CACHE": str(tiny.compiled), "JSFT_VENV": sys.prefix,
@@ -69,13 +89,21 @@ def environment(tiny: Tiny, devices: int = 2, faults: str = "") -> dict[str, str
 def start(
     tiny: Tiny, workdir: Path, *flags: str, faults: str = "", devices: int = 2, log: Path | None = None
 ) -> subprocess.Popen:
-    """A process of `jsft.train` on virtual CPU devices; its output goes to `log` (default: beside the run)."""
-    command = [sys.executable, str(ROOT / "tests" / "training" / "launch_faulty.py"), *arguments(tiny, workdir, *flags)]
+    """A process of `jsft.train` on virtual CPU devices; it prints to `log` (default: beside the run)."""
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "training" / "launch_faulty.py"),
+        *arguments(tiny, workdir, *flags),
+    ]
     log = log or output(workdir)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         return subprocess.Popen(
-            command, env=environment(tiny, devices, faults), stdout=file, stderr=file, cwd=ROOT,
+            command,
+            env=environment(tiny, devices, faults),
+            stdout=file,
+            stderr=file,
+            cwd=ROOT,
             start_new_session=True,
         )
 
@@ -103,7 +131,9 @@ def wait_for(log: Path, text: str, process: subprocess.Popen, timeout: float = 9
         if process.poll() is not None:
             break
         time.sleep(0.02)
-    raise AssertionError(f"{text!r} did not come; exit {process.poll()}:\n{log.read_text(errors='replace')[-3000:]}")
+    raise AssertionError(
+        f"{text!r} did not come; exit {process.poll()}:\n{log.read_text(errors='replace')[-3000:]}"
+    )
 
 
 def status(workdir: Path) -> dict:

@@ -13,7 +13,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jsft.errors import CheckpointError
 from jsft.mesh import make_mesh
 from jsft.training import checkpoint
-from jsft.training.checkpoint import Policy, Saver, list_steps, newest_whole, restore, restore_parameters, verify
+from jsft.training.checkpoint import (
+    Policy,
+    Saver,
+    list_steps,
+    newest_whole,
+    restore,
+    restore_parameters,
+    verify,
+)
 from jsft.training.manifest import reading
 from jsft.training.optimizer import TrainState
 
@@ -22,10 +30,15 @@ def make_state(step=0, devices=8, width=64, names=("a", "b")):
     """A state of small sharded arrays whose values tell the step."""
     mesh = make_mesh(devices=jax.devices()[:devices])
     divided, whole = NamedSharding(mesh, PartitionSpec("fsdp")), NamedSharding(mesh, PartitionSpec())
-    values = lambda shift: {  # noqa: E731
-        n: jax.device_put(np.arange(width * 8, dtype=np.float32).reshape(width, 8) + step + shift + i, divided)
-        for i, n in enumerate(names)
-    } | {"norm": jax.device_put(np.full(5, step + shift, np.float32), whole)}
+    values = lambda shift: (
+        {  # noqa: E731
+            n: jax.device_put(
+                np.arange(width * 8, dtype=np.float32).reshape(width, 8) + step + shift + i, divided
+            )
+            for i, n in enumerate(names)
+        }
+        | {"norm": jax.device_put(np.full(5, step + shift, np.float32), whole)}
+    )
     counts = [jax.device_put(np.int32(step), whole) for _ in range(2)]
     return TrainState(values(0.0), values(0.25), values(0.5), *counts)
 
@@ -63,7 +76,7 @@ def test_comes_back_on_any_number_of_devices(tmp_path, said):
 
 
 def test_donating_the_state_at_once_does_not_change_what_is_saved(tmp_path, said):
-    """`save` returns when the arrays are off the device: later updates, in place, must not be seen by the writer."""
+    """`save` returns when the arrays are off the device: the writer must not see later updates in place."""
     state, before = make_state(1, width=200_000), make_state(1, width=200_000)
     state = jax.jit(lambda s: jax.tree.map(lambda x: x + 0, s))(state)  # buffers of the device's own
     scramble = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 7, s), donate_argnums=0)
@@ -121,14 +134,18 @@ def test_damaged_is_named_and_the_one_before_is_used(tmp_path, said, damage, pro
     saver.save(2, make_state(2))
     saver.wait()
     assert verify(tmp_path, 2) is None
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"], "set aside until one is whole"
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"], (
+        "set aside until one is whole"
+    )
 
 
 def test_all_damaged_is_an_error_that_removes_nothing(tmp_path, said):
     save_steps(tmp_path, said, [1, 2])
     for step in (1, 2):
         flip_a_byte(tmp_path / "checkpoints" / str(step))
-    with pytest.raises(CheckpointError, match=r"none of the checkpoints in .* is whole \(1, 2\); move the folder away"):
+    with pytest.raises(
+        CheckpointError, match=r"none of the checkpoints in .* is whole \(1, 2\); move the folder away"
+    ):
         newest_whole(tmp_path, said.append)
     assert list_steps(tmp_path) == [1, 2]
 
@@ -140,13 +157,18 @@ def test_what_a_killed_process_left_is_named_and_removed(tmp_path, said):
     shutil.copytree(folder / "1", folder / "3.orbax-checkpoint-tmp")
     (folder / "1" / "optimizer.removed").mkdir()
     assert_equal(restore(tmp_path, abstract(make_state()), said.append), make_state(1))
-    assert said == ["checkpoint 2 was not finished and is removed", "checkpoint 3 was not finished and is removed"]
+    assert said == [
+        "checkpoint 2 was not finished and is removed",
+        "checkpoint 3 was not finished and is removed",
+    ]
     assert [p.name for p in folder.iterdir()] == ["1"] and not (folder / "1" / "optimizer.removed").exists()
 
 
 def test_other_model_format_or_place(tmp_path, said):
     save_steps(tmp_path, said, [1])
-    with pytest.raises(CheckpointError, match=r"of another model: optimizer/first_moment/a is \[64, 8\] there and \[32, 8\]"):
+    with pytest.raises(
+        CheckpointError, match=r"of another model: optimizer/first_moment/a is \[64, 8\] there and \[32, 8\]"
+    ):
         restore(tmp_path, abstract(make_state(width=32)), said.append)
     with pytest.raises(CheckpointError, match="c is absent there"):
         restore_parameters(tmp_path, 1, abstract(make_state(names=("a", "b", "c"))).parameters)
@@ -154,7 +176,9 @@ def test_other_model_format_or_place(tmp_path, said):
         restore_parameters(tmp_path, 7, None)
     path = tmp_path / "checkpoints" / "1" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(CheckpointError, match=r"has format 99, this jsft reads 1; use the version that wrote it \(1\)"):
+    with pytest.raises(
+        CheckpointError, match=r"has format 99, this jsft reads 1; use the version that wrote it \(1\)"
+    ):
         restore(tmp_path, abstract(make_state()), said.append)
     assert restore(tmp_path / "nothing", abstract(make_state()), said.append) is None
     (tmp_path / "file").write_text("")
@@ -228,7 +252,8 @@ def test_a_slow_disk_does_not_hold_training(tmp_path, said, monkeypatch):
     saver.save(1, make_state(1))
     assert saver.busy() and not saver.wants(2) and saver.wants(3)
     assert said == [
-        "warning: step 2 is not saved: the save before is still being written; raise checkpoint.every above what the "
+        "warning: step 2 is not saved: the save before is still being written; raise checkpoint.every above "
+        "what the "
         "disk can take"
     ]
     go_on.set()

@@ -19,10 +19,19 @@ def test_sigterm_in_each_phase(tiny, reference, tmp_path):
     assert run(tiny, workdir, cache, faults="signal-cache") == 0
     assert not workdir.exists(), "a run that has not begun leaves no directory"
     assert "stopped by SIGTERM before there was anything new to save" in output(workdir).read_text()
-    for faults, step in [("signal-compile", 0), ("signal-step:2", 2), ("signal-save:3", 4), ("signal-eval:6", 6)]:
+    for faults, step in [
+        ("signal-compile", 0),
+        ("signal-step:2", 2),
+        ("signal-save:3", 4),
+        ("signal-eval:6", 6),
+    ]:
         began = time.monotonic()
-        assert run(tiny, workdir, cache, faults=f"{faults},slow:0.1") == 0, output(workdir).read_text()[-3000:]
-        assert status(workdir) | {"state": "preempted", "step": step} == status(workdir), output(workdir).read_text()[-3000:]
+        assert run(tiny, workdir, cache, faults=f"{faults},slow:0.1") == 0, output(workdir).read_text()[
+            -3000:
+        ]
+        assert status(workdir) | {"state": "preempted", "step": step} == status(workdir), output(
+            workdir
+        ).read_text()[-3000:]
         assert list_steps(workdir, full=True)[-1:] == ([step] if step else [])
         assert time.monotonic() - began < 90
     text = output(workdir).read_text()
@@ -118,7 +127,11 @@ def test_ctrl_c_and_a_signal_that_comes_again_later(tiny, reference, tmp_path):
         process = start(tiny, workdir, faults="slow:0.2")
         began = len(output(workdir).read_text())
         end = time.monotonic() + 60
-        while "step " not in output(workdir).read_text()[began:] and process.poll() is None and time.monotonic() < end:
+        while (
+            "step " not in output(workdir).read_text()[began:]
+            and process.poll() is None
+            and time.monotonic() < end
+        ):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
@@ -142,7 +155,9 @@ def test_ctrl_c_reaches_the_loader_processes_too(tiny, reference, tmp_path):
     for step in (8, 10):  # the second time right after a save
         assert run(tiny, workdir, faults=f"slow:0.2,signal-loader:{step}") == 0
         state = status(workdir)
-        assert state["state"] == "preempted" and list_steps(workdir, full=True)[-1] == state["step"] == step - 1
+        assert (
+            state["state"] == "preempted" and list_steps(workdir, full=True)[-1] == state["step"] == step - 1
+        )
     assert run(tiny, workdir) == 0
     assert_same_run(workdir, reference)
 
@@ -166,7 +181,7 @@ def test_two_runs_in_one_directory(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_full_disk_keeps_the_run_alive(tiny, small_disk):
-    """A tmpfs that has room for one checkpoint: later saves fail, the run goes on and says which is the last good."""
+    """Saves fail once the disk is full: the run goes on and says which checkpoint is the last good one."""
     workdir, blocker, log = small_disk / "run", small_disk / "blocker", small_disk.parent / "full.out"
     process = start(tiny, workdir, faults="slow:0.4", log=log)
     try:
@@ -200,7 +215,9 @@ def small_disk(tmp_path):
         pytest.skip("mounting a small tmpfs needs root")
     place = tmp_path / "disk"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place], capture_output=True
+    ).returncode:
         pytest.skip("mounting a tmpfs is not allowed here")
     yield place
     subprocess.run(["umount", place], check=True)

@@ -67,7 +67,10 @@ def test_a_hang_is_found_and_described(tmp_path, ending, capfd):
     dog.close()
     code, state, reason = ending.end
     assert (code, state) == (8, "failed")
-    assert "while evaluating held (process 3; limit 0 s, see train.hang_minutes)" in reason and "hang-3.txt" in reason
+    assert (
+        "while evaluating held (process 3; limit 0 s, see train.hang_minutes)" in reason
+        and "hang-3.txt" in reason
+    )
     assert "test_a_hang_is_found" in (tmp_path / "hang-3.txt").read_text()
     assert "test_a_hang_is_found" in capfd.readouterr().err
 
@@ -145,10 +148,13 @@ def test_agreement_of_several_comes_a_step_later(monkeypatch):
 
 def test_ending_writes_the_status_first(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from jsft.training.ending import Ending; ending = Ending(None);"
+        "import sys; from pathlib import Path; from jsft.training.ending import Ending; ending = "
+        "Ending(None);"
         "ending.status = lambda state, reason: Path(sys.argv[1]).write_text(f'{state} {reason}');"
         "ending.now(8, 'failed', 'stuck')"
     )
-    done = subprocess.run([sys.executable, "-c", program, tmp_path / "status"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "status"], capture_output=True, text=True
+    )
     assert done.returncode == 8 and done.stderr == "error: stuck\n"
     assert (tmp_path / "status").read_text() == "failed stuck"

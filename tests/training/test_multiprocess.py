@@ -11,7 +11,7 @@ import pytest
 
 from jsft.training.checkpoint import list_steps
 from tests.training import processes
-from tests.training.processes import STEPS, output, records, run, start, status, wait_for
+from tests.training.processes import STEPS, records, run, start, status, wait_for
 
 LONG = ("--config.train.max_steps=1000", "--config.train.epochs=100", "--config.eval.every=0")
 
@@ -101,7 +101,10 @@ def test_sigterm_to_one_in_its_compilation_stops_all(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_error_and_hang_of_one_end_all_with_its_code(tiny, tmp_path):
-    for faults, code, text in [("loader:3", 3, "the data of step 3 could not be made"), ("hang-step:3", 8, "no progress for")]:
+    for faults, code, text in [
+        ("loader:3", 3, "the data of step 3 could not be made"),
+        ("hang-step:3", 8, "no progress for"),
+    ]:
         workdir = tmp_path / faults.replace(":", "-")
         started = start_two(tiny, workdir, "--config.train.hang_minutes=0.3", faults=("", faults))
         assert finish(started, 90) == [code, code], [log.read_text()[-2000:] for _, log in started]
@@ -112,7 +115,9 @@ def test_error_and_hang_of_one_end_all_with_its_code(tiny, tmp_path):
 def test_a_stopped_process_is_lost(tiny, tmp_path):
     """SIGSTOP, as a machine that hangs: its connection stays open, and no byte comes."""
     workdir = tmp_path / "run"
-    started = start_two(tiny, workdir, *LONG, "--config.train.peer_seconds=6", faults=("slow:0.2", "slow:0.2"))
+    started = start_two(
+        tiny, workdir, *LONG, "--config.train.peer_seconds=6", faults=("slow:0.2", "slow:0.2")
+    )
     wait_for(started[0][1], "step 2/", started[0][0])
     began = time.monotonic()
     started[1][0].send_signal(signal.SIGSTOP)
@@ -163,9 +168,15 @@ def test_launch_node_and_run_forever(tiny, tmp_path):
             "NODE_COUNT": "2", "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             "JSFT_BACKOFF": "1",
         }  # fmt: skip
-        command = ["scripts/run_forever.sh", "scripts/launch_node.sh", *processes.arguments(tiny, workdir, *flags)]
+        command = [
+            "scripts/run_forever.sh",
+            "scripts/launch_node.sh",
+            *processes.arguments(tiny, workdir, *flags),
+        ]
         with log.open("w") as file:
-            nodes.append(subprocess.Popen(command, env=environment, cwd=processes.ROOT, stdout=file, stderr=file))
+            nodes.append(
+                subprocess.Popen(command, env=environment, cwd=processes.ROOT, stdout=file, stderr=file)
+            )
     try:
         wait_for(logs[0], "step 60/", nodes[0])
         os.kill(json.loads((workdir / "heartbeats" / "1.json").read_text())["pid"], signal.SIGKILL)

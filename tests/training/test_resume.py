@@ -19,8 +19,15 @@ def test_kill_at_each_kind_of_point(tiny, reference, tmp_path):
     cache = f"--config.data.cache_dir={tmp_path / 'cache'}"
     assert run(tiny, workdir, cache, faults="kill-cache") == KILLED
     assert not workdir.exists()
-    for faults, going_on in [("kill-step:5", 3), ("kill-write:6", 3), ("kill-seal:9", 6), ("kill-prune:6", 9)]:
-        assert run(tiny, workdir, cache, faults=f"slow:0.3,{faults}") == KILLED, output(workdir).read_text()[-3000:]
+    for faults, going_on in [
+        ("kill-step:5", 3),
+        ("kill-write:6", 3),
+        ("kill-seal:9", 6),
+        ("kill-prune:6", 9),
+    ]:
+        assert run(tiny, workdir, cache, faults=f"slow:0.3,{faults}") == KILLED, output(workdir).read_text()[
+            -3000:
+        ]
         assert status(workdir)["state"] == "running"
         assert list_steps(workdir, full=True)[-1] == (12 if faults == "kill-prune:6" else going_on)
     assert run(tiny, workdir, cache) == 0
@@ -32,7 +39,7 @@ def test_kill_at_each_kind_of_point(tiny, reference, tmp_path):
 
 
 def _kill_at_random(tiny, workdir, count, seed):
-    """Kills `count` processes, each at a moment drawn between its start and the run's end; then lets one finish."""
+    """Kills `count` processes, each at some moment between its start and the end; then lets one finish."""
     moments = random.Random(seed)
     log = output(workdir)
     kills = 0
@@ -42,7 +49,9 @@ def _kill_at_random(tiny, workdir, count, seed):
         began = len(log.read_text())
         if moments.random() < 0.8:  # else: while it starts
             end = time.monotonic() + 60
-            while "step " not in log.read_text()[began:] and process.poll() is None and time.monotonic() < end:
+            while (
+                "step " not in log.read_text()[began:] and process.poll() is None and time.monotonic() < end
+            ):
                 time.sleep(0.01)
             time.sleep(moments.uniform(0, 1.2))
         else:
@@ -75,7 +84,7 @@ def test_kill_at_twenty_random_moments(tiny, reference, tmp_path):
 
 @pytest.mark.slow
 def test_other_numbers_of_devices(tiny, tmp_path):
-    """8 -> 4 (two replicas) -> 1 devices: the same batches and objective; only the order of additions differs."""
+    """8 -> 4 (two replicas) -> 1 devices: same batches and objective, another order of additions."""
     straight = tmp_path / "straight"
     assert run(tiny, straight, devices=8) == 0
     moved = tmp_path / "moved"
@@ -109,7 +118,11 @@ def test_data_may_move_but_not_change(tiny, tmp_path):
 @pytest.mark.slow
 def test_milestones_final_step_and_keep(tiny, tmp_path):
     workdir = tmp_path / "run"
-    flags = ["--config.checkpoint.milestones=(2,7)", "--config.checkpoint.every=5", "--config.checkpoint.keep=1"]
+    flags = [
+        "--config.checkpoint.milestones=(2,7)",
+        "--config.checkpoint.every=5",
+        "--config.checkpoint.keep=1",
+    ]
     assert run(tiny, workdir, *flags, faults="slow:0.3") == 0
     assert list_steps(workdir) == [2, 7, 12]
     assert list_steps(workdir, full=True) == [12]
@@ -118,7 +131,11 @@ def test_milestones_final_step_and_keep(tiny, tmp_path):
 @pytest.mark.slow
 def test_saves_by_the_clock(tiny, tmp_path):
     workdir = tmp_path / "run"
-    flags = ["--config.checkpoint.every=1000", "--config.checkpoint.minutes=0.02", "--config.checkpoint.keep=100"]
+    flags = [
+        "--config.checkpoint.every=1000",
+        "--config.checkpoint.minutes=0.02",
+        "--config.checkpoint.keep=100",
+    ]
     assert run(tiny, workdir, *flags, faults="slow:0.5") == 0
     assert len(list_steps(workdir)) >= 3
 

@@ -32,7 +32,10 @@ def enter(path, allow=(), data="aaaa", **fields):
 def test_the_same_run_is_entered_again(tmp_path):
     assert enter(tmp_path / "run") is False
     assert enter(tmp_path / "run") is True
-    assert enter(tmp_path / "run", **{"checkpoint.every": 3, "mesh.replica": 2, "train.hang_minutes": 5.0}) is True
+    assert (
+        enter(tmp_path / "run", **{"checkpoint.every": 3, "mesh.replica": 2, "train.hang_minutes": 5.0})
+        is True
+    )
 
 
 def test_fields_that_matter_are_refused_and_listed(tmp_path):
@@ -52,7 +55,9 @@ def test_fields_that_matter_are_refused_and_listed(tmp_path):
 def test_data_counts_by_what_it_holds(tmp_path):
     enter(tmp_path, data="aaaa")
     assert enter(tmp_path, data="aaaa", **{"data.train": "moved.parquet"}) is True
-    with pytest.raises(ConfigError, match="data.train: 'moved.parquet of fingerprint aaaa' there, .* bbbb' now"):
+    with pytest.raises(
+        ConfigError, match="data.train: 'moved.parquet of fingerprint aaaa' there, .* bbbb' now"
+    ):
         enter(tmp_path, data="bbbb", **{"data.train": "moved.parquet"})
     fields = {"data.train": "moved.parquet"}
     assert enter(tmp_path, data="bbbb", allow=["data.train"], **fields) is True
@@ -86,7 +91,9 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 
 def test_the_owner_is_named(tmp_path):
     first = RunDirectory(tmp_path)
-    with pytest.raises(CheckpointError, match=f"in use by process {os.getpid()} on {socket.gethostname()}, since 20"):
+    with pytest.raises(
+        CheckpointError, match=f"in use by process {os.getpid()} on {socket.gethostname()}, since 20"
+    ):
         RunDirectory(tmp_path)
     first.release()
     RunDirectory(tmp_path).release()

@@ -1,4 +1,4 @@
-"""scripts/run_forever.sh: which exits it restarts, how often, and when it gives up. A script stands for the training."""
+"""scripts/run_forever.sh: which exits it restarts, and when it gives up. A script stands for the training."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from tests.training.processes import ROOT
 
 @pytest.fixture
 def forever(tmp_path):
-    """Starts the script over a 'training' that ends with the given exit codes in turn, saving where `+` says so."""
+    """Starts the script over a 'training' that ends with these codes in turn, saving where `+` says so."""
     training = tmp_path / "training.sh"
     training.write_text(
         "#!/usr/bin/env bash\n"
