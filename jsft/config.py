@@ -141,6 +141,12 @@ FIELDS: tuple[Field, ...] = (
     Field("checkpoint.keep", int, 2, "Full checkpoints kept, newest first.", minimum=1),
     Field("checkpoint.milestones", tuple, (), "Steps that are saved too, and whose parameters are kept for good."),
     Field("eval.every", int, 0, "Compute data.eval's loss every this many updates; 0: never, 1 for each.", minimum=0),
+    Field("eval.generate.tasks", str, None, "Benchmarks to sample while training goes on, with commas (names: "
+          "python -m jsft.evaluate --list)."),
+    Field("eval.generate.every", int, 0, "Sample every this many updates; a multiple of checkpoint.every.", minimum=0),
+    Field("eval.generate.url", str, None, "A vLLM server that loads each step's weights; default: vLLM in the serving "
+          "environment, on devices that training does not use."),
+    Field("eval.generate.options", str, None, "Further options of jsft.evaluate, as on its command line."),
 )
 
 BY_NAME = {field.name: field for field in FIELDS}

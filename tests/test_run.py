@@ -90,6 +90,26 @@ def test_train_kill_restart_export(inputs, tmp_path):
         assert path.read_bytes() == (two / path.name).read_bytes()
 
 
+@pytest.mark.vllm
+def test_a_step_is_sampled_by_vllm_while_training_goes_on(inputs, tmp_path, capsys):
+    """Train, checkpoint, export and sample, all from one command."""
+    workdir, puzzles = tmp_path / "run", tmp_path / "data"
+    puzzles.mkdir()
+    row = {"message": "Make 3 from 1, 2.", "numbers": [1, 2], "target": 3}
+    (puzzles / "eval_countdown.jsonl").write_text(json.dumps(row) + "\n")
+    options = f"--max_tokens 8 --data_dir {puzzles}"
+    assert train.main(arguments(
+        inputs, workdir, "--config.eval.generate.tasks=countdown", "--config.eval.generate.every=4",
+        f"--config.eval.generate.options={options}",
+    )) == 0  # fmt: skip
+    (record,) = [json.loads(line) for line in (workdir / "generated.jsonl").read_text().splitlines()]
+    assert record["step"] == 4 and record["countdown/solved"] in (0.0, 1.0)
+    assert record["countdown/tokens"] > 0
+    results = json.loads((workdir / "eval" / "step_4" / "countdown" / "results.json").read_text())
+    assert results["problems"] == 1
+    assert "sampled step 4" in capsys.readouterr().out
+
+
 def test_the_mesh_does_not_change_the_curve_and_parameters_are_sharded(inputs, tmp_path):
     curves = {}
     for mesh in ("--config.mesh.fsdp=8", "--config.mesh.replica=2"):

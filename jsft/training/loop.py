@@ -38,6 +38,7 @@ class Loop:
     peak_flops: float | None
     eval_data: dict[str, list[Batch]] = field(default_factory=dict)
     on_step: Callable[[int], None] = lambda step: None
+    on_save: Callable[[int], None] = lambda step: None
 
     def run(
         self, state: TrainState, data: Any, first_step: int, evaluated: bool = False
@@ -98,6 +99,7 @@ class Loop:
         self.watchdog.at(f"saving step {step}")
         began = time.perf_counter()
         self.saver.save(step, state)
+        self.on_save(step)
         self._stalled += time.perf_counter() - began
         self._saved = step
 

@@ -14,7 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 
 class MetricsWriter:
-    """Appends each step's metrics to `metrics.jsonl`, held-out losses to `heldout.jsonl`, both to TensorBoard.
+    """Appends each step's metrics to `metrics.jsonl`, held-out losses to `heldout.jsonl`, benchmark scores to
+    `generated.jsonl`, all to TensorBoard.
 
     Only process 0 makes one. After a restart, lines of steps that are run again are dropped first: one line a step.
     A full disk does not end the run: it is reported through `say`, and lines are written again when there is room.
@@ -28,7 +29,7 @@ class MetricsWriter:
         self._event, self._summary = Event, Summary
         self._say, self._full = say, False
         self._files = {}
-        for name in ("metrics", "heldout"):
+        for name in ("metrics", "heldout", "generated"):
             path = workdir / f"{name}.jsonl"
             _drop_steps_after(path, first_step)
             self._files[name] = path.open("a", encoding="utf-8")
@@ -41,6 +42,10 @@ class MetricsWriter:
     def write_heldout(self, step: int, metrics: dict[str, Any]) -> None:
         """Held-out losses after `step` updates."""
         self._append("heldout", "heldout", step, metrics)
+
+    def write_generated(self, step: int, scores: dict[str, float]) -> None:
+        """Benchmark scores of what the model after `step` updates generated."""
+        self._append("generated", "generated", step, scores)
 
     def _append(self, file: str, prefix: str, step: int, metrics: dict[str, Any]) -> None:
         try:

@@ -27,6 +27,7 @@ from jsft.planning.startup import check_memory
 from jsft.training import checkpoint, platform
 from jsft.training.ending import GO_ON, Ending
 from jsft.training.flops import matmul_parameters, peak_flops, step_flops
+from jsft.training.generation import open_generation
 from jsft.training.introduction import introduce
 from jsft.training.loop import Loop
 from jsft.training.metrics import MetricsWriter, RunLog, has_heldout
@@ -160,23 +161,37 @@ def _train(
     )
     saver = checkpoint.Saver(workdir, policy, facts, log.line)
     writer = MetricsWriter(workdir, step, log.line) if directory else None
+    generation = open_generation(config, workdir, writer, log.line) if directory else None
+
+    def on_step(step: int) -> None:
+        if directory:
+            directory.set_step(step)
+        if generation:
+            generation.poll()
+
     count = matmul_parameters(parts.model)
     loop = Loop(
         config, parts.mesh, programs(parts, remat), saver, log, writer, stop, watchdog, total,
         flops=lambda data: step_flops(parts.model, count, data.tokens, data.sum_squared_lengths),
         peak_flops=peak_flops(jax.devices()),
         eval_data=eval_data,
-        on_step=directory.set_step if directory else lambda step: None,
+        on_step=on_step,
+        on_save=generation.saved if generation else lambda step: None,
     )
     try:
         state, step, stopped = loop.run(state, parts.data, step, evaluated)
         watchdog.at("waiting for the last save")
+        saver.wait()
+        if generation and not stopped:
+            generation.finish(lambda: watchdog.at("waiting for the last steps to be sampled"))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         watchdog.at("planning what would fit")
         raise OutOfMemoryError(f"the device ran out of memory: {advise_out_of_memory(parts, remat)}") from error
     finally:
+        if generation:
+            generation.stop()
         saver.wait()
         log.stop_progress()
         if writer:
