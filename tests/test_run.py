@@ -95,7 +95,7 @@ def test_a_step_is_sampled_by_vllm_while_training_goes_on(inputs, tmp_path, caps
     """Train, checkpoint, export and sample, all from one command."""
     workdir, puzzles = tmp_path / "run", tmp_path / "data"
     puzzles.mkdir()
-    row = {"message": "Make 3 from 1, 2.", "numbers": [1, 2], "target": 3}
+    row = {"message": [{"role": "user", "content": "Make 3."}], "numbers": [1, 2], "target": 3}
     (puzzles / "eval_countdown.jsonl").write_text(json.dumps(row) + "\n")
     options = f"--max_tokens 8 --data_dir {puzzles}"
     assert train.main(arguments(
