@@ -7,6 +7,7 @@ Runs in the serving environment (scripts/eval_vllm.sh finds or makes it). Result
 import argparse
 import dataclasses
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -192,4 +193,5 @@ def _say(target: Target, outcome: Outcome) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that vLLM's process is ended too
     run_command(main)

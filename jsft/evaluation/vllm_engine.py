@@ -1,6 +1,7 @@
 """Sampling with vLLM in a child process (`vllm_worker`). `sample` yields completions as they are finished."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import queue
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jsft.errors import JsftError, ModelError, OutOfMemoryError
+from jsft.errors import ConfigError, JsftError, ModelError, OutOfMemoryError
 from jsft.evaluation.sampling import Completion, Request
 
 _ERROR = re.compile(r"\b((?:\w+\.)*\w*(?:Error|Exception)): (.+)")
@@ -43,6 +44,8 @@ class VllmEngine:
     def __init__(self, settings: VllmSettings):
         """Starts vLLM; returns when the model is loaded. Raises ModelError or OutOfMemoryError."""
         self.settings = settings
+        if importlib.util.find_spec("vllm") is None:
+            raise ConfigError("vLLM is not installed here; use scripts/eval_vllm.sh, or a server with --url")
         context = check_model_dir(settings.model, settings.trust_remote_code)
         length = settings.max_model_len
         if length and context and length > context:

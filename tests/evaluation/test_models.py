@@ -1,11 +1,13 @@
 """What the command line's model argument means; data files; folders of results."""
 
+import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from jsft.errors import CheckpointError, ConfigError, DataError, ModelError
+from jsft.errors import CheckpointError, ConfigError, DataError, ModelError, OutOfMemoryError
 from jsft.evaluation import data, models
 from jsft.evaluation.store import TaskFolder
 from jsft.evaluation.vllm_engine import VllmEngine, VllmSettings, check_model_dir
@@ -143,7 +145,66 @@ def test_incomplete_model_directories(tmp_path, spoil, message):
         check_model_dir(path, False)
 
 
-def test_context_longer_than_the_models(tmp_path):
+def test_no_vllm_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="vLLM is not installed here; use scripts/eval_vllm.sh"):
+        VllmEngine(VllmSettings(make_model(tmp_path / "m"), tmp_path / "log"))
+
+
+ROOT_CAUSE = """(EngineCore pid=7) ERROR core.py: EngineCore failed to start.
+(EngineCore pid=7) Traceback (most recent call last):
+(EngineCore pid=7) {error}
+Traceback (most recent call last):
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {{}}
+"""
+
+
+@pytest.mark.parametrize(
+    "said, log, code, kind, message",
+    [
+        (
+            "RuntimeError: Engine core initialization failed. See root cause above.",
+            ROOT_CAUSE.format(error="ValueError: No available memory for the cache blocks."),
+            1,
+            OutOfMemoryError,
+            "too little memory for .* with --tp 2 .*No available memory for the cache blocks.*raise --tp",
+        ),
+        (
+            None,
+            "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB",
+            1,
+            OutOfMemoryError,
+            "CUDA out of memory",
+        ),
+        (None, "", -9, OutOfMemoryError, "killed by signal 9"),
+        (
+            "ValueError: To serve at least one request, 4.5 GiB KV cache is needed, larger than the 1 GiB",
+            "",
+            1,
+            OutOfMemoryError,
+            "lower --max_model_len",
+        ),
+        (
+            "ValueError: Model architectures ['X'] are not supported",
+            "",
+            1,
+            ModelError,
+            "refused .*not supported",
+        ),
+        (None, "", 1, ModelError, "vLLM ended"),
+    ],
+)
+def test_reasons_of_vllm_are_passed_on(tmp_path, said, log, code, kind, message):
+    (tmp_path / "log").write_text(log)
+    engine = VllmEngine.__new__(VllmEngine)
+    engine.settings = VllmSettings(tmp_path / "m", tmp_path / "log", tp=2)
+    engine._process = type("Dead", (), {"poll": lambda self: code})()
+    error = engine._refusal(said)
+    assert type(error) is kind and re.search(message, str(error)) and "\n" not in str(error)
+
+
+def test_context_longer_than_the_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ModelError, match="--max_model_len 128 is longer than the context .* 64 positions"):
         VllmEngine(VllmSettings(make_model(tmp_path / "m"), tmp_path / "log", max_model_len=128))
 
