@@ -16,6 +16,7 @@ from jsft.mesh import shard_batch
 from jsft.training.checkpoint import Saver
 from jsft.training.metrics import MetricsWriter, RunLog
 from jsft.training.optimizer import TrainState
+from jsft.training.profiling import Profiler
 from jsft.training.signals import Agreement, StopRequest
 from jsft.training.step import StepPrograms
 from jsft.training.watchdog import Watchdog
@@ -37,6 +38,7 @@ class Loop:
     flops: Callable[[StepData], float]
     peak_flops: float | None
     eval_data: dict[str, list[Batch]] = field(default_factory=dict)
+    profiler: Profiler | None = None
     on_step: Callable[[int], None] = lambda step: None
     on_save: Callable[[int], None] = lambda step: None
 
@@ -65,29 +67,39 @@ class Loop:
                     self._save(step, state)
                 return state, step, True
             waited = time.perf_counter() - waited
+            if self.profiler and self.profiler.due(step + 1):
+                if pending:
+                    clock, bad = self._report(*pending, clock, bad)
+                    pending = None
+                self.profiler.start(step + 1)
+            dispatched = time.perf_counter()
             state, metrics = self._update(state, step_data)
+            dispatched = time.perf_counter() - dispatched
             step += 1
             if step == first_step + 1:
                 self.stop.hold()  # from here on a request to stop means: save first
             # The numbers of a step are read once the next one is under way, so that the device never waits for us.
             if pending:
                 clock, bad = self._report(*pending, clock, bad)
-            pending = (step, metrics, step_data, waited)
+            pending = (step, metrics, step_data, waited, dispatched)
             stopping, overdue = self._ask()
             final = step == self.total_steps
             saving = final or stopping or overdue or self.saver.wants(step)
             evaluating = self._evaluates(step) and not stopping
             unfinished = not final or self._evaluates(step)
-            if saving or evaluating:
+            profiled = bool(self.profiler and self.profiler.ends(step))
+            if saving or evaluating or profiled:
                 clock, bad = self._report(*pending, clock, bad)
                 pending = None
+            if profiled:
+                self.profiler.stop(step)
             if saving:
                 self._save(step, state)
             if evaluating:
                 stopping = self.evaluate(state, step) is None
                 if stopping and not saving:
                     self._save(step, state)
-            if saving or evaluating:
+            if saving or evaluating or profiled:
                 self.watchdog.at(f"in step {step + 1}")
                 clock = time.perf_counter()
             if stopping and unfinished:
@@ -140,7 +152,7 @@ class Loop:
                 gradients, sums = self.programs.add_gradients(state.parameters, batch, gradients, sums)
         return self.programs.update(state, gradients, sums, jnp.float32(data.weight_sum))
 
-    def _report(self, step, metrics, data: StepData, waited, clock, bad) -> tuple[float, int]:
+    def _report(self, step, metrics, data: StepData, waited, dispatched, clock, bad) -> tuple[float, int]:
         """Fetches and writes a step's numbers. Returns (time now, non-finite steps in a row)."""
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
@@ -152,10 +164,15 @@ class Loop:
             "padding_share": data.padding_share,
             "seconds": seconds,
             "loader_seconds": waited,
+            "dispatch_seconds": dispatched,
             "save_seconds": self._stalled,
             "tokens_per_second": data.tokens / seconds,
         }
         self._stalled = 0.0
+        memory = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in memory:
+            metrics["memory_gib"] = memory["bytes_in_use"] / 2**30
+            metrics["memory_peak_gib"] = memory["peak_bytes_in_use"] / 2**30
         if self.peak_flops:
             metrics["mfu"] = self.flops(data) / seconds / self.peak_flops
         if self.writer:

@@ -32,6 +32,7 @@ from jsft.training.introduction import introduce
 from jsft.training.loop import Loop
 from jsft.training.metrics import MetricsWriter, RunLog, has_heldout
 from jsft.training.optimizer import TrainState, initial_state, learning_rate_schedule, parameter_dtype
+from jsft.training.profiling import Profiler
 from jsft.training.remat import advise_out_of_memory, choose_remat
 from jsft.training.rundir import RunDirectory
 from jsft.training.signals import Stopped, StopRequest
@@ -82,12 +83,12 @@ def build(config: ConfigDict) -> Parts:
 
 def train(
     config: ConfigDict, name: str, workdir: Path, allow_changed: frozenset[str], link: PeerLink | None = None,
-    ignore_plan: bool = False,
+    ignore_plan: bool = False, profile: tuple[int, int] | None = None,
 ) -> int:
     """Runs, or goes on with, the run in `workdir`. Returns 0; raises JsftError with its exit code.
 
     link: to the other processes of the run, where there are some (`jsft.distributed.session`). ignore_plan: start though
-    the plan says that the run does not fit.
+    the plan says that the run does not fit. profile: first step under the profiler, and the one after the last.
     """
     platform.configure()  # before JAX looks for devices
     primary = jax.process_index() == 0
@@ -108,7 +109,7 @@ def train(
         watchdog = Watchdog(workdir, jax.process_index(), 60 * config.train.hang_minutes, ending)
         try:
             with _device_errors():
-                _train(parts, name, workdir, directory, log, stop, watchdog)
+                _train(parts, name, workdir, directory, log, stop, watchdog, profile)
         except Exception as error:
             ending.status("failed", " ".join(str(error).split())[:500])
             raise
@@ -131,7 +132,7 @@ def train(
 
 def _train(
     parts: Parts, name: str, workdir: Path, directory: RunDirectory | None, log: RunLog, stop: StopRequest,
-    watchdog: Watchdog,
+    watchdog: Watchdog, profile: tuple[int, int] | None,
 ) -> None:
     """The run between its directory's opening and closing."""
     config, total = parts.config, parts.data.total_steps
@@ -169,12 +170,14 @@ def _train(
         if generation:
             generation.poll()
 
+    profiler = Profiler(workdir, profile, log.line) if directory else None
     count = matmul_parameters(parts.model)
     loop = Loop(
         config, parts.mesh, programs(parts, remat), saver, log, writer, stop, watchdog, total,
         flops=lambda data: step_flops(parts.model, count, data.tokens, data.sum_squared_lengths),
         peak_flops=peak_flops(jax.devices()),
         eval_data=eval_data,
+        profiler=profiler,
         on_step=on_step,
         on_save=generation.saved if generation else lambda step: None,
     )
