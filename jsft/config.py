@@ -140,6 +140,8 @@ FIELDS: tuple[Field, ...] = (
           minimum=0),
     Field("checkpoint.keep", int, 2, "Full checkpoints kept, newest first.", minimum=1),
     Field("checkpoint.milestones", tuple, (), "Steps that are saved too, and whose parameters are kept for good."),
+    Field("log.wandb", str, None, "Weights & Biases project that the metrics go to as well; needs the extra jsft[wandb]. "
+          "WANDB_MODE=offline is respected."),
     Field("eval.every", int, 0, "Compute data.eval's loss every this many updates; 0: never, 1 for each.", minimum=0),
     Field("eval.generate.tasks", str, None, "Benchmarks to sample while training goes on, with commas (names: "
           "python -m jsft.evaluate --list)."),

@@ -223,53 +223,19 @@ def measure(options) -> dict:
     }  # fmt: skip
 
 
-# Kernel names by part, first match wins; what is not named is elementwise work that XLA fused.
-PARTS = (
-    ("collectives", ("nccl", "all-gather", "all_gather", "reduce-scatter", "all-reduce")),
-    ("attention", ("attention", "flash", "mosaic", "pallas", "custom_call_target=mosaic")),
-    ("matmul", ("gemm", "nvjet", "cutlass", "cublas", "xmma", "sm90", "sm80", "triton_gemm", "dot")),
-    ("copies", ("memcpy", "memset", "copy")),
-)
-
-
 def profile_parts(step, state) -> None:
     """Prints the device's time by part over two steps, from JAX's profiler."""
-    import collections
-
     import jax
+
+    from jsft.training.profiling import read_profile
 
     folder = tempfile.mkdtemp()
     with jax.profiler.trace(folder):
         for _ in range(2):
             state, metrics = step(state)
         jax.block_until_ready(metrics)
-    (file,) = Path(folder).rglob("*.xplane.pb")
-    data = jax.profiler.ProfileData.from_file(str(file))
-    totals, names, calls = collections.Counter(), collections.Counter(), collections.Counter()
-    first, last = float("inf"), 0.0
-    for plane in data.planes:
-        if not plane.name.startswith("/device:GPU:0"):
-            continue
-        for line in plane.lines:
-            if not line.name.startswith("Stream"):
-                continue
-            for event in line.events:
-                first, last = min(first, event.start_ns), max(last, event.start_ns + event.duration_ns)
-                name = event.name.lower()
-                part = next((part for part, words in PARTS if any(w in name for w in words)), "elementwise")
-                totals[part] += event.duration_ns
-                names[part, event.name] += event.duration_ns
-                calls[part, event.name] += 1
-    if not totals:
-        print("profile: no device events (a CPU has none)")
-        return
-    busy = sum(totals.values())
-    print(f"profile of 2 steps: {(last - first) / 1e6:.0f} ms, kernels {busy / 1e6:.0f} ms")
-    for part, nanoseconds in totals.most_common():
-        print(f"  {part:12} {nanoseconds / 2e6:8.1f} ms a step, {nanoseconds / (last - first):5.1%}")
-    print(f"  {'gaps':12} {(last - first - busy) / 2e6:8.1f} ms a step, {1 - busy / (last - first):5.1%}")
-    for (part, name), nanoseconds in names.most_common(24):
-        print(f"    {nanoseconds / 2e6:8.2f} ms  {calls[part, name] // 2:5d} x {part:11} {name[:80]}")
+    profile = read_profile(Path(folder))
+    print("\n".join(profile.lines(2, kernels=24)) if profile else "profile: no kernels were recorded")
 
 
 def show(result: dict) -> None:

@@ -87,7 +87,7 @@ class Loop:
             saving = final or stopping or overdue or self.saver.wants(step)
             evaluating = self._evaluates(step) and not stopping
             unfinished = not final or self._evaluates(step)
-            profiled = bool(self.profiler and self.profiler.ends(step))
+            profiled = bool(self.profiler and (self.profiler.ends(step) or final or stopping))
             if saving or evaluating or profiled:
                 clock, bad = self._report(*pending, clock, bad)
                 pending = None

@@ -21,13 +21,15 @@ class MetricsWriter:
     A full disk does not end the run: it is reported through `say`, and lines are written again when there is room.
     """
 
-    def __init__(self, workdir: Path, first_step: int, say: Callable[[str], None] = print):
+    def __init__(self, workdir: Path, first_step: int, say: Callable[[str], None] = print, also: Any = None):
+        """also: what `open_wandb` returned, or None."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event, self._summary = Event, Summary
         self._say, self._full = say, False
+        self._also, self._end = also or (lambda *_: None, lambda: None)
         self._files = {}
         for name in ("metrics", "heldout", "generated"):
             path = workdir / f"{name}.jsonl"
@@ -56,6 +58,23 @@ class MetricsWriter:
             if not self._full:
                 self._say(f"warning: metrics of step {step} were not written: {error.strerror or error}; free space")
             self._full = True
+        self._also(prefix, step, metrics)
+
+    def write_histogram(self, tag: str, values: Any, step: int = 0) -> None:
+        """A histogram of `values` (numbers) on TensorBoard, in 30 bins of equal width."""
+        import numpy as np
+        from tensorboard.compat.proto.histogram_pb2 import HistogramProto
+
+        values = np.asarray(values, np.float64)
+        counts, edges = np.histogram(values, 30)
+        histogram = HistogramProto(
+            min=values.min(), max=values.max(), num=len(values), sum=values.sum(), sum_squares=(values**2).sum(),
+            bucket_limit=edges[1:].tolist(), bucket=counts.tolist(),
+        )
+        value = self._summary.Value(tag=tag, histo=histogram)
+        with suppress(OSError):
+            self._board.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=[value])))
+            self._board.flush()
 
     def _append_line(self, file: str, record: dict[str, Any]) -> None:
         self._files[file].write(json.dumps(record) + "\n")
@@ -71,6 +90,7 @@ class MetricsWriter:
         self._board.flush()
 
     def close(self) -> None:
+        self._end()
         for part in (*self._files.values(), self._board):
             with suppress(OSError):
                 part.close()
@@ -137,8 +157,8 @@ class RunLog:
         if self._quiet or not self._console.is_terminal:
             return
         self._progress = Progress(
-            TextColumn("step"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self._console,
+            TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None), TextColumn("{task.description}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self._console, expand=True,
         )
         self._task = self._progress.add_task("", total=total, completed=done)
         self._progress.start()
@@ -147,7 +167,7 @@ class RunLog:
         """The progress bar's text on a terminal; a line a step elsewhere and in the log."""
         short = (
             f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  grad {metrics['grad_norm']:.3f}  "
-            f"{metrics['tokens_per_second']:,.0f} tok/s"
+            f"{metrics['tokens_per_second']:,.0f} tok/s" + (f"  MFU {metrics['mfu']:.1%}" if "mfu" in metrics else "")
         )
         if self._progress:
             self._progress.update(self._task, completed=step, description=short)

@@ -19,7 +19,7 @@ PARTS = (
     ("matmul", ("gemm", "nvjet", "cutlass", "cublas", "xmma", "sm90", "sm80", "triton_gemm", "dot")),
     ("copies", ("memcpy", "memset", "copy")),
 )
-_HOST_NOISE = ("ThreadpoolListener", "ThunkExecutor", "end: ", "Rendezvous", "Wait")
+_HOST_NOISE = ("ThreadpoolListener", "ThunkExecutor", "end: ", "Rendezvous", "Wait", "while", "conditional", "call", "Slinky")  # also what contains others
 ON_DEMAND_STEPS = 3
 ASK = "profile"  # name of the file that asks for a window
 Say = Callable[[str], None]

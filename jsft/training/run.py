@@ -34,10 +34,12 @@ from jsft.training.metrics import MetricsWriter, RunLog, has_heldout
 from jsft.training.optimizer import TrainState, initial_state, learning_rate_schedule, parameter_dtype
 from jsft.training.profiling import Profiler
 from jsft.training.remat import advise_out_of_memory, choose_remat
+from jsft.training.run_readme import write_run_readme
 from jsft.training.rundir import RunDirectory
 from jsft.training.signals import Stopped, StopRequest
 from jsft.training.step import StepPrograms, abstract_batch, make_programs
 from jsft.training.version import code_version, first_batch_checksum
+from jsft.training.wandb_log import open_wandb
 from jsft.training.watchdog import Watchdog
 
 Say = Callable[[str], None]
@@ -150,6 +152,8 @@ def _train(
     watchdog.at("choosing remat, which compiles")
     remat = choose_remat(parts, log.line)
     introduce(parts, name, workdir, remat, step, log.line)
+    if directory:
+        write_run_readme(parts, name, workdir)
     if state is None:
         watchdog.at("reading the base model's weights")
         dtype = parameter_dtype(config)
@@ -161,7 +165,9 @@ def _train(
         config.checkpoint.every, config.checkpoint.minutes, config.checkpoint.keep, tuple(config.checkpoint.milestones)
     )
     saver = checkpoint.Saver(workdir, policy, facts, log.line)
-    writer = MetricsWriter(workdir, step, log.line) if directory else None
+    writer = MetricsWriter(workdir, step, log.line, open_wandb(config, name, workdir, log.line)) if directory else None
+    if writer:
+        writer.write_histogram("data/tokens", parts.data.lengths)
     generation = open_generation(config, workdir, writer, log.line) if directory else None
 
     def on_step(step: int) -> None:

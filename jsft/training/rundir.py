@@ -28,7 +28,7 @@ from jsft.errors import CheckpointError, ConfigError
 FREE_FIELDS = frozenset(
     name
     for name in schema.BY_NAME
-    if name.startswith(("checkpoint.", "eval.", "mesh.", "attention."))
+    if name.startswith(("checkpoint.", "eval.", "mesh.", "attention.", "log."))
     or name
     in (
         "data.workers",

@@ -1,0 +1,84 @@
+"""The run's directory explains itself: README.md for people, environment.json for programs."""
+
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jsft
+from jsft import mesh as meshes
+from jsft.training.rundir import write_json
+from jsft.training.version import code_version
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy", "pyarrow")
+
+_FILES = """\
+| file | what it is |
+|---|---|
+| `config.json` | every field of the run as it was used |
+| `environment.json` | code, packages and devices of the last start |
+| `status.json` | running, done, preempted or failed, and the updates done |
+| `log.txt` | what the run printed |
+| `metrics.jsonl` | one line an update; the same in `tensorboard/` |
+| `heldout.jsonl` | losses of the held-out sets, where there are some |
+| `checkpoints/<step>/` | parameters and optimizer state after so many updates |
+| `base/` | config, tokenizer and template files of the base model |
+| `profiles/` | traces of profiled steps |
+| `hf/step_<N>/` | exported models |
+| `eval/step_<N>/<task>/` | evaluations |
+"""
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices that this process runs with."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": shlex.join(["python", "-m", "jsft.train", *sys.argv[1:]]), "jsft": code_version(), "git": git_commit(),
+        "python": sys.version.split()[0], "packages": versions, "processes": jax.process_count(),
+        "devices": sorted({device.device_kind for device in jax.devices()}), "device_count": jax.device_count(),
+    }  # fmt: skip
+
+
+def git_commit() -> str | None:
+    """The commit of the sources, '-changed' appended where files differ from it; None outside a git checkout."""
+    folder = Path(jsft.__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-changed" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_run_readme(parts, name: str, workdir: Path) -> None:
+    """Writes README.md and environment.json into `workdir`. parts: `jsft.training.run.Parts`."""
+    facts = environment()
+    write_json(workdir / "environment.json", facts)
+    config = parts.config
+    lines = [
+        f"# {name}", "",
+        f"{config.model.path} trained on {config.data.train} with jsft {jsft.__version__} (git {facts['git'] or 'unknown'}).", "",
+        f"- {parts.data.total_steps:,} updates of {config.train.global_batch} documents, {config.train.epochs:g} epoch(s)",
+        *(f"- {line}" for line in parts.data.report_lines()),
+        f"- objective {config.objective.name}, learning rate {config.optimizer.learning_rate:g} "
+        f"({config.optimizer.schedule}), fidelity {config.fidelity}",
+        f"- {meshes.describe(parts.mesh)}", "",
+        "Start it, or go on from its newest checkpoint:", "", f"    {facts['command']}", "",
+        "Export, evaluate, report:", "", f"    python -m jsft.export --workdir {workdir} --step latest",
+        f"    scripts/eval_vllm.sh {workdir}", f"    python -m jsft.report {workdir}", "", _FILES,
+    ]  # fmt: skip
+    beside = workdir / "README.md.tmp"
+    beside.write_text("\n".join(lines), encoding="utf-8")
+    beside.replace(workdir / "README.md")
