@@ -1,12 +1,13 @@
-"""Times packed attention on a GPU beside cuDNN's packed path in the same run, and searches kernel configurations.
+"""Times packed attention on a GPU beside cuDNN's packed path in the same run, and searches kernel
+configurations.
 
     python scripts/bench_attention.py                          every case
     python scripts/bench_attention.py --cases 16k_one,2k       some of them
     python scripts/bench_attention.py --tune --heads 40/8      the kernels' configurations for one head layout
 
-Rates are useful TFLOP/s: 4 H h sum(len^2) / 2 for the forward pass, 2.5 times that for the backward one; pairs a kernel
-masks are not counted. A time is the median over rounds of the mean of calls issued back to back, ours and cuDNN's in
-turn; inputs are random. Backward is forward + backward less forward.
+Rates are useful TFLOP/s: 4 H h sum(len^2) / 2 for the forward pass, 2.5 times that for the backward one;
+pairs a kernel masks are not counted. A time is the median over rounds of the mean of calls issued back to
+back, ours and cuDNN's in turn; inputs are random. Backward is forward + backward less forward.
 """
 
 import argparse
@@ -86,7 +87,9 @@ def forward_and_both(attend):
 
 
 def cudnn_packed(case: Case, scale: float):
-    """cuDNN's attention with packed offsets: not public in JAX. Slots for documents are static, 16 at least here."""
+    """cuDNN's attention with packed offsets: not public in JAX. Slots for documents are static, 16 at least
+    here.
+    """
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     slots = max(16, len(case.lengths))
@@ -109,7 +112,9 @@ def seconds(function, arguments, calls: int) -> float:
 
 
 def compile_all(jobs):
-    """jobs: {key: (jitted, arguments)} -> {key: compiled, or the exception}. Assembling takes seconds: in threads."""
+    """jobs: {key: (jitted, arguments)} -> {key: compiled, or the exception}. Assembling takes seconds: in
+    threads.
+    """
     lowered = {}
     for key, (function, arguments) in jobs.items():
         try:
@@ -131,7 +136,9 @@ def compile_all(jobs):
 
 
 def median_times(compiled, jobs, rounds: int, calls: int):
-    """{key: median seconds}; the functions take turns, so that a change of the card's clock meets all of them."""
+    """{key: median seconds}; the functions take turns, so that a change of the card's clock meets all of
+    them.
+    """
     usable = {key: f for key, f in compiled.items() if not isinstance(f, Exception)}
     for key, f in usable.items():
         jax.block_until_ready(f(*jobs[key][1]))
@@ -151,7 +158,9 @@ def relative_errors(outputs, case: Case, values, scale: float):
     wanted = forward_and_both(attend)[1](*f32)
 
     def error(ours, want):
-        return float(jnp.linalg.norm((ours.astype(jnp.float32) - want).ravel()) / jnp.linalg.norm(want.ravel()))
+        return float(
+            jnp.linalg.norm((ours.astype(jnp.float32) - want).ravel()) / jnp.linalg.norm(want.ravel())
+        )
 
     return [error(ours[:, :, : want.shape[2]], want) for ours, want in zip(outputs, wanted)]
 
@@ -161,8 +170,9 @@ def bench(arguments, cases: list[Case]) -> None:
     scale = arguments.h**-0.5
     dtype = jnp.dtype(arguments.dtype)
     print(
-        f"{'case':20s} {'heads':6s} {'docs':>4s} | {'backward':13s} {'fwd':>5s} {'bwd':>5s} {'both':>5s} TF/s  fwd ms  "
-        f"both ms | cuDNN fwd both | ratio fwd both | temporaries MiB ours cuDNN | relative errors o dq dk dv"
+        f"{'case':20s} {'heads':6s} {'docs':>4s} | {'backward':13s} {'fwd':>5s} {'bwd':>5s} {'both':>5s} "
+        "TF/s  fwd ms  both ms | cuDNN fwd both | ratio fwd both | temporaries MiB ours cuDNN | "
+        "relative errors o dq dk dv"
     )
     jobs, values = {}, {}
     for case in cases:
@@ -175,7 +185,10 @@ def bench(arguments, cases: list[Case]) -> None:
             jobs[case.name, backward] = both, (q, k, v, do)
         if not arguments.no_cudnn:
             forward, both = forward_and_both(cudnn_packed(case, scale))
-            jobs[case.name, "cudnn forward"], jobs[case.name, "cudnn both"] = (forward, (q, k, v)), (both, (q, k, v, do))
+            jobs[case.name, "cudnn forward"], jobs[case.name, "cudnn both"] = (
+                (forward, (q, k, v)),
+                (both, (q, k, v, do)),
+            )
     programs = compile_all(jobs)
     for (name, key), f in programs.items():
         if isinstance(f, Exception):
@@ -193,7 +206,11 @@ def bench(arguments, cases: list[Case]) -> None:
 
         def memory(key):
             f = compiled.get(key)
-            return "    -" if f is None or isinstance(f, Exception) else f"{f.memory_analysis().temp_size_in_bytes >> 20:5d}"
+            return (
+                "    -"
+                if f is None or isinstance(f, Exception)
+                else f"{f.memory_analysis().temp_size_in_bytes >> 20:5d}"
+            )
 
         for backward in backwards:
             if backward not in times:
@@ -203,10 +220,13 @@ def bench(arguments, cases: list[Case]) -> None:
             errors = ""
             if arguments.errors:
                 outputs = compiled[backward](*values[case.name][:4])
-                errors = " ".join(f"{e:.1e}" for e in relative_errors(outputs, case, values[case.name], scale))
+                errors = " ".join(
+                    f"{e:.1e}" for e in relative_errors(outputs, case, values[case.name], scale)
+                )
             print(
-                f"{case.name:20s} {case.heads[0]:>2d}/{case.heads[1]:<3d} {len(case.lengths):4d} | {backward:13s} "
-                f"{rate(1, tf)} {rate(2.5, tb - tf)} {rate(3.5, tb)}      {tf * 1e3:6.2f} {tb * 1e3:8.2f} | "
+                f"{case.name:20s} {case.heads[0]:>2d}/{case.heads[1]:<3d} {len(case.lengths):4d} | "
+                f"{backward:13s} {rate(1, tf)} {rate(2.5, tb - tf)} {rate(3.5, tb)}      "
+                f"{tf * 1e3:6.2f} {tb * 1e3:8.2f} | "
                 f"    {rate(1, peer_forward)} {rate(3.5, peer_both)} |       {ratios[0]} {ratios[1]} | "
                 f"{memory(backward)} {memory('cudnn both')} | {errors}",
                 flush=True,
@@ -214,7 +234,7 @@ def bench(arguments, cases: list[Case]) -> None:
 
 
 def tune(arguments) -> None:
-    """Times every configuration that fits for one head layout on a packed row and prints the best of each kernel."""
+    """Times the candidates for one head layout on a packed row; prints the best of each kernel."""
     from jsft.kernels.flash.backward_dkv import backward_dkv, backward_fused
     from jsft.kernels.flash.backward_dq import backward_dq
     from jsft.kernels.flash.forward import forward
@@ -229,7 +249,12 @@ def tune(arguments) -> None:
     delta = jnp.einsum("bthd,bthd->bht", o.astype(jnp.float32), do.astype(jnp.float32))
     kernels = {
         "forward": (forward, (q, k, v, start), [(128, 2), (128, 3), (128, 4), (64, 2), (64, 4)], 1.0),
-        "dq": (backward_dq, (q, k, v, do, lse, delta, start), [(64, 2), (64, 3), (64, 4), (128, 2), (128, 3)], 1.5),
+        "dq": (
+            backward_dq,
+            (q, k, v, do, lse, delta, start),
+            [(64, 2), (64, 3), (64, 4), (128, 2), (128, 3)],
+            1.5,
+        ),
         "dkv": (backward_dkv, (q, k, v, do, lse, delta, end), [(64, 2), (64, 4), (128, 2)], 2.0),
         "fused": (backward_fused, (q, k, v, do, lse, delta, end), [(8192 // h, 2), (8192 // h, 3)], 2.5),
     }
@@ -244,17 +269,23 @@ def tune(arguments) -> None:
     for name, (_, _, candidates, factor) in kernels.items():
         ranked = sorted((times[name, *c], c) for c in candidates if (name, *c) in times)
         for t, (block, stages) in ranked:
-            print(f"{name:8s} block {block:4d} stages {stages}: {factor * flops / t / 1e12:5.0f} TF/s {t * 1e3:7.3f} ms")
+            speed = factor * flops / t / 1e12
+            print(f"{name:8s} block {block:4d} stages {stages}: {speed:5.0f} TF/s {t * 1e3:7.3f} ms")
         for c in candidates:
             if (name, *c) not in times:
-                print(f"{name:8s} block {c[0]:4d} stages {c[1]}: {' '.join(str(compiled[name, *c]).split())[:120]}")
+                why_not = " ".join(str(compiled[name, *c]).split())[:120]
+                print(f"{name:8s} block {c[0]:4d} stages {c[1]}: {why_not}")
         if ranked:
             print(f"-> h {h}, group {H // K}, T {T}: {name}=KernelConfig{ranked[0][1]}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="all", help="names, with commas: " + ", ".join(c.name for c in CASES))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases", default="all", help="names, with commas: " + ", ".join(c.name for c in CASES)
+    )
     parser.add_argument("--backward", default="auto", help="auto, deterministic, fused; several with commas")
     parser.add_argument("--implementation", default="auto")
     parser.add_argument("--h", type=int, default=128, help="head width")
@@ -268,7 +299,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=16384, help="with --tune: positions of the row")
     arguments = parser.parse_args()
     device = jax.devices()[0]
-    print(f"{device.device_kind}, jax {jax.__version__}, {arguments.dtype}, h {arguments.h}; {describe_attention()}")
+    print(
+        f"{device.device_kind}, jax {jax.__version__}, {arguments.dtype}, h {arguments.h}; {describe_attention()}"
+    )
     if arguments.tune:
         tune(arguments)
         return

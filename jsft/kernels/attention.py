@@ -1,6 +1,7 @@
 """Causal attention over packed documents: one function, two implementations.
 
-A document is the range [doc_start, doc_end) of its row. Position i sees the positions of its own document up to i.
+A document is the range [doc_start, doc_end) of its row. Position i sees the positions of its own document up
+to i.
 """
 
 import functools
@@ -29,21 +30,23 @@ def packed_attention(
 ) -> jax.Array:
     """softmax(scale * q k^T) v within each document, causal.
 
-    Works on local shards: under a mesh of several devices call it inside `shard_map`, split over rows and, if at all,
-    over heads. The output carries the checkpoint name "attention_out", and the Pallas kernel's log-sum-exp
-    "attention_lse"; a remat policy that saves both never runs the forward kernel twice.
+    Works on local shards: under a mesh of several devices call it inside `shard_map`, split over rows and, if
+    at all, over heads. The output carries the checkpoint name "attention_out", and the Pallas kernel's
+    log-sum-exp "attention_lse"; a remat policy that saves both never runs the forward kernel twice.
 
     Args:
       q: [B, T, H, h].
       k: [B, T, K, h], where K divides H; query head i reads key head i // (H // K).
       v: [B, T, K, h].
-      doc_start: int32 [B, T]; first position of the document of each position. Padding: a document for each position.
+      doc_start: int32 [B, T]; first position of the document of each position. Padding: a document for each
+        position.
       doc_end: int32 [B, T]; one past the last position of that document.
       scale: factor of the logits, usually h ** -0.5.
-      implementation: "pallas" (Hopper GPU; bfloat16 or float16; h 64 or 128), "xla" (any device, any float dtype; float32
-        inside) or "auto": Pallas where it can run, else XLA.
-      backward: of the Pallas kernel: "deterministic" (two kernels), "fused" (one kernel that adds dq with atomic
-        reductions: faster on long documents, last bits vary from run to run) or "auto": the faster for this shape.
+      implementation: "pallas" (Hopper GPU; bfloat16 or float16; h 64 or 128), "xla" (any device, any float
+        dtype; float32 inside) or "auto": Pallas where it can run, else XLA.
+      backward: of the Pallas kernel: "deterministic" (two kernels), "fused" (one kernel that adds dq with
+        atomic reductions: faster on long documents, last bits vary from run to run) or "auto": the faster for
+        this shape.
 
     Returns:
       [B, T, H, h] in q's dtype.
@@ -59,13 +62,17 @@ def packed_attention(
         if implementation == "pallas":
             raise ValueError(problem)
         return attention_xla.packed_attention(q, k, v, doc_start, doc_end, scale=scale)
-    from jsft.kernels.flash import flash_attention  # here, because elsewhere than on GPUs nothing else needs it
+    from jsft.kernels.flash import (
+        flash_attention,
+    )  # here, because elsewhere than on GPUs nothing else needs it
 
     return flash_attention(q, k, v, doc_start, doc_end, scale=scale, backward=backward)
 
 
 def describe_attention(implementation: str = "auto", backward: str = "auto") -> str:
-    """One line for the run's log: which attention runs on this process's devices. Raises like `packed_attention`."""
+    """One line for the run's log: which attention runs on this process's devices. Raises like
+    `packed_attention`.
+    """
     device = jax.devices()[0].device_kind
     if _choose(implementation, backward) == "xla":
         return f"attention: plain XLA, float32 inside ({device})"
@@ -74,11 +81,12 @@ def describe_attention(implementation: str = "auto", backward: str = "auto") -> 
         "deterministic": "deterministic backward in two kernels",
         "fused": "fused backward in one kernel, dq not bitwise reproducible",
     }[backward]
-    return f"attention: Pallas flash kernels, {text} ({device}; plain XLA for other than bfloat16 or float16, h 64 or 128)"
+    limits = "plain XLA for other than bfloat16 or float16, h 64 or 128"
+    return f"attention: Pallas flash kernels, {text} ({device}; {limits})"
 
 
 def check_document_ranges(doc_start, doc_end) -> None:
-    """Raises ValueError unless the ranges tile each row with documents. Takes concrete arrays, int32 [B, T]."""
+    """Raises ValueError unless the ranges (concrete, int32 [B, T]) tile each row with documents."""
     start, end = np.asarray(doc_start), np.asarray(doc_end)
     position = np.arange(start.shape[-1])
     bad = (start > position) | (end <= position) | (start < 0) | (end > start.shape[-1])
@@ -89,14 +97,16 @@ def check_document_ranges(doc_start, doc_end) -> None:
     if bad.any():
         row, at = np.argwhere(bad)[0]
         raise ValueError(
-            f"doc_start, doc_end: row {row}, position {at}: [{start[row, at]}, {end[row, at]}) is not the range of a "
-            "document: ranges must hold their position, follow each other without gaps and never decrease"
+            f"doc_start, doc_end: row {row}, position {at}: [{start[row, at]}, {end[row, at]}) is not the "
+            "range of a document: ranges must hold their position, follow each other without gaps and never decrease"
         )
 
 
 def _choose(implementation: str, backward: str) -> str:
     if implementation not in IMPLEMENTATIONS:
-        raise ConfigError(f"attention.implementation: {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+        raise ConfigError(
+            f"attention.implementation: {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}"
+        )
     if backward not in BACKWARDS:
         raise ConfigError(f"attention.backward: {backward!r} is not one of {', '.join(BACKWARDS)}")
     if implementation == "xla":
@@ -130,7 +140,9 @@ def _pallas_cannot_take(q) -> str | None:
 
 @functools.cache
 def _refuse_bad_assembler() -> None:
-    """ptxas of CUDA 12.8.0 to 12.9.0 compiles causal masks wrong; jax's own kernels refuse these versions too."""
+    """ptxas of CUDA 12.8.0 to 12.9.0 compiles causal masks wrong; jax's own kernels refuse these versions
+    too.
+    """
     from jax._src.lib import cuda_versions
 
     version = cuda_versions.cuda_runtime_get_version() if cuda_versions else 0
@@ -138,11 +150,13 @@ def _refuse_bad_assembler() -> None:
 
 
 def check_cuda_version(version: int) -> None:
-    """Raises ConfigError for a CUDA runtime (1000 * major + 10 * minor + patch) whose assembler is known as wrong."""
+    """Raises ConfigError for a CUDA runtime (1000 * major + 10 * minor + patch) whose assembler is known as
+    wrong.
+    """
     if 12080 <= version < 12091:
         raise ConfigError(
-            f"attention.implementation: CUDA {version // 1000}.{version % 1000 // 10} has an assembler (ptxas 12.8.0 to "
-            "12.9.0) that compiles the Pallas kernels wrong; install jax[cuda13], or use 'xla'"
+            f"attention.implementation: CUDA {version // 1000}.{version % 1000 // 10} has an assembler (ptxas "
+            "12.8.0 to 12.9.0) that compiles the Pallas kernels wrong; install jax[cuda13], or use 'xla'"
         )
 
 
@@ -160,7 +174,9 @@ def _check_arguments(q, k, v, doc_start, doc_end) -> None:
     if k.shape[:2] != (B, T) or k.shape[3] != h:
         raise ValueError(f"k: shape {k.shape} does not fit q {q.shape}: want [{B}, {T}, K, {h}]")
     if k.shape[2] == 0 or H % k.shape[2]:
-        raise ValueError(f"k: {k.shape[2]} key/value heads do not divide the {H} query heads (q {q.shape}, k {k.shape})")
+        raise ValueError(
+            f"k: {k.shape[2]} key/value heads do not divide the {H} query heads (q {q.shape}, k {k.shape})"
+        )
     for name, array in (("doc_start", doc_start), ("doc_end", doc_end)):
         if array.shape != (B, T):
             raise ValueError(f"{name}: shape {array.shape}, want [B, T] = {(B, T)}")

@@ -1,4 +1,4 @@
-"""Plain-XLA twin of the flash attention kernels: the path of CPUs and other GPUs, and the tests' yardstick."""
+"""Plain-XLA twin of the flash attention kernels: for CPUs and other GPUs, and the tests' yardstick."""
 
 import jax
 import jax.numpy as jnp

@@ -1,8 +1,9 @@
 """Cross-entropy of a linear layer without ever holding the logits of all tokens.
 
-Chunked over tokens with the whole (local) vocabulary at once; the gradients are made in the forward pass, while the
-logits are there, so the three matrix products of a chunk are all there is. Vocabulary-parallel: each device keeps its
-rows of the unembedding, and a chunk of hidden states travels instead. Unsupervised tokens are never computed.
+Chunked over tokens with the whole (local) vocabulary at once; the gradients are made in the forward pass,
+while the logits are there, so the three matrix products of a chunk are all there is. Vocabulary-parallel:
+each device keeps its rows of the unembedding, and a chunk of hidden states travels instead. Unsupervised
+tokens are never computed.
 """
 
 import functools
@@ -42,18 +43,19 @@ def linear_cross_entropy(
 ) -> LossSums:
     """Sums of the weighted negative log-likelihood and its companions; differentiable through `.loss` alone.
 
-    p = softmax(hidden @ unembedding^T). Products run in hidden's dtype with float32 accumulation; softmax, loss and
-    the sum over tokens of the unembedding's gradient in float32. The gradients come back in their argument's dtype:
-    hand over float32 master weights for a float32 gradient, with hidden in bfloat16.
+    p = softmax(hidden @ unembedding^T). Products run in hidden's dtype with float32 accumulation; softmax,
+    loss and the sum over tokens of the unembedding's gradient in float32. The gradients come back in their
+    argument's dtype: hand over float32 master weights for a float32 gradient, with hidden in bfloat16.
 
     Args:
       hidden: [B, T, D], rows over the mesh axes ('replica', 'fsdp').
-      unembedding: [V, D], V over 'fsdp'. A V that the axis does not divide is padded (exact, at the cost of a copy).
+      unembedding: [V, D], V over 'fsdp'. A V that the axis does not divide is padded (exact, at the cost of a
+        copy).
       targets: int32 [B, T], in [0, V).
       weights: float32 [B, T]; 0 means not supervised: such a token costs nothing and its target is not read.
       mesh: with axes 'replica' and 'fsdp'; one device is the same code.
-      chunk_tokens: tokens at a time over all devices of 'fsdp'. Default: as many as keep a device's logits under 2 GiB,
-        at most 8,192.
+      chunk_tokens: tokens at a time over all devices of 'fsdp'. Default: as many as keep a device's logits
+        under 2 GiB, at most 8,192.
       gradient_dtype: of the buffer that sums the unembedding's gradient over the chunks.
 
     Raises:
@@ -67,7 +69,9 @@ def linear_cross_entropy(
         unembedding = jnp.pad(unembedding, ((0, padding), (0, 0)))
     local_tokens = targets.size // (parts * mesh.shape["replica"])
     chunk = chunk_size(V, parts, local_tokens, chunk_tokens)
-    return _loss(hidden, unembedding, targets, weights.astype(jnp.float32), mesh, V, chunk, jnp.dtype(gradient_dtype))
+    return _loss(
+        hidden, unembedding, targets, weights.astype(jnp.float32), mesh, V, chunk, jnp.dtype(gradient_dtype)
+    )
 
 
 def chunk_size(vocabulary: int, parts: int, local_tokens: int, chunk_tokens: int | None = None) -> int:
@@ -88,7 +92,9 @@ def _loss(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype)
 
 
 def _loss_forward(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype):
-    sums, d_hidden, d_unembedding = _sharded(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype)
+    sums, d_hidden, d_unembedding = _sharded(
+        hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype
+    )
     # The empty array brings the dtype along: residuals are arrays.
     return sums, (d_hidden, d_unembedding, jnp.empty((0,), unembedding.dtype))
 
@@ -105,10 +111,14 @@ _loss.defvjp(_loss_forward, _loss_backward)
 
 
 def _sharded(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype):
-    """-> (LossSums, d loss / d hidden, d loss / d unembedding); without `gradient_dtype` the last two are None."""
+    """-> (LossSums, d loss / d hidden, d loss / d unembedding); without `gradient_dtype` the last two are
+    None.
+    """
     grads = gradient_dtype is not None
     rows = P(_ROWS)
-    body = functools.partial(_local, V=V, chunk=chunk, parts=mesh.shape[_VOCABULARY], gradient_dtype=gradient_dtype)
+    body = functools.partial(
+        _local, V=V, chunk=chunk, parts=mesh.shape[_VOCABULARY], gradient_dtype=gradient_dtype
+    )
     return jax.shard_map(
         body,
         mesh=mesh,
@@ -152,24 +162,28 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
         exp = jnp.exp(logits - top[:, None])
         is_target = column == tc[:, None]
         safe = jnp.maximum(logits, jnp.finfo(wide).min)  # 0 * -inf of the padded columns would be NaN
-        local = jnp.stack([
-            jnp.sum(exp, axis=-1),
-            jnp.sum(exp * safe, axis=-1),
-            jnp.sum(jnp.where(is_target, safe, 0), axis=-1),
-        ])
+        local = jnp.stack(
+            [
+                jnp.sum(exp, axis=-1),
+                jnp.sum(exp * safe, axis=-1),
+                jnp.sum(jnp.where(is_target, safe, 0), axis=-1),
+            ]
+        )
         total, exp_logits, at_target = lax.psum(local, _VOCABULARY)
         log_z = top + jnp.log(total)
         nll = log_z - at_target
         on = wc != 0
         entropy = log_z - exp_logits / total
-        sums += jnp.stack([
-            jnp.sum(wc * nll),
-            jnp.sum(jnp.where(on, nll, 0)),
-            jnp.sum(jnp.where(on, entropy, 0)),
-            jnp.sum(on & (at_target >= top)).astype(wide),
-            jnp.sum(on).astype(wide),
-            jnp.sum(wc * entropy),
-        ])
+        sums += jnp.stack(
+            [
+                jnp.sum(wc * nll),
+                jnp.sum(jnp.where(on, nll, 0)),
+                jnp.sum(jnp.where(on, entropy, 0)),
+                jnp.sum(on & (at_target >= top)).astype(wide),
+                jnp.sum(on).astype(wide),
+                jnp.sum(wc * entropy),
+            ]
+        )
         if grads:
             d_logits = (exp * (wc / total)[:, None] - jnp.where(is_target, wc[:, None], 0)).astype(dtype)
             dw = (dw + dot(d_logits, xc, (((0,), (0,)), ((), ())))).astype(dw.dtype)
@@ -200,7 +214,9 @@ def _check_arguments(hidden, unembedding, targets, weights, mesh) -> None:
     if hidden.ndim != 3:
         raise ValueError(f"hidden: shape {hidden.shape}, want [B, T, D]")
     if unembedding.ndim != 2 or unembedding.shape[1] != hidden.shape[2]:
-        raise ValueError(f"unembedding: shape {unembedding.shape}, want [V, {hidden.shape[2]}] for hidden {hidden.shape}")
+        raise ValueError(
+            f"unembedding: shape {unembedding.shape}, want [V, {hidden.shape[2]}] for hidden {hidden.shape}"
+        )
     for name, array in (("targets", targets), ("weights", weights)):
         if array.shape != hidden.shape[:2]:
             raise ValueError(f"{name}: shape {array.shape}, want {hidden.shape[:2]} as hidden {hidden.shape}")
@@ -208,4 +224,6 @@ def _check_arguments(hidden, unembedding, targets, weights, mesh) -> None:
         raise ValueError(f"targets: dtype {targets.dtype}, want int32")
     devices = mesh.shape["replica"] * mesh.shape["fsdp"]
     if hidden.shape[0] % devices:
-        raise ValueError(f"hidden: {hidden.shape[0]} rows (shape {hidden.shape}) do not divide over {devices} devices")
+        raise ValueError(
+            f"hidden: {hidden.shape[0]} rows (shape {hidden.shape}) do not divide over {devices} devices"
+        )

@@ -1,4 +1,5 @@
-"""The flash kernels on a Hopper GPU: against float64 and beside bfloat16 XLA; determinism, isolation, lengths.
+"""The flash kernels on a Hopper GPU: against float64 and beside bfloat16 XLA; determinism, isolation,
+lengths.
 
     pytest -m gpu tests/kernels
 """
@@ -62,14 +63,18 @@ def test_errors_are_those_of_bfloat16(lengths, H, K, h):
 
 def test_float16_and_huge_logits():
     q, k, v, do, start, end = make([[300, 212]], 2, 1, 128, jnp.float16)
-    ours = run(packed_attention, q * 30, k, v, do, start, end, jnp.float16, scale=0.09, implementation="pallas")
+    ours = run(
+        packed_attention, q * 30, k, v, do, start, end, jnp.float16, scale=0.09, implementation="pallas"
+    )
     for a, want in zip(ours, oracle(q * 30, k, v, do, start, 0.09)):
         assert relative(a, want) < 2e-2
 
 
 def test_deterministic_backward_repeats_bitwise_200_times():
     case = make([[700, 800, 548]], 40, 8, 128)
-    attend = functools.partial(packed_attention, scale=0.09, implementation="pallas", backward="deterministic")
+    attend = functools.partial(
+        packed_attention, scale=0.09, implementation="pallas", backward="deterministic"
+    )
 
     @jax.jit
     def both(q, k, v, do, start, end):
@@ -102,7 +107,13 @@ def test_whole_tile_documents_equal_themselves_alone_bitwise():
     case = make([[256, 384]], 2, 1, 128)
     options = dict(scale=0.09, implementation="pallas", backward="deterministic")
     together = run(packed_attention, *case, **options)
-    alone = run(packed_attention, *(x[:, 256:] for x in case[:4]), case[4][:, 256:] - 256, case[5][:, 256:] - 256, **options)
+    alone = run(
+        packed_attention,
+        *(x[:, 256:] for x in case[:4]),
+        case[4][:, 256:] - 256,
+        case[5][:, 256:] - 256,
+        **options,
+    )
     for a, b in zip(together, alone):
         np.testing.assert_array_equal(np.asarray(a[:, 256:], np.float32), np.asarray(b, np.float32))
 

@@ -63,7 +63,9 @@ def test_matches_float64_without_races(lengths, H, K, h, backward, dtype):
         assert value.dtype == dtype and relative(value, want) < 5e-3
 
 
-@pytest.mark.parametrize("programs", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "programs", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_any_number_of_programs_gives_the_same_bits(programs):
     q, k, v, _, start, _ = make([[70, 186, 128]], 2, 1, 64)
     arguments = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)] + [jnp.asarray(start)]

@@ -1,4 +1,6 @@
-"""Every shipped configuration lowers for CUDA on a machine without a GPU; so does what the model wraps around it."""
+"""Every shipped configuration lowers for CUDA on a machine without a GPU; so does what the model wraps around
+it.
+"""
 
 import functools
 

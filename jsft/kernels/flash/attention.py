@@ -13,7 +13,9 @@ from jsft.kernels.flash.plan import TILE
 from jsft.kernels.flash.tuned import configs
 
 
-def flash_attention(q, k, v, doc_start, doc_end, *, scale: float, backward: str = "auto", interpret=None) -> jax.Array:
+def flash_attention(
+    q, k, v, doc_start, doc_end, *, scale: float, backward: str = "auto", interpret=None
+) -> jax.Array:
     """As `jsft.kernels.attention.packed_attention`, whose checks it relies on; T may be any length.
 
     interpret: `plgpu.InterpretGPUParams` to run the kernels on the CPU.
@@ -36,7 +38,9 @@ def _attention(q, k, v, doc_start, doc_end, scale, backward, interpret):
 
 def _attention_forward(q, k, v, doc_start, doc_end, scale, backward, interpret):
     config = _configs(q, k).forward
-    run = functools.partial(forward, scale=scale, config=config, programs=_multiprocessors(), interpret=interpret)
+    run = functools.partial(
+        forward, scale=scale, config=config, programs=_multiprocessors(), interpret=interpret
+    )
     o, lse = _batched(run)(q, k, v, doc_start)
     o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")
     return o, (q, k, v, doc_start, doc_end, o, lse)
@@ -78,7 +82,8 @@ def _batched(f):
     @f.def_vmap
     def _(size, mapped, *arguments):
         arguments = [
-            a if is_mapped else jnp.broadcast_to(a, (size, *a.shape)) for a, is_mapped in zip(arguments, mapped)
+            a if is_mapped else jnp.broadcast_to(a, (size, *a.shape))
+            for a, is_mapped in zip(arguments, mapped)
         ]
         out = f(*(a.reshape(-1, *a.shape[2:]) for a in arguments))
         out = jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]), out)

@@ -1,12 +1,12 @@
 """Backward kernel for dk and dv, and in its fused form for dq too.
 
-A program is one tile of 128 keys of one key head. It walks the query blocks that see them, for all query heads of its
-group in turn, so dk and dv stay in registers. It works transposed (keys are rows): p^T and ds^T then come out of the
-tensor cores as they go in again.
+A program is one tile of 128 keys of one key head. It walks the query blocks that see them, for all query
+heads of its group in turn, so dk and dv stay in registers. It works transposed (keys are rows): p^T and ds^T
+then come out of the tensor cores as they go in again.
 
-Fused, the two warpgroups swap their halves of ds^T through shared memory, each multiplies one half of dq, and TMA adds
-it in float32 to the array in memory, in whatever order the tiles come: five products instead of seven, but the last
-bits of dq vary.
+Fused, the two warpgroups swap their halves of ds^T through shared memory, each multiplies one half of dq, and
+TMA adds it in float32 to the array in memory, in whatever order the tiles come: five products instead of
+seven, but the last bits of dq vary.
 """
 
 import jax
@@ -26,14 +26,19 @@ _ENOUGH_PROGRAMS = 264  # two for each multiprocessor
 def backward_dkv(q, k, v, do, lse, delta, doc_end, *, scale: float, config: KernelConfig, interpret=None):
     """-> dk, dv, both [B, T, K, h] in k's dtype.
 
-    do: as q; lse: as the forward gave it; delta: float32 [B, H, T], the sum of o * do over h; doc_end: int32 [B, T].
+    do: as q; lse: as the forward gave it; delta: float32 [B, H, T], the sum of o * do over h; doc_end: int32
+    [B, T].
     """
     B, T, H, h = q.shape
     K = k.shape[2]
     parts = _parts(B * K * (T // TILE), H // K)
-    dk, dv = _kernel(q, k, config, scale, interpret, parts)(q, k, v, do, lse, delta, doc_end, order_of_keys(doc_end))
+    dk, dv = _kernel(q, k, config, scale, interpret, parts)(
+        q, k, v, do, lse, delta, doc_end, order_of_keys(doc_end)
+    )
     if parts > 1:
-        dk, dv = (jnp.sum(x.reshape(B, T, K, parts, h), 3, dtype=jnp.float32).astype(k.dtype) for x in (dk, dv))
+        dk, dv = (
+            jnp.sum(x.reshape(B, T, K, parts, h), 3, dtype=jnp.float32).astype(k.dtype) for x in (dk, dv)
+        )
     return dk, dv
 
 
@@ -64,7 +69,9 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, parts: int, *, 
     dq_shape = (64, 64)  # a warpgroup's half of dq of a step
     simulated = interpret is not None
     if fused and block * h != 64 * 128:
-        raise ValueError(f"config: a fused block of {block} with h = {h}; two halves of dq must make block x h")
+        raise ValueError(
+            f"config: a fused block of {block} with h = {h}; two halves of dq must make block x h"
+        )
 
     def body(*refs):
         q_g, k_g, v_g, do_g, lse_g, delta_g, end_g, order_g, *refs = refs
@@ -118,7 +125,8 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, parts: int, *, 
                 def products(s):
                     mgpu.multiply(s, k_s.at[keys], q_s.at[slot].T)
 
-                    def beside(dp):  # nested, which makes it start when s is done: measured faster than at once
+                    # Nested, which makes dp start when s is done: measured faster than both at once.
+                    def beside(dp):
                         mgpu.multiply(dp, v_s.at[keys], do_s.at[slot].T)
                         p = probabilities(s)
                         mgpu.multiply(dv, p.astype(dtype), do_s.at[slot])
@@ -130,7 +138,8 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, parts: int, *, 
                 delta = plgpu.load(delta_s.at[slot], layout=mgpu.COLUMN)
                 ds = (p * (dp - columns(delta, shape))).astype(dtype)
                 if fused:
-                    # Two buffers, so that no warpgroup waits for the other's reading: it gives its next signal after it.
+                    # Two buffers, so that no warpgroup waits for the other's reading: it gives its next
+                    # signal after it.
                     ds_s.at[rem(i, 2), own][...] = ds
                     plgpu.commit_smem()
                     mgpu.tell(swap, rem(i, 2) * 2 + wg, simulated)

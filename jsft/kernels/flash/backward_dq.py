@@ -1,4 +1,6 @@
-"""Backward kernel for dq of the deterministic form: one tile of queries walks its key blocks, as the forward does."""
+"""Backward kernel for dq of the deterministic form: one tile of queries walks its key blocks, as the forward
+does.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,8 @@ from jsft.kernels.flash.tuned import KernelConfig
 def backward_dq(q, k, v, do, lse, delta, doc_start, *, scale: float, config: KernelConfig, interpret=None):
     """-> dq [B, T, H, h] in q's dtype.
 
-    do: as q; lse: as the forward gave it; delta: float32 [B, H, T], the sum of o * do over h; others as the forward's.
+    do: as q; lse: as the forward gave it; delta: float32 [B, H, T], the sum of o * do over h; others as the
+    forward's.
     """
     B, T, H, h = q.shape
     K = k.shape[2]
@@ -60,7 +63,9 @@ def backward_dq(q, k, v, do, lse, delta, doc_start, *, scale: float, config: Ker
                         if not first:
                             mgpu.multiply(dq, ds, k_s.at[slot(j - 1)])
                         mgpu.tell(turn, 1 - wg, simulated)
-                        p = jnp.exp2(mgpu.read(s, in_flight=1 if first else 2) * (scale * LOG2E) - rows(lse, shape))
+                        p = jnp.exp2(
+                            mgpu.read(s, in_flight=1 if first else 2) * (scale * LOG2E) - rows(lse, shape)
+                        )
                         if masked:
                             last = mgpu.row_positions(base + 1)
                             p = mgpu.keep_columns(p, start - j * block, last - j * block, 0.0, simulated)

@@ -1,10 +1,10 @@
 """Forward kernel: o and the base-2 log-sum-exp of each query.
 
-The tiles (128 queries of one head) are dealt to one program for each multiprocessor, most work first, and a program runs
-through its tiles without a gap: the next tile's queries and keys arrive while this one ends. A program has two compute
-warpgroups of 64 rows each and one that issues the copies. Both ways to keep the tensor cores busy during a softmax are
-used (FlashAttention-3, https://arxiv.org/abs/2407.08608, sections 3.1 and 3.2): within a warpgroup p v of the last block
-runs beside it, and the two warpgroups take turns.
+The tiles (128 queries of one head) are dealt to one program for each multiprocessor, most work first, and a
+program runs through its tiles without a gap: the next tile's queries and keys arrive while this one ends. A
+program has two compute warpgroups of 64 rows each and one that issues the copies. Both ways to keep the
+tensor cores busy during a softmax are used (FlashAttention-3, https://arxiv.org/abs/2407.08608, sections 3.1
+and 3.2): within a warpgroup p v of the last block runs beside it, and the two warpgroups take turns.
 """
 
 import functools
@@ -43,13 +43,17 @@ def forward(q, k, v, doc_start, *, scale: float, config: KernelConfig, programs:
         me, wg = lax.axis_index("program"), lax.axis_index("wg")
 
         def place(r):
-            """Back and forth over the programs, so that each gets as much of the larger tiles as of the smaller."""
+            """Back and forth over the programs, so that each gets as much of the larger tiles as of the
+            smaller.
+            """
             return jnp.where(rem(r, 2) == 0, me, programs - 1 - me)
 
         rounds = full + (place(jnp.int32(full)) < extra).astype(jnp.int32)
 
         def look_up(r):
-            """Item r of this program: head, row and tile in one number, doc_start of the tile's first and last query."""
+            """Item r of this program: head, row and tile in one number, doc_start of the tile's first and
+            last query.
+            """
             item = jnp.minimum(r * programs + place(r), items - 1)
             rank = div(item, H)
             return rem(item, H), schedule_g[0, rank], schedule_g[1, rank], schedule_g[2, rank]
@@ -85,7 +89,9 @@ def forward(q, k, v, doc_start, *, scale: float, config: KernelConfig, programs:
                     return rem(count + j - blocks.first, stages)
 
                 def softmax(s, j, m, l, masked):
-                    """-> unnormalised p of block j, running maximum and sum, factor of what was summed before."""
+                    """-> unnormalised p of block j, running maximum and sum, factor of what was summed
+                    before.
+                    """
                     if masked:
                         end = mgpu.row_positions(base + 1)
                         s = mgpu.keep_columns(s, start - j * block, end - j * block, -jnp.inf, simulated)
@@ -117,8 +123,8 @@ def forward(q, k, v, doc_start, *, scale: float, config: KernelConfig, programs:
                         m, l, p_before = carry
                         s = scores(j, p_before)
                         p, m, l, alpha = softmax(s, j, m, l, masked)
-                        # Here, not where v is used: the branch of this wait keeps the assembler from moving the wait
-                        # for the products up before the softmax.
+                        # Here, not where v is used: the branch of this wait keeps the assembler from moving
+                        # the wait for the products up before the softmax.
                         plgpu.barrier_wait(v_full.at[slot(j)])
                         so_far = mgpu.read(o)
                         plgpu.barrier_arrive(v_free.at[slot(j - 1)])

@@ -1,8 +1,8 @@
 """Which blocks of a packed row a tile visits, and which of them need a mask.
 
-Documents are contiguous and causal, so query i sees the keys [doc_start[i], i] and key j is seen by the queries
-[j, doc_end[j]). Both arrays never decrease along a row; two reads per tile therefore bound everything it visits.
-The functions take Python ints, numpy integers or traced int32 scalars alike.
+Documents are contiguous and causal, so query i sees the keys [doc_start[i], i] and key j is seen by the
+queries [j, doc_end[j]). Both arrays never decrease along a row; two reads per tile therefore bound everything
+it visits. The functions take Python ints, numpy integers or traced int32 scalars alike.
 """
 
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ class Blocks(NamedTuple):
 
 
 def key_blocks(tile_start, start_of_first_row, start_of_last_row, block: int) -> Blocks:
-    """Key blocks for the TILE queries from `tile_start`, given doc_start of the tile's first and last query."""
+    """Key blocks of the TILE queries from `tile_start`; doc_start of the first and the last of them."""
     first = _div(start_of_first_row, block)
     last = _div(tile_start + (TILE - 1), block) + 1
     plain_first = _minimum(_div(start_of_last_row + (block - 1), block), last)
@@ -34,7 +34,7 @@ def key_blocks(tile_start, start_of_first_row, start_of_last_row, block: int) ->
 
 
 def query_blocks(tile_start, end_of_first_row, end_of_last_row, block: int) -> Blocks:
-    """Query blocks for the TILE keys from `tile_start`, given doc_end of the tile's first and last key."""
+    """Query blocks of the TILE keys from `tile_start`; doc_end of the first and the last of them."""
     first = _div(tile_start, block)
     last = _div(end_of_last_row + (block - 1), block)
     plain_first = _minimum(_div(tile_start + (TILE - 1) + (block - 1), block), last)
@@ -43,7 +43,9 @@ def query_blocks(tile_start, end_of_first_row, end_of_last_row, block: int) -> B
 
 
 def order_of_queries(doc_start):
-    """int32 [B * T / TILE]: tiles of queries, b * (T / TILE) + tile, by falling work. doc_start: int32 [B, T]."""
+    """int32 [B * T / TILE]: tiles of queries, b * (T / TILE) + tile, by falling work. doc_start: int32 [B,
+    T].
+    """
     B, T = doc_start.shape
     tile_start = jnp.arange(0, T, TILE, dtype=jnp.int32)
     return jnp.argsort((doc_start[:, ::TILE] - tile_start).reshape(-1), stable=True).astype(jnp.int32)

@@ -25,13 +25,16 @@ MEMORY_REGISTERS = 24  # of the warpgroup that issues the copies; 128 * (2 * 240
 def tiled(shape, dtype):
     """Shared memory that wgmma and TMA can use: 128-byte swizzle."""
     columns = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
+    return plgpu.SMEM(
+        shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
+    )
 
 
 def accumulate(f, *shapes, pool=None):
     """Calls f with float32 accumulators of `shapes`, zero: registers on the GPU.
 
-    In interpret mode, which lacks half of what accumulators can do, `pool` holds a shared-memory stand-in for each.
+    In interpret mode, which lacks half of what accumulators can do, `pool` holds a shared-memory stand-in for
+    each.
     """
     if pool is None:
         return pl.run_scoped(f, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
@@ -53,7 +56,8 @@ def multiply(accumulator, a, b) -> None:
 def read(accumulator, *, in_flight: int = 0):
     """The accumulator's value once at most the last `in_flight` products are unfinished."""
     if _in_registers(accumulator):
-        # The barrier pins the value behind the wait: to the compiler it depends on registers, not on the wait.
+        # The barrier pins the value behind the wait: to the compiler it depends on registers, not on the
+        # wait.
         return lax.optimization_barrier(plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight))
     return accumulator[...]
 
@@ -65,11 +69,15 @@ def wait(interpret: bool) -> None:
 
 
 def _in_registers(accumulator) -> bool:
-    return isinstance(getattr(accumulator, "aval", None), type(plgpu.ACC((64, 8), jnp.float32).get_ref_aval()))
+    return isinstance(
+        getattr(accumulator, "aval", None), type(plgpu.ACC((64, 8), jnp.float32).get_ref_aval())
+    )
 
 
 def compiler_params() -> plgpu.CompilerParams:
-    """No automatic barriers: no warpgroup reads and writes the same shared memory, but where the kernels wait."""
+    """No automatic barriers: no warpgroup reads and writes the same shared memory, but where the kernels
+    wait.
+    """
     return plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
 
 
@@ -93,22 +101,28 @@ def rem(a, b: int):
 
 def div(a, b: int):
     """a // b for a >= 0."""
-    return lax.shift_right_logical(a, jnp.int32(b.bit_length() - 1)) if b & (b - 1) == 0 else lax.div(a, jnp.int32(b))
+    return (
+        lax.shift_right_logical(a, jnp.int32(b.bit_length() - 1))
+        if b & (b - 1) == 0
+        else lax.div(a, jnp.int32(b))
+    )
 
 
 def zero(i):
     """0 for i >= 0, which the compiler does not know.
 
-    Adding it to an address keeps what depends on that address inside the loop over i: dozens of operand descriptors
-    that never change would otherwise be kept in registers the accumulators need.
+    Adding it to an address keeps what depends on that address inside the loop over i: dozens of operand
+    descriptors that never change would otherwise be kept in registers the accumulators need.
     """
     return lax.shift_right_arithmetic(i, jnp.int32(31))
 
 
 def tell(signals, index, interpret: bool) -> None:
-    """This compute warpgroup gives signal `index`; the other one awaits it. Signals are given and awaited in turn.
+    """This compute warpgroup gives signal `index`; the other one awaits it. Signals are given and awaited in
+    turn.
 
-    On the GPU these are the hardware's own barriers, cheaper than barriers in memory; Mosaic itself uses 0 to 3.
+    On the GPU these are the hardware's own barriers, cheaper than barriers in memory; Mosaic itself uses 0 to
+    3.
     """
     if interpret:
         plgpu.barrier_arrive(signals.at[index])
@@ -135,10 +149,11 @@ def _hardware_barrier(operation: str, index) -> None:
 
 
 def keep_columns(x, first, last, fill: float, interpret: bool):
-    """x where first[i] <= j < last[i], else `fill`; x: [64, n] accumulator layout, first and last: int32 [64] rows.
+    """x where first[i] <= j < last[i], else `fill`; x: [64, n] accumulator layout, first and last: int32 [64]
+    rows.
 
-    The plain form, comparing with an iota, makes the compiler keep one register for each column of a thread across the
-    loop. Here a thread's columns are constants beside the limits moved to its first column.
+    The plain form, comparing with an iota, makes the compiler keep one register for each column of a thread
+    across the loop. Here a thread's columns are constants beside the limits moved to its first column.
     """
     if interpret:
         j = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=WGMMA)
@@ -153,7 +168,8 @@ def keep_columns(x, first, last, fill: float, interpret: bool):
         def constant(value):
             return arith.constant(i32, ir.IntegerAttr.get(i32, value))
 
-        # Registers of the layout (PTX, wgmma m64nNk16, D): of each 8 columns a thread holds two neighbours, in 2 rows.
+        # Registers of the layout (PTX, wgmma m64nNk16, D): of each 8 columns a thread holds two neighbours,
+        # in 2 rows.
         lane = arith.remui(mosaic.utils.thread_idx(), constant(32))
         own = arith.shli(arith.remui(lane, constant(4)), constant(1))
 

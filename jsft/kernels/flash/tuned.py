@@ -1,4 +1,6 @@
-"""Configurations of the kernels, searched on a Hopper GPU as scripts/bench_attention.py --tune does (docs/performance.md)."""
+"""Configurations of the kernels, searched on a Hopper GPU as scripts/bench_attention.py --tune does
+(docs/performance.md).
+"""
 
 import dataclasses
 
@@ -39,7 +41,8 @@ _DEFAULT = {
     ),
 }
 
-# (h, query heads per key head, length class) -> what a search found there; h = 128 in groups of 5 is the default of h.
+# (h, query heads per key head, length class) -> what a search found there; h = 128 in groups of 5 is the
+# default of h.
 _TUNED: dict[tuple[int, int, str], Configs] = {(128, 5, "long"): _DEFAULT[128]}
 
 
