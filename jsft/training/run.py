@@ -107,10 +107,10 @@ def train(
             directory.keep_base_files(parts.model_dir)
             directory.point_latest()
         log = RunLog(workdir / "log.txt" if primary else None, quiet=not primary)
-        check_memory(parts, log.line, ignore_plan)
         watchdog = Watchdog(workdir, jax.process_index(), 60 * config.train.hang_minutes, ending)
         try:
             with _device_errors():
+                check_memory(parts, log.line, ignore_plan)
                 _train(parts, name, workdir, directory, log, stop, watchdog, profile)
         except Exception as error:
             ending.status("failed", " ".join(str(error).split())[:500])

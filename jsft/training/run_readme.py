@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,12 @@ def git_commit() -> str | None:
 def write_run_readme(parts, name: str, workdir: Path) -> None:
     """Writes README.md and environment.json into `workdir`. parts: `jsft.training.run.Parts`."""
     facts = environment()
-    write_json(workdir / "environment.json", facts)
+    with suppress(OSError):  # a full disk must not end the run
+        write_json(workdir / "environment.json", facts)
+        _write_readme(parts, name, workdir, facts)
+
+
+def _write_readme(parts, name: str, workdir: Path, facts: dict[str, Any]) -> None:
     config = parts.config
     lines = [
         f"# {name}", "",
