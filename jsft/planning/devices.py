@@ -52,14 +52,14 @@ class Rates(NamedTuple):
 
 
 RATES = Rates(
-    matmul=700e12,
-    attention=430e12,
+    matmul=709e12,
+    attention=505e12,
     elementwise=3.5e12,
     passes=28,
-    source="one H200: XLA's bf16 products 623-737 TF/s by shape, packed cuDNN attention 419-493 TF/s; elementwise work "
-    "fitted to a JAX prototype's steps (Qwen3-4B 13,727 and 15,023, Qwen3-14B 5,054 tok/s)",
+    source="docs/performance.md, one H200: matrix products 709 TF/s, Pallas attention 503 TF/s, all else from where the "
+    "time of Qwen3-1.7B's step goes",
 )
-SPREAD = 0.15  # half-width of what the time of a step is given as: the three steps it was fitted to lie within
+SPREAD = 0.15  # half-width of a time: two measured steps lie within 0.05; larger models and many GPUs are unmeasured
 
 
 def find_device(name: str) -> Device:
