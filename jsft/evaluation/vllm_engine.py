@@ -175,6 +175,8 @@ def check_model_dir(path: Path, trust_remote_code: bool) -> int | None:
 
 def _environment(settings: VllmSettings) -> dict[str, str]:
     environment = dict(os.environ)
+    # vLLM's modules are not all compiled when it is installed; without this, some would be at every start.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, environment.get("PYTHONPATH")) if p)
     defaults = {
