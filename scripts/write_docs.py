@@ -1,0 +1,111 @@
+#!/usr/bin/env python
+"""Writes what the docs can know from the code: docs/config.md, and the plan's table in docs/memory-and-speed.md.
+
+    scripts/write_docs.py            write
+    scripts/write_docs.py --check    exit 1 when something is out of date
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from jsft import config as schema  # noqa: E402
+
+BEGIN, END = "<!-- plan: scripts/write_docs.py -->", "<!-- end of plan -->"
+MODELS = (
+    "qwen3_1_7b", "qwen3_4b", "qwen3_8b", "qwen3_14b", "qwen2_5_1_5b", "qwen2_5_3b", "qwen2_5_7b", "qwen2_5_14b",
+    "internlm2_5_20b",
+)  # fmt: skip
+
+
+def config_page() -> str:
+    """Every field of jsft/config.py as Markdown, a table for each group."""
+    lines = [
+        "# Config fields", "",
+        "Written by `scripts/write_docs.py` from `jsft/config.py`; change it there. Each field is set in a config file "
+        "(`config.data.max_length = 8192`) or on the command line (`--config.data.max_length=8192`). Defaults of the form "
+        "*best / reference* come from the preset `fidelity`; whatever is set explicitly wins over it.",
+    ]  # fmt: skip
+    group = None
+    for field in schema.FIELDS:
+        head = field.name.partition(".")[0] if "." in field.name else "run"
+        if head != group:
+            lines += ["", f"## {head}", "", "| field | type | default | meaning |", "|---|---|---|---|"]
+            group = head
+        meaning = field.help.replace("|", "\\|")
+        if field.choices:
+            meaning += " One of: " + ", ".join(f"`{c}`" for c in field.choices) + "."
+        limits = [
+            f"{word} {value:g}"
+            for word, value in (
+                ("at least", field.minimum), ("above", field.above), ("at most", field.maximum), ("below", field.below),
+            )
+            if value is not None
+        ]  # fmt: skip
+        if limits:
+            meaning += f" ({', '.join(limits)})"
+        kind = "string, list or mapping" if field.kind is object else field.kind.__name__
+        lines.append(f"| `{field.name}` | {kind} | {_default(field)} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _default(field) -> str:
+    presets = [schema.FIDELITY[name].get(field.name) for name in ("best", "reference")]
+    if any(value is not None for value in presets):
+        return " / ".join(f"`{value}`" for value in presets)
+    return "" if field.default is None else f"`{field.default}`"
+
+
+def plan_table() -> str:
+    """The plan of every base model's default recipe on 8 x H200, with both presets."""
+    from jsft import cli
+    from jsft.planning.devices import find_device
+    from jsft.planning.report import make_plan
+
+    rows = [
+        "| model, `math_cot_ep8` | fidelity | GiB of 125 | state and gradients | kept | workspace | layers keep | s a step | "
+        "hours | checkpoint GB | disk GB |", "|" + "---|" * 11,
+    ]  # fmt: skip
+    for model in MODELS:
+        file = ROOT / "configs" / f"{model}.py"
+        for fidelity in ("reference", "best"):
+            argv = ["--config", f"{file}:math_cot_ep8", f"--config.fidelity={fidelity}"]
+            config, name, _ = cli.parse(argv, lambda values: None, "")
+            plan = make_plan(schema.resolve(config), name, 8, find_device("h200"))
+            memory, step, disk = plan["memory"], plan["step"], plan["disk"]
+            state = sum(memory[f"{part}_bytes"] for part in ("parameters", "moments", "gradients", "beside"))
+            workspace = max(memory["layer_bytes"], memory["loss_bytes"])
+            gib = [memory["total_bytes"], state, memory["kept_bytes"], workspace]
+            rows.append(
+                f"| {model} | {fidelity} | " + " | ".join(f"{value / 2**30:.1f}" for value in gib)
+                + f" | {memory['remat'].replace(',', ', ')} | {step['seconds']:.1f} | {plan['time']['hours']:.1f} | "
+                f"{disk['checkpoint_bytes'] / 1e9:.0f} | {disk['total_bytes'] / 1e9:.0f} |"
+            )  # fmt: skip
+    return "\n".join(rows)
+
+
+def pages() -> dict[Path, str]:
+    """Path -> what it should hold."""
+    page = ROOT / "docs" / "memory-and-speed.md"
+    text = page.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return {ROOT / "docs" / "config.md": config_page(), page: f"{before}{BEGIN}\n\n{plan_table()}\n\n{END}{after}"}
+
+
+def main() -> int:
+    stale = [path for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if "--check" in sys.argv[1:]:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is out of date: run scripts/write_docs.py")
+        return int(bool(stale))
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+        print(f"written: {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
