@@ -32,8 +32,8 @@ fi
 step "data: Countdown puzzles with worked solutions, each checked in exact arithmetic"
 rm -rf "$dir"
 mkdir -p "$dir"
-"$python" -m jsft.prepare countdown --rows 100 --seed 2 "${puzzles[@]}" --out "$dir/heldout.parquet"
-"$python" -m jsft.prepare countdown --rows 4000 --seed 1 "${puzzles[@]}" --repeat --exclude "$dir/heldout.parquet" \
+"$python" -m jsft.prepare countdown --rows 100 --seed 2 "${puzzles[@]}" --out "$dir/eval_countdown.parquet"
+"$python" -m jsft.prepare countdown --rows 4000 --seed 1 "${puzzles[@]}" --repeat --exclude "$dir/eval_countdown.parquet" \
   --out "$dir/train.parquet"
 
 step "model: a small random Qwen3 with a byte-level tokenizer"
@@ -54,8 +54,6 @@ step "export: python -m jsft.export --workdir $dir/run --step latest"
 if [[ $serve == 1 ]]; then
   step "evaluation: vLLM on the held-out puzzles, before and after"
   scripts/setup.sh --serve
-  # The serving environment reads no parquet of ours: the same puzzles as JSON lines.
-  "$python" -m jsft.prepare countdown --rows 100 --seed 2 "${puzzles[@]}" --out "$dir/eval_countdown.jsonl"
   for model in base hf; do
     scripts/eval_vllm.sh "$dir/$model" --tasks countdown --data_dir "$dir" --samples 1 --max_tokens 384 \
       --out "$dir/eval/$model"
@@ -70,7 +68,7 @@ from pathlib import Path
 
 folder, serve = Path(sys.argv[1]), sys.argv[2] == "1"
 losses = [json.loads(line) for line in (folder / "run/heldout.jsonl").read_text().splitlines()]
-print(f"held-out loss   {losses[0]['heldout/loss']:.3f} before, {losses[-1]['heldout/loss']:.3f} after")
+print(f"held-out loss   {losses[0]['eval_countdown/loss']:.3f} before, {losses[-1]['eval_countdown/loss']:.3f} after")
 if serve:
     solved = {}
     for model in ("base", "hf"):
@@ -81,6 +79,6 @@ print(f"run             {folder}/run (metrics.jsonl, log.txt, tensorboard/, chec
 print(f"trained model   {folder}/hf (Hugging Face safetensors)")
 if serve:
     print(f"samples         {folder}/eval/*/countdown/samples.jsonl")
-if not losses[-1]["heldout/loss"] < losses[0]["heldout/loss"]:
+if not losses[-1]["eval_countdown/loss"] < losses[0]["eval_countdown/loss"]:
     sys.exit("quickstart: the held-out loss did not fall; please report this")
 PYTHON
