@@ -9,7 +9,8 @@
     trainer = jsft.Trainer(model, total_steps=100, fields={"optimizer.learning_rate": 1e-5})
     trainer.step(rows)                                    # {"loss": ..., "grad_norm": ..., ...}
 
-Everything runs over all devices that JAX sees. For a real run use `python -m jsft.train`: it packs, saves and resumes.
+Everything runs over all devices that JAX sees. For a real run use `python -m jsft.train`: it packs, saves and
+resumes.
 """
 
 import functools
@@ -40,10 +41,14 @@ _BLOCK = 128  # rows are padded to a multiple: few lengths, few compilations
 
 
 class Model:
-    """A model directory on the devices. parameters: nested dict of sharded arrays; config: its ModelConfig."""
+    """A model directory on the devices. parameters: nested dict of sharded arrays; config: its
+    ModelConfig."""
 
-    def __init__(self, path: str | Path, *, dtype: str = "float32", compute_dtype: str = "bfloat16", **chat: Any):
-        """path: a directory or hub id; dtype: of the weights; chat: choices of `jsft.data.chat.Chat`, e.g. eos_token.
+    def __init__(
+        self, path: str | Path, *, dtype: str = "float32", compute_dtype: str = "bfloat16", **chat: Any
+    ):
+        """path: a directory or hub id; dtype: of the weights; chat: choices of `jsft.data.chat.Chat`, e.g.
+        eos_token.
 
         Raises ModelError, or ConfigError for an unknown dtype.
         """
@@ -58,7 +63,8 @@ class Model:
         self.parameters = load_parameters(self.path, self.config, self.mesh, jnp.dtype(dtype))
 
     def tokenize(self, rows: Sequence[Row]) -> list[Document]:
-        """Tokens int32 [L] and trained spans int32 [S, 2] of each row, as training sees them. Raises DataError."""
+        """Tokens int32 [L] and trained spans int32 [S, 2] of each row, as training sees them. Raises
+        DataError."""
         keys, documents = Keys(), []
         for i, row in enumerate(rows):
             columns = columns_to_read(list(row), keys, where=f"row {i}")
@@ -78,10 +84,15 @@ class Model:
         return text + self.chat.decode(document.tokens[place:])
 
     def log_probabilities(self, rows: Sequence[Row | Sequence[int]]) -> list[np.ndarray]:
-        """float32 [L - 1] for each row (or list of token ids): natural log of p(token i + 1 | tokens up to i)."""
+        """float32 [L - 1] for each row (or list of token ids): natural log of p(token i + 1 | tokens up to
+        i)."""
         documents = [self._tokens(row, i) for i, row in enumerate(rows)]
-        batch = _batch([Document(tokens, np.zeros((0, 2), np.int32), 0) for tokens in documents], None, self.mesh)
-        score = jax.jit(functools.partial(_score, config=self.config, mesh=self.mesh, dtype=self.compute_dtype))
+        batch = _batch(
+            [Document(tokens, np.zeros((0, 2), np.int32), 0) for tokens in documents], None, self.mesh
+        )
+        score = jax.jit(
+            functools.partial(_score, config=self.config, mesh=self.mesh, dtype=self.compute_dtype)
+        )
         scores = np.asarray(score(self.parameters, meshes.shard_batch(batch, self.mesh)))
         return [scores[i, : len(tokens) - 1] for i, tokens in enumerate(documents)]
 
@@ -101,10 +112,12 @@ def load_model(path: str | Path, **options: Any) -> Model:
 
 
 class Trainer:
-    """Updates of a model, one `step` at a time, with the arithmetic of a run. The model's parameters follow."""
+    """Updates of a model, one `step` at a time, with the arithmetic of a run. The model's parameters
+    follow."""
 
     def __init__(self, model: Model, total_steps: int, fields: Mapping[str, Any] | None = None):
-        """total_steps: what the schedule is made for; fields: config fields by dotted name. Raises ConfigError."""
+        """total_steps: what the schedule is made for; fields: config fields by dotted name. Raises
+        ConfigError."""
         from jsft.training.optimizer import initial_state, parameter_dtype
         from jsft.training.step import make_programs
 
@@ -118,21 +131,30 @@ class Trainer:
                 schema.put(config, name, value)
             except TypeError as error:
                 raise ConfigError(f"{name}={value!r}: {' '.join(str(error).split())}") from error
-        if config.objective.name == "reference" or (config.objective.name is None and config.fidelity == "reference"):
-            raise ConfigError("objective.name=reference needs the published batch; use token_mean or sequence_mean here")
+        if config.objective.name == "reference" or (
+            config.objective.name is None and config.fidelity == "reference"
+        ):
+            raise ConfigError(
+                "objective.name=reference needs the published batch; use token_mean or sequence_mean here"
+            )
         self.config, self._model = schema.resolve(config), model
         wanted = parameter_dtype(self.config)
-        self._state = initial_state(jax.tree.map(lambda p: jnp.array(p, wanted), model.parameters), self.config)
+        self._state = initial_state(
+            jax.tree.map(lambda p: jnp.array(p, wanted), model.parameters), self.config
+        )
         shardings = jax.tree.map(lambda p: p.sharding, model.parameters)
         remat = "full" if self.config.remat == "auto" else self.config.remat
         self._programs = make_programs(model.config, self.config, model.mesh, shardings, total_steps, remat)
         model.parameters = self._state.parameters
 
     def step(self, rows: Sequence[Row]) -> dict[str, float]:
-        """One update on all of `rows`: loss, nll, entropy, accuracy, grad_norm, lr and more. Raises DataError."""
+        """One update on all of `rows`: loss, nll, entropy, accuracy, grad_norm, lr and more. Raises
+        DataError."""
         documents = self._model.tokenize(rows)
         supervised = np.array([int(np.diff(document.spans).sum()) for document in documents])
-        weights = token_weights(self.config.objective.name, supervised, reference_ranks=1, reference_micro_batch=1)
+        weights = token_weights(
+            self.config.objective.name, supervised, reference_ranks=1, reference_micro_batch=1
+        )
         batch = meshes.shard_batch(_batch(documents, weights, self._model.mesh), self._model.mesh)
         gradients, sums = self._programs.gradients(self._state.parameters, batch)
         total = jnp.float32(weights @ supervised)
@@ -162,7 +184,14 @@ def _batch(documents: Sequence[Document], weights: np.ndarray | None, mesh) -> B
 def _score(parameters, batch: Batch, *, config, mesh, dtype):
     """float32 [B, T]: log p(target). Logits of 128 positions of every row at a time."""
     hidden = hidden_states(
-        parameters, config, batch.tokens, batch.positions, batch.doc_start, batch.doc_end, compute_dtype=dtype, mesh=mesh
+        parameters,
+        config,
+        batch.tokens,
+        batch.positions,
+        batch.doc_start,
+        batch.doc_end,
+        compute_dtype=dtype,
+        mesh=mesh,
     )
     matrix = unembedding(parameters, config).astype(dtype)
     B, T, D = hidden.shape

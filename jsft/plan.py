@@ -12,11 +12,13 @@ from jsft import config as schema
 from jsft.errors import ConfigError
 
 USAGE = """
-python -m jsft.plan --config FILE.py:RECIPE [--config.FIELD=VALUE ...] --devices N --device h200 [--json] [--compile]
+python -m jsft.plan --config FILE.py:RECIPE [--config.FIELD=VALUE ...] --devices N --device h200 [--json]
+[--compile]
 
-Says whether a run fits and which fields to change if not, how long a step and the run take, what travels between
-devices, and what the checkpoints need of the disk. Needs neither a GPU nor the data: lengths come from data.train where
-it is here with the model, else from --lengths or --mean_length, else as assumed of a published data set.
+Says whether a run fits and which fields to change if not, how long a step and the run take, what travels
+between devices, and what the checkpoints need of the disk. Needs neither a GPU nor the data: lengths come
+from data.train where it is here with the model, else from --lengths or --mean_length, else as assumed of a
+published data set.
 
 Exit codes: 0 the run fits, 6 it does not, 2 configuration, 3 data, 4 model directory.
 """
@@ -25,20 +27,38 @@ Exit codes: 0 the run fits, 6 it does not, 2 configuration, 3 data, 4 model dire
 def _define_flags(values) -> None:
     from absl import flags
 
-    flags.DEFINE_integer("devices", 8, "devices of the run, over all nodes", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "devices", 8, "devices of the run, over all nodes", lower_bound=1, flag_values=values
+    )
     flags.DEFINE_integer("per_node", 8, "devices of a node", lower_bound=1, flag_values=values)
     flags.DEFINE_string("device", "h200", "h200, h100, a100 or b200", flag_values=values)
-    flags.DEFINE_float("memory_gib", None, "memory of a device, where it is not the usual one", flag_values=values)
-    flags.DEFINE_string("lengths", None, "file with the tokens of each document: a JSON list, or a number a line",
-                        flag_values=values)
-    flags.DEFINE_float("mean_length", None, "mean tokens of a document, in place of the data", flag_values=values)
-    flags.DEFINE_float("weighted_length", None, "mean of squared lengths / mean length (default: 1.3 times the mean)",
-                       flag_values=values)
+    flags.DEFINE_float(
+        "memory_gib", None, "memory of a device, where it is not the usual one", flag_values=values
+    )
+    flags.DEFINE_string(
+        "lengths",
+        None,
+        "file with the tokens of each document: a JSON list, or a number a line",
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "mean_length", None, "mean tokens of a document, in place of the data", flag_values=values
+    )
+    flags.DEFINE_float(
+        "weighted_length",
+        None,
+        "mean of squared lengths / mean length (default: 1.3 times the mean)",
+        flag_values=values,
+    )
     flags.DEFINE_integer("documents", None, "documents of the data, with --mean_length", flag_values=values)
     flags.DEFINE_float("price", None, "price of a device hour, for the cost", flag_values=values)
     flags.DEFINE_bool("json", False, "one JSON object instead of words", flag_values=values)
-    flags.DEFINE_bool("compile", False, "compile the step for the devices here (one GPU stands for all) and compare",
-                      flag_values=values)
+    flags.DEFINE_bool(
+        "compile",
+        False,
+        "compile the step for the devices here (one GPU stands for all) and compare",
+        flag_values=values,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,8 +78,15 @@ def main(argv: list[str] | None = None) -> int:
         if flags.memory_gib:
             device = device._replace(memory=flags.memory_gib * 2**30)
     plan = report.make_plan(
-        config, name, flags.devices, device, per_node=flags.per_node, lengths_file=flags.lengths,
-        mean_length=flags.mean_length, weighted_length=flags.weighted_length, documents=flags.documents,
+        config,
+        name,
+        flags.devices,
+        device,
+        per_node=flags.per_node,
+        lengths_file=flags.lengths,
+        mean_length=flags.mean_length,
+        weighted_length=flags.weighted_length,
+        documents=flags.documents,
     )
     if flags.compile:
         from jsft.planning.compiled import compare

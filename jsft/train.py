@@ -14,12 +14,13 @@ from jsft.errors import ConfigError
 USAGE = """
 python -m jsft.train --config FILE.py:RECIPE [--config.FIELD=VALUE ...] [--workdir DIR] [--dry_run]
 
-Fine-tunes a model. The run lives in --workdir (default: runs/<config file>-<recipe>); the same command goes on from
-its newest checkpoint. SIGTERM or Ctrl-C ends the step, saves, and exits 0; a second one ends at once. With several
-processes, each is told who it is by NODE_COUNT, NODE_RANK, MASTER_ADDR and PROC_PER_NODE (scripts/launch_node.sh), by
-SLURM, or by --coordinator HOST:PORT --process_count N --process_index I.
+Fine-tunes a model. The run lives in --workdir (default: runs/<config file>-<recipe>); the same command goes
+on from its newest checkpoint. SIGTERM or Ctrl-C ends the step, saves, and exits 0; a second one ends at once.
+With several processes, each is told who it is by NODE_COUNT, NODE_RANK, MASTER_ADDR and PROC_PER_NODE
+(scripts/launch_node.sh), by SLURM, or by --coordinator HOST:PORT --process_count N --process_index I.
 
-Exit codes: 0 done or preempted (status.json says which), 2 configuration, 3 data, 4 model directory, 5 checkpoint,
+Exit codes: 0 done or preempted (status.json says which), 2 configuration, 3 data, 4 model directory, 5
+checkpoint,
 6 out of memory, 7 non-finite loss, 8 hang, 9 a peer process lost.
 """
 
@@ -27,18 +28,33 @@ Exit codes: 0 done or preempted (status.json says which), 2 configuration, 3 dat
 def _define_flags(values) -> None:
     from absl import flags
 
-    flags.DEFINE_string("workdir", None, "where the run lives (default: runs/<config file>-<recipe>)",
-                        flag_values=values)
-    flags.DEFINE_bool("dry_run", False, "build mesh, model, one abstract step and the first plan; train nothing",
-                      flag_values=values)
-    flags.DEFINE_list("allow_changed", [], "fields that may differ from the run that --workdir holds",
-                      flag_values=values)
-    flags.DEFINE_bool("ignore_plan", False, "start though the plan says that the run does not fit", flag_values=values)
-    flags.DEFINE_string("profile_steps", None, "profile these steps: FIRST:END, as in 20:23 for 20, 21 and 22 (while a "
-                        "run goes on: touch <workdir>/profile)", flag_values=values)
+    flags.DEFINE_string(
+        "workdir", None, "where the run lives (default: runs/<config file>-<recipe>)", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "dry_run",
+        False,
+        "build mesh, model, one abstract step and the first plan; train nothing",
+        flag_values=values,
+    )
+    flags.DEFINE_list(
+        "allow_changed", [], "fields that may differ from the run that --workdir holds", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "ignore_plan", False, "start though the plan says that the run does not fit", flag_values=values
+    )
+    flags.DEFINE_string(
+        "profile_steps",
+        None,
+        "profile these steps: FIRST:END, as in 20:23 for 20, 21 and 22 (while a "
+        "run goes on: touch <workdir>/profile)",
+        flag_values=values,
+    )
     flags.DEFINE_string("coordinator", None, "several processes: host:port of process 0", flag_values=values)
     flags.DEFINE_integer("process_count", None, "several processes: how many", flag_values=values)
-    flags.DEFINE_integer("process_index", None, "several processes: which this is, from 0", flag_values=values)
+    flags.DEFINE_integer(
+        "process_index", None, "several processes: which this is, from 0", flag_values=values
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,12 +62,16 @@ def main(argv: list[str] | None = None) -> int:
     config = schema.resolve(config)
     unknown = sorted(set(flags.allow_changed) - set(schema.BY_NAME))
     if unknown:
-        raise ConfigError(f"--allow_changed: unknown config field {unknown[0]}{schema.nearest(unknown[0], schema.BY_NAME)}")
+        raise ConfigError(
+            f"--allow_changed: unknown config field {unknown[0]}{schema.nearest(unknown[0], schema.BY_NAME)}"
+        )
     workdir = Path(flags.workdir or f"runs/{name}")
 
     from jsft import distributed  # imports JAX: everything above answers at once
 
-    cluster = distributed.find_cluster(os.environ, flags.coordinator, flags.process_count, flags.process_index)
+    cluster = distributed.find_cluster(
+        os.environ, flags.coordinator, flags.process_count, flags.process_index
+    )
     from jsft.training import profiling, run
 
     profile = profiling.parse_window(flags.profile_steps) if flags.profile_steps else None
@@ -59,7 +79,9 @@ def main(argv: list[str] | None = None) -> int:
         return run.dry_run(config, name, flags.ignore_plan)
     limits = {"start_seconds": config.train.start_seconds, "silence_seconds": config.train.peer_seconds}
     with distributed.session(cluster, **limits) as link:
-        return run.train(config, name, workdir, frozenset(flags.allow_changed), link, flags.ignore_plan, profile)
+        return run.train(
+            config, name, workdir, frozenset(flags.allow_changed), link, flags.ignore_plan, profile
+        )
 
 
 if __name__ == "__main__":

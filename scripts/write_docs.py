@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Writes what the docs can know from the code: docs/config.md, and the plan's table in docs/memory-and-speed.md.
+"""Writes what the docs can know from the code: docs/config.md, and the plan's table in
+docs/memory-and-speed.md.
 
     scripts/write_docs.py            write
     scripts/write_docs.py --check    exit 1 when something is out of date
@@ -15,19 +16,29 @@ from jsft import config as schema  # noqa: E402
 
 BEGIN, END = "<!-- plan: scripts/write_docs.py -->", "<!-- end of plan -->"
 MODELS = (
-    "qwen3_1_7b", "qwen3_4b", "qwen3_8b", "qwen3_14b", "qwen2_5_1_5b", "qwen2_5_3b", "qwen2_5_7b", "qwen2_5_14b",
+    "qwen3_1_7b",
+    "qwen3_4b",
+    "qwen3_8b",
+    "qwen3_14b",
+    "qwen2_5_1_5b",
+    "qwen2_5_3b",
+    "qwen2_5_7b",
+    "qwen2_5_14b",
     "internlm2_5_20b",
-)  # fmt: skip
+)
 
 
 def config_page() -> str:
     """Every field of jsft/config.py as Markdown, a table for each group."""
     lines = [
-        "# Config fields", "",
-        "Written by `scripts/write_docs.py` from `jsft/config.py`; change it there. Each field is set in a config file "
-        "(`config.data.max_length = 8192`) or on the command line (`--config.data.max_length=8192`). Defaults of the form "
+        "# Config fields",
+        "",
+        "Written by `scripts/write_docs.py` from `jsft/config.py`; change it there. Each field is set in a "
+        "config file "
+        "(`config.data.max_length = 8192`) or on the command line (`--config.data.max_length=8192`). "
+        "Defaults of the form "
         "*best / reference* come from the preset `fidelity`; whatever is set explicitly wins over it.",
-    ]  # fmt: skip
+    ]
     group = None
     for field in schema.FIELDS:
         head = field.name.partition(".")[0] if "." in field.name else "run"
@@ -40,10 +51,13 @@ def config_page() -> str:
         limits = [
             f"{word} {value:g}"
             for word, value in (
-                ("at least", field.minimum), ("above", field.above), ("at most", field.maximum), ("below", field.below),
+                ("at least", field.minimum),
+                ("above", field.above),
+                ("at most", field.maximum),
+                ("below", field.below),
             )
             if value is not None
-        ]  # fmt: skip
+        ]
         if limits:
             meaning += f" ({', '.join(limits)})"
         kind = "string, list or mapping" if field.kind is object else field.kind.__name__
@@ -65,9 +79,11 @@ def plan_table() -> str:
     from jsft.planning.report import make_plan
 
     rows = [
-        "| model, `math_cot_ep8` | fidelity | GiB of 125 | state and gradients | kept | workspace | layers keep | s a step | "
-        "hours | checkpoint GB | disk GB |", "|" + "---|" * 11,
-    ]  # fmt: skip
+        "| model, `math_cot_ep8` | fidelity | GiB of 125 | state and gradients | kept | workspace | layers "
+        "keep | s a step | "
+        "hours | checkpoint GB | disk GB |",
+        "|" + "---|" * 11,
+    ]
     for model in MODELS:
         file = ROOT / "configs" / f"{model}.py"
         for fidelity in ("reference", "best"):
@@ -79,10 +95,12 @@ def plan_table() -> str:
             workspace = max(memory["layer_bytes"], memory["loss_bytes"])
             gib = [memory["total_bytes"], state, memory["kept_bytes"], workspace]
             rows.append(
-                f"| {model} | {fidelity} | " + " | ".join(f"{value / 2**30:.1f}" for value in gib)
-                + f" | {memory['remat'].replace(',', ', ')} | {step['seconds']:.1f} | {plan['time']['hours']:.1f} | "
+                f"| {model} | {fidelity} | "
+                + " | ".join(f"{value / 2**30:.1f}" for value in gib)
+                + f" | {memory['remat'].replace(',', ', ')} | {step['seconds']:.1f} | "
+                f"{plan['time']['hours']:.1f} | "
                 f"{disk['checkpoint_bytes'] / 1e9:.0f} | {disk['total_bytes'] / 1e9:.0f} |"
-            )  # fmt: skip
+            )
     return "\n".join(rows)
 
 
@@ -92,11 +110,18 @@ def pages() -> dict[Path, str]:
     text = page.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return {ROOT / "docs" / "config.md": config_page(), page: f"{before}{BEGIN}\n\n{plan_table()}\n\n{END}{after}"}
+    return {
+        ROOT / "docs" / "config.md": config_page(),
+        page: f"{before}{BEGIN}\n\n{plan_table()}\n\n{END}{after}",
+    }
 
 
 def main() -> int:
-    stale = [path for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    stale = [
+        path
+        for path, text in pages().items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
     if "--check" in sys.argv[1:]:
         for path in stale:
             print(f"{path.relative_to(ROOT)} is out of date: run scripts/write_docs.py")

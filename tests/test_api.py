@@ -34,7 +34,9 @@ def test_importing_the_package_imports_no_jax():
 def test_preview_marks_what_is_trained(model):
     text = model.preview(ROWS[0])
     before, _, trained = text.partition("⟦")
-    assert "What is 2 + 3?" in before and trained.startswith("<think>2 + 3</think> 5") and trained.endswith("⟧")
+    assert (
+        "What is 2 + 3?" in before and trained.startswith("<think>2 + 3</think> 5") and trained.endswith("⟧")
+    )
     document = model.tokenize(ROWS)[1]
     (span,) = document.spans.tolist()
     assert model.chat.decode(document.tokens[span[0] : span[1]]).startswith("No.")
@@ -52,22 +54,37 @@ def test_log_probabilities_are_those_of_the_logits(model):
         tokens = np.tile(document.tokens, (8, 1))
         zeros = np.zeros_like(tokens)
         hidden = hidden_states(
-            model.parameters, model.config, tokens, np.tile(np.arange(n, dtype=np.int32), (8, 1)), zeros, zeros + n,
-            compute_dtype=np.dtype("float32"), mesh=model.mesh,
-        )  # fmt: skip
-        logits = np.asarray(hidden, np.float64)[0] @ np.asarray(unembedding(model.parameters, model.config), np.float64).T
+            model.parameters,
+            model.config,
+            tokens,
+            np.tile(np.arange(n, dtype=np.int32), (8, 1)),
+            zeros,
+            zeros + n,
+            compute_dtype=np.dtype("float32"),
+            mesh=model.mesh,
+        )
+        logits = (
+            np.asarray(hidden, np.float64)[0]
+            @ np.asarray(unembedding(model.parameters, model.config), np.float64).T
+        )
         logits -= logits.max(-1, keepdims=True)
         expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        np.testing.assert_allclose(scores, expected[np.arange(n - 1), document.tokens[1:]], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            scores, expected[np.arange(n - 1), document.tokens[1:]], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_steps_lower_the_loss_they_report(model):
-    before = np.concatenate([s[d.spans[0, 0] - 1 :] for s, d in zip(model.log_probabilities(ROWS), model.tokenize(ROWS))])
+    before = np.concatenate(
+        [s[d.spans[0, 0] - 1 :] for s, d in zip(model.log_probabilities(ROWS), model.tokenize(ROWS))]
+    )
     trainer = jsft.Trainer(model, 10, {"optimizer.learning_rate": 3e-3, "optimizer.warmup_ratio": 0.0})
     losses = [trainer.step(ROWS)["loss"] for _ in range(4)]
     assert losses[0] == pytest.approx(-before.mean(), rel=1e-4)  # token_mean over both rows
     assert losses[3] < losses[0]
-    after = np.concatenate([s[d.spans[0, 0] - 1 :] for s, d in zip(model.log_probabilities(ROWS), model.tokenize(ROWS))])
+    after = np.concatenate(
+        [s[d.spans[0, 0] - 1 :] for s, d in zip(model.log_probabilities(ROWS), model.tokenize(ROWS))]
+    )
     assert after.mean() > before.mean()  # the model's parameters follow
 
 
@@ -78,7 +95,7 @@ def test_steps_lower_the_loss_they_report(model):
         ({"optimizer.learning_rate": "high"}, "learning_rate"),
         ({"objective.name": "reference"}, "token_mean"),
     ],
-)  # fmt: skip
+)
 def test_wrong_fields(model, fields, message):
     with pytest.raises(ConfigError, match=message):
         jsft.Trainer(model, 10, fields)

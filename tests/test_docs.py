@@ -1,4 +1,5 @@
-"""The docs hold what the code says: generated parts up to date, links and commands that exist, plans that run."""
+"""The docs hold what the code says: generated parts up to date, links and commands that exist, plans that
+run."""
 
 import importlib.util
 import re
@@ -23,7 +24,9 @@ def commands(page: Path) -> list[list[str]]:
     """Words of each indented command line, comments and assignments before it taken off."""
     found = []
     for line in page.read_text(encoding="utf-8").splitlines():
-        if match := re.match(r"    ((?:[A-Z_]+=\S+ )*)((?:\.venv/bin/)?python |scripts/|touch |tail |tensorboard )(.*)", line):
+        if match := re.match(
+            r"    ((?:[A-Z_]+=\S+ )*)((?:\.venv/bin/)?python |scripts/|touch |tail |tensorboard )(.*)", line
+        ):
             found.append(shlex.split(match[2] + match[3], comments=True))
     return found
 
@@ -67,9 +70,12 @@ def help_of(module: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("page, words", ALL, ids=lambda value: value.name if isinstance(value, Path) else " ".join(value)[:70])
+@pytest.mark.parametrize(
+    "page, words", ALL, ids=lambda value: value.name if isinstance(value, Path) else " ".join(value)[:70]
+)
 def test_commands(page, words, monkeypatch, capsys):
-    """Plans are run; training's arguments are parsed and resolved; of others every option is one that --help knows."""
+    """Plans are run; training's arguments are parsed and resolved; of others every option is one that --help
+    knows."""
     monkeypatch.chdir(ROOT)
     if words[0].startswith("scripts/"):
         assert Path(words[0]).is_file()
@@ -85,7 +91,13 @@ def test_commands(page, words, monkeypatch, capsys):
     module, arguments = words[2], words[3:]
     if module == "jsft.plan" and "--compile" not in arguments:
         if "configs/quickstart.py:tiny" in arguments:
-            arguments += ["--config.model.path=Qwen/Qwen3-0.6B-Base", "--mean_length", "300", "--documents", "4000"]
+            arguments += [
+                "--config.model.path=Qwen/Qwen3-0.6B-Base",
+                "--mean_length",
+                "300",
+                "--documents",
+                "4000",
+            ]
         assert plan.main(arguments) in (0, 6)
         assert "time" in capsys.readouterr().out
     elif module in ("jsft.plan", "jsft.train"):
@@ -94,7 +106,9 @@ def test_commands(page, words, monkeypatch, capsys):
         schema.resolve(config)
     else:
         verbs = [word for word in arguments if module == "jsft.prepare"][:1]
-        done = subprocess.run([sys.executable, "-m", module, *verbs, "--help"], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", module, *verbs, "--help"], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0
         for word in arguments:
             assert not word.startswith("--") or word in done.stdout, word

@@ -1,4 +1,5 @@
-"""The plan: memory held against compiled programs, time against recorded steps, and what it says of bad input."""
+"""The plan: memory held against compiled programs, time against recorded steps, and what it says of bad
+input."""
 
 import dataclasses
 import json
@@ -9,7 +10,7 @@ from jsft import config as schema
 from jsft import plan
 from jsft.errors import ConfigError, DataError, OutOfMemoryError
 from jsft.models.published import PUBLISHED
-from jsft.planning import fitting, report
+from jsft.planning import fitting
 from jsft.planning.compiled import compare
 from jsft.planning.devices import RATES, find_device
 from jsft.planning.inputs import find_model
@@ -18,8 +19,24 @@ from jsft.planning.work import Lengths, plan_work
 from jsft.training.remat import LADDER
 
 GIB = 2**30
-SMALL = dict(hidden_size=1024, num_heads=8, num_kv_heads=2, head_dim=128, intermediate_size=3072, vocab_size=16384, num_layers=4)
-TINY = dict(hidden_size=128, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32, intermediate_size=384, vocab_size=300)
+SMALL = dict(
+    hidden_size=1024,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=128,
+    intermediate_size=3072,
+    vocab_size=16384,
+    num_layers=4,
+)
+TINY = dict(
+    hidden_size=128,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    intermediate_size=384,
+    vocab_size=300,
+)
 
 
 def make_config(**fields):
@@ -36,12 +53,18 @@ def make_config(**fields):
     [
         ("qwen3_14b", SMALL, 2048, LADDER[0], {}),
         ("qwen3_14b", SMALL, 2048, "full", {"precision__compute": "float32"}),
-        ("qwen2_5_7b", SMALL | {"vocab_size": 32000}, 2048, LADDER[2], {"precision__params": "bfloat16", "precision__gradients": "bfloat16"}),
+        (
+            "qwen2_5_7b",
+            SMALL | {"vocab_size": 32000},
+            2048,
+            LADDER[2],
+            {"precision__params": "bfloat16", "precision__gradients": "bfloat16"},
+        ),
         ("internlm2_5_20b", SMALL, 2048, LADDER[5], {"data__rows_per_device": 2}),
         ("qwen3_14b", SMALL, 2048, LADDER[6], {"mesh__replica": 2}),
         ("qwen3_14b", TINY, 768, LADDER[0], {"precision__compute": "float32"}),  # configs/quickstart.py
     ],
-)  # fmt: skip
+)
 def test_memory_is_within_a_tenth_of_the_compiled_program(monkeypatch, base, sizes, length, rung, fields):
     model = dataclasses.replace(PUBLISHED[base], **sizes)
     monkeypatch.setattr("jsft.planning.compiled.find_model", lambda path: (model, "the test"))
@@ -50,7 +73,8 @@ def test_memory_is_within_a_tenth_of_the_compiled_program(monkeypatch, base, siz
 
 
 def test_kept_activations_agree_with_the_recorded_gpu_programs():
-    """Recorded for 14B, 8 x H200, 16,384 tokens: 30.7 GiB of temporaries with full, 45.6 with attention, q, k, v kept,
+    """Recorded for 14B, 8 x H200, 16,384 tokens: 30.7 GiB of temporaries with full, 45.6 with attention, q,
+    k, v kept,
     87.6 with gate and up too. That program was another's, so only the differences must agree."""
     model, config = PUBLISHED["qwen3_14b"], make_config(data__pack_length=16384, data__max_length=16384)
     mesh = planned_mesh(config, 8)
@@ -69,18 +93,21 @@ BFLOAT16 = {f"precision__{n}": "bfloat16" for n in ("params", "moments", "gradie
 
 @pytest.mark.parametrize("base, measured", [("qwen3_1_7b", 40951), ("qwen3_4b", 17930)])
 def test_time_agrees_with_recorded_steps(base, measured):
-    """docs/performance.md, tokens a second on one H200: two rows of 16,384, documents of median 6,000 (weighted by length
-    about 7,500), the second rung."""
+    """docs/performance.md, tokens a second on one H200: two rows of 16,384, documents of median 6,000
+    (weighted by length about 7,500), the second rung."""
     config = make_config(data__pack_length=16384, data__max_length=16384, train__global_batch=4, **BFLOAT16)
     lengths = Lengths(1000, 16384 / 2, 7500, "recorded", micro_batches=2, padding=0.0)
-    work = plan_work(PUBLISHED[base], config, planned_mesh(config, 1), LADDER[1], lengths, find_device("h200"))
+    work = plan_work(
+        PUBLISHED[base], config, planned_mesh(config, 1), LADDER[1], lengths, find_device("h200")
+    )
     assert work.tokens / work.seconds == pytest.approx(measured, rel=0.05)
     assert work.collectives == {}
 
 
 @pytest.mark.parametrize("base, temporaries", [("qwen3_1_7b", 26.2), ("qwen3_4b", 46)])
 def test_memory_agrees_with_recorded_gpu_programs(base, temporaries):
-    """docs/performance.md, one H200, rows of 16,384, the second rung, GiB: 1.7B's peak of 39 less its state and gradients;
+    """docs/performance.md, one H200, rows of 16,384, the second rung, GiB: 1.7B's peak of 39 less its state
+    and gradients;
     4B's temporaries with the layers in a loop (63 unrolled, which the plan does not foresee)."""
     config = make_config(data__pack_length=16384, data__max_length=16384, **BFLOAT16)
     memory = estimate(PUBLISHED[base], config, planned_mesh(config, 1), LADDER[1])
@@ -91,7 +118,11 @@ def test_collectives_of_a_step():
     model, config = PUBLISHED["qwen3_8b"], make_config()
     lengths = Lengths(1000, 6400, 8000, "given", micro_batches=10, padding=0.0)
     work = plan_work(model, config, planned_mesh(config, 8), "full", lengths, find_device("h200"))
-    layers = model.num_layers * model.hidden_size * (2 * model.query_size + 2 * model.kv_size + 3 * model.intermediate_size)
+    layers = (
+        model.num_layers
+        * model.hidden_size
+        * (2 * model.query_size + 2 * model.kv_size + 3 * model.intermediate_size)
+    )
     calls, size = work.collectives["all-gather"]
     hidden = work.tokens / 8 * model.hidden_size
     assert calls == 2 * 7 * 36 * 10
@@ -99,7 +130,10 @@ def test_collectives_of_a_step():
     assert work.collectives["reduce-scatter"][1] == pytest.approx(layers * 7 / 8 * 4 * 10 + hidden * 7 * 4)
     assert "all-reduce" not in work.collectives
     config.mesh.replica = 2
-    assert "all-reduce" in plan_work(model, config, planned_mesh(config, 8), "full", lengths, find_device("h200")).collectives
+    assert (
+        "all-reduce"
+        in plan_work(model, config, planned_mesh(config, 8), "full", lengths, find_device("h200")).collectives
+    )
 
 
 def test_what_does_not_fit_says_what_would():
@@ -130,7 +164,17 @@ def run(capsys, *argv):
 
 
 def test_the_command_in_words_and_as_json(capsys):
-    code, text = run(capsys, "--config", "configs/qwen3_14b.py:math_cot_ep8", "--devices", "8", "--device", "h200", "--price", "4")
+    code, text = run(
+        capsys,
+        "--config",
+        "configs/qwen3_14b.py:math_cot_ep8",
+        "--devices",
+        "8",
+        "--device",
+        "h200",
+        "--price",
+        "4",
+    )
     assert code == 0
     for part in ("8 x H200", "fits", "all-gather", "640 steps", "GB", RATES.source):
         assert part in text
@@ -150,7 +194,12 @@ def test_every_base_model_has_a_plan(name, capsys):
 def test_lengths_from_a_file(tmp_path, capsys):
     file = tmp_path / "lengths.txt"
     file.write_text("100\n300\n50000\n")
-    config = ["--config", "configs/qwen3_4b.py:math_cot_ep8", "--config.train.global_batch=32", "--config.train.expect_steps=-1"]
+    config = [
+        "--config",
+        "configs/qwen3_4b.py:math_cot_ep8",
+        "--config.train.global_batch=32",
+        "--config.train.expect_steps=-1",
+    ]
     code, text = run(capsys, *config, "--lengths", str(file), "--json")
     assert json.loads(text)["data"]["mean_tokens"] == pytest.approx((100 + 300 + 20000) / 3)
     file.write_text("[3, -1]")
@@ -170,18 +219,29 @@ def test_lengths_from_a_file(tmp_path, capsys):
         (["--devices", "none"], "devices"),
         (["--config.data.pack=3"], "nearest"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line(argv, message, capsys):
     with pytest.raises(ConfigError, match=message):
         run(capsys, "--config", "configs/qwen3_4b.py:math_cot_ep8", *argv)
 
 
 def test_data_that_is_not_there_needs_only_a_mean(capsys):
-    argv = ["--config.data.train=mine.parquet", "--config.train.expect_steps=-1", "--mean_length", "2000", "--documents", "2560"]
+    argv = [
+        "--config.data.train=mine.parquet",
+        "--config.train.expect_steps=-1",
+        "--mean_length",
+        "2000",
+        "--documents",
+        "2560",
+    ]
     code, text = run(capsys, "--config", "configs/qwen3_4b.py:math_cot_ep8", *argv, "--json")
     assert code == 0 and json.loads(text)["time"]["steps"] == 80
 
 
 def test_models_are_found_by_hub_id():
-    for path, name in (("Qwen/Qwen2.5-7B", "qwen2_5_7b"), ("Qwen/Qwen3-14B-Base", "qwen3_14b"), ("internlm/internlm2_5-20b", "internlm2_5_20b")):
+    for path, name in (
+        ("Qwen/Qwen2.5-7B", "qwen2_5_7b"),
+        ("Qwen/Qwen3-14B-Base", "qwen3_14b"),
+        ("internlm/internlm2_5-20b", "internlm2_5_20b"),
+    ):
         assert find_model(path)[0] == PUBLISHED[name]

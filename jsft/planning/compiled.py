@@ -17,9 +17,11 @@ class _NoData(NamedTuple):
 
 
 def compare(config: ConfigDict, devices: int, remat: str) -> dict[str, Any]:
-    """Compiles the run's gradient program, from shapes alone, for `devices` devices; bytes per device, both ways.
+    """Compiles the run's gradient program, from shapes alone, for `devices` devices; bytes per device, both
+    ways.
 
-    One GPU stands for many (`platform.mock_gpus`). Raises ConfigError when the devices here are of another number.
+    One GPU stands for many (`platform.mock_gpus`). Raises ConfigError when the devices here are of another
+    number.
     """
     import jax
 
@@ -34,8 +36,10 @@ def compare(config: ConfigDict, devices: int, remat: str) -> dict[str, Any]:
         platform.mock_gpus(devices)
     if jax.device_count() != devices:
         raise ConfigError(
-            f"--compile: {jax.device_count()} {jax.devices()[0].platform} device(s) here, the plan is for {devices}; use "
-            f"as many, or a machine with one GPU (on a CPU: XLA_FLAGS=--xla_force_host_platform_device_count={devices})"
+            f"--compile: {jax.device_count()} {jax.devices()[0].platform} device(s) here, the plan is for "
+            f"{devices}; use "
+            f"as many, or a machine with one GPU (on a CPU: "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={devices})"
         )
     model, _ = find_model(config.model.path)
     mesh = meshes.make_mesh(config.mesh.replica, config.mesh.fsdp)
@@ -43,16 +47,27 @@ def compare(config: ConfigDict, devices: int, remat: str) -> dict[str, Any]:
     shardings = jax.tree.map(lambda p: p.sharding, state.parameters)
     rows = devices * config.data.rows_per_device
     began = time.perf_counter()
-    analysis = compile_gradients(Parts(config, None, model, mesh, state, shardings, _NoData(), rows), remat).memory_analysis()
+    analysis = compile_gradients(
+        Parts(config, None, model, mesh, state, shardings, _NoData(), rows), remat
+    ).memory_analysis()
     kind = jax.devices()[0].platform
     memory = estimate(model, config, mesh, remat, "cpu" if kind == "cpu" else "gpu")
-    total = analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes + memory.moments
+    total = (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        + analysis.temp_size_in_bytes
+        + memory.moments
+    )
     expected = memory.total - memory.beside
     return {
-        "device": jax.devices()[0].device_kind, "remat": remat, "total_bytes": total, "estimate_bytes": expected,
-        "ratio": expected / total, "temporaries_bytes": analysis.temp_size_in_bytes,
+        "device": jax.devices()[0].device_kind,
+        "remat": remat,
+        "total_bytes": total,
+        "estimate_bytes": expected,
+        "ratio": expected / total,
+        "temporaries_bytes": analysis.temp_size_in_bytes,
         "seconds": time.perf_counter() - began,
-    }  # fmt: skip
+    }
 
 
 def _one_gpu() -> bool:

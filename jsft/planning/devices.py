@@ -30,8 +30,8 @@ class Device(NamedTuple):
         return ALLOCATOR_SHARE * self.memory
 
 
-# Memory as nvidia-smi shows it. link: 3/4 of NVLink's data-sheet rate one way (450, 300, 900 GB/s): an assumption,
-# not a measurement.
+# Memory as nvidia-smi shows it. link: 3/4 of NVLink's data-sheet rate one way (450, 300, 900 GB/s): an
+# assumption, not a measurement.
 DEVICES = {
     "H200": Device("H200", 143771 * 2**20, 337e9),
     "H100": Device("H100", 81559 * 2**20, 337e9),
@@ -42,7 +42,8 @@ NETWORK = 50e9  # bytes/s of one device between nodes: 400 Gbit/s for each, the 
 
 
 class Rates(NamedTuple):
-    """What one device does a second. Measured on one H200 (989e12 peak); other devices are scaled by their peak."""
+    """What one device does a second. Measured on one H200 (989e12 peak); other devices are scaled by their
+    peak."""
 
     matmul: float  # FLOP/s of bf16 matrix products of the models' sizes
     attention: float  # useful causal FLOP/s of packed attention, forward and backward together
@@ -56,10 +57,11 @@ RATES = Rates(
     attention=505e12,
     elementwise=3.5e12,
     passes=28,
-    source="docs/performance.md, one H200: matrix products 709 TF/s, Pallas attention 503 TF/s, all else from where the "
-    "time of Qwen3-1.7B's step goes",
+    source="docs/performance.md, one H200: matrix products 709 TF/s, Pallas attention 503 TF/s, the rest from "
+    "where the time of Qwen3-1.7B's step goes",
 )
-SPREAD = 0.15  # half-width of a time: two measured steps lie within 0.05; larger models and many GPUs are unmeasured
+# Half-width of a time. Two measured steps lie within 0.05; larger models and many GPUs are unmeasured.
+SPREAD = 0.15
 
 
 def find_device(name: str) -> Device:
@@ -68,4 +70,6 @@ def find_device(name: str) -> Device:
         return device
     known = [key.lower() for key in DEVICES]
     near = nearest(name.lower(), known)
-    raise ConfigError(f"--device {name}: not known{near}; choose one of {', '.join(known)}, or give --memory_gib as well")
+    raise ConfigError(
+        f"--device {name}: not known{near}; choose one of {', '.join(known)}, or give --memory_gib as well"
+    )

@@ -12,7 +12,8 @@ from jsft.training.remat import HEADROOM, LADDER
 
 
 class Fit(NamedTuple):
-    """rung: what each layer keeps; memory: with it; fits: within the limit; changes: what would make it fit."""
+    """rung: what each layer keeps; memory: with it; fits: within the limit; changes: what would make it
+    fit."""
 
     rung: str
     memory: Memory
@@ -30,12 +31,16 @@ def rungs(
 
 
 def fit(model: ModelConfig, config: ConfigDict, devices: int, limit: float, platform: str = "gpu") -> Fit:
-    """The config's remat, or for `auto` the first rung that fits `limit` bytes; the last one where none does."""
+    """The config's remat, or for `auto` the first rung that fits `limit` bytes; the last one where none
+    does."""
     ladder = rungs(model, config, devices, limit, platform)
     if config.remat == "auto":
         rung, memory, fits = next((row for row in ladder if row[2]), ladder[-1])
     else:
-        rung, memory = config.remat, estimate(model, config, planned_mesh(config, devices), config.remat, platform)
+        rung, memory = (
+            config.remat,
+            estimate(model, config, planned_mesh(config, devices), config.remat, platform),
+        )
         fits = memory.total <= HEADROOM * limit
     return Fit(rung, memory, fits, [] if fits else changes(model, config, devices, limit, platform))
 
@@ -46,7 +51,9 @@ def changes(
     """Single changes of fields, and then both of the strongest, each of which makes the run fit."""
     found = []
     if config.remat != "auto":
-        found += [f"remat={rung}" for rung, _, fits in rungs(model, config, devices, limit, platform) if fits][:1]
+        found += [
+            f"remat={rung}" for rung, _, fits in rungs(model, config, devices, limit, platform) if fits
+        ][:1]
     options: list[dict] = []
     if config.data.rows_per_device > 1:
         options.append({"data.rows_per_device": 1})
@@ -74,8 +81,10 @@ def changes(
 
 
 _BFLOAT16 = {
-    "precision.params": "bfloat16_stochastic", "precision.moments": "bfloat16", "precision.gradients": "bfloat16",
-}  # fmt: skip
+    "precision.params": "bfloat16_stochastic",
+    "precision.moments": "bfloat16",
+    "precision.gradients": "bfloat16",
+}
 
 
 def _fits(model, config, devices, limit, platform) -> bool:

@@ -16,7 +16,8 @@ from jsft.planning.work import ASSUMED_LENGTHS, PUBLISHED_ROWS, Lengths
 
 
 def find_model(path: str) -> tuple[ModelConfig, str]:
-    """The architecture of a model directory, or of a published base model by its hub id; and where it came from."""
+    """The architecture of a model directory, or of a published base model by its hub id; and where it came
+    from."""
     if Path(path).is_dir():
         return read_config(path), f"{path}/config.json"
     if Path(path).is_absolute() or path.count("/") != 1:
@@ -25,15 +26,22 @@ def find_model(path: str) -> tuple[ModelConfig, str]:
     if name in PUBLISHED:
         return PUBLISHED[name], "jsft/models/published.py"
     raise ConfigError(
-        f"model.path={path}: no such directory, and not a base model known by name{nearest(name, PUBLISHED)}; a plan "
+        f"model.path={path}: no such directory, and not a base model known by "
+        f"name{nearest(name, PUBLISHED)}; a plan "
         f"needs the model's config.json at least"
     )
 
 
 def find_lengths(
-    config: ConfigDict, devices: int, file: str | None, mean: float | None, weighted: float | None, documents: int | None
+    config: ConfigDict,
+    devices: int,
+    file: str | None,
+    mean: float | None,
+    weighted: float | None,
+    documents: int | None,
 ) -> Lengths:
-    """Lengths from `file`, from a given mean, from the data itself, or as assumed of a published set, in this order.
+    """Lengths from `file`, from a given mean, from the data itself, or as assumed of a published set, in this
+    order.
 
     Raises ConfigError when nothing is known of them.
     """
@@ -48,7 +56,8 @@ def find_lengths(
         if Path(config.model.path).is_dir():
             return _measured(config, devices)
         raise ConfigError(
-            f"model.path={config.model.path} is not a directory here, so that {paths[0]} cannot be tokenised; give the "
+            f"model.path={config.model.path} is not a directory here, so that {paths[0]} cannot be "
+            f"tokenised; give the "
             f"directory, or --mean_length TOKENS --documents N"
         )
     name = Path(paths[0]).name.lower()
@@ -79,7 +88,9 @@ def _read_lengths(file: Path) -> list[int]:
         text = file.read_text(encoding="utf-8")
         found = json.loads(text) if text.lstrip().startswith("[") else [int(line) for line in text.split()]
     except (OSError, ValueError) as error:
-        raise DataError(f"--lengths {file}: {error}; want a JSON list of tokens, or a number a line") from error
+        raise DataError(
+            f"--lengths {file}: {error}; want a JSON list of tokens, or a number a line"
+        ) from error
     if not found or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in found):
         raise DataError(f"--lengths {file}: want positive whole numbers, one for each document")
     return found

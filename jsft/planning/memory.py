@@ -1,7 +1,8 @@
 """Bytes of a device's memory that a run takes, from the parameter table and the names that remat keeps.
 
-A step's fullest moment is in the program that makes gradients: beside the state and the gradients lie what every layer
-keeps for the backward pass, and the workspace either of one layer's backward pass or of a chunk of the loss.
+A step's fullest moment is in the program that makes gradients: beside the state and the gradients lie what
+every layer keeps for the backward pass, and the workspace either of one layer's backward pass or of a chunk
+of the loss.
 """
 
 import math
@@ -21,10 +22,11 @@ from jsft.training.optimizer import parameter_dtype
 
 
 class Workspace(NamedTuple):
-    """Temporaries of a program in units of an activation: [b, T, F], [b, T, D], [b, T, H h] of a layer; a chunk's logits.
+    """Temporaries of a program in units of an activation: [b, T, F], [b, T, D], [b, T, H h] of a layer; a
+    chunk's logits.
 
-    layer_full: weights of a layer held whole at once (gathered, or as gradients before they are scattered), in
-    matrices [F, D].
+    layer_full: weights of a layer held whole at once (gathered, or as gradients before they are scattered),
+    in matrices [F, D].
     """
 
     mlp: float
@@ -36,12 +38,13 @@ class Workspace(NamedTuple):
     layer_full: float
 
 
-# Fitted to XLA's buffer assignment (memory_analysis of the compiled gradient program); tests/test_planning.py holds it to 10 %.
-# A CPU widens bfloat16 to float32 for every product, so that bfloat16 needs more units, of half the bytes.
+# Fitted to XLA's buffer assignment (memory_analysis of the compiled gradient program); tests/test_planning.py
+# holds it to 10 %. A CPU widens bfloat16 to float32 for every product, so that bfloat16 needs more units, of
+# half the bytes.
 CPU_BFLOAT16 = Workspace(mlp=9.0, residual=13.5, query=8.0, logits=4.0, loss=6.0, chunk=2.0, layer_full=0.0)
 CPU_FLOAT32 = Workspace(mlp=6.0, residual=7.0, query=6.0, logits=4.0, loss=4.0, chunk=2.0, layer_full=0.0)
-# The loss is fitted to the two programs on record (docs/memory-and-speed.md), a layer is counted: a GPU multiplies bfloat16
-# as it is and fuses elementwise work.
+# The loss is fitted to the two programs on record (docs/memory-and-speed.md), a layer is counted: a GPU
+# multiplies bfloat16 as it is and fuses elementwise work.
 GPU = Workspace(mlp=6.0, residual=8.0, query=4.0, logits=4.0, loss=6.0, chunk=2.0, layer_full=3.0)
 
 
@@ -101,7 +104,9 @@ def kept_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int, palla
     names = parse_remat(remat)
     if names == "full":
         names = ()
-    statistics = 4 * model.num_heads * tokens if pallas and (names == "none" or "attention_lse" in names) else 0
+    statistics = (
+        4 * model.num_heads * tokens if pallas and (names == "none" or "attention_lse" in names) else 0
+    )
     if names != "none":
         return tokens * itemsize * (D + sum(widths.get(name, 0) for name in names)) + statistics
     if not model.qk_norm:  # what the rotation reads is not needed to undo it
@@ -127,7 +132,11 @@ def estimate(model: ModelConfig, config: ConfigDict, mesh, remat: str, platform:
     layer = unit * (work.mlp * F + work.residual * D + work.query * model.query_size) + gathered
     width = -(-V // parts)
     chunk = chunk_size(V, parts, tokens) * parts
-    loss = chunk * (4 * work.logits * width + work.chunk * compute * D) + width * D * (4 + compute) + work.loss * unit * D
+    loss = (
+        chunk * (4 * work.logits * width + work.chunk * compute * D)
+        + width * D * (4 + compute)
+        + work.loss * unit * D
+    )
     itemsize = parameter_dtype(config).itemsize
     gradient = jnp.dtype(config.precision.gradients).itemsize
     in_place = mesh.shape["replica"] == 1 and gradient == itemsize

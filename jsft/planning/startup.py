@@ -1,4 +1,5 @@
-"""The plan as a run's first act: refuses what cannot fit, and says how long it will take where the device is known."""
+"""The plan as a run's first act: refuses what cannot fit, and says how long it will take where the device is
+known."""
 
 from collections.abc import Callable
 
@@ -16,7 +17,8 @@ Say = Callable[[str], None]
 
 
 def check_memory(parts, say: Say, ignore: bool = False) -> None:
-    """Raises OutOfMemoryError where even the least that the config allows is surely too much; says so with `ignore`.
+    """Raises OutOfMemoryError where even the least that the config allows is surely too much; says so with
+    `ignore`.
 
     parts: `jsft.training.run.Parts`. Where a device does not tell its memory (a CPU) nothing is checked.
     """
@@ -30,7 +32,8 @@ def check_memory(parts, say: Say, ignore: bool = False) -> None:
         return
     options = fitting.changes(model, config, parts.mesh.size, limit, kind)
     text = (
-        f"the plan needs {needed / 2**30:.1f} GiB per device with remat={rung}, and there are {limit / 2**30:.1f}; what "
+        f"the plan needs {needed / 2**30:.1f} GiB per device with remat={rung}, and there are "
+        f"{limit / 2**30:.1f}; what "
         f"would fit: {', or '.join(options) or 'a smaller model'}"
     )
     if not ignore:
@@ -39,7 +42,8 @@ def check_memory(parts, say: Say, ignore: bool = False) -> None:
 
 
 def expectation(parts, remat: str) -> str | None:
-    """Expected seconds a step and hours of the run, in words; None for a device that no rates are known of."""
+    """Expected seconds a step and hours of the run, in words; None for a device that no rates are known
+    of."""
     kind = parts.mesh.devices.flat[0].device_kind
     device = next((device for name, device in DEVICES.items() if name in kind), None)
     if device is None:
@@ -49,6 +53,7 @@ def expectation(parts, remat: str) -> str | None:
     lengths = lengths._replace(micro_batches=report["micro_batches"], padding=report["padding_share"])
     work = plan_work(parts.model, parts.config, parts.mesh, remat, lengths, device, jax.local_device_count())
     return (
-        f"{work.seconds:.2f} s a step and {total * work.seconds / 3600:.2f} h for {total:,} expected, give or take "
+        f"{work.seconds:.2f} s a step and {total * work.seconds / 3600:.2f} h for {total:,} expected, give "
+        f"or take "
         f"{SPREAD:.0%} (rates of docs/memory-and-speed.md)"
     )

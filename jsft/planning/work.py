@@ -14,11 +14,15 @@ from jsft.planning.devices import NETWORK, RATES, Device
 from jsft.planning.memory import local_sizes
 from jsft.training.flops import matmul_parameters, step_flops
 
-# Mean tokens of a document, and mean of squares / mean, of the published data sets (docs/recipes.md): assumptions.
+# Mean tokens of a document, and mean of squares / mean, of the published data sets (docs/recipes.md):
+# assumptions.
 ASSUMED_LENGTHS = {
-    "math-cot": (6600, 8500), "deepseek-r1": (4500, 5500), "countdown-cot": (3000, 4000), "math-nocot": (500, 700),
+    "math-cot": (6600, 8500),
+    "deepseek-r1": (4500, 5500),
+    "countdown-cot": (3000, 4000),
+    "math-nocot": (500, 700),
     "numinamath": (450, 650),
-}  # fmt: skip
+}
 PUBLISHED_ROWS = 20480
 _PADDING = 0.015  # of packed rows where lengths are not known one by one; real data gives the real number
 
@@ -48,7 +52,9 @@ class Work(NamedTuple):
     padding: float
     flops: float  # useful: no recompute, no padding
     recomputed_flops: float
-    collectives: dict[str, tuple[float, float]]  # kind: (number, bytes that leave and enter a device) of an update
+    collectives: dict[
+        str, tuple[float, float]
+    ]  # kind: (number, bytes that leave and enter a device) of an update
     compute_seconds: float
     collective_seconds: float
 
@@ -59,9 +65,16 @@ class Work(NamedTuple):
 
 
 def plan_work(
-    model: ModelConfig, config: ConfigDict, mesh, remat: str, lengths: Lengths, device: Device, per_node: int = 8
+    model: ModelConfig,
+    config: ConfigDict,
+    mesh,
+    remat: str,
+    lengths: Lengths,
+    device: Device,
+    per_node: int = 8,
 ) -> Work:
-    """Work of a mean update on `mesh`. per_node: devices of a node, beyond which collectives use the network."""
+    """Work of a mean update on `mesh`. per_node: devices of a node, beyond which collectives use the
+    network."""
     batch, positions = config.train.global_batch, config.data.pack_length
     rows = mesh.size * config.data.rows_per_device
     tokens = batch * lengths.mean
@@ -74,13 +87,24 @@ def plan_work(
     squares = tokens * lengths.weighted
     flops = step_flops(model, matmul_parameters(model), int(tokens), int(squares))
     products, attention = recomputed(model, remat)
-    extra_products, extra_attention = 2.0 * products * tokens, 2.0 * model.num_layers * model.query_size * squares * attention
+    extra_products, extra_attention = (
+        2.0 * products * tokens,
+        2.0 * model.num_layers * model.query_size * squares * attention,
+    )
     matmul = 6.0 * matmul_parameters(model) * tokens + extra_products
     attend = 6.0 * model.num_layers * model.query_size * squares + extra_attention
-    moved = RATES.passes * model.num_layers * tokens * 2 * (model.intermediate_size + model.hidden_size + model.query_size)
+    moved = (
+        RATES.passes
+        * model.num_layers
+        * tokens
+        * 2
+        * (model.intermediate_size + model.hidden_size + model.query_size)
+    )
     scale = device.peak / 989e12
     share = 1 / mesh.size / (1 - padding)
-    compute = share * (matmul / RATES.matmul / scale + attend / RATES.attention / scale + moved / RATES.elementwise)
+    compute = share * (
+        matmul / RATES.matmul / scale + attend / RATES.attention / scale + moved / RATES.elementwise
+    )
     state = sum(here for _, here, _ in local_sizes(model, mesh))
     moments = jnp.dtype(config.precision.moments).itemsize
     parameters = 4 if config.precision.params == "float32" else 2
@@ -97,7 +121,8 @@ def plan_work(
 
 
 def recomputed(model: ModelConfig, remat: str) -> tuple[float, float]:
-    """(weights whose product the backward pass repeats, over all layers; how often attention's forward is repeated)."""
+    """(weights whose product the backward pass repeats, over all layers; how often attention's forward is
+    repeated)."""
     names = parse_remat(remat)
     if names == "none":
         return 0.0, 0.0
@@ -131,16 +156,23 @@ def _collectives(model, config, mesh, micro_batches, tokens) -> dict[str, tuple[
     if parts > 1:
         away = (parts - 1) / parts
         loss = hidden * (parts - 1) * compute  # every device meets the hidden states of all
-        found["all-gather"] = (2 * matrices * micro_batches, 2 * layers * away * compute * micro_batches + loss)
+        found["all-gather"] = (
+            2 * matrices * micro_batches,
+            2 * layers * away * compute * micro_batches + loss,
+        )
         found["reduce-scatter"] = (
-            matrices * micro_batches, layers * away * reduce * micro_batches + hidden * (parts - 1) * 4,
-        )  # fmt: skip
+            matrices * micro_batches,
+            layers * away * reduce * micro_batches + hidden * (parts - 1) * 4,
+        )
         table = model.vocab_size * model.hidden_size / parts
         exchanged = away * (table * (compute + 4) * micro_batches + 2 * hidden * compute)
         found["all-to-all"] = (4 * micro_batches, exchanged)
     if replica > 1:
         local = sum(here for _, here, _ in local_sizes(model, mesh))
-        found["all-reduce"] = (matrices * micro_batches, 2 * (replica - 1) / replica * local * reduce * micro_batches)
+        found["all-reduce"] = (
+            matrices * micro_batches,
+            2 * (replica - 1) / replica * local * reduce * micro_batches,
+        )
     return found
 
 

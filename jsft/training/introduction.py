@@ -16,7 +16,8 @@ Say = Callable[[str], None]
 def introduce(parts, name: str, workdir: Path | None, remat: str, step: int, say: Say) -> None:
     """Prints model, mesh, kernel, precision, objective, data with one row as the model sees it, and steps.
 
-    parts: `jsft.training.run.Parts`. remat: what was chosen. step: where the run goes on from, 0 at its start.
+    parts: `jsft.training.run.Parts`. remat: what was chosen. step: where the run goes on from, 0 at its
+    start.
     """
     config, model = parts.config, parts.model
     count = sum(x.size for x in jax.tree.leaves(parts.abstract.parameters))
@@ -26,8 +27,13 @@ def introduce(parts, name: str, workdir: Path | None, remat: str, step: int, say
     def line(head: str, text: str) -> None:
         say(f"{head + ':' if head else '':11}{text}")
 
-    line("run", name + (f" in {workdir}" if workdir else "") + (f", going on from step {step}" if step else ""))
-    line("model", f"{parts.model_dir}: {model.family}, {count / 1e6:,.1f} M parameters, {model.num_layers} layers")
+    line(
+        "run", name + (f" in {workdir}" if workdir else "") + (f", going on from step {step}" if step else "")
+    )
+    line(
+        "model",
+        f"{parts.model_dir}: {model.family}, {count / 1e6:,.1f} M parameters, {model.num_layers} layers",
+    )
     line("mesh", meshes.describe(parts.mesh))
     say(describe_attention(config.attention.implementation, config.attention.backward))
     line(
@@ -35,7 +41,9 @@ def introduce(parts, name: str, workdir: Path | None, remat: str, step: int, say
         f"parameters {precision.params}, moments {precision.moments}, compute {precision.compute}, gradients "
         f"{precision.gradients}, reduce {precision.reduce}",
     )
-    line("memory", f"{held / 2**30:.2f} GiB of parameters and optimizer state per device; layers keep: {remat}")
+    line(
+        "memory", f"{held / 2**30:.2f} GiB of parameters and optimizer state per device; layers keep: {remat}"
+    )
     line(
         "objective",
         f"{config.objective.name} (fidelity {config.fidelity}); {optimizer.schedule} schedule to "
@@ -46,6 +54,8 @@ def introduce(parts, name: str, workdir: Path | None, remat: str, step: int, say
     if expected := expectation(parts, remat):
         line("plan", expected)
     total, per_epoch = parts.data.total_steps, parts.data.steps_per_epoch
-    line("steps", f"{total:,} of {config.train.global_batch} documents ({per_epoch:,} an epoch); one document:")
+    line(
+        "steps", f"{total:,} of {config.train.global_batch} documents ({per_epoch:,} an epoch); one document:"
+    )
     for row in parts.data.preview().splitlines():
         line("", row)

@@ -17,8 +17,10 @@ class MetricsWriter:
     """Appends each step's metrics to `metrics.jsonl`, held-out losses to `heldout.jsonl`, benchmark scores to
     `generated.jsonl`, all to TensorBoard.
 
-    Only process 0 makes one. After a restart, lines of steps that are run again are dropped first: one line a step.
-    A full disk does not end the run: it is reported through `say`, and lines are written again when there is room.
+    Only process 0 makes one. After a restart, lines of steps that are run again are dropped first: one line a
+    step.
+    A full disk does not end the run: it is reported through `say`, and lines are written again when there is
+    room.
     """
 
     def __init__(self, workdir: Path, first_step: int, say: Callable[[str], None] = print, also: Any = None):
@@ -56,7 +58,9 @@ class MetricsWriter:
             self._full = False
         except OSError as error:
             if not self._full:
-                self._say(f"warning: metrics of step {step} were not written: {error.strerror or error}; free space")
+                self._say(
+                    f"warning: metrics of step {step} were not written: {error.strerror or error}; free space"
+                )
             self._full = True
         self._also(prefix, step, metrics)
 
@@ -68,12 +72,19 @@ class MetricsWriter:
         values = np.asarray(values, np.float64)
         counts, edges = np.histogram(values, 30)
         histogram = HistogramProto(
-            min=values.min(), max=values.max(), num=len(values), sum=values.sum(), sum_squares=(values**2).sum(),
-            bucket_limit=edges[1:].tolist(), bucket=counts.tolist(),
+            min=values.min(),
+            max=values.max(),
+            num=len(values),
+            sum=values.sum(),
+            sum_squares=(values**2).sum(),
+            bucket_limit=edges[1:].tolist(),
+            bucket=counts.tolist(),
         )
         value = self._summary.Value(tag=tag, histo=histogram)
         with suppress(OSError):
-            self._board.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=[value])))
+            self._board.add_event(
+                self._event(wall_time=time.time(), step=step, summary=self._summary(value=[value]))
+            )
             self._board.flush()
 
     def _append_line(self, file: str, record: dict[str, Any]) -> None:
@@ -86,7 +97,9 @@ class MetricsWriter:
             for key, value in metrics.items()
             if isinstance(value, (int, float))
         ]
-        self._board.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
+        self._board.add_event(
+            self._event(wall_time=time.time(), step=step, summary=self._summary(value=values))
+        )
         self._board.flush()
 
     def close(self) -> None:
@@ -157,8 +170,14 @@ class RunLog:
         if self._quiet or not self._console.is_terminal:
             return
         self._progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None), TextColumn("{task.description}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self._console, expand=True,
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            expand=True,
         )
         self._task = self._progress.add_task("", total=total, completed=done)
         self._progress.start()
@@ -167,7 +186,8 @@ class RunLog:
         """The progress bar's text on a terminal; a line a step elsewhere and in the log."""
         short = (
             f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  grad {metrics['grad_norm']:.3f}  "
-            f"{metrics['tokens_per_second']:,.0f} tok/s" + (f"  MFU {metrics['mfu']:.1%}" if "mfu" in metrics else "")
+            f"{metrics['tokens_per_second']:,.0f} tok/s"
+            + (f"  MFU {metrics['mfu']:.1%}" if "mfu" in metrics else "")
         )
         if self._progress:
             self._progress.update(self._task, completed=step, description=short)

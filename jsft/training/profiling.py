@@ -1,6 +1,8 @@
-"""A window of steps under JAX's profiler, and what it shows in words: the devices' time by part, and their gaps.
+"""A window of steps under JAX's profiler, and what it shows in words: the devices' time by part, and their
+gaps.
 
-`--profile_steps 20:23` asks for steps 20, 21 and 22; a file `profile` put into the run's directory asks for the next three.
+`--profile_steps 20:23` asks for steps 20, 21 and 22; a file `profile` put into the run's directory asks for
+the next three.
 """
 
 import collections
@@ -14,19 +16,33 @@ from jsft.errors import ConfigError
 
 # Kernel names by part, first match wins; what is not named is elementwise work that XLA fused.
 PARTS = (
-    ("collectives", ("nccl", "all-gather", "all_gather", "reduce-scatter", "reduce_scatter", "all-reduce", "all-to-all")),
+    (
+        "collectives",
+        ("nccl", "all-gather", "all_gather", "reduce-scatter", "reduce_scatter", "all-reduce", "all-to-all"),
+    ),
     ("attention", ("attention", "flash", "mosaic", "pallas", "custom_call_target=mosaic")),
     ("matmul", ("gemm", "nvjet", "cutlass", "cublas", "xmma", "sm90", "sm80", "triton_gemm", "dot")),
     ("copies", ("memcpy", "memset", "copy")),
 )
-_HOST_NOISE = ("ThreadpoolListener", "ThunkExecutor", "end: ", "Rendezvous", "Wait", "while", "conditional", "call", "Slinky")  # also what contains others
+_HOST_NOISE = (
+    "ThreadpoolListener",
+    "ThunkExecutor",
+    "end: ",
+    "Rendezvous",
+    "Wait",
+    "while",
+    "conditional",
+    "call",
+    "Slinky",
+)  # also what contains others
 ON_DEMAND_STEPS = 3
 ASK = "profile"  # name of the file that asks for a window
 Say = Callable[[str], None]
 
 
 class Profile(NamedTuple):
-    """Device time of a window. seconds: from the first kernel's start to the last one's end, on one device."""
+    """Device time of a window. seconds: from the first kernel's start to the last one's end, on one
+    device."""
 
     device: str
     seconds: float
@@ -41,12 +57,15 @@ class Profile(NamedTuple):
         """The profile in words, per step of `steps`."""
         gpu = self.device.startswith("/device:")
         whole = self.seconds if gpu else self.busy
-        head = f"{steps} steps in {self.seconds * 1e3:,.0f} ms on {self.device}, kernels {self.busy * 1e3:,.0f} ms"
+        head = f"{steps} steps in {self.seconds * 1e3:,.0f} ms on {self.device}, "
+        head += f"kernels {self.busy * 1e3:,.0f} ms"
         found = [head if gpu else f"{head} over all threads; shares are of the kernels"]
         rows = list(self.parts.items())
         if gpu:
             rows.append(("gaps", max(0.0, self.seconds - self.busy)))
-        found += [f"  {part:12} {time * 1e3 / steps:9,.1f} ms a step {time / whole:6.1%}" for part, time in rows]
+        found += [
+            f"  {part:12} {time * 1e3 / steps:9,.1f} ms a step {time / whole:6.1%}" for part, time in rows
+        ]
         for part, name, time, calls in self.kernels[:kernels]:
             found.append(f"    {time * 1e3 / steps:9,.2f} ms  {calls / steps:5.0f} x {part:11} {name[:70]}")
         return found
@@ -59,7 +78,8 @@ def part_of(name: str) -> str:
 
 
 def read_profile(folder: Path) -> Profile | None:
-    """The profile below `folder`: of the first GPU, else of the CPU's XLA threads. None when it holds no kernels."""
+    """The profile below `folder`: of the first GPU, else of the CPU's XLA threads. None when it holds no
+    kernels."""
     files = sorted(Path(folder).rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
     if not files:
         return None
@@ -97,7 +117,8 @@ def parse_window(text: str) -> tuple[int, int]:
 
 
 class Profiler:
-    """Starts and ends windows as the loop tells it which step comes next. Traces go to `<workdir>/profiles/step_<N>`."""
+    """Starts and ends windows as the loop tells it which step comes next. Traces go to
+    `<workdir>/profiles/step_<N>`."""
 
     def __init__(self, workdir: Path, window: tuple[int, int] | None, say: Say):
         self._workdir, self._window, self._say = workdir, window, say
@@ -140,7 +161,8 @@ class Profiler:
         except (OSError, RuntimeError, ValueError) as error:
             self._say(f"warning: the profile of step {first} was lost: {' '.join(str(error).split())[:200]}")
             return
-        where = f"steps {first} to {step}, in {self._folder(first)} (TensorBoard's profile plugin or xprof shows it)"
+        where = f"steps {first} to {step}, in {self._folder(first)}"
+        where += " (TensorBoard's profile plugin or xprof shows it)"
         self._say(f"profile:   {where}")
         for line in profile.lines(step - first + 1) if profile else ["no kernels were recorded"]:
             self._say(f"{'':11}{line}")

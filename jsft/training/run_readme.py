@@ -15,7 +15,17 @@ from jsft import mesh as meshes
 from jsft.training.rundir import write_json
 from jsft.training.version import code_version
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy", "pyarrow")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "transformers",
+    "numpy",
+    "pyarrow",
+)
 
 _FILES = """\
 | file | what it is |
@@ -43,18 +53,26 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "command": shlex.join(["python", "-m", "jsft.train", *sys.argv[1:]]), "jsft": code_version(), "git": git_commit(),
-        "python": sys.version.split()[0], "packages": versions, "processes": jax.process_count(),
-        "devices": sorted({device.device_kind for device in jax.devices()}), "device_count": jax.device_count(),
-    }  # fmt: skip
+        "command": shlex.join(["python", "-m", "jsft.train", *sys.argv[1:]]),
+        "jsft": code_version(),
+        "git": git_commit(),
+        "python": sys.version.split()[0],
+        "packages": versions,
+        "processes": jax.process_count(),
+        "devices": sorted({device.device_kind for device in jax.devices()}),
+        "device_count": jax.device_count(),
+    }
 
 
 def git_commit() -> str | None:
-    """The commit of the sources, '-changed' appended where files differ from it; None outside a git checkout."""
+    """The commit of the sources, '-changed' appended where files differ from it; None outside a git
+    checkout."""
     folder = Path(jsft.__file__).parent
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
         return done.stdout.strip()
 
     try:
@@ -74,17 +92,30 @@ def write_run_readme(parts, name: str, workdir: Path) -> None:
 def _write_readme(parts, name: str, workdir: Path, facts: dict[str, Any]) -> None:
     config = parts.config
     lines = [
-        f"# {name}", "",
-        f"{config.model.path} trained on {config.data.train} with jsft {jsft.__version__} (git {facts['git'] or 'unknown'}).", "",
-        f"- {parts.data.total_steps:,} updates of {config.train.global_batch} documents, {config.train.epochs:g} epoch(s)",
+        f"# {name}",
+        "",
+        f"{config.model.path} trained on {config.data.train} with jsft {jsft.__version__} (git "
+        f"{facts['git'] or 'unknown'}).",
+        "",
+        f"- {parts.data.total_steps:,} updates of {config.train.global_batch} documents, "
+        f"{config.train.epochs:g} epoch(s)",
         *(f"- {line}" for line in parts.data.report_lines()),
         f"- objective {config.objective.name}, learning rate {config.optimizer.learning_rate:g} "
         f"({config.optimizer.schedule}), fidelity {config.fidelity}",
-        f"- {meshes.describe(parts.mesh)}", "",
-        "Start it, or go on from its newest checkpoint:", "", f"    {facts['command']}", "",
-        "Export, evaluate, report:", "", f"    python -m jsft.export --workdir {workdir} --step latest",
-        f"    scripts/eval_vllm.sh {workdir}", f"    python -m jsft.report {workdir}", "", _FILES,
-    ]  # fmt: skip
+        f"- {meshes.describe(parts.mesh)}",
+        "",
+        "Start it, or go on from its newest checkpoint:",
+        "",
+        f"    {facts['command']}",
+        "",
+        "Export, evaluate, report:",
+        "",
+        f"    python -m jsft.export --workdir {workdir} --step latest",
+        f"    scripts/eval_vllm.sh {workdir}",
+        f"    python -m jsft.report {workdir}",
+        "",
+        _FILES,
+    ]
     beside = workdir / "README.md.tmp"
     beside.write_text("\n".join(lines), encoding="utf-8")
     beside.replace(workdir / "README.md")

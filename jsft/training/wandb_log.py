@@ -1,4 +1,5 @@
-"""Weights & Biases, for who asks for it: `log.wandb=PROJECT`. WANDB_MODE=offline and the like are respected."""
+"""Weights & Biases, for who asks for it: `log.wandb=PROJECT`. WANDB_MODE=offline and the like are
+respected."""
 
 import hashlib
 from collections.abc import Callable
@@ -11,26 +12,38 @@ from jsft.errors import ConfigError
 Log = Callable[[str, int, dict[str, Any]], None]  # (prefix, step, metrics)
 
 
-def open_wandb(config, name: str, workdir: Path, say: Callable[[str], None]) -> tuple[Log, Callable[[], None]] | None:
-    """(function that logs, function that ends), or None where log.wandb is not set. A run keeps its id over restarts.
+def open_wandb(
+    config, name: str, workdir: Path, say: Callable[[str], None]
+) -> tuple[Log, Callable[[], None]] | None:
+    """(function that logs, function that ends), or None where log.wandb is not set. A run keeps its id over
+    restarts.
 
-    Raises ConfigError when wandb is not installed or refuses. Trouble while the run goes on is said once and does not
-    end it.
+    Raises ConfigError when wandb is not installed or refuses. Trouble while the run goes on is said once and
+    does not end it.
     """
     if not config.log.wandb:
         return None
     try:
         import wandb
     except ImportError as error:
-        raise ConfigError("log.wandb is set, but wandb is not installed: pip install 'jsft[wandb]', or leave it unset") from error
+        raise ConfigError(
+            "log.wandb is set, but wandb is not installed: pip install 'jsft[wandb]', or leave it unset"
+        ) from error
     identity = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
     try:
         run = wandb.init(
-            project=config.log.wandb, name=name, id=identity, resume="allow", dir=str(workdir), config=schema.flatten(config)
+            project=config.log.wandb,
+            name=name,
+            id=identity,
+            resume="allow",
+            dir=str(workdir),
+            config=schema.flatten(config),
         )
     except Exception as error:  # whatever its network and login raise
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"log.wandb={config.log.wandb}: {reason}; log in, set WANDB_MODE=offline, or leave it unset") from error
+        raise ConfigError(
+            f"log.wandb={config.log.wandb}: {reason}; log in, set WANDB_MODE=offline, or leave it unset"
+        ) from error
     failed = []
 
     def log(prefix: str, step: int, metrics: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""One run with everything that watches it: profile window, metrics, wandb, the run's README; and the plan that refuses."""
+"""One run with everything that watches it: profile window, metrics, wandb, the run's README; and the plan
+that refuses."""
 
 import json
 import sys
@@ -24,10 +25,14 @@ def arguments(tmp_path_factory):
     rows = [{"message": f"Say {n} again.", "response": f"<think>it is {n}</think> {n}"} for n in range(96)]
     pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
     return [
-        "--config=configs/quickstart.py:tiny", f"--config.model.path={folder / 'model'}",
-        f"--config.data.train={folder / 'train.parquet'}", "--config.eval.every=0", "--config.data.pack_length=512",
-        "--config.data.max_length=512", "--config.checkpoint.every=100",
-    ]  # fmt: skip
+        "--config=configs/quickstart.py:tiny",
+        f"--config.model.path={folder / 'model'}",
+        f"--config.data.train={folder / 'train.parquet'}",
+        "--config.eval.every=0",
+        "--config.data.pack_length=512",
+        "--config.data.max_length=512",
+        "--config.checkpoint.every=100",
+    ]
 
 
 class Recorder:
@@ -55,7 +60,9 @@ def run(arguments, tmp_path_factory):
     sys.modules["wandb"] = module = types.ModuleType("wandb")
     module.init = recorder.init
     try:
-        code = train.main([*arguments, f"--workdir={workdir}", "--profile_steps=2:4", "--config.log.wandb=tests"])
+        code = train.main(
+            [*arguments, f"--workdir={workdir}", "--profile_steps=2:4", "--config.log.wandb=tests"]
+        )
     finally:
         del sys.modules["wandb"]
     assert code == 0
@@ -73,11 +80,27 @@ def test_metrics_say_where_the_time_goes(run):
     workdir, recorder = run
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    for name in ("loss", "entropy", "accuracy", "grad_norm", "update_ratio", "lr", "tokens_per_second", "padding_share",
-                 "seconds", "loader_seconds", "dispatch_seconds", "save_seconds"):  # fmt: skip
+    for name in (
+        "loss",
+        "entropy",
+        "accuracy",
+        "grad_norm",
+        "update_ratio",
+        "lr",
+        "tokens_per_second",
+        "padding_share",
+        "seconds",
+        "loader_seconds",
+        "dispatch_seconds",
+        "save_seconds",
+    ):
         assert all(name in line for line in lines), name
     assert all(line["dispatch_seconds"] <= line["seconds"] for line in lines[1:])
-    assert recorder.finished and recorder.settings["project"] == "tests" and recorder.settings["resume"] == "allow"
+    assert (
+        recorder.finished
+        and recorder.settings["project"] == "tests"
+        and recorder.settings["resume"] == "allow"
+    )
     assert [r["train/loss"] for r in recorder.records] == [line["loss"] for line in lines]
 
 
@@ -94,7 +117,13 @@ def test_tensorboard_has_scalars_and_the_histogram_of_lengths(run):
 def test_the_run_directory_explains_itself(run):
     workdir, _ = run
     text = (workdir / "README.md").read_text()
-    for part in ("python -m jsft.train", "python -m jsft.export", "96 documents", "`metrics.jsonl`", "learning rate 0.003"):
+    for part in (
+        "python -m jsft.train",
+        "python -m jsft.export",
+        "96 documents",
+        "`metrics.jsonl`",
+        "learning rate 0.003",
+    ):
         assert part in text, part
     facts = json.loads((workdir / "environment.json").read_text())
     assert facts["packages"]["jax"] and facts["device_count"] == 8
@@ -119,7 +148,9 @@ def test_a_file_asks_for_a_window(tmp_path, monkeypatch):
 
 
 def test_a_profile_in_words_adds_up():
-    profile = Profile("/device:GPU:0", 2.0, {"matmul": 1.0, "attention": 0.6}, [("matmul", "nvjet_x", 1.0, 10)])
+    profile = Profile(
+        "/device:GPU:0", 2.0, {"matmul": 1.0, "attention": 0.6}, [("matmul", "nvjet_x", 1.0, 10)]
+    )
     text = "\n".join(profile.lines(2))
     assert "500.0 ms a step  50.0%" in text and "gaps             200.0 ms a step  20.0%" in text
     assert "5 x matmul" in text
@@ -128,10 +159,13 @@ def test_a_profile_in_words_adds_up():
 @pytest.mark.parametrize(
     "name, part",
     [
-        ("ncclDevKernel_AllGather_RING_LL", "collectives"), ("flash_backward_dkv", "attention"),
-        ("nvjet_tst_128x256", "matmul"), ("MemcpyD2D", "copies"), ("loop_add_fusion_3", "elementwise"),
+        ("ncclDevKernel_AllGather_RING_LL", "collectives"),
+        ("flash_backward_dkv", "attention"),
+        ("nvjet_tst_128x256", "matmul"),
+        ("MemcpyD2D", "copies"),
+        ("loop_add_fusion_3", "elementwise"),
     ],
-)  # fmt: skip
+)
 def test_kernels_have_their_part(name, part):
     assert part_of(name) == part
 
