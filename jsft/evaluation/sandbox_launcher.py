@@ -131,7 +131,9 @@ def inside(job: dict) -> None:
     except OSError as error:
         print(f"the sandbox could not be built: {error.strerror}", file=sys.stderr, flush=True)
         os._exit(125)
-    environment = {"HOME": "/room", "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
+    # /tmp is the room too, but not where Python itself lies under /tmp.
+    environment = {"HOME": "/room", "TMPDIR": "/room", "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
+    environment["OPENBLAS_NUM_THREADS"] = "1"
     os.execve(job["python"], [job["python"], "-I", "-B", "/room/program.py"], environment)
 
 
