@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         documents=flags.documents,
     )
     if flags.compile:
-        from jsft.planning.compiled import compare
+        from jsft.training.compiled import compare
 
         plan["compiled"] = compare(config, flags.devices, plan["memory"]["remat"])
     if flags.price:

@@ -101,7 +101,7 @@ def build(options):
     from jsft.models.published import PUBLISHED
     from jsft.training.optimizer import initial_state, parameter_dtype
     from jsft.training.remat import choose_remat
-    from jsft.training.run import Parts
+    from jsft.training.parts import Parts
 
     model = PUBLISHED[options.model]
     if options.layers:
@@ -131,7 +131,7 @@ def compile_programs(parts, remat, accumulate: bool):
 
     from jsft.kernels.linear_cross_entropy import LossSums
     from jsft.mesh import replicated
-    from jsft.training.run import programs
+    from jsft.training.parts import programs
     from jsft.training.step import abstract_batch
 
     started = time.perf_counter()

@@ -11,12 +11,12 @@ from jsft import plan
 from jsft.errors import ConfigError, DataError, OutOfMemoryError
 from jsft.models.published import PUBLISHED
 from jsft.planning import fitting
-from jsft.planning.compiled import compare
+from jsft.training.compiled import compare
 from jsft.planning.devices import RATES, find_device
 from jsft.planning.inputs import find_model
 from jsft.planning.memory import estimate, planned_mesh
 from jsft.planning.work import Lengths, plan_work
-from jsft.training.remat import LADDER
+from jsft.models.remat import LADDER
 
 GIB = 2**30
 SMALL = dict(
@@ -67,7 +67,7 @@ def make_config(**fields):
 )
 def test_memory_is_within_a_tenth_of_the_compiled_program(monkeypatch, base, sizes, length, rung, fields):
     model = dataclasses.replace(PUBLISHED[base], **sizes)
-    monkeypatch.setattr("jsft.planning.compiled.find_model", lambda path: (model, "the test"))
+    monkeypatch.setattr("jsft.training.compiled.find_model", lambda path: (model, "the test"))
     found = compare(make_config(data__pack_length=length, data__max_length=length, **fields), 8, rung)
     assert 0.9 < found["ratio"] < 1.1, found
 

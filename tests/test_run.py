@@ -127,11 +127,11 @@ def test_the_mesh_does_not_change_the_curve_and_parameters_are_sharded(inputs, t
 
 def test_large_parameters_and_moments_are_divided_over_the_mesh(inputs):
     from jsft import cli, config as schema
-    from jsft.training import run
+    from jsft.training.parts import build
     from jsft.training.introduction import shard_bytes
 
     config = schema.resolve(cli.parse(arguments(inputs, "unused")[:-1], lambda v: None, "")[0])
-    parts = run.build(config)
+    parts = build(config)
     for tree in (parts.abstract.parameters, parts.abstract.first_moment, parts.abstract.second_moment):
         for leaf in jax.tree.leaves(tree):
             if leaf.size >= 4096:

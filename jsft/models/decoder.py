@@ -14,43 +14,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
-from jsft.errors import ConfigError
 from jsft.kernels.attention import packed_attention
 from jsft.mesh import BATCH, partition_spec
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
 from jsft.models.layers import add_bias, embed, linear, rms_norm, rotary_tables, rotate, swiglu
 from jsft.models.parameters import ParameterSpec, leaves, tree_from
+from jsft.models.remat import parse_remat
 from jsft.models.stack import run_layers
-
-# Values of a layer that remat may keep for the backward pass, in the order they are made; shapes per device.
-REMAT_NAMES = {
-    "attention_input": "[b, T, D] normalised input of the query, key and value projections",
-    "query_projection": "[b, T, H, h] before query norm and rotation",
-    "key_projection": "[b, T, K, h] before key norm and rotation",
-    "query": "[b, T, H, h] as attention reads it",
-    "key": "[b, T, K, h] as attention reads it",
-    "value": "[b, T, K, h]",
-    "attention_out": "[b, T, H, h] (named in the attention kernel)",
-    "attention_lse": "float32 [b, H, T] log-sum-exp (named in the Pallas kernel)",
-    "residual": "[b, T, D] residual stream after attention",
-    "mlp_input": "[b, T, D] normalised input of gate and up",
-    "gate": "[b, T, F]",
-    "up": "[b, T, F]",
-    "mlp_hidden": "[b, T, F] silu(gate) * up, input of the down projection",
-}
-
-
-def parse_remat(remat: str | Sequence[str]) -> str | tuple[str, ...]:
-    """'full', 'none', or the tuple of names to save, from a sequence or a comma-separated string. Raises ConfigError."""
-    if remat in ("full", "none"):
-        return remat
-    names = [name.strip() for name in remat.split(",")] if isinstance(remat, str) else list(remat)
-    if unknown := [name for name in names if name not in REMAT_NAMES]:
-        raise ConfigError(
-            f"remat: {unknown[0]!r} is not 'full', 'none' or a list of names among {', '.join(REMAT_NAMES)}"
-        )
-    return tuple(names)
 
 
 def hidden_states(

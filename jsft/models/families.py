@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from jsft.errors import ModelError
 from jsft.models.config import ConfigJson, ModelConfig
 from jsft.models.internlm2 import internlm2_table, read_internlm2
 from jsft.models.parameters import Table

@@ -7,8 +7,8 @@ from ml_collections import ConfigDict
 from jsft import config as schema
 from jsft.errors import ConfigError
 from jsft.models.config import ModelConfig
-from jsft.planning.memory import Memory, estimate, planned_mesh
-from jsft.training.remat import HEADROOM, LADDER
+from jsft.models.remat import LADDER
+from jsft.planning.memory import HEADROOM, Memory, estimate, planned_mesh
 
 
 class Fit(NamedTuple):

@@ -15,10 +15,12 @@ from ml_collections import ConfigDict
 from jsft import mesh as meshes
 from jsft.kernels.linear_cross_entropy import chunk_size
 from jsft.models.config import ModelConfig
-from jsft.models.decoder import parse_remat
 from jsft.models.families import parameter_table
 from jsft.models.parameters import leaves
+from jsft.models.remat import parse_remat
 from jsft.training.optimizer import parameter_dtype
+
+HEADROOM = 0.94  # of a device's memory: the rest is for the allocator's gaps and the runtime's own buffers
 
 
 class Workspace(NamedTuple):

@@ -9,9 +9,8 @@ from jsft.models.parameters import count_parameters
 from jsft.planning import fitting
 from jsft.planning.devices import DEVICES, RATES, SPREAD, Device
 from jsft.planning.inputs import find_lengths, find_model
-from jsft.planning.memory import Memory, planned_mesh
+from jsft.planning.memory import HEADROOM, Memory, planned_mesh
 from jsft.planning.work import checkpoint_bytes, plan_work, updates
-from jsft.training.remat import HEADROOM
 
 __all__ = ["DEVICES", "lines", "make_plan"]
 GIB = 2**30

@@ -20,7 +20,7 @@ def check_memory(parts, say: Say, ignore: bool = False) -> None:
     """Raises OutOfMemoryError where even the least that the config allows is surely too much; says so with
     `ignore`.
 
-    parts: `jsft.training.run.Parts`. Where a device does not tell its memory (a CPU) nothing is checked.
+    parts: `jsft.training.parts.Parts`. Where a device does not tell its memory (a CPU) nothing is checked.
     """
     limit = platform.device_memory()
     if not limit:

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jsft.models.config import ModelConfig
-from jsft.models.decoder import parse_remat
+from jsft.models.remat import parse_remat
 from jsft.planning.devices import NETWORK, RATES, Device
 from jsft.planning.memory import local_sizes
 from jsft.training.flops import matmul_parameters, step_flops

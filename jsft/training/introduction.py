@@ -16,7 +16,7 @@ Say = Callable[[str], None]
 def introduce(parts, name: str, workdir: Path | None, remat: str, step: int, say: Say) -> None:
     """Prints model, mesh, kernel, precision, objective, data with one row as the model sees it, and steps.
 
-    parts: `jsft.training.run.Parts`. remat: what was chosen. step: where the run goes on from, 0 at its
+    parts: `jsft.training.parts.Parts`. remat: what was chosen. step: where the run goes on from, 0 at its
     start.
     """
     config, model = parts.config, parts.model

@@ -8,26 +8,13 @@ import jax
 
 from jsft.errors import OutOfMemoryError
 from jsft.mesh import shard_bytes
+from jsft.models.remat import LADDER
+from jsft.planning.memory import HEADROOM
+from jsft.training.parts import compile_gradients
 
-# Best first. Each rung names what is kept; "none" means no recompute at all, "full" that only layer inputs are kept.
-# Norms, rotations and silu are recomputed from the second rung on: they cost little beside the matrix products, which
-# the second rung keeps all of. Each later rung recomputes the products that give back most memory for their time.
-_ATTENTION = ("attention_out", "attention_lse")
-_QKV = ("query_projection", "key_projection", "value")
-LADDER: tuple[str, ...] = (
-    "none",
-    ",".join((*_ATTENTION, *_QKV, "residual", "gate", "up")),
-    ",".join((*_ATTENTION, *_QKV, "gate", "up")),
-    ",".join((*_ATTENTION, "residual", "gate")),
-    ",".join((*_ATTENTION, *_QKV, "residual")),
-    ",".join((*_ATTENTION, "residual")),
-    ",".join(_ATTENTION),
-    "full",
-)
 _LAST_RESORTS = (
     "lower data.rows_per_device or data.pack_length, use more devices, or set precision.params=bfloat16"
 )
-HEADROOM = 0.94  # of the device's memory: the rest is for the allocator's gaps and the runtime's own buffers
 
 
 def choose_remat(parts, say) -> str:
@@ -55,8 +42,6 @@ def choose_remat(parts, say) -> str:
 
 def bytes_needed(parts, rung: str) -> int | None:
     """Bytes per device of the state and one gradient program with remat `rung`; None when it does not compile for memory."""
-    from jsft.training.run import compile_gradients
-
     state = sum(map(shard_bytes, jax.tree.leaves(parts.abstract)))
     parameters = sum(map(shard_bytes, jax.tree.leaves(parts.abstract.parameters)))
     try:

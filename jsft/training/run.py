@@ -1,27 +1,19 @@
 """From a resolved config to a finished run: builds every part, says what it built, and hands over to the loop."""
 
-import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsft import config as schema
-from jsft import mesh as meshes
-from jsft.data.loader import TrainingData, open_eval_data, open_training_data
+from jsft.data.loader import open_eval_data
 from jsft.data.objective import document_mean_weights
-from jsft.data.plan import attention_cost
 from jsft.distributed import any_process
-from jsft.errors import CheckpointError, ConfigError, OutOfMemoryError
+from jsft.errors import CheckpointError, OutOfMemoryError
 from jsft.hf.load import load_parameters
-from jsft.hf.resolve import resolve_model
-from jsft.models.config import ModelConfig
-from jsft.models.families import read_config
-from jsft.models.module import abstract_parameters
 from jsft.peers import PeerLink
 from jsft.planning.startup import check_memory
 from jsft.training import checkpoint, platform
@@ -31,56 +23,18 @@ from jsft.training.generation import open_generation
 from jsft.training.introduction import introduce
 from jsft.training.loop import Loop
 from jsft.training.metrics import MetricsWriter, RunLog, has_heldout
-from jsft.training.optimizer import TrainState, initial_state, learning_rate_schedule, parameter_dtype
+from jsft.training.optimizer import initial_state, parameter_dtype
+from jsft.training.parts import Parts, build, compile_gradients, programs
 from jsft.training.profiling import Profiler
 from jsft.training.remat import advise_out_of_memory, choose_remat
 from jsft.training.run_readme import write_run_readme
 from jsft.training.rundir import RunDirectory
 from jsft.training.signals import Stopped, StopRequest
-from jsft.training.step import StepPrograms, abstract_batch, make_programs
 from jsft.training.version import code_version, first_batch_checksum
 from jsft.training.wandb_log import open_wandb
 from jsft.training.watchdog import Watchdog
 
 Say = Callable[[str], None]
-
-
-class Parts(NamedTuple):
-    """What a run is built from, before any weight is read."""
-
-    config: ConfigDict
-    model_dir: Path
-    model: ModelConfig
-    mesh: Mesh
-    abstract: TrainState  # shapes, dtypes and shardings
-    shardings: Any  # tree of NamedSharding of the parameters
-    data: TrainingData
-    rows: int  # packed rows of a micro batch, over all devices
-
-
-def build(config: ConfigDict) -> Parts:
-    """Mesh, model and data of a run; reads no weights. Raises the JsftError of whatever is wrong."""
-    mesh = meshes.make_mesh(config.mesh.replica, config.mesh.fsdp)
-    model_dir = resolve_model(config.model.path, config.model.revision)
-    model = read_config(model_dir)
-    parameters = abstract_parameters(model, mesh, parameter_dtype(config))
-    rows = mesh.size * config.data.rows_per_device
-    data = open_training_data(
-        config, model_dir, rows_per_micro_batch=rows, process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        attention_cost=attention_cost(model.num_layers, model.num_heads, model.head_dim, matmul_parameters(model)),
-    )
-    expected, given = config.train.expect_steps, math.ceil(config.train.epochs * data.steps_per_epoch)
-    if expected not in (None, -1, given):
-        raise ConfigError(
-            f"the recipe expects {expected} updates, but this data and train.epochs={config.train.epochs:g} give "
-            f"{given} ({data.steps_per_epoch} an epoch); use the recipe's data and epochs, or set train.expect_steps=-1"
-        )
-    learning_rate_schedule(config, data.total_steps)  # refuses a warm-up that fills the run
-    abstract = initial_state(parameters, config)
-    return Parts(
-        config, model_dir, model, mesh, abstract, jax.tree.map(lambda p: p.sharding, parameters), data, rows
-    )
 
 
 def train(
@@ -256,17 +210,6 @@ def dry_run(config: ConfigDict, name: str, ignore_plan: bool = False) -> int:
             f"padding {first.padding_share:.1%}"
         )
     return 0
-
-
-def programs(parts: Parts, remat) -> StepPrograms:
-    """The compiled functions of this run."""
-    return make_programs(parts.model, parts.config, parts.mesh, parts.shardings, parts.data.total_steps, remat)
-
-
-def compile_gradients(parts: Parts, remat):
-    """The compiled gradient program of one full micro batch, from shapes alone."""
-    batch = abstract_batch(parts.rows, parts.config.data.pack_length, parts.mesh)
-    return programs(parts, remat).gradients.lower(parts.abstract.parameters, batch).compile()
 
 
 def _eval_data(parts: Parts):

@@ -82,7 +82,7 @@ def git_commit() -> str | None:
 
 
 def write_run_readme(parts, name: str, workdir: Path) -> None:
-    """Writes README.md and environment.json into `workdir`. parts: `jsft.training.run.Parts`."""
+    """Writes README.md and environment.json into `workdir`. parts: `jsft.training.parts.Parts`."""
     facts = environment()
     with suppress(OSError):  # a full disk must not end the run
         write_json(workdir / "environment.json", facts)

@@ -13,7 +13,7 @@ from jsft.errors import ConfigError
 from jsft.hf.load import load_parameters
 from jsft.mesh import make_mesh, shard_batch
 from jsft.models import Decoder, abstract_parameters, hidden_states, read_config, unembedding
-from jsft.models.decoder import REMAT_NAMES, parse_remat
+from jsft.models.remat import REMAT_NAMES, parse_remat
 from jsft.models.layers import sum_rows_in_order
 
 def one_device():

@@ -18,8 +18,8 @@ from jsft.mesh import make_mesh, shard_batch
 from jsft.models.families import read_config
 from jsft.models.module import abstract_parameters, initial_parameters
 from jsft.training.optimizer import initial_state, parameter_dtype
-from jsft.training.remat import LADDER
-from jsft.training.run import Parts, programs
+from jsft.models.remat import LADDER
+from jsft.training.parts import Parts, programs
 from jsft.training.step import abstract_batch
 
 

@@ -29,7 +29,7 @@ def compare(config: ConfigDict, devices: int, remat: str) -> dict[str, Any]:
     from jsft.models.module import abstract_parameters
     from jsft.training import platform
     from jsft.training.optimizer import initial_state, parameter_dtype
-    from jsft.training.run import Parts, compile_gradients
+    from jsft.training.parts import Parts, compile_gradients
 
     platform.configure()
     if devices > 1 and _one_gpu():

@@ -1,0 +1,54 @@
+"""What a layer may keep for its backward pass, by name, and the ladder of choices from most to least.
+
+Keeping more saves recompute and costs memory. `jsft.training.remat` picks the rung of a run.
+"""
+
+from collections.abc import Sequence
+
+from jsft.errors import ConfigError
+
+# Values of a layer that remat may keep for the backward pass, in the order they are made; shapes per device.
+REMAT_NAMES = {
+    "attention_input": "[b, T, D] normalised input of the query, key and value projections",
+    "query_projection": "[b, T, H, h] before query norm and rotation",
+    "key_projection": "[b, T, K, h] before key norm and rotation",
+    "query": "[b, T, H, h] as attention reads it",
+    "key": "[b, T, K, h] as attention reads it",
+    "value": "[b, T, K, h]",
+    "attention_out": "[b, T, H, h] (named in the attention kernel)",
+    "attention_lse": "float32 [b, H, T] log-sum-exp (named in the Pallas kernel)",
+    "residual": "[b, T, D] residual stream after attention",
+    "mlp_input": "[b, T, D] normalised input of gate and up",
+    "gate": "[b, T, F]",
+    "up": "[b, T, F]",
+    "mlp_hidden": "[b, T, F] silu(gate) * up, input of the down projection",
+}
+
+
+def parse_remat(remat: str | Sequence[str]) -> str | tuple[str, ...]:
+    """'full', 'none', or the tuple of names to save, from a sequence or a comma-separated string. Raises ConfigError."""
+    if remat in ("full", "none"):
+        return remat
+    names = [name.strip() for name in remat.split(",")] if isinstance(remat, str) else list(remat)
+    if unknown := [name for name in names if name not in REMAT_NAMES]:
+        raise ConfigError(
+            f"remat: {unknown[0]!r} is not 'full', 'none' or a list of names among {', '.join(REMAT_NAMES)}"
+        )
+    return tuple(names)
+
+
+# Best first. Each rung names what is kept; "none" means no recompute at all, "full" that only layer inputs are kept.
+# Norms, rotations and silu are recomputed from the second rung on: they cost little beside the matrix products, which
+# the second rung keeps all of. Each later rung recomputes the products that give back most memory for their time.
+_ATTENTION = ("attention_out", "attention_lse")
+_QKV = ("query_projection", "key_projection", "value")
+LADDER: tuple[str, ...] = (
+    "none",
+    ",".join((*_ATTENTION, *_QKV, "residual", "gate", "up")),
+    ",".join((*_ATTENTION, *_QKV, "gate", "up")),
+    ",".join((*_ATTENTION, "residual", "gate")),
+    ",".join((*_ATTENTION, *_QKV, "residual")),
+    ",".join((*_ATTENTION, "residual")),
+    ",".join(_ATTENTION),
+    "full",
+)

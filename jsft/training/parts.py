@@ -1,0 +1,70 @@
+"""What a run is built from: mesh, model, data and programs, on shapes alone."""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jsft import mesh as meshes
+from jsft.data.loader import TrainingData, open_training_data
+from jsft.data.plan import attention_cost
+from jsft.errors import ConfigError
+from jsft.hf.resolve import resolve_model
+from jsft.models.config import ModelConfig
+from jsft.models.families import read_config
+from jsft.models.module import abstract_parameters
+from jsft.training.flops import matmul_parameters
+from jsft.training.optimizer import TrainState, initial_state, learning_rate_schedule, parameter_dtype
+from jsft.training.step import StepPrograms, abstract_batch, make_programs
+
+
+class Parts(NamedTuple):
+    """What a run is built from, before any weight is read."""
+
+    config: ConfigDict
+    model_dir: Path
+    model: ModelConfig
+    mesh: Mesh
+    abstract: TrainState  # shapes, dtypes and shardings
+    shardings: Any  # tree of NamedSharding of the parameters
+    data: TrainingData
+    rows: int  # packed rows of a micro batch, over all devices
+
+
+def build(config: ConfigDict) -> Parts:
+    """Mesh, model and data of a run; reads no weights. Raises the JsftError of whatever is wrong."""
+    mesh = meshes.make_mesh(config.mesh.replica, config.mesh.fsdp)
+    model_dir = resolve_model(config.model.path, config.model.revision)
+    model = read_config(model_dir)
+    parameters = abstract_parameters(model, mesh, parameter_dtype(config))
+    rows = mesh.size * config.data.rows_per_device
+    data = open_training_data(
+        config, model_dir, rows_per_micro_batch=rows, process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        attention_cost=attention_cost(model.num_layers, model.num_heads, model.head_dim, matmul_parameters(model)),
+    )
+    expected, given = config.train.expect_steps, math.ceil(config.train.epochs * data.steps_per_epoch)
+    if expected not in (None, -1, given):
+        raise ConfigError(
+            f"the recipe expects {expected} updates, but this data and train.epochs={config.train.epochs:g} give "
+            f"{given} ({data.steps_per_epoch} an epoch); use the recipe's data and epochs, or set train.expect_steps=-1"
+        )
+    learning_rate_schedule(config, data.total_steps)  # refuses a warm-up that fills the run
+    abstract = initial_state(parameters, config)
+    return Parts(
+        config, model_dir, model, mesh, abstract, jax.tree.map(lambda p: p.sharding, parameters), data, rows
+    )
+
+
+def programs(parts: Parts, remat) -> StepPrograms:
+    """The compiled functions of this run."""
+    return make_programs(parts.model, parts.config, parts.mesh, parts.shardings, parts.data.total_steps, remat)
+
+
+def compile_gradients(parts: Parts, remat):
+    """The compiled gradient program of one full micro batch, from shapes alone."""
+    batch = abstract_batch(parts.rows, parts.config.data.pack_length, parts.mesh)
+    return programs(parts, remat).gradients.lower(parts.abstract.parameters, batch).compile()
