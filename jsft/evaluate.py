@@ -40,6 +40,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--limit", type=int, help="only the first N problems of each task")
     add("--samples", type=int, help="samples per problem (default: the task's)")
     add("--max_tokens", type=int, help="limit of a response in tokens (default: the task's)")
+    add("--temperature", type=float, help="0 is greedy (default: the task's)")
     add("--seed", type=int, default=0)
     add("--redo", action="store_true", help="throw away what these tasks have there")
     add("--judge", action="append", default=[], metavar="ROLE=URL#MODEL", help=_judge_help())
@@ -69,6 +70,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("limit", "samples", "max_tokens", "max_model_len", "tp"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ConfigError(f"--{name} must be at least 1")
+    if options.temperature is not None and not 0 <= options.temperature < float("inf"):
+        raise ConfigError("--temperature must be at least 0")
     if options.reload is not None and not options.url:
         raise ConfigError("--reload needs --url: it is the server that loads the weights")
     if options.data_dir is not None and not options.data_dir.exists():

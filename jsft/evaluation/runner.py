@@ -31,6 +31,7 @@ class Options:
     limit: int | None = None  # the first problems only
     samples: int | None = None  # per problem
     max_tokens: int | None = None
+    temperature: float | None = None  # 0: greedy
     max_model_len: int | None = None
     seed: int = 0
     redo: bool = False
@@ -123,6 +124,8 @@ class _TaskRun:
         sampling = task.sampling
         if options.max_tokens:
             sampling = dataclasses.replace(sampling, max_tokens=options.max_tokens)
+        if options.temperature is not None:
+            sampling = dataclasses.replace(sampling, temperature=options.temperature)
         self.sampling = sampling
         settings = {
             "task": task.name,

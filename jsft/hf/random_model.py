@@ -64,17 +64,19 @@ def write_random_model(
     dtype: str = "bfloat16",
     std: float = 0.02,
     perturb: bool = False,
+    tokenizer: Tokenizer | None = None,
 ) -> Path:
-    """Writes config.json, model.safetensors, a byte-level tokenizer with a ChatML template, and generation_config.json.
+    """Writes config.json, model.safetensors, a tokenizer with a ChatML template, and generation_config.json.
 
     Args:
       out_dir: made by this function; must not exist.
       family: "qwen3", "qwen2" or "internlm2" (never tied; qwen2 and internlm2 need hidden_size = heads * head_dim).
       head_dim: vLLM's CPU attention serves 32, 64, 80, 96, 112, 128 and a few larger ones.
-      vocab_size: rows of the embedding; default: the tokenizer's 259 tokens rounded up to a multiple of 64.
+      vocab_size: rows of the embedding; default: the tokenizer's tokens rounded up to a multiple of 64.
       rope_dynamic_factor: dynamic NTK beyond `max_positions`.
       std: standard deviation of the weights.
       perturb: draw norm weights from U(0.5, 1.5) and biases from N(0, 0.3), so that a wrong use of them shows.
+      tokenizer: one with the SPECIAL_TOKENS; default: `byte_tokenizer`.
 
     Returns the directory. Raises ModelError when it exists or the sizes do not fit each other.
     """
@@ -87,7 +89,7 @@ def write_random_model(
         raise ModelError(
             f"a {family} model needs hidden_size = heads * head_dim, not {hidden_size} and {heads} * {head_dim}"
         )
-    tokenizer = byte_tokenizer()
+    tokenizer = tokenizer or byte_tokenizer()
     end = tokenizer.token_to_id("<|endoftext|>")
     size = tokenizer.get_vocab_size()
     config = {

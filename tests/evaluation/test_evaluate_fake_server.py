@@ -86,6 +86,16 @@ def test_mathematics_and_countdown(fake_openai, rows, tmp_path, monkeypatch, cap
     assert "math500 reference 100.0 %" in said and "gsm8k" in said
 
 
+def test_temperature_can_be_set(fake_openai, rows, tmp_path, monkeypatch):
+    fake = fake_openai(scripted(MATHEMATICS))
+    arguments = ["--url", fake.url, "--tasks", "gsm8k", "--data_dir", rows, "--out", tmp_path]
+    with pytest.raises(ConfigError, match="--temperature must be at least 0"):
+        run(monkeypatch, *arguments, "--temperature", "-1")
+    assert run(monkeypatch, *arguments, "--temperature", "0") == 0
+    assert {body["temperature"] for _, body in fake.requests} == {0}
+    assert results(tmp_path, "gsm8k")["settings"]["sampling"]["temperature"] == 0
+
+
 def test_code_and_hallucinations(fake_openai, rows, tmp_path, monkeypatch):
     code = {
         "print their sum": "<think>easy</think>\n```python\nn = int(input())\nprint(sum(map(int, "
