@@ -12,6 +12,13 @@ from jsft.kernels.flash.forward import forward
 from jsft.kernels.flash.plan import TILE
 from jsft.kernels.flash.tuned import configs
 
+# Under jit, so that a program of many layers makes each kernel's code once, not once a layer.
+_static = ("scale", "config", "interpret")
+_forward = jax.jit(forward, static_argnames=(*_static, "programs"))
+_backward_dq = jax.jit(backward_dq, static_argnames=_static)
+_backward_dkv = jax.jit(backward_dkv, static_argnames=_static)
+_backward_fused = jax.jit(backward_fused, static_argnames=_static)
+
 
 def flash_attention(
     q, k, v, doc_start, doc_end, *, scale: float, backward: str = "auto", interpret=None
@@ -39,7 +46,7 @@ def _attention(q, k, v, doc_start, doc_end, scale, backward, interpret):
 def _attention_forward(q, k, v, doc_start, doc_end, scale, backward, interpret):
     config = _configs(q, k).forward
     run = functools.partial(
-        forward, scale=scale, config=config, programs=_multiprocessors(), interpret=interpret
+        _forward, scale=scale, config=config, programs=_multiprocessors(), interpret=interpret
     )
     o, lse = _batched(run)(q, k, v, doc_start)
     o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")
@@ -55,9 +62,9 @@ def _attention_backward(scale, backward, interpret, residuals, do):
         delta = jnp.einsum("bthd,bthd->bht", o.astype(jnp.float32), do.astype(jnp.float32))
         common = dict(scale=scale, interpret=interpret)
         if fused:
-            return backward_fused(q, k, v, do, lse, delta, doc_end, config=config.dq_dkv, **common)
-        dk, dv = backward_dkv(q, k, v, do, lse, delta, doc_end, config=config.dkv, **common)
-        return backward_dq(q, k, v, do, lse, delta, doc_start, config=config.dq, **common), dk, dv
+            return _backward_fused(q, k, v, do, lse, delta, doc_end, config=config.dq_dkv, **common)
+        dk, dv = _backward_dkv(q, k, v, do, lse, delta, doc_end, config=config.dkv, **common)
+        return _backward_dq(q, k, v, do, lse, delta, doc_start, config=config.dq, **common), dk, dv
 
     dq, dk, dv = _batched(gradients)(q, k, v, do.astype(q.dtype), o, lse, doc_start, doc_end)
     return dq, dk, dv, None, None
