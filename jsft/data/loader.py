@@ -36,7 +36,7 @@ class TrainingData:
         self.steps_per_epoch, self.total_steps = steps_per_epoch, len(source)
         self.report = source.documents.report() | packing_report(source, min(steps_per_epoch, len(source)))
         self.fingerprint = hashlib.sha256(
-            repr((source.documents.fingerprint(), source.recipe, self.total_steps)).encode()
+            repr((source.documents.fingerprint(), source.recipe)).encode()
         ).hexdigest()[:32]
 
     @property

@@ -174,6 +174,7 @@ def test_fingerprint_follows_data_order_and_objective_not_devices(make_config):
     rows = rows_of(LENGTHS)
     base = open_it(make_config(rows)).fingerprint
     assert open_it(make_config(rows), rows=8).fingerprint == base
+    assert open_it(make_config(rows, train__max_steps=1)).fingerprint == base  # the same documents, only fewer
     others = [
         open_it(make_config(rows, **fields)).fingerprint
         for fields in (
