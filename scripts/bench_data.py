@@ -42,6 +42,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, len(os.sched_getaffinity(0))])
     parser.add_argument("--text", type=Path)
     args = parser.parse_args()
+    if args.rows < BATCH:
+        parser.error(f"--rows {args.rows}: less than one step of {BATCH} documents")
     chat = Chat(load_tokenizer(args.model), eos_token="<|endoftext|>")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "long.parquet"
