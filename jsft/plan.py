@@ -56,7 +56,8 @@ def _define_flags(values) -> None:
     flags.DEFINE_bool(
         "compile",
         False,
-        "compile the step for the devices here (one GPU stands for all) and compare",
+        "compile the step and compare: for the devices here (one GPU stands for all), or for --device without "
+        "any where JAX's CUDA plugin is installed",
         flag_values=values,
     )
 
@@ -89,9 +90,10 @@ def main(argv: list[str] | None = None) -> int:
         documents=flags.documents,
     )
     if flags.compile:
-        from jsft.training.compiled import compare
+        from jsft.training.compiled import compare, compile_kind
 
-        plan["compiled"] = compare(config, flags.devices, plan["memory"]["remat"])
+        kind = compile_kind(flags.device)
+        plan["compiled"] = compare(config, flags.devices, plan["memory"]["remat"], kind)
     if flags.price:
         plan["time"]["cost"] = flags.price * flags.devices * plan["time"]["hours"]
     print(json.dumps(plan) if flags.json else "\n".join(report.lines(plan)))

@@ -5,6 +5,7 @@ to i.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -119,12 +120,20 @@ def _choose(implementation: str, backward: str) -> str:
     return "xla" if why_not else "pallas"
 
 
+def _device():
+    """What the program will run on: a device of this process, or in a mesh of other ones their description."""
+    here = jax.devices()[0]
+    other = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return here if other is None or other.device_kind == here.device_kind else other
+
+
 def _pallas_unavailable() -> str | None:
     """Why this process cannot run the Pallas kernels; None if it can."""
-    device = jax.devices()[0]
+    device = _device()
     if device.platform != "gpu":
         return f"they need a Hopper GPU (compute capability 9.0), this is a {device.platform} device"
-    capability = str(getattr(device, "compute_capability", "unknown"))
+    known = "9.0" if re.search(r"\bG?H[128]00\b", device.device_kind) else "unknown"
+    capability = str(getattr(device, "compute_capability", known))
     if capability != "9.0":
         return f"they need a Hopper GPU (compute capability 9.0), {device.device_kind} has {capability}"
     return None

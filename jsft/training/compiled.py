@@ -1,13 +1,17 @@
-"""The estimate held against the compiled gradient program, on the devices of this machine."""
+"""What compiled step programs need of memory, and the estimate held against it."""
 
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from jsft.errors import ConfigError
+from jsft.models.config import ModelConfig
 from jsft.planning.inputs import find_model
 from jsft.planning.memory import estimate
+
+PROGRAMS = ("gradients", "add_gradients", "update")
 
 
 class _NoData(NamedTuple):
@@ -16,62 +20,126 @@ class _NoData(NamedTuple):
     total_steps: int = 1000
 
 
-def compare(config: ConfigDict, devices: int, remat: str) -> dict[str, Any]:
-    """Compiles the run's gradient program, from shapes alone, for `devices` devices; bytes per device, both
-    ways.
+class ProgramMemory(NamedTuple):
+    """Bytes of one device while a program runs. beside: what it does not touch, but the run holds."""
 
-    One GPU stands for many (`platform.mock_gpus`). Raises ConfigError when the devices here are of another
-    number.
+    arguments: int
+    outputs: int
+    aliased: int  # of the outputs: in the place of an argument
+    temporaries: int
+    beside: int
+
+    @property
+    def total(self) -> int:
+        return self.beside + self.arguments + self.outputs - self.aliased + self.temporaries
+
+
+def program_memory(
+    config: ConfigDict, model: ModelConfig, devices, remat: str, names=PROGRAMS
+) -> dict[str, ProgramMemory]:
+    """Compiles the step programs of a run on `devices` from shapes alone; bytes per device of each.
+
+    devices: of this machine, or of `jsft.training.deviceless.gpus`.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from jsft import mesh as meshes
+    from jsft.kernels.linear_cross_entropy import LossSums
+    from jsft.models.module import abstract_parameters
+    from jsft.training import deviceless
+    from jsft.training.optimizer import initial_state, parameter_dtype
+    from jsft.training.parts import Parts, programs
+    from jsft.training.step import abstract_batch
+
+    mesh = meshes.make_mesh(config.mesh.replica, config.mesh.fsdp, devices)
+    state = initial_state(abstract_parameters(model, mesh, parameter_dtype(config)), config)
+    shardings = jax.tree.map(lambda p: p.sharding, state.parameters)
+    rows = mesh.size * config.data.rows_per_device
+    jitted = programs(Parts(config, None, model, mesh, state, shardings, _NoData(), rows), remat)
+    dtype = jnp.dtype(config.precision.gradients)
+    gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype, sharding=p.sharding), state.parameters)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=meshes.replicated(mesh))
+    sums = LossSums(*[scalar] * len(LossSums._fields))
+    batch = abstract_batch(rows, config.data.pack_length, mesh)
+    moments = sum(map(meshes.shard_bytes, jax.tree.leaves((state.first_moment, state.second_moment))))
+    arguments = {
+        "gradients": (state.parameters, batch),
+        "add_gradients": (state.parameters, batch, gradients, sums),
+        "update": (state, gradients, sums, scalar),
+    }
+    real = mesh.devices.flat[0] in jax.devices()
+    found = {}
+    for name in names:
+        traced = getattr(jitted, name).trace(*arguments[name])
+        if real:
+            compiled = traced.lower().compile()
+        else:
+            lowered = traced.lower(lowering_platforms=("cuda",))
+            compiled = lowered.compile(compiler_options=deviceless.COMPILER_OPTIONS)
+        analysis = compiled.memory_analysis()
+        found[name] = ProgramMemory(
+            analysis.argument_size_in_bytes,
+            analysis.output_size_in_bytes,
+            analysis.alias_size_in_bytes,
+            analysis.temp_size_in_bytes,
+            0 if name == "update" else moments,
+        )
+    return found
+
+
+def compare(config: ConfigDict, devices: int, remat: str, kind: str | None = None) -> dict[str, Any]:
+    """The estimate beside the compiled program that makes gradients; bytes per device.
+
+    kind: compile for GPUs of this kind that are not here (`jsft.training.deviceless`); None: for the devices of this
+    machine, of which one GPU stands for many (`platform.mock_gpus`). Raises ConfigError when these are of another number.
     """
     import jax
 
-    from jsft import mesh as meshes
-    from jsft.models.module import abstract_parameters
-    from jsft.training import platform
-    from jsft.training.optimizer import initial_state, parameter_dtype
-    from jsft.training.parts import Parts, compile_gradients
+    from jsft.training import deviceless, platform
 
     platform.configure()
-    if devices > 1 and _one_gpu():
-        platform.mock_gpus(devices)
-    if jax.device_count() != devices:
+    if kind:
+        targets = deviceless.gpus(kind, devices)
+    else:
+        if devices > 1 and _one_gpu():
+            platform.mock_gpus(devices)
+        targets = jax.devices()
+    if len(targets) != devices:
         raise ConfigError(
-            f"--compile: {jax.device_count()} {jax.devices()[0].platform} device(s) here, the plan is for "
-            f"{devices}; use "
-            f"as many, or a machine with one GPU (on a CPU: "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={devices})"
+            f"--compile: {len(targets)} {targets[0].platform} device(s) here, the plan is for {devices}; use as many, "
+            f"a machine with one GPU, or one without but with JAX's CUDA plugin (pip install 'jax[cuda13]')"
         )
     model, _ = find_model(config.model.path)
-    mesh = meshes.make_mesh(config.mesh.replica, config.mesh.fsdp)
-    state = initial_state(abstract_parameters(model, mesh, parameter_dtype(config)), config)
-    shardings = jax.tree.map(lambda p: p.sharding, state.parameters)
-    rows = devices * config.data.rows_per_device
     began = time.perf_counter()
-    analysis = compile_gradients(
-        Parts(config, None, model, mesh, state, shardings, _NoData(), rows), remat
-    ).memory_analysis()
-    kind = jax.devices()[0].platform
-    memory = estimate(model, config, mesh, remat, "cpu" if kind == "cpu" else "gpu")
-    total = (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        + analysis.temp_size_in_bytes
-        + memory.moments
-    )
+    found = program_memory(config, model, targets, remat, ("gradients",))["gradients"]
+    from jsft import mesh as meshes
+
+    mesh = meshes.make_mesh(config.mesh.replica, config.mesh.fsdp, targets)
+    memory = estimate(model, config, mesh, remat, "cpu" if targets[0].platform == "cpu" else "gpu")
     expected = memory.total - memory.beside
     return {
-        "device": jax.devices()[0].device_kind,
+        "device": targets[0].device_kind,
         "remat": remat,
-        "total_bytes": total,
+        "total_bytes": found.total,
         "estimate_bytes": expected,
-        "ratio": expected / total,
-        "temporaries_bytes": analysis.temp_size_in_bytes,
+        "ratio": expected / found.total,
+        "temporaries_bytes": found.temporaries,
         "seconds": time.perf_counter() - began,
     }
 
 
-def _one_gpu() -> bool:
-    """Whether this machine has exactly one NVIDIA GPU, asked without waking JAX."""
-    from pathlib import Path
+def compile_kind(device: str) -> str | None:
+    """`device` where a program for it must be compiled without it: no GPU here, but JAX's CUDA plugin."""
+    from jsft.training import deviceless
 
-    return len(list(Path("/dev").glob("nvidia[0-9]*"))) == 1
+    return None if _gpus() or not deviceless.available() else device
+
+
+def _gpus() -> int:
+    """NVIDIA GPUs of this machine, counted without waking JAX."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def _one_gpu() -> bool:
+    return _gpus() == 1

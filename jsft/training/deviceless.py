@@ -1,0 +1,55 @@
+"""GPUs that are not there: JAX's CUDA compiler without a GPU or a driver, for what a program needs of memory.
+
+Needs the CUDA plugin (pip install "jax[cuda13]"), which installs anywhere. What a device is, the compiler takes from a
+description instead of asking a driver; kernels it would choose by trying them out it chooses by rule instead.
+"""
+
+import importlib.util
+
+from jsft.errors import ConfigError
+
+# As in XLA's GpuTargetConfigProto; Hopper's limits, and what differs between the two cards.
+_HOPPER = """
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 threads_per_warp: 32
+  threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  l2_cache_size: 52428800 memory_bandwidth: {bandwidth} device_memory_size: {memory}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 12 }}
+runtime_version {{ major: 13 minor: 0 }}
+device_description_str: "{name}"
+"""
+KINDS = {
+    "H200": dict(name="NVIDIA H200", memory=143771 * 2**20, bandwidth=4800 * 10**9),
+    "H100": dict(name="NVIDIA H100 80GB HBM3", memory=81559 * 2**20, bandwidth=3352 * 10**9),
+}
+COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}  # there is nothing to try kernels out on
+
+
+def available() -> bool:
+    """Whether JAX's CUDA plugin is installed."""
+    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+
+
+def gpus(kind: str, count: int) -> list:
+    """`count` devices of one host that programs can be compiled for, not run on.
+
+    Call before the first use of a device. Raises ConfigError for a kind other than H100 and H200, and without the CUDA
+    plugin.
+    """
+    import jax
+    from jax.experimental import topologies
+
+    if kind.upper() not in KINDS:
+        raise ConfigError(f"--device {kind}: programs compile for {' and '.join(KINDS).lower()} only where no GPU is")
+    if not available():
+        raise ConfigError("to compile for GPUs without one, install JAX's CUDA plugin: pip install 'jax[cuda13]'")
+    jax.config.update("jax_platforms", "cpu")  # the plugin would look for a driver
+    target = _HOPPER.format(**KINDS[kind.upper()])
+    return topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{count}").devices
