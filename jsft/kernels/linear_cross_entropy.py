@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec as P
 
 _ROWS = ("replica", "fsdp")  # mesh axes of the batch rows
 _VOCABULARY = "fsdp"  # mesh axis of the vocabulary
-_LOGIT_BYTES = 2**31  # of one chunk on one device, at most
+_LOGIT_BYTES = 5 * 2**29  # of one chunk on one device, at most
 _CHUNK_TOKENS = 8192  # over all devices of the vocabulary axis, at most: beyond it nothing is gained
 
 
@@ -55,7 +55,7 @@ def linear_cross_entropy(
       weights: float32 [B, T]; 0 means not supervised: such a token costs nothing and its target is not read.
       mesh: with axes 'replica' and 'fsdp'; one device is the same code.
       chunk_tokens: tokens at a time over all devices of 'fsdp'. Default: as many as keep a device's logits
-        under 2 GiB, at most 8,192.
+        under 2.5 GiB, at most 8,192.
       gradient_dtype: of the buffer that sums the unembedding's gradient over the chunks.
 
     Raises:
@@ -160,14 +160,11 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
         logits = jnp.where(first + column < V, logits, -jnp.inf)
         top = lax.pmax(jnp.max(logits, axis=-1), _VOCABULARY)
         exp = jnp.exp(logits - top[:, None])
-        is_target = column == tc[:, None]
         safe = jnp.maximum(logits, jnp.finfo(wide).min)  # 0 * -inf of the padded columns would be NaN
+        here = (tc >= 0) & (tc < width)
+        at_target = jnp.take_along_axis(logits, jnp.clip(tc, 0, width - 1)[:, None], axis=1)[:, 0]
         local = jnp.stack(
-            [
-                jnp.sum(exp, axis=-1),
-                jnp.sum(exp * safe, axis=-1),
-                jnp.sum(jnp.where(is_target, safe, 0), axis=-1),
-            ]
+            [jnp.sum(exp, axis=-1), jnp.sum(exp * safe, axis=-1), jnp.where(here, at_target, 0)]
         )
         total, exp_logits, at_target = lax.psum(local, _VOCABULARY)
         log_z = top + jnp.log(total)
@@ -185,7 +182,10 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
             ]
         )
         if grads:
-            d_logits = (exp * (wc / total)[:, None] - jnp.where(is_target, wc[:, None], 0)).astype(dtype)
+            # Made from the logits once more: kept from the sums above, exp would be written and read again.
+            again, log_zc = lax.optimization_barrier((logits, log_z))
+            p = jnp.exp(again - log_zc[:, None])
+            d_logits = (wc[:, None] * (p - (column == tc[:, None]))).astype(dtype)
             dw = (dw + dot(d_logits, xc, (((0,), (0,)), ((), ())))).astype(dw.dtype)
             dxc = dot(d_logits, w, (((1,), (0,)), ((), ())))
             if parts > 1:
