@@ -142,6 +142,8 @@ FIELDS: tuple[Field, ...] = (
     Field("checkpoint.milestones", tuple, (), "Steps that are saved too, and whose parameters are kept for good."),
     Field("log.wandb", str, None, "Weights & Biases project that the metrics go to as well; needs the extra jsft[wandb]. "
           "WANDB_MODE=offline is respected."),
+    Field("log.histograms_every", int, 100, "Put histograms of weights, gradients and updates, by layer, on TensorBoard "
+          "every this many updates; 0: never.", minimum=0),
     Field("eval.every", int, 0, "Compute data.eval's loss every this many updates; 0: never, 1 for each.", minimum=0),
     Field("eval.generate.tasks", str, None, "Benchmarks to sample while training goes on, with commas (names: "
           "python -m jsft.evaluate --list)."),

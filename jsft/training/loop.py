@@ -14,6 +14,7 @@ from jsft.data.batch import Batch, StepData
 from jsft.errors import DataError, JsftError, NonFiniteError
 from jsft.mesh import shard_batch
 from jsft.training.checkpoint import Saver
+from jsft.training.histograms import Histograms, named
 from jsft.training.metrics import MetricsWriter, RunLog
 from jsft.training.optimizer import TrainState
 from jsft.training.profiling import Profiler
@@ -39,6 +40,7 @@ class Loop:
     peak_flops: float | None
     eval_data: dict[str, list[Batch]] = field(default_factory=dict)
     profiler: Profiler | None = None
+    histograms: Histograms | None = None
     on_step: Callable[[int], None] = lambda step: None
     on_save: Callable[[int], None] = lambda step: None
 
@@ -73,7 +75,7 @@ class Loop:
                     pending = None
                 self.profiler.start(step + 1)
             dispatched = time.perf_counter()
-            state, metrics = self._update(state, step_data)
+            state, metrics, counts = self._update(state, step_data, step + 1)
             dispatched = time.perf_counter() - dispatched
             step += 1
             if step == first_step + 1:
@@ -81,7 +83,7 @@ class Loop:
             # The numbers of a step are read once the next one is under way, so that the device never waits for us.
             if pending:
                 clock, bad = self._report(*pending, clock, bad)
-            pending = (step, metrics, step_data, waited, dispatched)
+            pending = (step, metrics, counts, step_data, waited, dispatched)
             stopping, overdue = self._ask()
             final = step == self.total_steps
             saving = final or stopping or overdue or self.saver.wants(step)
@@ -141,8 +143,10 @@ class Loop:
                 f"is the data's disk there, and its token cache whole? the same command goes on from the last checkpoint"
             ) from error
 
-    def _update(self, state: TrainState, data: StepData) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Dispatches one step; nothing here waits for the device."""
+    def _update(
+        self, state: TrainState, data: StepData, step: int
+    ) -> tuple[TrainState, dict[str, jax.Array], dict | None]:
+        """Dispatches step `step`; nothing here waits for the device. Returns (state, metrics, histograms where due)."""
         gradients = sums = None
         for micro_batch in data.micro_batches:
             batch = shard_batch(micro_batch, self.mesh)
@@ -150,9 +154,14 @@ class Loop:
                 gradients, sums = self.programs.gradients(state.parameters, batch)
             else:
                 gradients, sums = self.programs.add_gradients(state.parameters, batch, gradients, sums)
-        return self.programs.update(state, gradients, sums, jnp.float32(data.weight_sum))
+        state, metrics = self.programs.update(state, gradients, sums, jnp.float32(data.weight_sum))
+        every, counts = self.config.log.histograms_every, None
+        if self.histograms and every and step % every == 0:
+            self.watchdog.at(f"making the histograms of step {step}, their compilation included")
+            counts = self.histograms(state, gradients, metrics["lr"])
+        return state, metrics, counts
 
-    def _report(self, step, metrics, data: StepData, waited, dispatched, clock, bad) -> tuple[float, int]:
+    def _report(self, step, metrics, counts, data: StepData, waited, dispatched, clock, bad) -> tuple[float, int]:
         """Fetches and writes a step's numbers. Returns (time now, non-finite steps in a row)."""
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
@@ -177,6 +186,8 @@ class Loop:
             metrics["mfu"] = self.flops(data) / seconds / self.peak_flops
         if self.writer:
             self.writer.write(step, metrics)
+            if counts is not None:
+                self.writer.write_layers(step, named(jax.device_get(counts)))
         self.log.step(step, self.total_steps, metrics)
         self.on_step(step)
         self.watchdog.stepped(step, seconds)

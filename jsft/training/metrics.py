@@ -9,8 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from jsft.training.histograms import EDGES
 
 
 class MetricsWriter:
@@ -66,24 +69,27 @@ class MetricsWriter:
 
     def write_histogram(self, tag: str, values: Any, step: int = 0) -> None:
         """A histogram of `values` (numbers) on TensorBoard, in 30 bins of equal width."""
-        import numpy as np
-        from tensorboard.compat.proto.histogram_pb2 import HistogramProto
-
         values = np.asarray(values, np.float64)
         counts, edges = np.histogram(values, 30)
-        histogram = HistogramProto(
-            min=values.min(),
-            max=values.max(),
-            num=len(values),
-            sum=values.sum(),
-            sum_squares=(values**2).sum(),
-            bucket_limit=edges[1:].tolist(),
-            bucket=counts.tolist(),
-        )
-        value = self._summary.Value(tag=tag, histo=histogram)
+        self._write_histograms(step, {tag: histogram_proto(counts, edges, values.sum(), (values**2).sum())})
+
+    def write_layers(self, step: int, counts: dict[str, np.ndarray]) -> None:
+        """`counts` by tag, of magnitudes by octave as in `jsft.training.histograms`, on TensorBoard."""
+        centres = EDGES[:-1] + 0.5
+        protos = {
+            tag: histogram_proto(row, EDGES, (row * centres).sum(), (row * centres**2).sum())
+            for tag, row in counts.items()
+            if row.any()  # nothing of it was finite
+        }
+        self._write_histograms(step, protos, "Horizontal: log2 of the magnitude. Zeros are in the lowest bin.")
+
+    def _write_histograms(self, step: int, protos: dict[str, Any], help: str = "") -> None:
+        values = [self._summary.Value(tag=tag, histo=proto) for tag, proto in protos.items()]
+        for value in values:
+            value.metadata.summary_description = help
         with suppress(OSError):
             self._board.add_event(
-                self._event(wall_time=time.time(), step=step, summary=self._summary(value=[value]))
+                self._event(wall_time=time.time(), step=step, summary=self._summary(value=values))
             )
             self._board.flush()
 
@@ -107,6 +113,23 @@ class MetricsWriter:
         for part in (*self._files.values(), self._board):
             with suppress(OSError):
                 part.close()
+
+
+def histogram_proto(counts: np.ndarray, edges: np.ndarray, total: float, squares: float) -> Any:
+    """TensorBoard's histogram of `counts` [n] between `edges` [n + 1], without the empty bins at its ends."""
+    from tensorboard.compat.proto.histogram_pb2 import HistogramProto
+
+    filled = np.flatnonzero(counts)
+    first, end = int(filled[0]), int(filled[-1]) + 1
+    return HistogramProto(
+        min=edges[first],
+        max=edges[end],
+        num=counts.sum(),
+        sum=total,
+        sum_squares=squares,
+        bucket_limit=edges[first + 1 : end + 1].tolist(),
+        bucket=counts[first:end].tolist(),
+    )
 
 
 def has_heldout(workdir: Path, step: int) -> bool:

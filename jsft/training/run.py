@@ -20,6 +20,7 @@ from jsft.training import checkpoint, platform
 from jsft.training.ending import GO_ON, Ending
 from jsft.training.flops import matmul_parameters, peak_flops, step_flops
 from jsft.training.generation import open_generation
+from jsft.training.histograms import make_histograms
 from jsft.training.introduction import introduce
 from jsft.training.loop import Loop
 from jsft.training.metrics import MetricsWriter, RunLog, has_heldout
@@ -138,6 +139,7 @@ def _train(
         peak_flops=peak_flops(jax.devices()),
         eval_data=eval_data,
         profiler=profiler,
+        histograms=make_histograms(config, parts.mesh, parts.shardings),
         on_step=on_step,
         on_save=generation.saved if generation else lambda step: None,
     )

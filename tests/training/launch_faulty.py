@@ -75,9 +75,9 @@ def install() -> None:
     evaluate = loop.Loop.evaluate
     count = {"step": None}
 
-    def faulty_update(self, state, data):
+    def faulty_update(self, state, data, step):
         first = count["step"] is None
-        count["step"] = step = int(state.step) + 1 if first else count["step"] + 1
+        count["step"] = step
         if first and "signal-compile" in FAULTS:
             threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
             jax.config.update("jax_enable_compilation_cache", False)
@@ -88,7 +88,7 @@ def install() -> None:
             raise jax.errors.JaxRuntimeError(
                 "RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes (made by a test)"
             )
-        result = update(self, state, data)
+        result = update(self, state, data, step)
         time.sleep(float(FAULTS.get("slow", 0)))
         if at("kill-step", step):
             kill()

@@ -68,7 +68,7 @@ def arguments(tiny: Tiny, workdir: Path, *flags: str) -> list[str]:
     fields = {
         "model.path": tiny.model, "data.train": tiny.train, "data.eval": tiny.held, "data.max_length": 128,
         "data.pack_length": 128, "train.global_batch": 8, "train.epochs": 2, "train.max_steps": STEPS,
-        "checkpoint.every": EVERY, "eval.every": 6,
+        "checkpoint.every": EVERY, "eval.every": 6, "log.histograms_every": 5,
     }  # fmt: skip
     first = ["--config", str(ROOT / "configs" / "quickstart.py:tiny"), "--workdir", str(workdir)]
     return [*first, *(f"--config.{name}={value}" for name, value in fields.items()), *flags]
