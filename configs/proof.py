@@ -1,0 +1,100 @@
+"""The runs of docs/proof.md: what is trained by scripts/proof_*.sh, which also make the data and the base models.
+
+    scripts/proof_pretrained.sh   gsm8k_qwen2, gsm8k_internlm2
+    scripts/proof_scratch.sh      countdown_cot, countdown_answers
+    scripts/proof_fidelity.sh     fidelity_reference, fidelity_best
+
+Each has a twin with `_tiny` behind its name: the same stages within seconds on a CPU.
+"""
+
+from jsft.config import default_config
+
+RUNS = (
+    "gsm8k_qwen2", "gsm8k_internlm2", "countdown_cot", "countdown_answers", "fidelity_reference", "fidelity_best",
+)  # fmt: skip
+RECIPES = (*RUNS, *(f"{name}_tiny" for name in RUNS))
+
+
+def get_config(recipe: str | None = None):
+    recipe = recipe or RECIPES[0]
+    name, tiny = recipe.removesuffix("_tiny"), recipe.endswith("_tiny")
+    folder = f"runs/proof{'_tiny' if tiny else ''}"
+    config = default_config()
+    config.train.unroll_layers = False  # runs of a minute or two: compiling is the larger part
+    {"gsm8k": _gsm8k, "countdown": _countdown, "fidelity": _fidelity}[name.partition("_")[0]](config, name, folder)
+    if tiny:
+        _tiny(config)
+    return config
+
+
+def _gsm8k(config, name: str, folder: str) -> None:
+    """SmolLM2-135M, 8 epochs of 7,168 worked problems: 112 updates an epoch."""
+    folder += "/pretrained"
+    config.model.path = f"{folder}/models/{name.removeprefix('gsm8k_')}"
+    config.data.train = f"{folder}/train.parquet"
+    config.data.eval = {"heldout": f"{folder}/heldout.parquet"}
+    config.data.shuffle = False  # the file's order is a random one, and the control follows it
+    config.data.max_length = 1024
+    config.data.pack_length = 2048
+    config.data.rows_per_device = 8
+    config.train.global_batch = 64
+    config.train.epochs = 8
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.warmup_ratio = 0.05
+    config.checkpoint.every = 112
+    config.checkpoint.keep = 1
+    config.checkpoint.milestones = tuple(range(112, 897, 112))
+    config.eval.every = 56
+
+
+def _countdown(config, name: str, folder: str) -> None:
+    """A model of 31 M parameters from random weights; the ablation sees the same puzzles without the thinking."""
+    folder += "/scratch"
+    thinks = name == "countdown_cot"
+    config.model.path = f"{folder}/base"
+    config.data.train = f"{folder}/{'train' if thinks else 'train_answers'}.parquet"
+    config.data.eval = {"heldout": f"{folder}/{'heldout' if thinks else 'heldout_answers'}.parquet"}
+    config.data.max_length = 1024
+    config.data.pack_length = 2048
+    config.data.rows_per_device = 42 if thinks else 14  # 256 documents in one micro batch
+    config.train.global_batch = 256
+    config.train.epochs = 100
+    config.train.max_steps = 1200
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_ratio = 0.05
+    config.optimizer.b2 = 0.95
+    config.checkpoint.every = 600
+    config.checkpoint.milestones = (75, 150, 300, 600, 1200)
+    config.eval.every = 75
+
+
+def _fidelity(config, name: str, folder: str) -> None:
+    """300 updates of the same model and puzzles in either mode; both take the same rows in the same order."""
+    _countdown(config, "countdown_cot", folder)
+    folder += "/fidelity"
+    config.model.path = f"{folder}/base"
+    config.data.train = f"{folder}/train.parquet"
+    config.data.eval = {"heldout": f"{folder}/heldout.parquet"}
+    config.fidelity = name.removeprefix("fidelity_")
+    config.data.rows_per_device = 22
+    config.data.shuffle = False
+    config.train.deterministic = True
+    config.train.global_batch = 128
+    config.train.max_steps = 300
+    config.checkpoint.every = 50
+    config.checkpoint.milestones = ()
+    config.eval.every = 50
+
+
+def _tiny(config) -> None:
+    config.precision.compute = "float32"  # what a CPU multiplies fastest
+    config.data.max_length = 256
+    config.data.pack_length = 384
+    config.data.rows_per_device = 2
+    config.train.global_batch = 32
+    config.train.epochs = 4
+    config.train.max_steps = 12
+    config.optimizer.learning_rate = 3e-3
+    config.checkpoint.every = 4
+    config.checkpoint.milestones = (4, 8, 12)
+    config.eval.every = 4

@@ -1,0 +1,102 @@
+# What scripts/proof_*.sh share: options, environments, stages. Sourced by them with
+#   name, and stage_NAME functions for each word of `stages`; then: run_stages "$@"
+#
+# Environment: JSFT_VENV and JSFT_SERVE_VENV name the environments, JSFT_TORCH_PYTHON the Python with torch and
+# transformers that runs the control (default: the serving environment's).
+
+python=${JSFT_VENV:-.venv}/bin/python
+serve_venv=${JSFT_SERVE_VENV:-.venv-serve}
+torch_python=${JSFT_TORCH_PYTHON:-$serve_venv/bin/python}
+tiny='' serve=1 setup=1 gsm8k=${JSFT_GSM8K:-} wanted='' limit='' samples=4
+
+say() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
+fail() { echo "proof_$name: $*" >&2; exit 2; }
+
+usage() {
+  sed -n '2,/^[^#]/p' "$0" | sed -n 's/^# \{0,1\}//p'
+  cat <<TEXT
+
+  --tiny         the same stages within two minutes on a CPU, with a very small model
+  --no-serve     without vLLM
+  --stages a,b   some stages only, of: ${stages[*]}
+  --no-setup     the environments are there as they should be: install nothing
+  --limit N      evaluate with the first N problems only
+TEXT
+}
+
+parse() {
+  while [[ $# -gt 0 ]]; do
+    case $1 in
+      --tiny) tiny=_tiny ;;
+      --no-serve) serve=0 ;;
+      --no-setup) setup=0 ;;
+      --stages | --limit | --gsm8k)
+        [[ $# -ge 2 ]] || fail "$1 needs a value; --help lists the options"
+        case $1 in
+          --stages) wanted=${2//,/ } ;;
+          --limit) limit=$2 ;;
+          --gsm8k) gsm8k=$2 ;;
+        esac
+        shift
+        ;;
+      -h | --help) usage; exit 0 ;;
+      *) fail "unknown option '$1'; --help lists them" ;;
+    esac
+    shift
+  done
+  local stage
+  for stage in $wanted; do
+    [[ " ${stages[*]} " == *" $stage "* ]] || fail "unknown stage '$stage'; there are: ${stages[*]}"
+  done
+}
+
+environments() {
+  if [[ $setup == 1 ]]; then
+    scripts/setup.sh --quiet
+    if [[ $serve == 1 || $name == pretrained ]]; then scripts/setup.sh --serve --quiet; fi
+  fi
+  export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+  if [[ ! -e /proc/driver/nvidia/version && ! -e /dev/nvidiactl ]]; then
+    export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=2"
+    [[ -n $tiny ]] || echo "proof_$name: no GPU here: this takes many hours; --tiny is meant for CPUs" >&2
+  fi
+}
+
+train() {  # train RECIPE WORKDIR [OPTION...]: a run, or what is left of it
+  local recipe=$1 workdir=$2
+  shift 2
+  say "training: python -m jsft.train --config configs/proof.py:$recipe --workdir $workdir"
+  "$python" -m jsft.train --config "configs/proof.py:$recipe" --workdir "$workdir" "$@"
+}
+
+export_steps() {  # export_steps WORKDIR STEPS: those that are not there yet
+  local step
+  for step in ${2//,/ }; do
+    [[ -d $1/hf/step_$step ]] || "$python" -m jsft.export --workdir "$1" --step "$step"
+  done
+}
+
+evaluate() {  # evaluate MODEL OUT OPTION...
+  local model=$1 out=$2
+  shift 2
+  [[ -z $limit ]] || set -- "$@" --limit "$limit"
+  if [[ $setup == 1 ]]; then
+    scripts/eval_vllm.sh "$model" --out "$out" "$@"
+  else
+    "$serve_venv/bin/python" -m jsft.evaluate "$model" --out "$out" "$@"
+  fi
+}
+
+run_stages() {
+  cd "$(dirname "$0")/.."
+  parse "$@"
+  folder=runs/proof$tiny/$name
+  mkdir -p "$folder"
+  environments
+  local stage
+  for stage in ${wanted:-${stages[*]}}; do
+    say "$stage"
+    "stage_$stage"
+  done
+  say "proof_$name: done; all of it lies in $folder"
+}

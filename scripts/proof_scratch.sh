@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Proof 2: a Qwen3 of 31 M random weights learns Countdown with a chain of thought, and, as an ablation, without one.
+#
+#   scripts/proof_scratch.sh [--tiny] [--no-serve] [--stages a,b]
+#
+# All of it lies in runs/proof/scratch (--tiny: runs/proof_tiny/scratch); the same command goes on where it was.
+set -euo pipefail
+name=scratch
+stages=(data cot answers export evaluate figures)
+source "$(dirname "$0")/proof/common.sh"
+
+stage_data() {
+  local puzzles=(--numbers 3 --max_number 30 --attempts 6) rows=100000 heldout=500 set
+  if [[ -n $tiny ]]; then puzzles=(--numbers 2 --max_number 9 --target 1-20 --attempts 1) rows=300 heldout=20; fi
+  [[ -e $folder/heldout.parquet ]] ||
+    "$python" -m jsft.prepare countdown --rows "$heldout" --seed 2 "${puzzles[@]}" --out "$folder/heldout.parquet"
+  [[ -e $folder/train.parquet ]] ||
+    "$python" -m jsft.prepare countdown --rows "$rows" --seed 1 "${puzzles[@]}" --repeat \
+      --exclude "$folder/heldout.parquet" --out "$folder/train.parquet"
+  for set in heldout train; do
+    [[ -e $folder/${set}_answers.parquet ]] ||
+      "$python" -m jsft.prepare nocot "$folder/$set.parquet" --out "$folder/${set}_answers.parquet"
+  done
+  cp "$folder/heldout.parquet" "$folder/eval_countdown.parquet"  # under this name evaluation looks for it
+  "$python" scripts/proof/models.py countdown "$folder/train.parquet" "$folder/base" ${tiny:+--tiny}
+}
+
+stage_cot() { train "countdown_cot$tiny" "$folder/cot"; }
+stage_answers() { train "countdown_answers$tiny" "$folder/answers"; }
+
+steps() { if [[ -n $tiny ]]; then echo 4,8,12; else echo 75,150,300,600,1200; fi; }
+
+stage_export() {
+  local run
+  for run in cot answers; do export_steps "$folder/$run" "$(steps)"; done
+}
+
+stage_evaluate() {
+  [[ $serve == 1 ]] || { echo "left out: --no-serve"; return; }
+  local run tokens=1024 chosen
+  chosen=$(steps)
+  if [[ -n $tiny ]]; then tokens=64 chosen=12; fi
+  for run in cot answers; do
+    evaluate "$folder/$run" "$folder/$run/eval" --steps "$chosen" --tasks countdown --data_dir "$folder" \
+      --max_tokens "$tokens"
+  done
+}
+
+stage_figures() { "$python" scripts/proof/figures.py scratch "$folder"; }
+
+run_stages "$@"

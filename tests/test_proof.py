@@ -1,0 +1,104 @@
+"""The scripts of docs/proof.md, whole, with --tiny; and what they refuse."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jsft import config as schema
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ("pretrained", "scratch", "fidelity")
+
+
+def proof(name: str, *arguments, **environment) -> subprocess.CompletedProcess:
+    command = ["bash", str(ROOT / "scripts" / f"proof_{name}.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | environment)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_and_wrong_options(name):
+    shown = proof(name, "--help")
+    assert shown.returncode == 0 and "--tiny" in shown.stdout and f"scripts/proof_{name}.sh" in shown.stdout
+    for arguments, said in (
+        (["--tinny"], "unknown option '--tinny'"),
+        (["--stages", "data,bake"], "unknown stage 'bake'; there are: data"),
+        (["--stages"], "--stages needs a value"),
+    ):
+        done = proof(name, *arguments)
+        assert done.returncode == 2 and done.stderr.startswith(f"proof_{name}: {said}"), done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_recipes_resolve():
+    spec = importlib.util.spec_from_file_location("proof", ROOT / "configs" / "proof.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert len(module.RECIPES) == 12
+    for recipe in module.RECIPES:
+        config = schema.resolve(module.get_config(recipe))
+        assert ("proof_tiny" in config.data.train) == recipe.endswith("_tiny")
+        modes = {"fidelity_reference": "reference"}
+        assert config.fidelity == modes.get(recipe.removesuffix("_tiny"), "best")
+
+
+def whole(name: str, *arguments) -> tuple[Path, str]:
+    """Runs a whole proof anew; its folder and its results."""
+    folder = ROOT / "runs" / "proof_tiny" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    done = proof(name, "--tiny", *arguments)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (folder / "curves.png").stat().st_size > 10_000
+    return folder, (folder / "results.md").read_text()
+
+
+def curve(run: Path, file: str, key: str) -> list[float]:
+    return [json.loads(line)[key] for line in (run / file).read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_fidelity():
+    folder, results = whole("fidelity")
+    assert "the runs are bit-identical" in results and "SIGKILL after step" in results
+    for mode in ("reference", "best"):
+        losses = curve(folder / mode, "heldout.jsonl", "heldout/loss")
+        assert losses[-1] < losses[0] - 1
+    # The comparison can fail: the modes are different runs.
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/proof/same_run.py", folder / "best", folder / "reference"],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 1 and "metrics.jsonl: 12 of 12 steps differ" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_scratch():
+    folder, results = whole("scratch")
+    for run in ("cot", "answers"):
+        losses = curve(folder / run, "heldout.jsonl", "heldout/loss")
+        assert losses[-1] < losses[0] - 1
+        found = json.loads((folder / run / "eval/step_12/countdown/results.json").read_text())
+        assert found["problems"] == 20
+    assert "| chain of thought | 12 |" in results
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_pretrained():
+    folder, results = whole("pretrained")
+    for ours, control in (("qwen2", "control"), ("internlm2", "control_llama")):
+        for file, key in (("metrics.jsonl", "loss"), ("metrics.jsonl", "grad_norm"), ("heldout.jsonl", "heldout/loss")):
+            a, b = (curve(folder / run, file, key) for run in (ours, control))
+            assert max(abs(x - y) / y for x, y in zip(a, b, strict=True)) < 2e-4, (ours, key)
+        losses = curve(folder / ours, "metrics.jsonl", "loss")
+        assert len(losses) == 12 and losses[-1] < losses[0] - 1
+    # One function at first; then the output matrix of its own and Qwen2's biases make two models of it.
+    first = [curve(folder / run, "metrics.jsonl", "loss") for run in ("qwen2", "internlm2")]
+    assert abs(first[0][0] - first[1][0]) < 1e-5 < abs(first[0][-1] - first[1][-1])
+    assert "| base | greedy |" in results and "| internlm2, step 12 | greedy |" in results
