@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""Writes what the docs can know from the code: docs/config.md, and the plan's table in
-docs/memory-and-speed.md.
+"""Writes what the docs can know from the code: docs/config.md, the plan's table in docs/memory-and-speed.md, and
+the hours of every published run in docs/recipes.md and at the heads of configs/*.py.
 
     scripts/write_docs.py            write
     scripts/write_docs.py --check    exit 1 when something is out of date
 """
 
+import re
 import sys
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,25 +74,51 @@ def _default(field) -> str:
     return "" if field.default is None else f"`{field.default}`"
 
 
-def plan_table() -> str:
-    """The plan of every base model's default recipe on 8 x H200, with both presets."""
+@cache
+def plan(model: str, recipe: str, fidelity: str = "reference") -> dict:
+    """The plan of a recipe on 8 x H200."""
     from jsft import cli
     from jsft.planning.devices import find_device
     from jsft.planning.report import make_plan
 
+    argv = ["--config", f"{ROOT}/configs/{model}.py:{recipe}", f"--config.fidelity={fidelity}"]
+    config, name, _ = cli.parse(argv, lambda values: None, "")
+    return make_plan(schema.resolve(config), name, 8, find_device("h200"))
+
+
+def hours(model: str, recipe: str) -> str:
+    """Planned hours of a recipe, to two digits."""
+    value = plan(model, recipe)["time"]["hours"]
+    return f"{value:.2f}" if value < 0.1 else f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
+
+
+def recipes_page(text: str) -> str:
+    """docs/recipes.md with the hours of each run's row."""
+    row = r"^(\| `(\w+)\.py:(\w+)` \|[^|]*\|[^|]*\| )[\d.]+ \|$"
+    return re.sub(row, lambda match: f"{match[1]}{hours(match[2], match[3])} |", text, flags=re.MULTILINE)
+
+
+def config_file(model: str, text: str) -> str:
+    """configs/<model>.py with the hours of each recipe at its head."""
+    row = r"^(    (\w+) +\S+_lr\S+ )( *[\d.]+) h$"
+
+    def write(match: re.Match) -> str:
+        return f"{match[1]}{hours(model, match[2]).rjust(len(match[3]))} h"
+
+    return re.sub(row, write, text, flags=re.MULTILINE)
+
+
+def plan_table() -> str:
+    """The plan of every base model's default recipe on 8 x H200, with both presets."""
     rows = [
         "| model, `math_cot_ep8` | fidelity | GiB of 125 | state and gradients | kept | workspace | layers "
-        "keep | s a step | "
-        "hours | checkpoint GB | disk GB |",
+        "keep | s a step | hours | checkpoint GB | disk GB |",
         "|" + "---|" * 11,
     ]
     for model in MODELS:
-        file = ROOT / "configs" / f"{model}.py"
         for fidelity in ("reference", "best"):
-            argv = ["--config", f"{file}:math_cot_ep8", f"--config.fidelity={fidelity}"]
-            config, name, _ = cli.parse(argv, lambda values: None, "")
-            plan = make_plan(schema.resolve(config), name, 8, find_device("h200"))
-            memory, step, disk = plan["memory"], plan["step"], plan["disk"]
+            found = plan(model, "math_cot_ep8", fidelity)
+            memory, step, disk = found["memory"], found["step"], found["disk"]
             state = sum(memory[f"{part}_bytes"] for part in ("parameters", "moments", "gradients", "beside"))
             workspace = max(memory["layer_bytes"], memory["loss_bytes"])
             gib = [memory["total_bytes"], state, memory["kept_bytes"], workspace]
@@ -98,7 +126,7 @@ def plan_table() -> str:
                 f"| {model} | {fidelity} | "
                 + " | ".join(f"{value / 2**30:.1f}" for value in gib)
                 + f" | {memory['remat'].replace(',', ', ')} | {step['seconds']:.1f} | "
-                f"{plan['time']['hours']:.1f} | "
+                f"{found['time']['hours']:.1f} | "
                 f"{disk['checkpoint_bytes'] / 1e9:.0f} | {disk['total_bytes'] / 1e9:.0f} |"
             )
     return "\n".join(rows)
@@ -110,10 +138,13 @@ def pages() -> dict[Path, str]:
     text = page.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
+    recipes = ROOT / "docs" / "recipes.md"
+    configs = {model: ROOT / "configs" / f"{model}.py" for model in MODELS}
     return {
         ROOT / "docs" / "config.md": config_page(),
         page: f"{before}{BEGIN}\n\n{plan_table()}\n\n{END}{after}",
-    }
+        recipes: recipes_page(recipes.read_text(encoding="utf-8")),
+    } | {path: config_file(model, path.read_text(encoding="utf-8")) for model, path in configs.items()}
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from jsft import config as schema
 from jsft import train
 from jsft.errors import ConfigError, DataError, ModelError
 from jsft.hf.random_model import write_random_model
+from jsft.planning.work import ASSUMED_LENGTHS
 
 ROOT = Path(__file__).parents[1]
 MATH, NOCOT, NUMINA = "jasonrqh/Math-CoT-20k", "jasonrqh/Math-NoCoT-20k", "jasonrqh/NuminaMath-20k"
@@ -130,6 +132,13 @@ def test_heads_and_docs_list_every_run_by_its_published_name():
         (head,) = [line for line in load(file).__doc__.splitlines() if line.split()[:1] == [recipe]]
         assert name in line.split() and name in head.split()
         assert line.split()[-2] == head.split()[-2]  # the same estimate of hours
+
+
+def test_docs_say_the_lengths_that_the_plan_assumes():
+    docs = (ROOT / "docs" / "recipes.md").read_text()
+    rows = re.findall(r"^\| ([\w-]+) \| ([\d,]+) \| ([\d,]+) \|$", docs, re.MULTILINE)
+    said = {name.lower(): (int(mean.replace(",", "")), int(w.replace(",", ""))) for name, mean, w in rows}
+    assert {("numinamath" if name == "numina-math" else name): row for name, row in said.items()} == ASSUMED_LENGTHS
 
 
 def test_best_changes_what_it_says_and_nothing_else():

@@ -82,8 +82,6 @@ def plan_work(
     micro_batches = lengths.micro_batches
     if micro_batches is None:
         micro_batches = max(1.0, tokens / (1 - padding) / (rows * positions))
-        if micro_batches == 1.0:
-            padding = max(padding, 0.0)
     squares = tokens * lengths.weighted
     flops = step_flops(model, matmul_parameters(model), int(tokens), int(squares))
     products, attention = recomputed(model, remat)

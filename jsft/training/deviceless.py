@@ -29,7 +29,8 @@ KINDS = {
     "H200": dict(name="NVIDIA H200", memory=143771 * 2**20, bandwidth=4800 * 10**9),
     "H100": dict(name="NVIDIA H100 80GB HBM3", memory=81559 * 2**20, bandwidth=3352 * 10**9),
 }
-COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}  # there is nothing to try kernels out on
+# There is nothing to try kernels out on, and Triton's products have no choice that goes untried.
+COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
 def available() -> bool:
