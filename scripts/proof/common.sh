@@ -56,7 +56,7 @@ environments() {
     if [[ $serve == 1 || $name == pretrained ]]; then scripts/setup.sh --serve --quiet; fi
   fi
   export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-  if [[ ! -e /proc/driver/nvidia/version && ! -e /dev/nvidiactl ]]; then
+  if [[ ! -e /proc/driver/nvidia/version && ! -e /dev/nvidiactl ]] && ! nvidia-smi -L >/dev/null 2>&1; then
     export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=2"
     [[ -n $tiny ]] || echo "proof_$name: no GPU here: this takes many hours; --tiny is meant for CPUs" >&2
   fi
