@@ -7,7 +7,6 @@ Several runs are drawn side by side. Default --out: <first workdir>/report.
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from jsft.errors import CheckpointError, ConfigError, run_command
@@ -19,7 +18,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; --help lists the options")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = _Parser(
         prog="python -m jsft.report",
         description=__doc__,
@@ -30,7 +29,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="where the report goes (default: <first WORKDIR>/report)")
     parser.add_argument("--title", help="title of the page")
-    options = parser.parse_args(sys.argv[1:])
+    options = parser.parse_args(argv)
     workdirs = options.workdirs
     if not workdirs:
         if not Path("runs/latest").exists():
