@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Compiles the step programs of every base model and records what they need: tests/recorded_memory.json.
 
-    scripts/record_memory.py                       all that is not recorded yet (about an hour and a half on two cores)
+    scripts/record_memory.py                       all that is not recorded yet (about 45 minutes, one core)
     scripts/record_memory.py --models qwen3_1_7b --anew
 
 Needs no GPU, but JAX's CUDA plugin (pip install 'jax[cuda13]'; see jsft/training/deviceless.py). For each base model's
 default recipe on 8 x H200 and both presets it walks down the ladder of remat as a run does, to the first rung that fits;
-with that rung it compiles the other two programs, and for `reference` the first one with layers in a loop as well.
+with that rung of `reference` it compiles the other two programs, and the first one with its layers in a loop.
 Afterwards tests/test_planning.py holds the plan's estimate to what was recorded.
 """
 
@@ -64,7 +64,7 @@ def main() -> int:
     from jsft.models.remat import LADDER
     from jsft.planning.devices import find_device
     from jsft.planning.inputs import find_model
-    from jsft.planning.memory import HEADROOM
+    from jsft.planning.memory import HEADROOM, estimate, planned_mesh
     from jsft.training import deviceless, platform
     from jsft.training.compiled import program_memory
 
@@ -73,13 +73,16 @@ def main() -> int:
     limit = HEADROOM * find_device(DEVICE).usable
     records = Records(options.out, options.anew)
 
+    def resolved(model: str, fidelity: str, unrolled: bool):
+        argv = ["--config", f"{ROOT}/configs/{model}.py:math_cot_ep8", f"--config.fidelity={fidelity}",
+                f"--config.train.unroll_layers={unrolled}"]  # fmt: skip
+        return schema.resolve(cli.parse(argv, lambda values: None, "")[0])
+
     def measure(model: str, fidelity: str, rung: str, unrolled: bool, program: str) -> dict:
         wanted = dict(model=model, fidelity=fidelity, remat=rung, unrolled=unrolled, program=program)
         if known := records.get(wanted):
             return known
-        argv = ["--config", f"{ROOT}/configs/{model}.py:math_cot_ep8", f"--config.fidelity={fidelity}",
-                f"--config.train.unroll_layers={unrolled}"]  # fmt: skip
-        config = schema.resolve(cli.parse(argv, lambda values: None, "")[0])
+        config = resolved(model, fidelity, unrolled)
         began = time.perf_counter()
         memory = program_memory(config, find_model(config.model.path)[0], gpus, rung, (program,))[program]
         record = wanted | memory._asdict() | {"total": memory.total}
@@ -88,13 +91,25 @@ def main() -> int:
               f"GiB, temporaries {memory.temporaries / 2**30:.1f} ({time.perf_counter() - began:.0f} s)", flush=True)  # fmt: skip
         return record
 
+    def first_that_fits(model: str, fidelity: str) -> str:
+        config = resolved(model, fidelity, True)
+        mesh, sizes = planned_mesh(config, DEVICES), find_model(config.model.path)[0]
+        for rung in LADDER:
+            if estimate(sizes, config, mesh, rung).total > 1.2 * limit:
+                continue  # not even near: left out to save time
+            if measure(model, fidelity, rung, True, "gradients")["total"] <= limit:
+                return rung
+        return LADDER[-1]
+
+    rungs = {}
     for fidelity in ("reference", "best"):
         for model in options.models:
-            rung = next((r for r in LADDER if measure(model, fidelity, r, True, "gradients")["total"] <= limit), "full")
-            if fidelity == "reference":
-                measure(model, fidelity, rung, False, "gradients")
-            for program in ("add_gradients", "update"):
-                measure(model, fidelity, rung, True, program)
+            rungs[model, fidelity] = first_that_fits(model, fidelity)
+    for model in options.models:
+        rung = rungs[model, "reference"]
+        measure(model, "reference", rung, False, "gradients")
+        for program in ("add_gradients", "update"):
+            measure(model, "reference", rung, True, program)
     return 0
 
 
