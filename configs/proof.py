@@ -28,7 +28,7 @@ def get_config(recipe: str | None = None):
 
 
 def _gsm8k(config, name: str, folder: str) -> None:
-    """SmolLM2-135M, 8 epochs of 7,168 worked problems: 112 updates an epoch."""
+    """SmolLM2-135M, 6 epochs of 7,168 worked problems: 112 updates an epoch."""
     folder += "/pretrained"
     config.model.path = f"{folder}/models/{name.removeprefix('gsm8k_')}"
     config.data.train = f"{folder}/train.parquet"
@@ -38,12 +38,12 @@ def _gsm8k(config, name: str, folder: str) -> None:
     config.data.pack_length = 2048
     config.data.rows_per_device = 8
     config.train.global_batch = 64
-    config.train.epochs = 8
+    config.train.epochs = 6
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_ratio = 0.05
     config.checkpoint.every = 112
     config.checkpoint.keep = 1
-    config.checkpoint.milestones = tuple(range(112, 897, 112))
+    config.checkpoint.milestones = tuple(range(112, 673, 112))
     config.eval.every = 56
 
 
@@ -59,28 +59,28 @@ def _countdown(config, name: str, folder: str) -> None:
     config.data.rows_per_device = 42 if thinks else 14  # 256 documents in one micro batch
     config.train.global_batch = 256
     config.train.epochs = 100
-    config.train.max_steps = 1200
+    config.train.max_steps = 1000
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_ratio = 0.05
     config.optimizer.b2 = 0.95
-    config.checkpoint.every = 600
-    config.checkpoint.milestones = (75, 150, 300, 600, 1200)
-    config.eval.every = 75
+    config.checkpoint.every = 500
+    config.checkpoint.milestones = (60, 125, 250, 500, 1000)
+    config.eval.every = 125
 
 
 def _fidelity(config, name: str, folder: str) -> None:
-    """300 updates of the same model and puzzles in either mode; both take the same rows in the same order."""
+    """200 updates of the same model and puzzles in either mode; both take the same rows in the same order."""
     _countdown(config, "countdown_cot", folder)
     folder += "/fidelity"
     config.model.path = f"{folder}/base"
     config.data.train = f"{folder}/train.parquet"
     config.data.eval = {"heldout": f"{folder}/heldout.parquet"}
     config.fidelity = name.removeprefix("fidelity_")
-    config.data.rows_per_device = 22
+    config.data.rows_per_device = 11
     config.data.shuffle = False
     config.train.deterministic = True
-    config.train.global_batch = 128
-    config.train.max_steps = 300
+    config.train.global_batch = 64
+    config.train.max_steps = 200
     config.checkpoint.every = 50
     config.checkpoint.milestones = ()
     config.eval.every = 50

@@ -10,7 +10,7 @@ stages=(data reference best killed compare figures)
 source "$(dirname "$0")/proof/common.sh"
 
 stage_data() {
-  local puzzles=(--numbers 3 --max_number 30 --attempts 6) rows=40000 heldout=500
+  local puzzles=(--numbers 3 --max_number 30 --attempts 6) rows=20000 heldout=500
   if [[ -n $tiny ]]; then puzzles=(--numbers 2 --max_number 9 --target 1-20 --attempts 1) rows=300 heldout=20; fi
   [[ -e $folder/heldout.parquet ]] ||
     "$python" -m jsft.prepare countdown --rows "$heldout" --seed 2 "${puzzles[@]}" --out "$folder/heldout.parquet"
@@ -24,7 +24,7 @@ stage_reference() { train "fidelity_reference$tiny" "$folder/reference"; }
 stage_best() { train "fidelity_best$tiny" "$folder/best"; }
 
 stage_killed() {  # SIGKILL after a step that has no checkpoint of its own, then the same command again
-  local kill_after=170 process
+  local kill_after=115 process
   [[ -z $tiny ]] || kill_after=6
   if [[ ! -e $folder/killed.txt ]]; then
     "$python" -m jsft.train --config "configs/proof.py:fidelity_best$tiny" --workdir "$folder/killed" &

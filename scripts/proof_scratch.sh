@@ -28,7 +28,7 @@ stage_data() {
 stage_cot() { train "countdown_cot$tiny" "$folder/cot"; }
 stage_answers() { train "countdown_answers$tiny" "$folder/answers"; }
 
-steps() { if [[ -n $tiny ]]; then echo 4,8,12; else echo 75,150,300,600,1200; fi; }
+steps() { if [[ -n $tiny ]]; then echo 4,8,12; else echo 125,250,500,1000; fi; }
 
 stage_export() {
   local run

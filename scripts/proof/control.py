@@ -47,8 +47,10 @@ def micro_batches(batch, device):
 
 def nll_sum(model, tokens, targets):
     """Sum of -log p over the targets. Padding stands behind each row, so causal attention needs no mask."""
-    logits = model(input_ids=tokens, use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+    trained = targets != -100
+    hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+    logits = model.lm_head(hidden[trained])
+    return torch.nn.functional.cross_entropy(logits.float(), targets[trained], reduction="sum")
 
 
 @torch.no_grad()
