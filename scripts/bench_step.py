@@ -124,7 +124,7 @@ def build(options):
     return parts, choose_remat(parts, print)
 
 
-def compile_programs(parts, remat, accumulate: bool):
+def compile_programs(parts, remat):
     """Name -> compiled program, and the seconds it took."""
     import jax
     import jax.numpy as jnp
@@ -143,15 +143,15 @@ def compile_programs(parts, remat, accumulate: bool):
         lambda p: jax.ShapeDtypeStruct(p.shape, dtype, sharding=p.sharding), parts.abstract.parameters
     )
     batch = abstract_batch(parts.rows, parts.config.data.pack_length, parts.mesh)
-    compiled = {"gradients": jitted.gradients.lower(parts.abstract.parameters, batch).compile()}
-    if accumulate:
-        lowered = jitted.add_gradients.lower(parts.abstract.parameters, batch, gradients, sums)
-        compiled["add_gradients"] = lowered.compile()
-    compiled["update"] = jitted.update.lower(parts.abstract, gradients, sums, scalar).compile()
+    compiled = {
+        "start": jitted.start.lower().compile(),
+        "add_gradients": jitted.add_gradients.lower(parts.abstract.parameters, batch, gradients, sums).compile(),
+        "update": jitted.update.lower(parts.abstract, gradients, sums, scalar).compile(),
+    }
     return compiled, time.perf_counter() - started
 
 
-def report_programs(compiled) -> None:
+def report_programs(compiled, devices: int) -> None:
     """Memory and collectives of each program, per device."""
     import collections
     import re
@@ -159,7 +159,8 @@ def report_programs(compiled) -> None:
     kinds = r"\s(all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute)(?:-start)?\("
     for name, program in compiled.items():
         memory = program.memory_analysis()
-        found = collections.Counter(re.findall(kinds, program.as_text()))
+        # The text holds every kernel's code: a minute's work for nothing on one device.
+        found = collections.Counter(re.findall(kinds, program.as_text())) if devices > 1 else {}
         print(
             f"{name}: arguments {memory.argument_size_in_bytes / 2**30:.1f} GiB, temporaries "
             f"{memory.temp_size_in_bytes / 2**30:.1f}, outputs {memory.output_size_in_bytes / 2**30:.1f}, of which aliased "
@@ -185,8 +186,8 @@ def measure(options) -> dict:
 
     parts, remat = build(options)
     model, mesh = parts.model, parts.mesh
-    compiled, compile_seconds = compile_programs(parts, remat, options.micro_batches > 1)
-    report_programs(compiled)
+    compiled, compile_seconds = compile_programs(parts, remat)
+    report_programs(compiled, mesh.size)
     state = initial_state(initial_parameters(model, mesh, parameter_dtype(parts.config), seed=0), parts.config)
     batches, lengths = [], []
     local = jax.local_device_count() * options.rows
@@ -196,8 +197,8 @@ def measure(options) -> dict:
         lengths += sizes
 
     def step(state):
-        gradients, sums = compiled["gradients"](state.parameters, batches[0])
-        for batch in batches[1:]:
+        gradients, sums = compiled["start"]()
+        for batch in batches:
             gradients, sums = compiled["add_gradients"](state.parameters, batch, gradients, sums)
         return compiled["update"](state, gradients, sums, jnp.float32(options.micro_batches))
 

@@ -11,7 +11,7 @@ from jsft.models.config import ModelConfig
 from jsft.planning.inputs import find_model
 from jsft.planning.memory import estimate
 
-PROGRAMS = ("gradients", "add_gradients", "update")
+PROGRAMS = ("add_gradients", "update")
 
 
 class _NoData(NamedTuple):
@@ -64,7 +64,6 @@ def program_memory(
     batch = abstract_batch(rows, config.data.pack_length, mesh)
     moments = sum(map(meshes.shard_bytes, jax.tree.leaves((state.first_moment, state.second_moment))))
     arguments = {
-        "gradients": (state.parameters, batch),
         "add_gradients": (state.parameters, batch, gradients, sums),
         "update": (state, gradients, sums, scalar),
     }
@@ -112,7 +111,7 @@ def compare(config: ConfigDict, devices: int, remat: str, kind: str | None = Non
         )
     model, _ = find_model(config.model.path)
     began = time.perf_counter()
-    found = program_memory(config, model, targets, remat, ("gradients",))["gradients"]
+    found = program_memory(config, model, targets, remat, ("add_gradients",))["add_gradients"]
     from jsft import mesh as meshes
 
     mesh = meshes.make_mesh(config.mesh.replica, config.mesh.fsdp, targets)

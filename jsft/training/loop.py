@@ -147,13 +147,10 @@ class Loop:
         self, state: TrainState, data: StepData, step: int
     ) -> tuple[TrainState, dict[str, jax.Array], dict | None]:
         """Dispatches step `step`; nothing here waits for the device. Returns (state, metrics, histograms where due)."""
-        gradients = sums = None
+        gradients, sums = self.programs.start()
         for micro_batch in data.micro_batches:
             batch = shard_batch(micro_batch, self.mesh)
-            if gradients is None:
-                gradients, sums = self.programs.gradients(state.parameters, batch)
-            else:
-                gradients, sums = self.programs.add_gradients(state.parameters, batch, gradients, sums)
+            gradients, sums = self.programs.add_gradients(state.parameters, batch, gradients, sums)
         state, metrics = self.programs.update(state, gradients, sums, jnp.float32(data.weight_sum))
         every, counts = self.config.log.histograms_every, None
         if self.histograms and every and step % every == 0:

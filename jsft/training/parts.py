@@ -65,6 +65,7 @@ def programs(parts: Parts, remat) -> StepPrograms:
 
 
 def compile_gradients(parts: Parts, remat):
-    """The compiled gradient program of one full micro batch, from shapes alone."""
+    """The compiled program that adds the gradients of one full micro batch, from shapes alone."""
     batch = abstract_batch(parts.rows, parts.config.data.pack_length, parts.mesh)
-    return programs(parts, remat).gradients.lower(parts.abstract.parameters, batch).compile()
+    jitted = programs(parts, remat)
+    return jitted.add_gradients.lower(parts.abstract.parameters, batch, *jax.eval_shape(jitted.start)).compile()

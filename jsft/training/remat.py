@@ -50,9 +50,10 @@ def bytes_needed(parts, rung: str) -> int | None:
         if "RESOURCE_EXHAUSTED" in str(error):
             return None
         raise
-    # The program's arguments are the parameters and the batch; the moments stay beside it.
+    # The program's arguments are the parameters, the gradients, which it gives back in place, and the batch; the moments
+    # stay beside it.
     needed = state - parameters + memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    return needed + memory.output_size_in_bytes
+    return needed + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 def advise_out_of_memory(parts, remat: str) -> str:

@@ -1,7 +1,9 @@
 """The compiled programs of a run: gradient of one micro batch, the update, and the held-out loss.
 
-A step is `gradients` for each micro batch (added up in `precision.gradients`), then `update`. They are separate
-programs because the number of micro batches varies from step to step with what the packer could fit.
+A step is `start`, `add_gradients` for each micro batch (added up in `precision.gradients`), then `update`. They are
+separate programs because the number of micro batches varies from step to step with what the packer could fit. The first
+micro batch, too, adds to what is there, zeros: a program of its own for it would have to be compiled as well, and the
+compiler holds another tree of gradients in it (Qwen3-4B, layers unrolled: 14 GiB).
 """
 
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from jsft.kernels.linear_cross_entropy import LossSums, linear_cross_entropy
 from jsft.mesh import batch_sharding, replicated
 from jsft.models.config import ModelConfig
 from jsft.models.decoder import accumulates_in_place, hidden_states, unembedding
+from jsft.models.module import abstract_parameters
 from jsft.training.optimizer import TrainState, apply_update, learning_rate_schedule, parameter_dtype
 
 Tree = Any
@@ -25,7 +28,7 @@ Tree = Any
 class StepPrograms(NamedTuple):
     """The jitted functions of a run. Gradients and sums are donated when they are added to."""
 
-    gradients: Callable[[Tree, Batch], tuple[Tree, LossSums]]
+    start: Callable[[], tuple[Tree, LossSums]]  # zeros
     add_gradients: Callable[[Tree, Batch, Tree, LossSums], tuple[Tree, LossSums]]
     update: Callable[[TrainState, Tree, LossSums, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
     evaluate: Callable[[Tree, Batch], tuple[LossSums, jax.Array]]  # sums, and the sum of the weights
@@ -71,20 +74,21 @@ def make_programs(
     if dtype != parameter_dtype(config):
         in_place = jax.tree.map(lambda _: False, in_place)
 
-    def value_and_gradients(parameters, batch, accumulated=None):
-        def objective(p):
-            sums = loss_sums(p, batch, model, config, mesh, remat, accumulated)
-            return sums.loss, sums
-
-        (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(parameters)
-        gradients = jax.tree.map(lambda g: g.astype(dtype), gradients)
-        return jax.lax.with_sharding_constraint(gradients, shardings), sums
+    def start():
+        gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), abstract_parameters(model, mesh, dtype))
+        return gradients, LossSums(*[jnp.float32(0)] * len(LossSums._fields))
 
     def add_gradients(parameters, batch, gradients, sums):
-        together = gradients if any(jax.tree.leaves(in_place)) else None
-        more, more_sums = value_and_gradients(parameters, batch, together)
-        added = jax.tree.map(lambda done, old, new: new if done else old + new, in_place, gradients, more)
-        return added, jax.tree.map(jnp.add, sums, more_sums)
+        accumulated = gradients if any(jax.tree.leaves(in_place)) else None
+
+        def objective(p):
+            more = loss_sums(p, batch, model, config, mesh, remat, accumulated)
+            return more.loss, more
+
+        (_, more), new = jax.value_and_grad(objective, has_aux=True)(parameters)
+        new = jax.lax.with_sharding_constraint(jax.tree.map(lambda g: g.astype(dtype), new), shardings)
+        added = jax.tree.map(lambda done, old, new: new if done else old + new, in_place, gradients, new)
+        return added, jax.tree.map(jnp.add, sums, more)
 
     def update(state, gradients, sums, weight_sum):
         rate = schedule(state.step).astype(jnp.float32)
@@ -104,7 +108,7 @@ def make_programs(
         return loss_sums(parameters, batch, model, config, mesh, remat), jnp.sum(batch.loss_weights)
 
     return StepPrograms(
-        jax.jit(value_and_gradients, in_shardings=(shardings, rows), out_shardings=(shardings, whole)),
+        jax.jit(start, out_shardings=(shardings, whole)),
         jax.jit(
             add_gradients,
             in_shardings=(shardings, rows, shardings, whole),

@@ -13,14 +13,12 @@ import pytest
 from jsft import config as schema
 from jsft.data.batch import Batch
 from jsft.hf.random_model import write_random_model
-from jsft.kernels.linear_cross_entropy import LossSums
 from jsft.mesh import make_mesh, shard_batch
 from jsft.models.families import read_config
 from jsft.models.module import abstract_parameters, initial_parameters
 from jsft.training.optimizer import initial_state, parameter_dtype
 from jsft.models.remat import LADDER
-from jsft.training.parts import Parts, programs
-from jsft.training.step import abstract_batch
+from jsft.training.parts import Parts, compile_gradients, programs
 
 
 class NoData(NamedTuple):
@@ -67,14 +65,11 @@ def gradients_of(parts, remat, batches):
     """Loss and gradients, as numpy, of `batches` [8 rows each] cut into micro batches of the mesh's rows."""
     jitted = programs(parts, remat)
     parameters = initial_parameters(parts.model, parts.mesh, jnp.float32, 0)
-    total = sums = None
+    total, sums = jitted.start()
     for batch in batches:
         for first in range(0, 8, parts.rows):
             part = shard_batch(Batch(*(x[first : first + parts.rows] for x in batch)), parts.mesh)
-            if total is None:
-                total, sums = jitted.gradients(parameters, part)
-            else:
-                total, sums = jitted.add_gradients(parameters, part, total, sums)
+            total, sums = jitted.add_gradients(parameters, part, total, sums)
     return float(sums.loss), jax.tree.map(np.asarray, total)
 
 
@@ -111,11 +106,7 @@ def test_adding_gradients_needs_no_second_tree_of_them(tmp_path):
     """Temporaries of the adding program stay far below the weights' bytes."""
     folder = write_random_model(tmp_path / "m", hidden_size=256, layers=12, heads=8, kv_heads=8, intermediate_size=1024)
     parts = make_parts(read_config(folder), make_mesh(devices=jax.devices()[:1]), 128)
-    jitted = programs(parts, "full")
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    sums = LossSums(*[scalar] * len(LossSums._fields))
-    parameters, batch = parts.abstract.parameters, abstract_batch(1, 128, parts.mesh)
-    compiled = jitted.add_gradients.lower(parameters, batch, parameters, sums).compile()
+    compiled = compile_gradients(parts, "full")
     weights = sum(x.size * 4 for x in jax.tree.leaves(parts.abstract.parameters))
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= weights
@@ -135,8 +126,7 @@ def collectives(text):
 
 def test_eight_devices_gather_each_matrix_twice_and_scatter_its_gradient_once(model):
     parts = make_parts(model, make_mesh(), 128)
-    batch = abstract_batch(parts.rows, 128, parts.mesh)
-    found = collectives(programs(parts, "full").gradients.lower(parts.abstract.parameters, batch).compile().as_text())
+    found = collectives(compile_gradients(parts, "full").as_text())
     D, F, Q, K = model.hidden_size, model.intermediate_size, model.query_size, model.kv_size
     sizes = collections.Counter([D * Q, D * K, D * K, Q * D, D * F, D * F, F * D])  # of the matrices of a layer
     for size, matrices in sizes.items():
