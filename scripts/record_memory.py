@@ -3,6 +3,7 @@
 
     scripts/record_memory.py                       all that is not recorded yet (about 45 minutes, one core)
     scripts/record_memory.py --models qwen3_1_7b --anew
+    for m in qwen3_8b qwen3_14b; do scripts/record_memory.py --models $m & done; wait     one core each, one file
 
 Needs no GPU, but JAX's CUDA plugin (pip install 'jax[cuda13]'; see jsft/training/deviceless.py). For each base model's
 default recipe on 8 x H200 and both presets it walks down the ladder of remat as a run does, to the first rung that fits;
@@ -11,6 +12,7 @@ Afterwards tests/test_planning.py holds the plan's estimate to what was recorded
 """
 
 import argparse
+import fcntl
 import json
 import sys
 import time
@@ -21,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 FILE = ROOT / "tests" / "recorded_memory.json"
 DEVICE, DEVICES = "h200", 8
+FIDELITIES = ("reference", "best")
 
 
 def key(record: dict) -> tuple:
@@ -28,26 +31,28 @@ def key(record: dict) -> tuple:
 
 
 class Records:
-    """The file's records, read at the start and written after each new one."""
+    """The file's records: written after each new one, beside those that other processes write meanwhile."""
 
     def __init__(self, path: Path, anew: bool):
-        self.path, self.anew, self.fresh = path, anew, set()
-        self.all = {key(r): r for r in json.loads(path.read_text())["programs"]} if path.exists() else {}
+        self.path, self.anew, self.mine = path, anew, {}
 
-    def get(self, found: dict) -> dict | None:
-        at = key(found)
-        return self.all.get(at) if not self.anew or at in self.fresh else None
+    def read(self) -> dict[tuple, dict]:
+        return {key(r): r for r in json.loads(self.path.read_text())["programs"]} if self.path.exists() else {}
+
+    def get(self, wanted: dict) -> dict | None:
+        return (self.mine if self.anew else self.read()).get(key(wanted))
 
     def add(self, record: dict) -> None:
         import jax
 
-        self.all[key(record)] = record
-        self.fresh.add(key(record))
-        rows = ",\n".join(f"  {json.dumps(r)}" for _, r in sorted(self.all.items()))
+        self.mine[key(record)] = record
         head = json.dumps({"device": DEVICE, "devices": DEVICES, "jax": jax.__version__})[1:-1]
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text(f'{{{head}, "programs": [\n{rows}\n]}}\n', encoding="utf-8")
-        beside.replace(self.path)
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            rows = ",\n".join(f"  {json.dumps(r)}" for _, r in sorted((self.read() | self.mine).items()))
+            beside = self.path.with_suffix(".tmp")
+            beside.write_text(f'{{{head}, "programs": [\n{rows}\n]}}\n', encoding="utf-8")
+            beside.replace(self.path)
 
 
 def main() -> int:
@@ -55,6 +60,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS)
+    parser.add_argument("--fidelity", nargs="*", default=FIDELITIES, choices=FIDELITIES)
     parser.add_argument("--anew", action="store_true", help="also what is recorded already")
     parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args()
@@ -102,10 +108,10 @@ def main() -> int:
         return LADDER[-1]
 
     rungs = {}
-    for fidelity in ("reference", "best"):
+    for fidelity in options.fidelity:
         for model in options.models:
             rungs[model, fidelity] = first_that_fits(model, fidelity)
-    for model in options.models:
+    for model in options.models if "reference" in options.fidelity else ():
         rung = rungs[model, "reference"]
         measure(model, "reference", rung, False, "gradients")
         for program in ("add_gradients", "update"):
