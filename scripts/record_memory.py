@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 """Compiles the step programs of every base model and records what they need: tests/recorded_memory.json.
 
-    scripts/record_memory.py                       all that is not recorded yet (about 45 minutes, one core)
+    scripts/record_memory.py                       all that is not recorded yet (about 40 minutes, one core)
     scripts/record_memory.py --models qwen3_1_7b --anew
     for m in qwen3_8b qwen3_14b; do scripts/record_memory.py --models $m & done; wait     one core each, one file
 
 Needs no GPU, but JAX's CUDA plugin (pip install 'jax[cuda13]'; see jsft/training/deviceless.py). For each base model's
 default recipe on 8 x H200 and both presets it walks down the ladder of remat as a run does, to the first rung that fits;
-with that rung of `reference` it compiles the other two programs, and the first one with its layers in a loop.
+with that rung of `reference` it compiles the update too, and the program of gradients with its layers in a loop.
 Afterwards tests/test_planning.py holds the plan's estimate to what was recorded.
 """
 
@@ -103,7 +103,7 @@ def main() -> int:
         for rung in LADDER:
             if estimate(sizes, config, mesh, rung).total > 1.2 * limit:
                 continue  # not even near: left out to save time
-            if measure(model, fidelity, rung, True, "gradients")["total"] <= limit:
+            if measure(model, fidelity, rung, True, "add_gradients")["total"] <= limit:
                 return rung
         return LADDER[-1]
 
@@ -113,9 +113,8 @@ def main() -> int:
             rungs[model, fidelity] = first_that_fits(model, fidelity)
     for model in options.models if "reference" in options.fidelity else ():
         rung = rungs[model, "reference"]
-        measure(model, "reference", rung, False, "gradients")
-        for program in ("add_gradients", "update"):
-            measure(model, "reference", rung, True, program)
+        measure(model, "reference", rung, False, "add_gradients")
+        measure(model, "reference", rung, True, "update")
     return 0
 
 
