@@ -20,7 +20,7 @@ from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
 from jsft.models.layers import add_bias, embed, linear, rms_norm, rotary_tables, rotate, swiglu
 from jsft.models.parameters import ParameterSpec, leaves, tree_from
-from jsft.models.remat import parse_remat
+from jsft.models.remat import checkpoint_policy, parse_remat
 from jsft.models.stack import run_layers
 
 
@@ -160,8 +160,8 @@ def _decode(
 
     if remat != "none":
         names = () if remat == "full" else remat
-        policy = jax.checkpoint_policies.save_only_these_names(*names)
-        layer = jax.checkpoint(layer, policy=policy, prevent_cse=unroll)  # a loop keeps XLA from merging the two runs
+        # A loop keeps XLA from merging the two runs of a layer.
+        layer = jax.checkpoint(layer, policy=checkpoint_policy(names), prevent_cse=unroll)
     x = run_layers(layer, unroll, x, parameters["layers"], sums, (cos_sin, doc_start, doc_end))
     return rms_norm(x, parameters["final_norm"], config.rms_eps)
 

@@ -1,9 +1,12 @@
 """What a layer may keep for its backward pass, by name, and the ladder of choices from most to least.
 
-Keeping more saves recompute and costs memory. `jsft.training.remat` picks the rung of a run.
+Keeping more saves recompute and costs memory: the device's, or the host's where a name ends in "@host" (sent there while
+later layers run, and fetched before the backward pass needs it). `jsft.training.remat` picks the rung of a run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import jax
 
 from jsft.errors import ConfigError
 
@@ -24,17 +27,38 @@ REMAT_NAMES = {
     "mlp_hidden": "[b, T, F] silu(gate) * up, input of the down projection",
 }
 
+_HOST = "@host"
+
 
 def parse_remat(remat: str | Sequence[str]) -> str | tuple[str, ...]:
-    """'full', 'none', or the tuple of names to save, from a sequence or a comma-separated string. Raises ConfigError."""
+    """'full', 'none', or the tuple of names to save, from a sequence or a comma-separated string. Raises ConfigError.
+
+    A name may end in "@host".
+    """
     if remat in ("full", "none"):
         return remat
     names = [name.strip() for name in remat.split(",")] if isinstance(remat, str) else list(remat)
-    if unknown := [name for name in names if name not in REMAT_NAMES]:
+    if unknown := [name for name in names if name.removesuffix(_HOST) not in REMAT_NAMES]:
         raise ConfigError(
-            f"remat: {unknown[0]!r} is not 'full', 'none' or a list of names among {', '.join(REMAT_NAMES)}"
+            f"remat: {unknown[0]!r} is not 'full', 'none' or a list of names among {', '.join(REMAT_NAMES)}, each with "
+            f"{_HOST} behind it to keep it in the host's memory"
         )
     return tuple(names)
+
+
+def kept_on_device(names: Sequence[str]) -> tuple[str, ...]:
+    """Those of `names` that stay in the device's memory."""
+    return tuple(name for name in names if not name.endswith(_HOST))
+
+
+def checkpoint_policy(names: Sequence[str]) -> Callable[..., object]:
+    """What `jax.checkpoint` is to keep."""
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=list(kept_on_device(names)),
+        names_which_can_be_offloaded=[name.removesuffix(_HOST) for name in names if name.endswith(_HOST)],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 # Best first. Each rung names what is kept; "none" means no recompute at all, "full" that only layer inputs are kept.
@@ -50,5 +74,6 @@ LADDER: tuple[str, ...] = (
     ",".join((*_ATTENTION, *_QKV, "residual")),
     ",".join((*_ATTENTION, "residual")),
     ",".join(_ATTENTION),
+    "attention_out@host,attention_lse",
     "full",
 )

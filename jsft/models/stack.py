@@ -73,10 +73,26 @@ def _forward(layer, unroll, x, weights, accumulated, constants):
         residuals = []
         for index in range(_depth(weights)):
             x, kept = body(x, _slice(weights, index))
+            if residuals:
+                x, residuals[-1] = _sent(x, residuals[-1])
             residuals.append(kept)
     else:
         x, residuals = lax.scan(body, x, weights)
     return x, (residuals, weights, accumulated, constants)
+
+
+def _sent(x: jax.Array, earlier: _Residuals) -> tuple[jax.Array, _Residuals]:
+    """x, to be had only when what the layer before keeps in the host's memory has arrived there.
+
+    Without it the compiler may send everything as late as in the backward pass, and the device holds it until then.
+    """
+    away = [jax.typeof(leaf).memory_space == jax.memory.Space.Host for leaf in earlier.saved]
+    if not any(away):
+        return x, earlier
+    x, *arrived = lax.optimization_barrier((x, *(leaf for leaf, is_away in zip(earlier.saved, away) if is_away)))
+    arrived = iter(arrived)
+    saved = [next(arrived) if is_away else leaf for leaf, is_away in zip(earlier.saved, away)]
+    return x, _Residuals(saved, earlier.origins, earlier.tree)
 
 
 def _backward(layer, unroll, kept, dy):

@@ -17,7 +17,7 @@ from jsft.kernels.linear_cross_entropy import chunk_size
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
 from jsft.models.parameters import leaves
-from jsft.models.remat import parse_remat
+from jsft.models.remat import kept_on_device, parse_remat
 from jsft.training.optimizer import parameter_dtype
 
 HEADROOM = 0.94  # of a device's memory: the rest is for the allocator's gaps and the runtime's own buffers
@@ -104,8 +104,8 @@ def kept_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int, palla
         "attention_out": Q, "residual": D, "mlp_input": D, "gate": F, "up": F, "mlp_hidden": F,
     }  # fmt: skip
     names = parse_remat(remat)
-    if names == "full":
-        names = ()
+    if names != "none":
+        names = () if names == "full" else kept_on_device(names)
     statistics = (
         4 * model.num_heads * tokens if pallas and (names == "none" or "attention_lse" in names) else 0
     )
