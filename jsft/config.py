@@ -133,7 +133,7 @@ FIELDS: tuple[Field, ...] = (
     Field("attention.backward", str, "auto", "Backward kernel of Pallas attention; train.deterministic forces "
           "deterministic.", choices=("auto", "deterministic", "fused")),
     Field("remat", str, "auto", "What each layer keeps for the backward pass: auto, full (only its input), none "
-          "(everything), or a comma-separated list of names."),
+          "(everything), or a comma-separated list of names (docs/memory-and-speed.md); NAME@host keeps it in host memory."),
     Field("checkpoint.every", int, 10, "Save the full state every this many updates; the last is always saved.",
           minimum=1),
     Field("checkpoint.minutes", float, 0.0, "Also save when so much time has passed since the last save; 0: never.",

@@ -96,6 +96,15 @@ def test_every_rung_of_the_ladder_gives_the_plain_gradients(model, plain, rung):
     assert_close(gradients_of(make_parts(model, make_mesh(), 128), rung, batches), expected)
 
 
+@pytest.mark.parametrize("rung", ["attention_out@host,residual,gate@host", pytest.param("none", marks=pytest.mark.slow)])
+def test_unrolled_layers_give_the_plain_gradients(model, plain, rung):
+    """Also with values sent to the host's memory, which unrolled layers wait for."""
+    batches, expected = plain
+    parts = make_parts(model, make_mesh(), 128)
+    parts.config.train.unroll_layers = True
+    assert_close(gradients_of(parts, rung, batches), expected)
+
+
 @pytest.mark.parametrize("replica", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_every_mesh_gives_the_plain_gradients(model, plain, replica):
     batches, expected = plain
