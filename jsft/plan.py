@@ -66,8 +66,9 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     config, name, flags = cli.parse(sys.argv[1:] if argv is None else argv, _define_flags, USAGE)
     config = schema.resolve(config)
-    if (flags.mean_length or 1) < 1 or (flags.memory_gib or 1) <= 0:
-        raise ConfigError("--mean_length and --memory_gib must be positive")
+    for flag in ("mean_length", "weighted_length", "documents", "memory_gib", "price"):
+        if (given := getattr(flags, flag)) is not None and given <= 0:
+            raise ConfigError(f"--{flag}={given:g}: must be positive")
 
     from jsft.planning import report
     from jsft.planning.devices import Device, find_device

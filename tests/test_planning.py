@@ -197,7 +197,8 @@ def test_lengths_from_a_file(tmp_path, capsys):
     config = [
         "--config",
         "configs/qwen3_4b.py:math_cot_ep8",
-        "--config.train.global_batch=32",
+        "--config.train.global_batch=3",
+        "--config.objective.name=token_mean",
         "--config.train.expect_steps=-1",
     ]
     code, text = run(capsys, *config, "--lengths", str(file), "--json")
@@ -218,11 +219,16 @@ def test_lengths_from_a_file(tmp_path, capsys):
         (["--config.train.epochs=many"], "epochs"),
         (["--devices", "none"], "devices"),
         (["--config.data.pack=3"], "nearest"),
+        (["--mean_length", "0"], "--mean_length=0: must be positive"),
+        (["--config.train.global_batch=100000"], "20,480 documents, fewer than train.global_batch=100,000"),
+        (["--config.train.epochs=2"], "expects 640 updates, but 20,480 documents and train.epochs=2 give 160"),
+        (["--lengths", "nowhere.txt"], "--lengths nowhere.txt: No such file or directory; want"),
     ],
 )
 def test_bad_input_is_one_line(argv, message, capsys):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, DataError), match=message) as caught:
         run(capsys, "--config", "configs/qwen3_4b.py:math_cot_ep8", *argv)
+    assert "\n" not in str(caught.value)
 
 
 def test_data_that_is_not_there_needs_only_a_mean(capsys):

@@ -35,8 +35,7 @@ def make_plan(
     lengths = find_lengths(config, devices, lengths_file, mean_length, weighted_length, documents)
     fit = fitting.fit(model, config, devices, device.usable)
     work = plan_work(model, config, mesh, fit.rung, lengths, device, per_node)
-    steps = config.train.expect_steps or 0
-    steps = steps if steps > 0 and not config.train.max_steps else updates(config, lengths.documents)
+    steps = updates(config, lengths.documents)
     full, parameters, milestones = checkpoint_bytes(model, config, steps)
     ladder = fitting.rungs(model, config, devices, device.usable)
     return {

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from jsft.errors import ConfigError
 from jsft.models.config import ModelConfig
 from jsft.models.remat import parse_remat
 from jsft.planning.devices import NETWORK, RATES, Device
@@ -190,7 +191,18 @@ def _sizes(model: ModelConfig):
 
 
 def updates(config: ConfigDict, documents: int) -> int:
-    """Updates of the run, as the loader counts them."""
-    per_epoch = documents // config.train.global_batch
-    steps = math.ceil(round(config.train.epochs * per_epoch, 6))
-    return min(steps, config.train.max_steps) if config.train.max_steps else steps
+    """Updates of the run, as the loader counts them. Raises ConfigError where a run would refuse the data."""
+    train = config.train
+    per_epoch = documents // train.global_batch
+    if not per_epoch:
+        raise ConfigError(
+            f"the data has {documents:,} documents, fewer than train.global_batch={train.global_batch:,}; lower it, or "
+            f"say with --documents how many there are"
+        )
+    steps = math.ceil(round(train.epochs * per_epoch, 6))
+    if train.expect_steps not in (None, -1, steps):
+        raise ConfigError(
+            f"the recipe expects {train.expect_steps} updates, but {documents:,} documents and train.epochs="
+            f"{train.epochs:g} give {steps}; say with --documents how many there are, or set train.expect_steps=-1"
+        )
+    return min(steps, train.max_steps) if train.max_steps else steps
