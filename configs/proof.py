@@ -1,4 +1,4 @@
-"""The runs of docs/proof.md: what is trained by scripts/proof_*.sh, which also make the data and the base models.
+"""The runs of docs/proof.md, trained by scripts/proof_*.sh, which also make their data and base models.
 
     scripts/proof_pretrained.sh   gsm8k_qwen2, gsm8k_internlm2
     scripts/proof_scratch.sh      countdown_cot, countdown_answers
@@ -10,8 +10,13 @@ Each has a twin with `_tiny` behind its name: the same stages within seconds on 
 from jsft.config import default_config
 
 RUNS = (
-    "gsm8k_qwen2", "gsm8k_internlm2", "countdown_cot", "countdown_answers", "fidelity_reference", "fidelity_best",
-)  # fmt: skip
+    "gsm8k_qwen2",
+    "gsm8k_internlm2",
+    "countdown_cot",
+    "countdown_answers",
+    "fidelity_reference",
+    "fidelity_best",
+)
 RECIPES = (*RUNS, *(f"{name}_tiny" for name in RUNS))
 
 
@@ -21,9 +26,11 @@ def get_config(recipe: str | None = None):
     folder = f"runs/proof{'_tiny' if tiny else ''}"
     config = default_config()
     config.train.unroll_layers = False  # runs of a minute or two: compiling is the larger part
-    {"gsm8k": _gsm8k, "countdown": _countdown, "fidelity": _fidelity}[name.partition("_")[0]](config, name, folder)
+    {"gsm8k": _gsm8k, "countdown": _countdown, "fidelity": _fidelity}[name.partition("_")[0]](
+        config, name, folder
+    )
     if tiny:
-        _tiny(config)
+        _tiny(config, name)
     return config
 
 
@@ -48,7 +55,7 @@ def _gsm8k(config, name: str, folder: str) -> None:
 
 
 def _countdown(config, name: str, folder: str) -> None:
-    """A model of 31 M parameters from random weights; the ablation sees the same puzzles without the thinking."""
+    """A model of 31 M random weights; the ablation sees the same puzzles without the thinking."""
     folder += "/scratch"
     thinks = name == "countdown_cot"
     config.model.path = f"{folder}/base"
@@ -86,15 +93,16 @@ def _fidelity(config, name: str, folder: str) -> None:
     config.eval.every = 50
 
 
-def _tiny(config) -> None:
+def _tiny(config, name: str) -> None:
+    steps, every = (60, 20) if name.startswith("fidelity") else (12, 4)
     config.precision.compute = "float32"  # what a CPU multiplies fastest
     config.data.max_length = 256
     config.data.pack_length = 384
     config.data.rows_per_device = 2
     config.train.global_batch = 32
-    config.train.epochs = 4
-    config.train.max_steps = 12
+    config.train.epochs = 100
+    config.train.max_steps = steps
     config.optimizer.learning_rate = 3e-3
-    config.checkpoint.every = 4
-    config.checkpoint.milestones = (4, 8, 12)
-    config.eval.every = 4
+    config.checkpoint.every = every
+    config.checkpoint.milestones = tuple(range(every, steps + 1, every))
+    config.eval.every = every

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Proof 3: a small model in both fidelity modes; killed in the middle and resumed it is the same run, bit for bit.
+# Proof 3: a small model in both fidelity modes; killed and resumed it is the same run, bit for bit.
 #
 #   scripts/proof_fidelity.sh [--tiny] [--stages a,b]
 #
-# All of it lies in runs/proof/fidelity (--tiny: runs/proof_tiny/fidelity); the same command goes on where it was.
+# All of it lies in runs/proof/fidelity (--tiny: runs/proof_tiny/fidelity); the same command goes on.
 set -euo pipefail
 name=fidelity
 stages=(data reference best killed compare figures)
@@ -11,9 +11,12 @@ source "$(dirname "$0")/proof/common.sh"
 
 stage_data() {
   local puzzles=(--numbers 3 --max_number 30 --attempts 6) rows=20000 heldout=500
-  if [[ -n $tiny ]]; then puzzles=(--numbers 2 --max_number 9 --target 1-20 --attempts 1) rows=300 heldout=20; fi
+  if [[ -n $tiny ]]; then
+    puzzles=(--numbers 2 --max_number 9 --target 1-20 --attempts 1) rows=300 heldout=20
+  fi
   [[ -e $folder/heldout.parquet ]] ||
-    "$python" -m jsft.prepare countdown --rows "$heldout" --seed 2 "${puzzles[@]}" --out "$folder/heldout.parquet"
+    "$python" -m jsft.prepare countdown --rows "$heldout" --seed 2 "${puzzles[@]}" \
+      --out "$folder/heldout.parquet"
   [[ -e $folder/train.parquet ]] ||
     "$python" -m jsft.prepare countdown --rows "$rows" --seed 1 "${puzzles[@]}" --repeat \
       --exclude "$folder/heldout.parquet" --out "$folder/train.parquet"
@@ -25,7 +28,7 @@ stage_best() { train "fidelity_best$tiny" "$folder/best"; }
 
 stage_killed() {  # SIGKILL after a step that has no checkpoint of its own, then the same command again
   local kill_after=115 process
-  [[ -z $tiny ]] || kill_after=6
+  [[ -z $tiny ]] || kill_after=33
   if [[ ! -e $folder/killed.txt ]]; then
     "$python" -m jsft.train --config "configs/proof.py:fidelity_best$tiny" --workdir "$folder/killed" &
     process=$!
@@ -37,14 +40,17 @@ stage_killed() {  # SIGKILL after a step that has no checkpoint of its own, then
       sleep 0.05
     done
     wait "$process" 2>/dev/null || true
-    [[ $(grep -c '"done"' "$folder/killed/status.json") == 0 ]] || fail "the run was over before it could be killed"
-    echo "SIGKILL after step $(wc -l <"$folder/killed/metrics.jsonl"); checkpoints: $(ls "$folder/killed/checkpoints" | xargs)" |
-      tee "$folder/killed.txt"
+    if grep -q '"done"' "$folder/killed/status.json"; then fail "the run ended before it was killed"; fi
+    echo "SIGKILL after step $(wc -l <"$folder/killed/metrics.jsonl")" \
+      "with checkpoints of steps $(ls "$folder/killed/checkpoints" | xargs)" | tee "$folder/killed.txt"
   fi
   train "fidelity_best$tiny" "$folder/killed"
 }
 
-stage_compare() { JAX_PLATFORMS=cpu "$python" scripts/proof/same_run.py "$folder/best" "$folder/killed" | tee "$folder/same.txt"; }
+stage_compare() {
+  JAX_PLATFORMS=cpu "$python" scripts/proof/same_run.py "$folder/best" "$folder/killed" |
+    tee "$folder/same.txt"
+}
 
 stage_figures() { "$python" scripts/proof/figures.py fidelity "$folder"; }
 

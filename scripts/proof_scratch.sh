@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Proof 2: a Qwen3 of 31 M random weights learns Countdown with a chain of thought, and, as an ablation, without one.
+# Proof 2: a Qwen3 of 31 M random weights learns Countdown with a chain of thought; as an ablation, without.
 #
 #   scripts/proof_scratch.sh [--tiny] [--no-serve] [--stages a,b]
 #
-# All of it lies in runs/proof/scratch (--tiny: runs/proof_tiny/scratch); the same command goes on where it was.
+# All of it lies in runs/proof/scratch (--tiny: runs/proof_tiny/scratch); the same command goes on.
 set -euo pipefail
 name=scratch
 stages=(data cot answers export evaluate figures)
@@ -11,9 +11,12 @@ source "$(dirname "$0")/proof/common.sh"
 
 stage_data() {
   local puzzles=(--numbers 3 --max_number 30 --attempts 6) rows=100000 heldout=500 set
-  if [[ -n $tiny ]]; then puzzles=(--numbers 2 --max_number 9 --target 1-20 --attempts 1) rows=300 heldout=20; fi
+  if [[ -n $tiny ]]; then
+    puzzles=(--numbers 2 --max_number 9 --target 1-20 --attempts 1) rows=300 heldout=20
+  fi
   [[ -e $folder/heldout.parquet ]] ||
-    "$python" -m jsft.prepare countdown --rows "$heldout" --seed 2 "${puzzles[@]}" --out "$folder/heldout.parquet"
+    "$python" -m jsft.prepare countdown --rows "$heldout" --seed 2 "${puzzles[@]}" \
+      --out "$folder/heldout.parquet"
   [[ -e $folder/train.parquet ]] ||
     "$python" -m jsft.prepare countdown --rows "$rows" --seed 1 "${puzzles[@]}" --repeat \
       --exclude "$folder/heldout.parquet" --out "$folder/train.parquet"

@@ -1,7 +1,7 @@
 # What scripts/proof_*.sh share: options, environments, stages. Sourced by them with
 #   name, and stage_NAME functions for each word of `stages`; then: run_stages "$@"
 #
-# Environment: JSFT_VENV and JSFT_SERVE_VENV name the environments, JSFT_TORCH_PYTHON the Python with torch and
+# Environment: JSFT_VENV and JSFT_SERVE_VENV name the environments, JSFT_TORCH_PYTHON a Python with torch and
 # transformers that runs the control (default: the serving environment's).
 
 python=${JSFT_VENV:-.venv}/bin/python

@@ -1,10 +1,11 @@
 """The control of a run: the same rows, hyperparameters and order in plain torch and transformers.
 
-    python scripts/proof/control.py RUN OUT MODEL       (a Python with torch, transformers and pyarrow)
+    python scripts/proof/control.py RUN OUT MODEL     (a Python with torch, transformers and pyarrow)
 
-RUN is the directory of a jsft run; its config.json says what to repeat; MODEL is the base model as transformers reads it. Nothing of jsft is imported: tokenising,
-batches, schedule, loss and update are written here anew, with padded rows instead of packed ones, transformers' model and
-torch's AdamW. For runs of `fidelity=best` without shuffling. OUT gets metrics.jsonl and heldout.jsonl.
+RUN is the directory of a jsft run; its config.json says what to repeat; MODEL is the base model as
+transformers reads it. Nothing of jsft is imported: tokenising, batches, schedule, loss and update are written
+here anew, with padded rows instead of packed ones, transformers' model and torch's AdamW. For runs of
+`fidelity=best` without shuffling. OUT gets metrics.jsonl and heldout.jsonl.
 """
 
 import json
@@ -32,7 +33,7 @@ def documents(file: str, tokenizer, longest: int) -> list[tuple[list[int], int]]
 
 
 def micro_batches(batch, device):
-    """Padded token ids [R, T] and targets [R, T], -100 where nothing is trained; rows of like length together."""
+    """Padded token ids and targets [R, T], -100 where nothing is trained; rows of like length together."""
     batch = sorted(batch, key=lambda document: -len(document[0]))
     for start in range(0, len(batch), MICRO_BATCH):
         rows = batch[start : start + MICRO_BATCH]
@@ -116,7 +117,9 @@ def main(run: Path, out: Path, base: Path) -> None:
                     p.grad = None
             clip = config["optimizer.clip_norm"]
             norm = torch.nn.utils.clip_grad_norm_(exact, clip if clip else math.inf)
-            rate = learning_rate(step, steps, config["optimizer.learning_rate"], config["optimizer.warmup_ratio"])
+            rate = learning_rate(
+                step, steps, config["optimizer.learning_rate"], config["optimizer.warmup_ratio"]
+            )
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             with torch.no_grad():

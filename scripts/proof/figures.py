@@ -2,8 +2,8 @@
 
     python scripts/proof/figures.py pretrained|scratch|fidelity FOLDER
 
-FOLDER is what the proof's script made. Writes curves.png and results.md there, from what is there of metrics.jsonl,
-heldout.jsonl and results.json.
+FOLDER is what the proof's script made. Writes curves.png and results.md there, from what there is of
+metrics.jsonl, heldout.jsonl and results.json.
 """
 
 import json
@@ -14,7 +14,13 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-STYLE = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False}
+STYLE = {
+    "font.size": 9,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 COLORS = ("#1b6ca8", "#d1495b", "#3a7d44", "#8d6a9f")
 
 
@@ -47,7 +53,14 @@ def draw_losses(axes, runs: dict[str, Path], window: int) -> None:
 
 def draw_heldout(axes, runs: dict[str, Path]) -> None:
     for color, (label, run), marker in zip(COLORS, runs.items(), "os^d"):
-        axes.plot(*curve(run / "heldout.jsonl", "heldout/loss"), marker=marker, ms=3.5, lw=1.1, color=color, label=label)
+        axes.plot(
+            *curve(run / "heldout.jsonl", "heldout/loss"),
+            marker=marker,
+            ms=3.5,
+            lw=1.1,
+            color=color,
+            label=label,
+        )
     axes.set(title="held-out loss", xlabel="update", ylabel="nats per trained token")
     axes.legend()
 
@@ -57,18 +70,26 @@ def difference(one: Path, other: Path) -> dict[str, float]:
     (a_steps, a), (b_steps, b) = (curve(run / "metrics.jsonl", "loss") for run in (one, other))
     _, i, j = np.intersect1d(a_steps, b_steps, return_indices=True)
     gap = a[i] - b[j]
-    return {"steps": len(gap), "first": float(gap[0]), "mean": float(gap.mean()), "rms": float(np.sqrt((gap**2).mean())),
-            "largest": float(np.abs(gap).max()), "step_to_step": float(np.diff(a[i]).std())}  # fmt: skip
+    return {
+        "steps": len(gap),
+        "first": gap[0],
+        "mean": gap.mean(),
+        "rms": np.sqrt((gap**2).mean()),
+        "largest": np.abs(gap).max(),
+        "step_to_step": np.diff(a[i]).std(),
+    }
 
 
 def difference_row(name: str, one: Path, other: Path) -> str:
     d = difference(one, other)
-    return (f"| {name} | {d['steps']} | {d['first']:+.5f} | {d['mean']:+.5f} | {d['rms']:.5f} | {d['largest']:.5f} "
-            f"| {d['step_to_step']:.4f} |")  # fmt: skip
+    return (
+        f"| {name} | {d['steps']} | {d['first']:+.5f} | {d['mean']:+.5f} | {d['rms']:.5f} "
+        f"| {d['largest']:.5f} | {d['step_to_step']:.4f} |"
+    )
 
 
 DIFFERENCES = [
-    "| training loss | updates | first update | mean | rms | largest | loss from one update to the next, deviation |",
+    "| training loss | updates | first update | mean | rms | largest | deviation from update to update |",
     "|---|---|---|---|---|---|---|",
 ]
 
@@ -83,8 +104,10 @@ def speed(run: Path) -> str:
 
 
 def score(folder: Path) -> dict | None:
+    """The results of a task's folder; None where it was not finished."""
     file = folder / "results.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    found = json.loads(file.read_text()) if file.exists() else {}
+    return found if "metrics" in found else None
 
 
 def percent(entry: dict) -> str:
@@ -97,23 +120,33 @@ def pretrained(folder: Path) -> tuple[Figure, list[str]]:
     runs["InternLM2 (as Llama), torch"] = "control_llama"
     runs = {label: folder / run for label, run in runs.items()}
     runs = {label: run for label, run in runs.items() if records(run / "metrics.jsonl")}
-    lines = ["| run | speed |", "|---|---|", *(f"| {label} | {speed(run)} |" for label, run in runs.items()), ""]
+    lines = [
+        "| run | speed |",
+        "|---|---|",
+        *(f"| {label} | {speed(run)} |" for label, run in runs.items()),
+        "",
+    ]
     lines += DIFFERENCES
     for name, one, other in (
-        ("Qwen2: jsft - torch", "qwen2", "control"), ("InternLM2: jsft - torch", "internlm2", "control_llama"),
+        ("Qwen2: jsft - torch", "qwen2", "control"),
+        ("InternLM2: jsft - torch", "internlm2", "control_llama"),
         ("jsft: Qwen2 - InternLM2", "qwen2", "internlm2"),
-    ):  # fmt: skip
+    ):
         if all(records(folder / run / "metrics.jsonl") for run in (one, other)):
             lines.append(difference_row(name, folder / one, folder / other))
     steps, _ = curve(folder / "qwen2/heldout.jsonl", "heldout/loss")
-    lines += ["", f"| held-out loss after update | {' | '.join(f'{s:.0f}' for s in steps)} |", "|---|" + "---|" * len(steps)]
+    numbers = " | ".join(f"{s:.0f}" for s in steps)
+    lines += ["", f"| held-out loss after update | {numbers} |", "|---|" + "---|" * len(steps)]
     for label, run in runs.items():
         _, values = curve(run / "heldout.jsonl", "heldout/loss")
         lines.append(f"| {label} | {' | '.join(f'{v:.4f}' for v in values)} |")
-    models = sorted((file.parent for file in folder.glob("eval/**/gsm8k/results.json")), key=_order)
+    models = sorted(
+        (f.parent for f in folder.glob("eval/**/gsm8k/results.json") if score(f.parent)), key=_order
+    )
     bars = []
     if models:
-        lines += ["", "| model | sampling | correct, % (95 %) | strict | tokens | cut | problems x samples |", "|" + "---|" * 7]
+        lines += ["", "| model | sampling | correct, % (95 %) | strict | tokens | cut | problems x samples |"]
+        lines += ["|" + "---|" * 7]
     for out in models:
         found = score(out)
         label, _, how = out.relative_to(folder / "eval").parts[0].rpartition("-")
@@ -145,7 +178,14 @@ def draw_bars(axes, bars: list, title: str) -> None:
     for i, (_, entry) in enumerate(bars):
         low, high = entry["ci95"] or (entry["mean"],) * 2
         error = [[100 * (entry["mean"] - low)], [100 * (high - entry["mean"])]]
-        axes.bar(i, 100 * entry["mean"], yerr=error, capsize=3, color=COLORS[i // 2 % 4], alpha=0.85 if i % 2 else 0.55)
+        axes.bar(
+            i,
+            100 * entry["mean"],
+            yerr=error,
+            capsize=3,
+            color=COLORS[i // 2 % 4],
+            alpha=0.85 if i % 2 else 0.55,
+        )
     axes.set_xticks(range(len(bars)), [label for label, _ in bars], rotation=45, ha="right", fontsize=7)
     axes.set(title=title, ylabel="percent")
 
@@ -153,9 +193,25 @@ def draw_bars(axes, bars: list, title: str) -> None:
 def scratch(folder: Path) -> tuple[Figure, list[str]]:
     runs = {"chain of thought": folder / "cot", "answers only": folder / "answers"}
     runs = {label: run for label, run in runs.items() if records(run / "metrics.jsonl")}
-    lines = ["| run | speed |", "|---|---|", *(f"| {label} | {speed(run)} |" for label, run in runs.items()), ""]
-    lines += ["| run | update | tokens seen | held-out loss | solved, % (95 %) | boxed answer, % | response tokens | cut | puzzles |"]
-    lines += ["|" + "---|" * 9]
+    lines = [
+        "| run | speed |",
+        "|---|---|",
+        *(f"| {label} | {speed(run)} |" for label, run in runs.items()),
+        "",
+    ]
+    columns = (
+        "run",
+        "update",
+        "tokens seen",
+        "held-out loss",
+        "solved, %",
+        "95 %",
+        "boxed, %",
+        "tokens",
+        "cut",
+        "of",
+    )
+    lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     axes = figure.subplots(1, 3)
     for color, (label, run) in zip(COLORS, runs.items()):
@@ -168,31 +224,40 @@ def scratch(folder: Path) -> tuple[Figure, list[str]]:
                 continue
             entry = found["metrics"]["solved"]["avg"]
             points.append((step, entry))
+            tokens = seen[step - 1] / 1e6 if step else 0
+            boxed = 100 * found["metrics"]["answered"]["avg"]["mean"]
             lines.append(
-                f"| {label} | {step} | {seen[step - 1] / 1e6:.1f} M | {held.get(step, float('nan')):.4f} | {percent(entry)} "
-                f"| {100 * found['metrics']['answered']['avg']['mean']:.1f} | {found['response']['tokens']['mean']:.0f} "
-                f"| {100 * found['response']['share_cut']:.1f} % | {found['problems']} |"
+                f"| {label} | {step} | {tokens:.1f} M | {held.get(step, float('nan')):.4f} "
+                f"| {percent(entry).replace(' [', ' | [')} | {boxed:.1f} "
+                f"| {found['response']['tokens']['mean']:.0f} | {100 * found['response']['share_cut']:.1f} % "
+                f"| {found['problems']} |"
             )
         if points:
             steps, means = [s for s, _ in points], np.asarray([100 * e["mean"] for _, e in points])
             bounds = np.asarray([[100 * x for x in e["ci95"] or (e["mean"],) * 2] for _, e in points])
-            axes[2].errorbar(steps, means, yerr=[means - bounds[:, 0], bounds[:, 1] - means], marker="o", ms=4, capsize=3,
-                             color=color, label=label)  # fmt: skip
+            error = [means - bounds[:, 0], bounds[:, 1] - means]
+            axes[2].errorbar(steps, means, error, marker="o", ms=4, capsize=3, color=color, label=label)
     draw_losses(axes[0], runs, 25)
     draw_heldout(axes[1], runs)
     axes[2].set(title="held-out puzzles solved, vLLM", xlabel="update", ylabel="percent", ylim=(0, 100))
-    axes[2].set_xscale("log")
+    axes[2].set_xscale("symlog", linthresh=50)
     if axes[2].get_legend_handles_labels()[0]:
         axes[2].legend()
     return figure, lines
 
 
 def fidelity(folder: Path) -> tuple[Figure, list[str]]:
-    runs = {"reference": folder / "reference", "best": folder / "best", "best, killed and resumed": folder / "killed"}
+    runs = {
+        "reference": folder / "reference",
+        "best": folder / "best",
+        "best, killed and resumed": folder / "killed",
+    }
     runs = {label: run for label, run in runs.items() if records(run / "metrics.jsonl")}
     lines = ["| run | speed | last held-out loss |", "|---|---|---|"]
     for label, run in runs.items():
-        lines.append(f"| {label} | {speed(run)} | {curve(run / 'heldout.jsonl', 'heldout/loss')[1][-1]:.5f} |")
+        lines.append(
+            f"| {label} | {speed(run)} | {curve(run / 'heldout.jsonl', 'heldout/loss')[1][-1]:.5f} |"
+        )
     for name in ("killed", "same"):
         if (folder / f"{name}.txt").exists():
             lines += ["", *(f"    {line}" for line in (folder / f"{name}.txt").read_text().splitlines())]
@@ -206,7 +271,9 @@ def fidelity(folder: Path) -> tuple[Figure, list[str]]:
     axes[0].set(title="training loss", xlabel="update", ylabel="nats per trained token", yscale="log")
     axes[0].legend()
     if "best, killed and resumed" in runs and "best" in runs:
-        (a_steps, a), (b_steps, b) = (curve(folder / f"{run}/metrics.jsonl", "loss") for run in ("best", "killed"))
+        (a_steps, a), (b_steps, b) = (
+            curve(folder / f"{run}/metrics.jsonl", "loss") for run in ("best", "killed")
+        )
         _, i, j = np.intersect1d(a_steps, b_steps, return_indices=True)
         axes[2].plot(a_steps[i], a[i] - b[j], color=COLORS[2], linewidth=1.2)
         axes[2].set(title="loss, resumed less undisturbed", xlabel="update", ylabel="nats")

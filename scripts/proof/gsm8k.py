@@ -4,8 +4,8 @@
 
 FOLDER holds train.jsonl and test.jsonl (question, answer) of github.com/openai/grade-school-math. OUT gets
 train.parquet and heldout.parquet, both cut from the training problems in a random order, and gsm8k.jsonl,
-the test problems as `jsft.evaluate --data_dir OUT` reads them. --made writes ROWS made-up sums into FOLDER first, for a
-trial without the data.
+the test problems as `jsft.evaluate --data_dir OUT` reads them. --made writes ROWS made-up sums into FOLDER
+first, for a trial without the data.
 """
 
 import argparse
@@ -36,8 +36,12 @@ def row(problem: dict[str, str], index: int) -> dict:
 
 def read(file: Path) -> list[dict[str, str]]:
     if not file.is_file():
-        raise DataError(f"{file} is not there; get train.jsonl and test.jsonl of github.com/openai/grade-school-math")
+        raise DataError(f"{file} is not there; take both files from github.com/openai/grade-school-math")
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write_lines(rows: list[dict[str, str]], file: Path) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def make_up(folder: Path, rows: int) -> None:
@@ -47,14 +51,17 @@ def make_up(folder: Path, rows: int) -> None:
     for _ in range(rows):
         a, b = rng.randint(2, 9), rng.randint(2, 9)
         question = f"Ada has {a} apples and buys {b} more. How many apples does she have?"
-        lines.append({"question": question, "answer": f"She has {a} + {b} = <<{a}+{b}={a + b}>>{a + b} apples.\n#### {a + b}"})
+        answer = f"She has {a} + {b} = <<{a}+{b}={a + b}>>{a + b} apples.\n#### {a + b}"
+        lines.append({"question": question, "answer": answer})
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", lines[: 3 * rows // 4]), ("test", lines[3 * rows // 4 :])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part), encoding="utf-8")
+        write_lines(part, folder / f"{name}.jsonl")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--heldout", type=int, default=305)
@@ -69,7 +76,7 @@ def main() -> int:
         write_rows(iter(part), args.out / f"{name}.parquet")
         print(f"{args.out / name}.parquet: {len(part)} rows")
     test = read(args.folder / "test.jsonl")
-    (args.out / "gsm8k.jsonl").write_text("".join(json.dumps(r) + "\n" for r in test), encoding="utf-8")
+    write_lines(test, args.out / "gsm8k.jsonl")
     print(f"{args.out}/gsm8k.jsonl: {len(test)} test problems")
     return 0
 

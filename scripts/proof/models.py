@@ -1,9 +1,10 @@
 """Base models with random weights for the proofs.
 
-    python scripts/proof/models.py countdown DATA OUT [--tiny]   Qwen3 of 31 M parameters, tokenizer learnt from DATA
-    python scripts/proof/models.py pair OUT                      a very small Qwen2, and the same as smollm2.py makes
+    python scripts/proof/models.py countdown DATA OUT [--tiny]
+    python scripts/proof/models.py pair OUT
 
-Raises nothing where OUT is there already: it is kept.
+The first: a Qwen3 of 31 M parameters, its tokenizer learnt from DATA. The second: a very small Qwen2 and what
+smollm2.py makes of one. OUT is kept where it is there already.
 """
 
 import argparse
@@ -20,42 +21,60 @@ from jsft.hf.random_model import SPECIAL_TOKENS, write_random_model
 from smollm2 import as_internlm2, as_llama
 
 ROWS = 2000  # documents that the tokenizer is learnt from
+LARGE = {
+    "hidden_size": 512,
+    "layers": 10,
+    "heads": 8,
+    "kv_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+}
+TINY = {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 32, "intermediate_size": 128}
 
 
 def word_tokenizer(data: Path, size: int = 384) -> Tokenizer:
-    """Byte-level BPE of `size` tokens, the special ones in it: a token for each common word, one for each digit."""
+    """Byte-level BPE of `size` tokens, special ones included: a token for a common word, one for a digit."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=size - len(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
     )
     rows = read_columns(str(data), ["message", "response"])
-    texts = [f"user\n{row['message'][0]['content']}\nassistant\n{row['response']}" for row, _ in zip(rows, range(ROWS))]
+    texts = [
+        f"user\n{row['message'][0]['content']}\nassistant\n{row['response']}"
+        for row, _ in zip(rows, range(ROWS))
+    ]
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
     return tokenizer
 
 
 def countdown(data: Path, out: Path, tiny: bool) -> None:
-    sizes = {"hidden_size": 512, "layers": 10, "heads": 8, "kv_heads": 4, "head_dim": 64, "intermediate_size": 1536}
-    if tiny:
-        sizes = {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 32, "intermediate_size": 128}
-    write_random_model(out, "qwen3", max_positions=2048, rope_theta=1e4, tokenizer=word_tokenizer(data), **sizes)
+    sizes = TINY if tiny else LARGE
+    write_random_model(
+        out, "qwen3", max_positions=2048, rope_theta=1e4, tokenizer=word_tokenizer(data), **sizes
+    )
 
 
 def pair(out: Path) -> None:
     """Directories with the same function: a Qwen2, an InternLM2, and that as a Llama."""
-    sizes = {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 32, "intermediate_size": 128}
     beside = out.with_name(f".{out.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
-    write_random_model(beside / "qwen2", "qwen2", **sizes)
+    write_random_model(beside / "qwen2", "qwen2", **TINY)
     # The other directories bring their files along; config and weights are made from the first one's.
-    write_random_model(beside / "internlm2", "internlm2", **sizes)
+    write_random_model(beside / "internlm2", "internlm2", **TINY)
     shutil.copytree(beside / "qwen2", beside / "llama")
-    base = json.loads((beside / "qwen2/config.json").read_text()), load_file(beside / "qwen2/model.safetensors")
+    base = (
+        json.loads((beside / "qwen2/config.json").read_text()),
+        load_file(beside / "qwen2/model.safetensors"),
+    )
     for name, change in (("internlm2", as_internlm2), ("llama", as_llama)):
         config, tensors = change(*base)
         (beside / name / "config.json").write_text(json.dumps(config, indent=2))
@@ -64,7 +83,9 @@ def pair(out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     kinds = parser.add_subparsers(dest="kind", required=True)
     one = kinds.add_parser("countdown")
     one.add_argument("data", type=Path)

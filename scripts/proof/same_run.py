@@ -1,6 +1,6 @@
 """Whether two runs are the same, bit for bit: every step's numbers, held-out losses, and the last state.
 
-    python scripts/proof/same_run.py RUN RUN      exit code 1 and a line for each difference where they are not
+python scripts/proof/same_run.py RUN RUN     exit code 1 and a line for each difference where they are not
 """
 
 import hashlib
@@ -33,7 +33,9 @@ def state_hashes(run: Path, step: int) -> dict[str, str]:
         for item in ("parameters", "optimizer")
     }
     leaves = jax.tree_util.tree_leaves_with_path(ocp.load_checkpointables(folder, wanted))
-    return {jax.tree_util.keystr(path): hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for path, x in leaves}
+    return {
+        jax.tree_util.keystr(path): hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for path, x in leaves
+    }
 
 
 def main(one: Path, other: Path) -> int:
@@ -42,14 +44,20 @@ def main(one: Path, other: Path) -> int:
         a, b = numbers(one / f"{name}.jsonl"), numbers(other / f"{name}.jsonl")
         different = [step for step in sorted(a.keys() | b.keys()) if a.get(step) != b.get(step)]
         if different:
-            problems.append(f"{name}.jsonl: {len(different)} of {len(a)} steps differ, the first is {different[0]}")
+            problems.append(
+                f"{name}.jsonl: {len(different)} of {len(a)} steps differ, the first is {different[0]}"
+            )
         print(f"{name}.jsonl: {len(a)} and {len(b)} records compared")
     last = [list_steps(run, full=True)[-1] for run in (one, other)]
     if last[0] != last[1]:
         problems.append(f"the last checkpoints are of steps {last[0]} and {last[1]}")
     else:
         a, b = (state_hashes(run, last[0]) for run in (one, other))
-        problems += [f"state of step {last[0]}: {leaf} differs" for leaf in a.keys() | b.keys() if a.get(leaf) != b.get(leaf)]
+        problems += [
+            f"state of step {last[0]}: {leaf} differs"
+            for leaf in a.keys() | b.keys()
+            if a.get(leaf) != b.get(leaf)
+        ]
         whole = hashlib.sha256("".join(f"{leaf} {a[leaf]}\n" for leaf in sorted(a)).encode()).hexdigest()
         print(f"state of step {last[0]}: {len(a)} arrays compared; SHA-256 over all of {one}: {whole}")
     for problem in problems:
