@@ -13,7 +13,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attention_cases import make, oracle, relative
-from jsft.kernels.flash import flash_attention
+from jsft.kernels.flash import backward_dkv, flash_attention
 from jsft.kernels.flash.forward import forward
 from jsft.kernels.flash.tuned import KernelConfig
 
@@ -61,6 +61,18 @@ def test_matches_float64_without_races(lengths, H, K, h, backward, dtype):
     ours, wanted = run(lengths, H, K, h, backward, dtype)
     for value, want in zip(ours, wanted):
         assert value.dtype == dtype and relative(value, want) < 5e-3
+
+
+@pytest.mark.parametrize("backward", ["fused", pytest.param("deterministic", marks=pytest.mark.slow)])
+def test_all_query_heads_of_a_key_head_in_one_program(backward, monkeypatch):
+    """As in rows with enough tiles; those above have so few that the heads are split.
+
+    No other test has its shapes: the kernels are cached by them.
+    """
+    monkeypatch.setattr(backward_dkv, "_ENOUGH_PROGRAMS", 1)
+    ours, wanted = run([[60, 68]], 3, 1, 128, backward)
+    for value, want in zip(ours, wanted):
+        assert relative(value, want) < 5e-3
 
 
 @pytest.mark.parametrize(

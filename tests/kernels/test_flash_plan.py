@@ -4,7 +4,14 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jsft.kernels.flash.plan import TILE, key_blocks, query_blocks
+from jsft.kernels.flash.plan import (
+    TILE,
+    key_blocks,
+    order_of_documents,
+    order_of_keys,
+    order_of_queries,
+    query_blocks,
+)
 
 rows = st.tuples(
     st.integers(1, 6),  # tiles
@@ -52,3 +59,14 @@ def test_one_document_masks_only_the_diagonal():
     assert (blocks.first, blocks.plain_first, blocks.plain_last, blocks.last) == (0, 0, 2, 3)
     blocks = query_blocks(TILE, T, T, 64)
     assert (blocks.first, blocks.plain_first, blocks.plain_last, blocks.last) == (2, 4, 8, 8)
+
+
+def test_orders_deal_every_tile_once_long_documents_first():
+    lengths = [[128, 300, 212], [500, 140]]
+    end = np.stack([np.repeat(np.cumsum(row), row) for row in lengths])
+    start = end - np.stack([np.repeat(row, row) for row in lengths])
+    by_document, by_work = np.asarray(order_of_documents(end)), np.asarray(order_of_keys(end))
+    assert by_document.tolist() == [5, 6, 7, 1, 2, 3, 4, 8, 9, 0]  # by the last key
+    assert sorted(by_work) == list(range(10)) == sorted(np.asarray(order_of_queries(start)))
+    work = (end[:, TILE - 1 :: TILE] - np.arange(0, 640, TILE)).ravel()
+    assert (np.diff(work[by_work]) <= 0).all()

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jsft.kernels.flash import primitives as mgpu
-from jsft.kernels.flash.plan import TILE, order_of_keys, query_blocks
+from jsft.kernels.flash.plan import TILE, order_of_documents, order_of_keys, query_blocks
 from jsft.kernels.flash.primitives import HALF, LOG2E, columns, div, rem, zero
 from jsft.kernels.flash.tuned import KernelConfig
 
@@ -29,25 +29,16 @@ def backward_dkv(q, k, v, do, lse, delta, doc_end, *, scale: float, config: Kern
     do: as q; lse: as the forward gave it; delta: float32 [B, H, T], the sum of o * do over h; doc_end: int32
     [B, T].
     """
-    B, T, H, h = q.shape
-    K = k.shape[2]
-    parts = _parts(B * K * (T // TILE), H // K)
-    dk, dv = _kernel(q, k, config, scale, interpret, parts)(
-        q, k, v, do, lse, delta, doc_end, order_of_keys(doc_end)
-    )
-    if parts > 1:
-        dk, dv = (
-            jnp.sum(x.reshape(B, T, K, parts, h), 3, dtype=jnp.float32).astype(k.dtype) for x in (dk, dv)
-        )
-    return dk, dv
+    run = _kernel(q, k, config, scale, interpret)
+    return _sum_parts(*run(q, k, v, do, lse, delta, doc_end, order_of_keys(doc_end)), k)
 
 
 def backward_fused(q, k, v, do, lse, delta, doc_end, *, scale: float, config: KernelConfig, interpret=None):
     """-> dq, dk, dv. The last bits of dq depend on the order in which the GPU runs the tiles."""
     dq = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
-    run = _kernel(q, k, config, scale, interpret, 1, fused=True)
-    dk, dv = run(q, k, v, do, lse, delta, doc_end, order_of_keys(doc_end), dq)
-    return (dq[...] * scale).astype(q.dtype), dk, dv
+    run = _kernel(q, k, config, scale, interpret, fused=True)
+    dk, dv = run(q, k, v, do, lse, delta, doc_end, order_of_documents(doc_end), dq)
+    return (dq[...] * scale).astype(q.dtype), *_sum_parts(dk, dv, k)
 
 
 def _parts(programs: int, group: int) -> int:
@@ -58,12 +49,21 @@ def _parts(programs: int, group: int) -> int:
     return next((n for n in range(1, group) if group % n == 0 and n * programs >= _ENOUGH_PROGRAMS), group)
 
 
-def _kernel(q, k, config: KernelConfig, scale: float, interpret, parts: int, *, fused: bool = False):
+def _sum_parts(dk, dv, k):
+    """dk, dv: [B, T, K * parts, h] -> [B, T, K, h]."""
+    if dk.shape == k.shape:
+        return dk, dv
+    B, T, K, h = k.shape
+    return tuple(jnp.sum(x.reshape(B, T, K, -1, h), 3, dtype=jnp.float32).astype(k.dtype) for x in (dk, dv))
+
+
+def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool = False):
     B, T, H, h = q.shape
     K = k.shape[2]
-    G = H // K // parts  # query heads of a program
     block, stages = config.block, config.stages
     tiles = T // TILE
+    parts = _parts(B * K * tiles, H // K)
+    G = H // K // parts  # query heads of a program
     dtype = q.dtype
     shape = (HALF, block)
     dq_shape = (64, 64)  # a warpgroup's half of dq of a step
