@@ -251,11 +251,11 @@ def tune(arguments) -> None:
         "forward": (forward, (q, k, v, start), [(128, 2), (128, 3), (128, 4), (64, 2), (64, 4)], 1.0),
         "dq": (
             backward_dq,
-            (q, k, v, do, lse, delta, start),
-            [(64, 2), (64, 3), (64, 4), (128, 2), (128, 3)],
+            (q, k, v, do, o, lse, start),
+            [(64, 2), (64, 3), (64, 4), (128, 2)],
             1.5,
         ),
-        "dkv": (backward_dkv, (q, k, v, do, lse, delta, end), [(64, 2), (64, 4), (128, 2)], 2.0),
+        "dkv": (backward_dkv, (q, k, v, do, lse, delta, end), [(64, 2), (64, 3), (64, 4)], 2.0),
         "fused": (backward_fused, (q, k, v, do, lse, delta, end), [(8192 // h, 2), (8192 // h, 3)], 2.5),
     }
     flops = 4 * H * h * sum(n * n for n in case.lengths) / 2

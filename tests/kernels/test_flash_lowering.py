@@ -39,7 +39,7 @@ def test_every_shipped_configuration_lowers(h, group, configs, dtype):
     both = (q, k, k, q, statistic, statistic, position)
     for kernel, config, arguments in (
         (forward, configs.forward, (q, k, k, position)),
-        (backward_dq, configs.dq, both),
+        (backward_dq, configs.dq, (q, k, k, q, q, statistic, position)),
         (backward_dkv, configs.dkv, both),
         (backward_fused, configs.dq_dkv, both),
     ):

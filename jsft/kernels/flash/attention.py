@@ -59,12 +59,12 @@ def _attention_backward(scale, backward, interpret, residuals, do):
     fused = backward == "fused" or (backward == "auto" and config.fused)
 
     def gradients(q, k, v, do, o, lse, doc_start, doc_end):
-        delta = jnp.einsum("bthd,bthd->bht", o.astype(jnp.float32), do.astype(jnp.float32))
         common = dict(scale=scale, interpret=interpret)
         if fused:
+            delta = jnp.einsum("bthd,bthd->bht", o.astype(jnp.float32), do.astype(jnp.float32))
             return _backward_fused(q, k, v, do, lse, delta, doc_end, config=config.dq_dkv, **common)
-        dk, dv = _backward_dkv(q, k, v, do, lse, delta, doc_end, config=config.dkv, **common)
-        return _backward_dq(q, k, v, do, lse, delta, doc_start, config=config.dq, **common), dk, dv
+        dq, delta = _backward_dq(q, k, v, do, o, lse, doc_start, config=config.dq, **common)
+        return dq, *_backward_dkv(q, k, v, do, lse, delta, doc_end, config=config.dkv, **common)
 
     dq, dk, dv = _batched(gradients)(q, k, v, do.astype(q.dtype), o, lse, doc_start, doc_end)
     return dq, dk, dv, None, None

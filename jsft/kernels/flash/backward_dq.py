@@ -1,5 +1,5 @@
 """Backward kernel for dq of the deterministic form: one tile of queries walks its key blocks, as the forward
-does.
+does. On its way it sums o * do over h, which the kernel for dk and dv needs too.
 """
 
 import jax
@@ -14,11 +14,10 @@ from jsft.kernels.flash.primitives import HALF, LOG2E, div, rem, rows
 from jsft.kernels.flash.tuned import KernelConfig
 
 
-def backward_dq(q, k, v, do, lse, delta, doc_start, *, scale: float, config: KernelConfig, interpret=None):
-    """-> dq [B, T, H, h] in q's dtype.
+def backward_dq(q, k, v, do, o, lse, doc_start, *, scale: float, config: KernelConfig, interpret=None):
+    """-> dq [B, T, H, h] in q's dtype; delta float32 [B, H, T], the sum of o * do over h.
 
-    do: as q; lse: as the forward gave it; delta: float32 [B, H, T], the sum of o * do over h; others as the
-    forward's.
+    do: as q; o, lse: as the forward gave them; others as the forward's.
     """
     B, T, H, h = q.shape
     K = k.shape[2]
@@ -29,8 +28,8 @@ def backward_dq(q, k, v, do, lse, delta, doc_start, *, scale: float, config: Ker
     simulated = interpret is not None
 
     def body(*refs):
-        q_g, k_g, v_g, do_g, lse_g, delta_g, start_g, order_g, dq_g, q_s, do_s, k_s, v_s, *refs = refs
-        q_full, k_full, v_full, k_free, v_free, turn, *pool = refs
+        q_g, k_g, v_g, do_g, o_g, lse_g, start_g, order_g, dq_g, delta_g, *refs = refs
+        q_s, do_s, o_s, k_s, v_s, q_full, k_full, v_full, k_free, v_free, turn, *pool = refs
         bt, head, wg = order_g[lax.axis_index("rank")], lax.axis_index("head"), lax.axis_index("wg")
         b, t0 = div(bt, tiles), rem(bt, tiles) * TILE
         blocks = key_blocks(t0, start_g[b, t0], start_g[b, t0 + TILE - 1], block)
@@ -48,8 +47,10 @@ def backward_dq(q, k, v, do, lse, delta, doc_start, *, scale: float, config: Ker
             at = pl.ds(base, HALF)
             start = plgpu.load(start_g.at[b, at], layout=mgpu.ROW, optimized=False)
             lse = plgpu.load(lse_g.at[b, head, at], layout=mgpu.ROW, optimized=False)
-            delta = plgpu.load(delta_g.at[b, head, at], layout=mgpu.ROW, optimized=False)
             plgpu.barrier_wait(q_full.at[wg])
+            o, do = (plgpu.load(x.at[wg], layout=mgpu.WGMMA).astype(jnp.float32) for x in (o_s, do_s))
+            delta = (o * do).sum(axis=1)
+            delta_g.at[b, head, at][...] = delta
 
             def walk(dq):
                 def step(j, ds, masked, first=False):
@@ -105,6 +106,7 @@ def backward_dq(q, k, v, do, lse, delta, doc_start, *, scale: float, config: Ker
                 at = (b, pl.ds(t0 + half * HALF, HALF), head)
                 plgpu.copy_gmem_to_smem(q_g.at[at], q_s.at[half], q_full.at[half])
                 plgpu.copy_gmem_to_smem(do_g.at[at], do_s.at[half], q_full.at[half])
+                plgpu.copy_gmem_to_smem(o_g.at[at], o_s.at[half], q_full.at[half])
             kv_head = div(head, H // K)
 
             @pl.loop(blocks.first, blocks.last)
@@ -122,11 +124,12 @@ def backward_dq(q, k, v, do, lse, delta, doc_start, *, scale: float, config: Ker
                 plgpu.barrier_wait(v_free.at[slot(j)])
 
     scratch = [
+        mgpu.tiled((2, HALF, h), dtype),  # q, at the end dq
         mgpu.tiled((2, HALF, h), dtype),
         mgpu.tiled((2, HALF, h), dtype),
         mgpu.tiled((stages, block, h), dtype),
         mgpu.tiled((stages, block, h), dtype),
-        plgpu.Barrier(num_arrivals=2, num_barriers=2),
+        plgpu.Barrier(num_arrivals=3, num_barriers=2),
         plgpu.Barrier(num_barriers=stages),
         plgpu.Barrier(num_barriers=stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -135,9 +138,9 @@ def backward_dq(q, k, v, do, lse, delta, doc_start, *, scale: float, config: Ker
     ]
     if simulated:
         scratch += [plgpu.SMEM((2, *s), jnp.float32) for s in (shape, shape, (HALF, h))]
-    (dq,) = plgpu.kernel(
+    return plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct(q.shape, dtype)],
+        out_type=[jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)],
         scratch_types=scratch,
         grid=(B * tiles, H),
         grid_names=("rank", "head"),
@@ -146,5 +149,4 @@ def backward_dq(q, k, v, do, lse, delta, doc_start, *, scale: float, config: Ker
         kernel_name="flash_backward_dq",
         compiler_params=mgpu.compiler_params(),
         interpret=interpret,
-    )(q, k, v, do, lse, delta, doc_start, order_of_queries(doc_start))
-    return dq
+    )(q, k, v, do, o, lse, doc_start, order_of_queries(doc_start))
