@@ -44,6 +44,11 @@ class TrainingData:
         """int64 [N]: tokens of every document as trained."""
         return self._source.documents.lengths
 
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """The lengths of packed row that the sampled steps' micro batches have, ascending; a few others are possible."""
+        return tuple(self.report["lengths_seen"])
+
     def __getitem__(self, step: int) -> StepData:
         """The data of one step, made on the spot."""
         return self._source[step]

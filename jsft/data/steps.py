@@ -109,9 +109,10 @@ def assemble(
 def packing_report(source: StepSource, steps: int, sample: int = 32) -> dict[str, Any]:
     """Padding, imbalance and micro batches, averaged over up to `sample` of the first `steps` steps."""
     chosen = np.unique(np.linspace(0, steps - 1, min(steps, sample)).astype(int))
-    found = []
+    found, lengths = [], set()
     for step in chosen:
         rows, plan = source.plan(int(step))
+        lengths |= set(plan.lengths)
         found.append(
             (
                 *planning.padding_and_imbalance(source.documents.lengths[rows], plan, source.layout),
@@ -123,6 +124,7 @@ def packing_report(source: StepSource, steps: int, sample: int = 32) -> dict[str
     return {
         "shape": f"{layout.rows} x {layout.length}",
         "last_lengths": list(layout.last_lengths),
+        "lengths_seen": sorted(lengths),
         "micro_batches": micro_batches,
         "padding_share": padding,
         "device_imbalance": imbalance,

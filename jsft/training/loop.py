@@ -162,7 +162,8 @@ class Loop:
         """Fetches and writes a step's numbers. Returns (time now, non-finite steps in a row)."""
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
-        seconds = now - clock
+        # The last of a row of steps is read straight after the one before it, whose time took in this one's dispatch.
+        seconds = max(now - clock, waited + dispatched)
         metrics |= {
             "tokens": data.tokens,
             "supervised_tokens": data.supervised_tokens,

@@ -17,6 +17,7 @@ from jsft.hf.load import load_parameters
 from jsft.peers import PeerLink
 from jsft.planning.startup import check_memory
 from jsft.training import checkpoint, platform
+from jsft.training.ahead import compile_ahead
 from jsft.training.ending import GO_ON, Ending
 from jsft.training.flops import matmul_parameters, peak_flops, step_flops
 from jsft.training.generation import open_generation
@@ -144,6 +145,8 @@ def _train(
         on_save=generation.saved if generation else lambda step: None,
     )
     try:
+        watchdog.at("compiling")
+        loop.programs = compile_ahead(loop.programs, parts, bool(eval_data), log.line)
         state, step, stopped = loop.run(state, parts.data, step, evaluated)
         watchdog.at("waiting for the last save")
         saver.wait()

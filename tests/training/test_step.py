@@ -16,6 +16,7 @@ from jsft.hf.random_model import write_random_model
 from jsft.mesh import make_mesh, shard_batch
 from jsft.models.families import read_config
 from jsft.models.module import abstract_parameters, initial_parameters
+from jsft.training.ahead import compile_ahead
 from jsft.training.optimizer import initial_state, parameter_dtype
 from jsft.models.remat import LADDER
 from jsft.training.parts import Parts, compile_gradients, programs
@@ -23,6 +24,7 @@ from jsft.training.parts import Parts, compile_gradients, programs
 
 class NoData(NamedTuple):
     total_steps: int = 10
+    row_lengths: tuple[int, ...] = (64, 128)
 
 
 def make_parts(model, mesh, length, **fields):
@@ -109,6 +111,26 @@ def test_unrolled_layers_give_the_plain_gradients(model, plain, rung):
 def test_every_mesh_gives_the_plain_gradients(model, plain, replica):
     batches, expected = plain
     assert_close(gradients_of(make_parts(model, make_mesh(replica), 128), "full", batches), expected)
+
+
+def test_compiled_ahead_a_run_compiles_nothing_more_but_a_length_not_foreseen(model):
+    parts, said = make_parts(model, make_mesh(), 128), []
+    jitted = programs(parts, "full")
+    ahead = compile_ahead(jitted, parts, True, said.append)
+    state = initial_state(initial_parameters(model, parts.mesh, jnp.float32, 0), parts.config)
+    batches = [shard_batch(make_batch(8, length, model.vocab_size, 0), parts.mesh) for length in (128, 64, 96)]
+    gradients, sums = ahead.start()
+    for batch in batches[:2]:
+        gradients, sums = ahead.add_gradients(state.parameters, batch, gradients, sums)
+    ahead.evaluate(state.parameters, batches[0])
+    assert jitted.add_gradients._cache_size() == jitted.evaluate._cache_size() == 0
+    gradients, sums = ahead.add_gradients(state.parameters, batches[2], gradients, sums)
+    assert jitted.add_gradients._cache_size() == 1
+    expected = gradients_of(parts, "full", [make_batch(8, n, model.vocab_size, 0) for n in (128, 64, 96)])
+    assert_close((float(sums.loss), jax.tree.map(np.asarray, gradients)), expected)
+    state, metrics = ahead.update(state, gradients, sums, jnp.float32(1))
+    assert jitted.update._cache_size() == 0 and int(state.step) == 1 and np.isfinite(float(metrics["loss"]))
+    assert len(said) == 1 and "4 programs" in said[0] and "64, 128 tokens" in said[0]
 
 
 def test_adding_gradients_needs_no_second_tree_of_them(tmp_path):
