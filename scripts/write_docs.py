@@ -6,6 +6,7 @@ the hours of every published run in docs/recipes.md and at the heads of configs/
     scripts/write_docs.py --check    exit 1 when something is out of date
 """
 
+import json
 import re
 import sys
 from functools import cache
@@ -108,12 +109,20 @@ def config_file(model: str, text: str) -> str:
     return re.sub(row, write, text, flags=re.MULTILINE)
 
 
+@cache
+def recorded() -> dict[tuple[str, str, str], int]:
+    """Bytes of the compiled program by model, fidelity and remat, as scripts/record_memory.py found them."""
+    programs = json.loads((ROOT / "tests" / "recorded_memory.json").read_text(encoding="utf-8"))["programs"]
+    wanted = (r for r in programs if r["program"] == "add_gradients" and r["unrolled"])
+    return {(r["model"], r["fidelity"], r["remat"]): r["total"] for r in wanted}
+
+
 def plan_table() -> str:
     """The plan of every base model's default recipe on 8 x H200, with both presets."""
     rows = [
-        "| model, `math_cot_ep8` | fidelity | GiB of 125 | state and gradients | kept | workspace | layers "
+        "| model, `math_cot_ep8` | fidelity | GiB of 125 | compiled | state and gradients | kept | workspace | layers "
         "keep | s a step | hours | checkpoint GB | disk GB |",
-        "|" + "---|" * 11,
+        "|" + "---|" * 12,
     ]
     for model in MODELS:
         for fidelity in ("reference", "best"):
@@ -122,9 +131,10 @@ def plan_table() -> str:
             state = sum(memory[f"{part}_bytes"] for part in ("parameters", "moments", "gradients", "beside"))
             workspace = max(memory["layer_bytes"], memory["loss_bytes"])
             gib = [memory["total_bytes"], state, memory["kept_bytes"], workspace]
+            compiled = recorded().get((model, fidelity, memory["remat"]))
             rows.append(
-                f"| {model} | {fidelity} | "
-                + " | ".join(f"{value / 2**30:.1f}" for value in gib)
+                f"| {model} | {fidelity} | {gib[0] / 2**30:.1f} | {f'{compiled / 2**30:.1f}' if compiled else ''} | "
+                + " | ".join(f"{value / 2**30:.1f}" for value in gib[1:])
                 + f" | {memory['remat'].replace(',', ', ')} | {step['seconds']:.1f} | "
                 f"{found['time']['hours']:.1f} | "
                 f"{disk['checkpoint_bytes'] / 1e9:.0f} | {disk['total_bytes'] / 1e9:.0f} |"

@@ -1,0 +1,57 @@
+"""Programs compiled for GPUs that are not here. Compiling needs JAX's CUDA plugin: without it only the refusals run."""
+
+import dataclasses
+
+import pytest
+
+from jsft import config as schema
+from jsft import plan
+from jsft.errors import ConfigError
+from jsft.models.published import PUBLISHED
+from jsft.planning.memory import estimate, planned_mesh
+from jsft.training import compiled, deviceless
+
+needs_plugin = pytest.mark.skipif(not deviceless.available(), reason="needs JAX's CUDA plugin: pip install jax[cuda13]")
+PLAN = ["--config", "configs/qwen3_4b.py:math_cot_ep8", "--compile"]
+
+
+def small_config(**fields):
+    config = schema.default_config()
+    config.model.path, config.data.train = "model", "data"
+    config.data.pack_length = config.data.max_length = 2048
+    for name, value in fields.items():
+        schema.put(config, name.replace("__", "."), value)
+    return schema.resolve(config)
+
+
+@needs_plugin
+@pytest.mark.parametrize("unroll", [False, True])
+def test_the_step_compiles_with_its_pallas_kernels(unroll):
+    """Arguments and outputs are what the tables say; asking for the kernel by name shows that it is the one compiled."""
+    sizes = dict(hidden_size=512, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=1024, vocab_size=4096)
+    model = dataclasses.replace(PUBLISHED["qwen3_14b"], **sizes)
+    config = small_config(attention__implementation="pallas", train__unroll_layers=unroll)
+    found = compiled.program_memory(config, model, deviceless.gpus("h200", 8), "full")
+    memory = estimate(model, config, planned_mesh(config, 8), "full")
+    step = found["add_gradients"]
+    assert step.arguments == pytest.approx(memory.parameters + memory.gradients + memory.batch, rel=0.01)
+    assert step.aliased == pytest.approx(memory.gradients, rel=0.01) and step.beside == pytest.approx(memory.moments, rel=0.01)
+    assert step.temporaries > 0
+    state = memory.parameters + memory.moments
+    assert found["update"].aliased == pytest.approx(state, rel=0.01)
+
+
+def test_without_the_plugin_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(deviceless, "available", lambda: False)
+    with pytest.raises(ConfigError, match=r"pip install 'jax\[cuda13\]'"):
+        deviceless.gpus("h200", 8)
+    assert compiled.compile_kind("h200") is None
+
+
+def test_only_hopper(monkeypatch):
+    with pytest.raises(ConfigError, match="h200 and h100 only"):
+        deviceless.gpus("a100", 8)
+    monkeypatch.setattr(deviceless, "available", lambda: True)
+    monkeypatch.setattr(compiled, "_gpus", lambda: 0)
+    with pytest.raises(ConfigError, match="h200 and h100 only"):
+        plan.main([*PLAN, "--device", "b200"])
