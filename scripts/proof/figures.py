@@ -158,11 +158,11 @@ def pretrained(folder: Path) -> tuple[Figure, list[str]]:
             f"| {found['response']['tokens']['mean']:.0f} | {100 * found['response']['share_cut']:.1f} % "
             f"| {found['problems']} x {found['samples_per_problem']} |"
         )
-    figure = Figure(figsize=(12 if bars else 8, 3.6), layout="constrained")
-    axes = figure.subplots(1, 3 if bars else 2)
+    figure = Figure(figsize=(12 if len(bars) > 1 else 8, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3 if len(bars) > 1 else 2)
     draw_losses(axes[0], runs, 25)
     draw_heldout(axes[1], runs)
-    if bars:
+    if len(bars) > 1:
         draw_bars(axes[2], bars, "GSM8K test problems solved, vLLM")
     return figure, lines
 
@@ -240,7 +240,7 @@ def scratch(folder: Path) -> tuple[Figure, list[str]]:
     draw_losses(axes[0], runs, 25)
     draw_heldout(axes[1], runs)
     axes[2].set(title="held-out puzzles solved, vLLM", xlabel="update", ylabel="percent", ylim=(0, 100))
-    axes[2].set_xscale("symlog", linthresh=50)
+    axes[0].set_yscale("log"), axes[1].set_yscale("log")
     if axes[2].get_legend_handles_labels()[0]:
         axes[2].legend()
     return figure, lines
