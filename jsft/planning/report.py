@@ -109,13 +109,18 @@ def _memory(memory: Memory) -> dict[str, int]:
     return named | {"temporaries_bytes": memory.temporaries, "total_bytes": memory.total}
 
 
+def _gib(size: float) -> str:
+    """Bytes in GiB: to a tenth, of what is small to a thousandth."""
+    return f"{size / GIB:,.1f}" if size >= GIB / 10 else f"{size / GIB:.3f}"
+
+
 def lines(plan: dict[str, Any]) -> list[str]:
     """The plan in words."""
     devices, model, memory, data = plan["devices"], plan["model"], plan["memory"], plan["data"]
     step, time, disk = plan["step"], plan["time"], plan["disk"]
 
     def gib(key: str) -> str:
-        return f"{memory[key] / GIB:.1f}"
+        return _gib(memory[key])
 
     verdict = "fits" if plan["fits"] else "DOES NOT FIT"
     found = [
@@ -124,11 +129,11 @@ def lines(plan: dict[str, Any]) -> list[str]:
         f"{'model:':11}{model['family']}, {model['parameters'] / 1e6:,.1f} M parameters, {model['layers']} "
         f"layers "
         f"({model['source']})",
-        f"{'memory:':11}{memory['total_bytes'] / GIB:.1f} GiB of {memory['limit_bytes'] / GIB:.1f} GiB per "
+        f"{'memory:':11}{gib('total_bytes')} GiB of {memory['limit_bytes'] / GIB:.1f} GiB per "
         f"device "
         f"({devices['memory_bytes'] / GIB:.0f} on the card); layers keep: {memory['remat']}",
         f"{'':11}parameters {gib('parameters_bytes')}, moments {gib('moments_bytes')}, gradients "
-        f"{(memory['gradients_bytes'] + memory['beside_bytes']) / GIB:.1f}, kept activations "
+        f"{_gib(memory['gradients_bytes'] + memory['beside_bytes'])}, kept activations "
         f"{gib('kept_bytes')}, "
         f"then the larger of",
         f"{'':11}a layer's backward pass {gib('layer_bytes')} (whole weights {gib('gathered_bytes')}) and a "
@@ -137,7 +142,7 @@ def lines(plan: dict[str, Any]) -> list[str]:
     ]
     for rung in memory["rungs"]:
         found.append(
-            f"{'':13}{rung['total_bytes'] / GIB:7.1f} GiB {'fits' if rung['fits'] else '    '}  "
+            f"{'':13}{_gib(rung['total_bytes']):>7} GiB {'fits' if rung['fits'] else '    '}  "
             f"{rung['remat']}"
         )
     for i, change in enumerate(plan["changes"]):
@@ -151,11 +156,11 @@ def lines(plan: dict[str, Any]) -> list[str]:
         f"{'step:':11}{data['global_batch']} documents, {step['tokens']:,.0f} tokens in "
         f"{data['micro_batches']:.1f} micro "
         f"batches of {data['rows']} x {data['pack_length']:,}, padding {data['padding_share']:.1%}",
-        f"{'':11}{step['flops'] / 1e15:,.2f} PFLOP, and {step['recomputed_flops'] / 1e15:,.2f} of recompute",
+        f"{'':11}{step['flops'] / 1e15:,.3g} PFLOP, and {step['recomputed_flops'] / 1e15:,.3g} of recompute",
     ]
     for kind, row in step["collectives"].items():
         found.append(
-            f"{'':11}{kind}: {row['calls']:,.0f} calls, {row['bytes'] / GIB:,.1f} GiB in and out of a device"
+            f"{'':11}{kind}: {row['calls']:,.0f} calls, {_gib(row['bytes'])} GiB in and out of a device"
         )
     spread = time["spread"]
     found += [
