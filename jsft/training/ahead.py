@@ -13,42 +13,45 @@ import jax
 import jax.numpy as jnp
 
 from jsft.mesh import replicated
+from jsft.training.histograms import Histograms
 from jsft.training.parts import Parts
 from jsft.training.step import StepPrograms, abstract_batch
 
 
 def compile_ahead(
-    jitted: StepPrograms, parts: Parts, evaluates: bool, say: Callable[[str], None]
-) -> StepPrograms:
-    """`jitted` with its programs compiled: a step's for the lengths of packed row seen in a sample of the run's steps, and if
-    it `evaluates` the held-out loss's. A length that shows up later is compiled then.
+    jitted: StepPrograms, histograms: Histograms, parts: Parts, evaluates: bool, say: Callable[[str], None]
+) -> tuple[StepPrograms, Histograms]:
+    """Both with their programs compiled: a step's for the lengths of packed row seen in a sample of the run's steps, the
+    histograms if the run makes any, and if it `evaluates` the held-out loss's.
 
-    All processes of a run compile the same programs at the same time, as XLA expects of them.
+    A length that shows up later is compiled then. All processes of a run compile the same programs at the same time, as
+    XLA expects of them.
     """
     began = time.perf_counter()
     gradients, sums = jax.eval_shape(jitted.start)
-    weight = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(parts.mesh))
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(parts.mesh))
     state, parameters, lengths = parts.abstract, parts.abstract.parameters, parts.data.row_lengths
-    lowered = [jitted.update.lower(state, gradients, sums, weight)]
+    lowered = {"update": jitted.update.lower(state, gradients, sums, scalar)}
     for length in lengths:
         batch = abstract_batch(parts.rows, length, parts.mesh)
-        lowered.append(jitted.add_gradients.lower(parameters, batch, gradients, sums))
+        lowered[length] = jitted.add_gradients.lower(parameters, batch, gradients, sums)
     if evaluates:
         batch = abstract_batch(parts.rows, parts.config.data.pack_length, parts.mesh)
-        lowered.append(jitted.evaluate.lower(parameters, batch))
+        lowered["evaluate"] = jitted.evaluate.lower(parameters, batch)
+    if 0 < parts.config.log.histograms_every <= parts.data.total_steps:
+        lowered["histograms"] = histograms.lower(state, gradients, scalar)
     # As many threads as programs: processes that share their autotuning wait for each other's, in any order.
     with ThreadPoolExecutor(len(lowered)) as pool:
-        update, *others = pool.map(lambda program: program.compile(), lowered)
-    adding = dict(zip(lengths, others))
+        compiled = dict(zip(lowered, pool.map(lambda program: program.compile(), lowered.values())))
 
     def add_gradients(parameters, batch, gradients, sums):
-        add = adding.get(batch.tokens.shape[1], jitted.add_gradients)
+        add = compiled.get(batch.tokens.shape[1], jitted.add_gradients)
         return add(parameters, batch, gradients, sums)
 
     say(
         f"compiled:  {len(lowered)} programs in {time.perf_counter() - began:.0f} s (rows of "
         f"{', '.join(map(str, lengths))} tokens)"
     )
-    return jitted._replace(
-        add_gradients=add_gradients, update=update, evaluate=others[-1] if evaluates else jitted.evaluate
-    )
+    evaluate = compiled.get("evaluate", jitted.evaluate)
+    ahead = jitted._replace(add_gradients=add_gradients, update=compiled["update"], evaluate=evaluate)
+    return ahead, compiled.get("histograms", histograms)

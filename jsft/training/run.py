@@ -146,7 +146,9 @@ def _train(
     )
     try:
         watchdog.at("compiling")
-        loop.programs = compile_ahead(loop.programs, parts, bool(eval_data), log.line)
+        loop.programs, loop.histograms = compile_ahead(
+            loop.programs, loop.histograms, parts, bool(eval_data), log.line
+        )
         state, step, stopped = loop.run(state, parts.data, step, evaluated)
         watchdog.at("waiting for the last save")
         saver.wait()

@@ -17,6 +17,7 @@ from jsft.mesh import make_mesh, shard_batch
 from jsft.models.families import read_config
 from jsft.models.module import abstract_parameters, initial_parameters
 from jsft.training.ahead import compile_ahead
+from jsft.training.histograms import make_histograms
 from jsft.training.optimizer import initial_state, parameter_dtype
 from jsft.models.remat import LADDER
 from jsft.training.parts import Parts, compile_gradients, programs
@@ -114,9 +115,10 @@ def test_every_mesh_gives_the_plain_gradients(model, plain, replica):
 
 
 def test_compiled_ahead_a_run_compiles_nothing_more_but_a_length_not_foreseen(model):
-    parts, said = make_parts(model, make_mesh(), 128), []
+    parts, said = make_parts(model, make_mesh(), 128, log__histograms_every=10), []
     jitted = programs(parts, "full")
-    ahead = compile_ahead(jitted, parts, True, said.append)
+    counting = make_histograms(parts.config, parts.mesh, parts.shardings)
+    ahead, histograms = compile_ahead(jitted, counting, parts, True, said.append)
     state = initial_state(initial_parameters(model, parts.mesh, jnp.float32, 0), parts.config)
     batches = [shard_batch(make_batch(8, length, model.vocab_size, 0), parts.mesh) for length in (128, 64, 96)]
     gradients, sums = ahead.start()
@@ -129,8 +131,10 @@ def test_compiled_ahead_a_run_compiles_nothing_more_but_a_length_not_foreseen(mo
     expected = gradients_of(parts, "full", [make_batch(8, n, model.vocab_size, 0) for n in (128, 64, 96)])
     assert_close((float(sums.loss), jax.tree.map(np.asarray, gradients)), expected)
     state, metrics = ahead.update(state, gradients, sums, jnp.float32(1))
-    assert jitted.update._cache_size() == 0 and int(state.step) == 1 and np.isfinite(float(metrics["loss"]))
-    assert len(said) == 1 and "4 programs" in said[0] and "64, 128 tokens" in said[0]
+    counts = histograms(state, gradients, metrics["lr"])
+    assert jitted.update._cache_size() == counting._cache_size() == 0 and int(state.step) == 1
+    assert np.isfinite(float(metrics["loss"])) and set(counts) == {"parameters", "gradients", "updates"}
+    assert len(said) == 1 and "5 programs" in said[0] and "64, 128 tokens" in said[0]
 
 
 def test_adding_gradients_needs_no_second_tree_of_them(tmp_path):
