@@ -126,28 +126,13 @@ def build(options):
 
 def compile_programs(parts, remat):
     """Name -> compiled program, and the seconds it took."""
-    import jax
-    import jax.numpy as jnp
-
-    from jsft.kernels.linear_cross_entropy import LossSums
-    from jsft.mesh import replicated
-    from jsft.training.parts import programs
-    from jsft.training.step import abstract_batch
+    from jsft.training.parts import arguments, programs
 
     started = time.perf_counter()
     jitted = programs(parts, remat)
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(parts.mesh))
-    sums = LossSums(*[scalar] * len(LossSums._fields))
-    dtype = jnp.dtype(parts.config.precision.gradients)
-    gradients = jax.tree.map(
-        lambda p: jax.ShapeDtypeStruct(p.shape, dtype, sharding=p.sharding), parts.abstract.parameters
-    )
-    batch = abstract_batch(parts.rows, parts.config.data.pack_length, parts.mesh)
-    compiled = {
-        "start": jitted.start.lower().compile(),
-        "add_gradients": jitted.add_gradients.lower(parts.abstract.parameters, batch, gradients, sums).compile(),
-        "update": jitted.update.lower(parts.abstract, gradients, sums, scalar).compile(),
-    }
+    given = arguments(parts, jitted)
+    names = ("start", "add_gradients", "update")
+    compiled = {name: getattr(jitted, name).lower(*given[name]).compile() for name in names}
     return compiled, time.perf_counter() - started
 
 

@@ -9,19 +9,7 @@ name=fidelity
 stages=(data reference best killed compare figures)
 source "$(dirname "$0")/proof/common.sh"
 
-stage_data() {
-  local puzzles=(--numbers 3 --max_number 30 --attempts 6) rows=20000 heldout=500
-  if [[ -n $tiny ]]; then
-    puzzles=(--numbers 2 --max_number 9 --target 1-20 --attempts 1) rows=300 heldout=20
-  fi
-  [[ -e $folder/heldout.parquet ]] ||
-    "$python" -m jsft.prepare countdown --rows "$heldout" --seed 2 "${puzzles[@]}" \
-      --out "$folder/heldout.parquet"
-  [[ -e $folder/train.parquet ]] ||
-    "$python" -m jsft.prepare countdown --rows "$rows" --seed 1 "${puzzles[@]}" --repeat \
-      --exclude "$folder/heldout.parquet" --out "$folder/train.parquet"
-  "$python" scripts/proof/models.py countdown "$folder/train.parquet" "$folder/base" ${tiny:+--tiny}
-}
+stage_data() { countdown_data 20000; }
 
 stage_reference() { train "fidelity_reference$tiny" "$folder/reference"; }
 stage_best() { train "fidelity_best$tiny" "$folder/best"; }

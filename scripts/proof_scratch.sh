@@ -10,22 +10,13 @@ stages=(data cot answers export evaluate figures)
 source "$(dirname "$0")/proof/common.sh"
 
 stage_data() {
-  local puzzles=(--numbers 3 --max_number 30 --attempts 6) rows=100000 heldout=500 set
-  if [[ -n $tiny ]]; then
-    puzzles=(--numbers 2 --max_number 9 --target 1-20 --attempts 1) rows=300 heldout=20
-  fi
-  [[ -e $folder/heldout.parquet ]] ||
-    "$python" -m jsft.prepare countdown --rows "$heldout" --seed 2 "${puzzles[@]}" \
-      --out "$folder/heldout.parquet"
-  [[ -e $folder/train.parquet ]] ||
-    "$python" -m jsft.prepare countdown --rows "$rows" --seed 1 "${puzzles[@]}" --repeat \
-      --exclude "$folder/heldout.parquet" --out "$folder/train.parquet"
+  local set
+  countdown_data 100000
   for set in heldout train; do
     [[ -e $folder/${set}_answers.parquet ]] ||
       "$python" -m jsft.prepare nocot "$folder/$set.parquet" --out "$folder/${set}_answers.parquet"
   done
   cp "$folder/heldout.parquet" "$folder/eval_countdown.parquet"  # under this name evaluation looks for it
-  "$python" scripts/proof/models.py countdown "$folder/train.parquet" "$folder/base" ${tiny:+--tiny}
 }
 
 stage_cot() { train "countdown_cot$tiny" "$folder/cot"; }

@@ -63,9 +63,8 @@ def packed_attention(
         if implementation == "pallas":
             raise ValueError(problem)
         return attention_xla.packed_attention(q, k, v, doc_start, doc_end, scale=scale)
-    from jsft.kernels.flash import (
-        flash_attention,
-    )  # here, because elsewhere than on GPUs nothing else needs it
+    # Imported here, because elsewhere than on GPUs nothing else needs it.
+    from jsft.kernels.flash import flash_attention
 
     return flash_attention(q, k, v, doc_start, doc_end, scale=scale, backward=backward)
 

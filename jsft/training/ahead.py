@@ -9,13 +9,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import jax
-import jax.numpy as jnp
-
-from jsft.mesh import replicated
 from jsft.training.histograms import Histograms
-from jsft.training.parts import Parts
-from jsft.training.step import StepPrograms, abstract_batch
+from jsft.training.parts import Parts, arguments
+from jsft.training.step import StepPrograms
 
 
 def compile_ahead(
@@ -28,18 +24,14 @@ def compile_ahead(
     XLA expects of them.
     """
     began = time.perf_counter()
-    gradients, sums = jax.eval_shape(jitted.start)
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(parts.mesh))
-    state, parameters, lengths = parts.abstract, parts.abstract.parameters, parts.data.row_lengths
-    lowered = {"update": jitted.update.lower(state, gradients, sums, scalar)}
+    whole, lengths = arguments(parts, jitted), parts.data.row_lengths
+    lowered = {"update": jitted.update.lower(*whole["update"])}
     for length in lengths:
-        batch = abstract_batch(parts.rows, length, parts.mesh)
-        lowered[length] = jitted.add_gradients.lower(parameters, batch, gradients, sums)
+        lowered[length] = jitted.add_gradients.lower(*arguments(parts, jitted, length)["add_gradients"])
     if evaluates:
-        batch = abstract_batch(parts.rows, parts.config.data.pack_length, parts.mesh)
-        lowered["evaluate"] = jitted.evaluate.lower(parameters, batch)
+        lowered["evaluate"] = jitted.evaluate.lower(*whole["evaluate"])
     if 0 < parts.config.log.histograms_every <= parts.data.total_steps:
-        lowered["histograms"] = histograms.lower(state, gradients, scalar)
+        lowered["histograms"] = histograms.lower(*whole["histograms"])
     # As many threads as programs: processes that share their autotuning wait for each other's, in any order.
     with ThreadPoolExecutor(len(lowered)) as pool:
         compiled = dict(zip(lowered, pool.map(lambda program: program.compile(), lowered.values())))

@@ -42,35 +42,25 @@ def program_memory(
     devices: of this machine, or of `jsft.training.deviceless.gpus`.
     """
     import jax
-    import jax.numpy as jnp
 
     from jsft import mesh as meshes
-    from jsft.kernels.linear_cross_entropy import LossSums
     from jsft.models.module import abstract_parameters
     from jsft.training import deviceless
     from jsft.training.optimizer import initial_state, parameter_dtype
-    from jsft.training.parts import Parts, programs
-    from jsft.training.step import abstract_batch
+    from jsft.training.parts import Parts, arguments, programs
 
     mesh = meshes.make_mesh(config.mesh.replica, config.mesh.fsdp, devices)
     state = initial_state(abstract_parameters(model, mesh, parameter_dtype(config)), config)
     shardings = jax.tree.map(lambda p: p.sharding, state.parameters)
     rows = mesh.size * config.data.rows_per_device
-    jitted = programs(Parts(config, None, model, mesh, state, shardings, _NoData(), rows), remat)
-    dtype = jnp.dtype(config.precision.gradients)
-    gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype, sharding=p.sharding), state.parameters)
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=meshes.replicated(mesh))
-    sums = LossSums(*[scalar] * len(LossSums._fields))
-    batch = abstract_batch(rows, config.data.pack_length, mesh)
+    parts = Parts(config, None, model, mesh, state, shardings, _NoData(), rows)
+    jitted = programs(parts, remat)
+    given = arguments(parts, jitted)
     moments = sum(map(meshes.shard_bytes, jax.tree.leaves((state.first_moment, state.second_moment))))
-    arguments = {
-        "add_gradients": (state.parameters, batch, gradients, sums),
-        "update": (state, gradients, sums, scalar),
-    }
     real = mesh.devices.flat[0] in jax.devices()
     found = {}
     for name in names:
-        traced = getattr(jitted, name).trace(*arguments[name])
+        traced = getattr(jitted, name).trace(*given[name])
         if real:
             compiled = traced.lower().compile()
         else:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -64,8 +65,21 @@ def programs(parts: Parts, remat) -> StepPrograms:
     return make_programs(parts.model, parts.config, parts.mesh, parts.shardings, parts.data.total_steps, remat)
 
 
+def arguments(parts: Parts, jitted: StepPrograms, length: int | None = None) -> dict[str, tuple]:
+    """What each program is called with, as shapes, for rows of `length` positions (default: the pack length)."""
+    gradients, sums = jax.eval_shape(jitted.start)
+    batch = abstract_batch(parts.rows, length or parts.config.data.pack_length, parts.mesh)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=meshes.replicated(parts.mesh))
+    return {
+        "start": (),
+        "add_gradients": (parts.abstract.parameters, batch, gradients, sums),
+        "update": (parts.abstract, gradients, sums, scalar),
+        "evaluate": (parts.abstract.parameters, batch),
+        "histograms": (parts.abstract, gradients, scalar),
+    }
+
+
 def compile_gradients(parts: Parts, remat):
     """The compiled program that adds the gradients of one full micro batch, from shapes alone."""
-    batch = abstract_batch(parts.rows, parts.config.data.pack_length, parts.mesh)
     jitted = programs(parts, remat)
-    return jitted.add_gradients.lower(parts.abstract.parameters, batch, *jax.eval_shape(jitted.start)).compile()
+    return jitted.add_gradients.lower(*arguments(parts, jitted)["add_gradients"]).compile()

@@ -24,6 +24,20 @@ usage() {
 TEXT
 }
 
+countdown_data() {  # ROWS: puzzles to train on and to hold out, and the random model that learns them
+  local puzzles=(--numbers 3 --max_number 30 --attempts 6) rows=$1 heldout=500
+  if [[ -n $tiny ]]; then
+    puzzles=(--numbers 2 --max_number 9 --target 1-20 --attempts 1) rows=300 heldout=20
+  fi
+  [[ -e $folder/heldout.parquet ]] ||
+    "$python" -m jsft.prepare countdown --rows "$heldout" --seed 2 "${puzzles[@]}" \
+      --out "$folder/heldout.parquet"
+  [[ -e $folder/train.parquet ]] ||
+    "$python" -m jsft.prepare countdown --rows "$rows" --seed 1 "${puzzles[@]}" --repeat \
+      --exclude "$folder/heldout.parquet" --out "$folder/train.parquet"
+  "$python" scripts/proof/models.py countdown "$folder/train.parquet" "$folder/base" ${tiny:+--tiny}
+}
+
 parse() {
   while [[ $# -gt 0 ]]; do
     case $1 in
