@@ -71,7 +71,7 @@ def _countdown(config, name: str, folder: str) -> None:
     config.optimizer.warmup_ratio = 0.05
     config.optimizer.b2 = 0.95
     config.checkpoint.every = 500
-    config.checkpoint.milestones = (60, 125, 250, 500, 1000)
+    config.checkpoint.milestones = (125, 250, 375, 500, 750, 1000)
     config.eval.every = 125
 
 

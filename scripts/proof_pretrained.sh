@@ -41,7 +41,7 @@ control() {  # control OUT RUN MODEL
 stage_control() { control control qwen2 qwen2; }
 stage_llama() { control control_llama internlm2 llama; }  # InternLM2 under names transformers knows
 
-steps() {  # the step with the lowest held-out loss, and the last
+steps() {  # the step with the lowest held-out loss, half way, and the last
   "$python" - "$folder/qwen2" <<'PYTHON'
 import json, sys
 from pathlib import Path
@@ -49,7 +49,7 @@ run = Path(sys.argv[1])
 saved = sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
 lines = (run / "heldout.jsonl").read_text().splitlines()
 losses = {record["step"]: record["heldout/loss"] for record in map(json.loads, lines)}
-print(*sorted({min((s for s in saved if s in losses), key=losses.get), saved[-1]}))
+print(*sorted({min((s for s in saved if s in losses), key=losses.get), saved[(len(saved) - 1) // 2], saved[-1]}))
 PYTHON
 }
 

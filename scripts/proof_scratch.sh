@@ -22,7 +22,7 @@ stage_data() {
 stage_cot() { train "countdown_cot$tiny" "$folder/cot"; }
 stage_answers() { train "countdown_answers$tiny" "$folder/answers"; }
 
-steps() { if [[ -n $tiny ]]; then echo 4,8,12; else echo 125,250,500,1000; fi; }
+steps() { if [[ -n $tiny ]]; then echo 4,8,12; else echo 125,250,375,500,750,1000; fi; }
 
 stage_export() {
   local run

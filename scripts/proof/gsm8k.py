@@ -4,7 +4,8 @@
 
 FOLDER holds train.jsonl and test.jsonl (question, answer) of github.com/openai/grade-school-math. OUT gets
 train.parquet and heldout.parquet, both cut from the training problems in a random order, and gsm8k.jsonl,
-the test problems as `jsft.evaluate --data_dir OUT` reads them. --made writes ROWS made-up sums into FOLDER
+the test problems as `jsft.evaluate --data_dir OUT` reads them, in a random order too: the first N are a
+random sample. --made writes ROWS made-up sums into FOLDER
 first, for a trial without the data.
 """
 
@@ -76,6 +77,7 @@ def main() -> int:
         write_rows(iter(part), args.out / f"{name}.parquet")
         print(f"{args.out / name}.parquet: {len(part)} rows")
     test = read(args.folder / "test.jsonl")
+    random.Random(0).shuffle(test)
     write_lines(test, args.out / "gsm8k.jsonl")
     print(f"{args.out}/gsm8k.jsonl: {len(test)} test problems")
     return 0
