@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-MICRO_BATCH = 32  # padded rows
+MICRO_BATCH = 24  # padded rows
 
 
 def documents(file: str, tokenizer, longest: int) -> list[tuple[list[int], int]]:
