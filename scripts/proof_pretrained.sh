@@ -49,7 +49,8 @@ run = Path(sys.argv[1])
 saved = sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
 lines = (run / "heldout.jsonl").read_text().splitlines()
 losses = {record["step"]: record["heldout/loss"] for record in map(json.loads, lines)}
-print(*sorted({min((s for s in saved if s in losses), key=losses.get), saved[(len(saved) - 1) // 2], saved[-1]}))
+lowest = min((s for s in saved if s in losses), key=losses.get)
+print(*sorted({lowest, saved[(len(saved) - 1) // 2], saved[-1]}))
 PYTHON
 }
 

@@ -42,11 +42,12 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw_losses(axes, runs: dict[str, Path], window: int) -> None:
-    """Training loss (thin: each step, thick: running mean) of each run."""
-    for color, (label, run) in zip(COLORS, runs.items()):
+    """Training loss (thin: each step, thick: running mean) of each run; dashes where one may hide another."""
+    for i, (color, (label, run)) in enumerate(zip(COLORS, runs.items())):
         steps, values = curve(run / "metrics.jsonl", "loss")
         axes.plot(steps, values, color=color, linewidth=0.5, alpha=0.3)
-        axes.plot(steps, smooth(values, window), color=color, linewidth=1.3, label=label)
+        dashes = {"dashes": (4, 3 * i)} if i else {}
+        axes.plot(steps, smooth(values, window), color=color, linewidth=1.5, label=label, **dashes)
     axes.set(title="training loss", xlabel="update", ylabel="nats per trained token")
     axes.legend()
 
@@ -175,7 +176,10 @@ def _order(folder: Path) -> tuple:
 
 
 def draw_bars(axes, bars: list, title: str) -> None:
-    for i, (_, entry) in enumerate(bars):
+    """Bars of (model and way of sampling, its entry): a colour for a model, paler where greedy."""
+    models = list(dict.fromkeys(label.split("\n")[0] for label, _ in bars))
+    for i, (label, entry) in enumerate(bars):
+        model, how = label.split("\n")
         low, high = entry["ci95"] or (entry["mean"],) * 2
         error = [[100 * (entry["mean"] - low)], [100 * (high - entry["mean"])]]
         axes.bar(
@@ -183,8 +187,8 @@ def draw_bars(axes, bars: list, title: str) -> None:
             100 * entry["mean"],
             yerr=error,
             capsize=3,
-            color=COLORS[i // 2 % 4],
-            alpha=0.85 if i % 2 else 0.55,
+            color=COLORS[models.index(model) % len(COLORS)],
+            alpha=0.55 if how == "greedy" else 0.85,
         )
     axes.set_xticks(range(len(bars)), [label for label, _ in bars], rotation=45, ha="right", fontsize=7)
     axes.set(title=title, ylabel="percent")
