@@ -40,6 +40,7 @@ def parse():
     add("--unroll", action=argparse.BooleanOptionalAction, help="train.unroll_layers (default: the program's)")
     add("--attention", default="auto", help="attention.implementation")
     add("--backward", default="auto", help="attention.backward")
+    add("--norms", default="auto", help="norm.implementation")
     add("--median", type=float, default=6000, help="median document length of the log-normal (sigma 0.6)")
     add("--mock_devices", type=int, help="compile and run the program of this many GPUs on one (times: upper bounds)")
     add("--profile", action="store_true", help="time by part, from a profile of two steps")
@@ -113,7 +114,7 @@ def build(options):
     config.precision.params = config.precision.moments = config.precision.gradients = options.params
     config.precision.reduce = options.reduce or options.params
     config.remat, config.attention.implementation = options.remat, options.attention
-    config.attention.backward = options.backward
+    config.attention.backward, config.norm.implementation = options.backward, options.norms
     config.train.unroll_layers = options.unroll
     config.optimizer.learning_rate = 1e-5
     config = schema.resolve(config)

@@ -6,7 +6,7 @@ reduce-scattered, and the embedding's exchange.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,13 +15,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from jsft.kernels.attention import packed_attention
+from jsft.kernels.norms import rms_norm, rms_norm_rotate, rotate
 from jsft.mesh import BATCH, partition_spec
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
-from jsft.models.layers import add_bias, embed, linear, rms_norm, rotary_tables, rotate, swiglu
+from jsft.models.layers import add_bias, embed, linear, rotary_tables, swiglu
 from jsft.models.parameters import ParameterSpec, leaves, tree_from
 from jsft.models.remat import checkpoint_policy, parse_remat
-from jsft.models.stack import run_layers
+from jsft.models.stack import apart, run_layers
 
 
 def hidden_states(
@@ -35,6 +36,7 @@ def hidden_states(
     compute_dtype: jnp.dtype,
     attention: str = "auto",
     backward: str = "auto",
+    norms: str = "auto",
     remat: str | Sequence[str] = "full",
     reduce_dtype: jnp.dtype = jnp.float32,
     accumulated: dict[str, Any] | None = None,
@@ -44,11 +46,13 @@ def hidden_states(
     """Final-norm output of the decoder for packed rows; multiply by `unembedding` for logits.
 
     Args:
-      parameters: nested dict as `initial_parameters` makes it, any float dtype, sharded by the mesh's rules.
+      parameters: nested dict as `initial_parameters` makes it, any float dtype, sharded by the mesh's rules. With
+        `unroll` the matrices of the layers may lie `apart`; gradients have the parameters' form.
       tokens, positions, doc_start, doc_end: int32 [B, T] as in `Batch`; B is a multiple of the mesh's devices.
       compute_dtype: of activations and matrix products (whose sums are float32); norms and rotations are float32.
       attention, backward: `implementation` and `backward` of `packed_attention`; backward="deterministic" also sums
         the embedding's gradient in a fixed order.
+      norms: `implementation` of `rms_norm` and `rms_norm_rotate`.
       remat: what a layer keeps for the backward pass: "full" (recompute everything; only the layer's input is kept),
         "none" (recompute nothing), or names of REMAT_NAMES.
       reduce_dtype: in which weight gradients are summed over tokens and devices.
@@ -64,7 +68,7 @@ def hidden_states(
     if tokens.shape[0] % mesh.size:
         raise ValueError(f"tokens: {tokens.shape[0]} rows do not divide over {mesh.size} devices")
     table = parameter_table(config)
-    specs = tree_from(table, lambda _, spec: _manual_spec(spec, mesh))
+    specs = jax.tree.map(lambda spec, value: _manual_specs(spec, value, mesh), table, parameters)
     parts = mesh.shape["fsdp"]
     divided = {
         path[-1]: parts > 1 and "fsdp" in partition_spec(spec.axes, spec.shape, mesh) for path, spec in leaves(table)
@@ -79,6 +83,7 @@ def hidden_states(
         remat=remat,
         unroll=unroll,
         ordered=backward == "deterministic",
+        norms=norms,
         attend=functools.partial(
             packed_attention, scale=config.head_dim**-0.5, implementation=attention, backward=backward
         ),
@@ -107,14 +112,33 @@ def accumulates_in_place(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     return tree_from(parameter_table(config), in_place)
 
 
-def _manual_spec(spec: ParameterSpec, mesh: Mesh) -> PartitionSpec:
-    """The parameter's partition spec, with mesh axes of size 1 named on its first axis.
+def lie_apart(tree: dict[str, Any], config: ModelConfig, split: Callable[[Any], Any] = apart) -> dict[str, Any]:
+    """A tree like the parameters, with `split` of every matrix of the layers: what written-out layers are run on.
+
+    Norms and biases stay stacked: a kernel for each would cost more than their bytes.
+    """
+    return jax.tree.map(
+        lambda spec, value: split(value) if spec.stacked and len(spec.layer_shape) == 2 else value,
+        parameter_table(config),
+        tree,
+    )
+
+
+def _manual_specs(spec: ParameterSpec, value: jax.Array | tuple[jax.Array, ...], mesh: Mesh):
+    """The partition spec of a parameter, or of each of its layers where they lie apart."""
+    if isinstance(value, tuple):
+        return (_manual_spec(spec.axes[1:], spec.layer_shape, mesh),) * len(value)
+    return _manual_spec(spec.axes, spec.shape, mesh)
+
+
+def _manual_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """A parameter's partition spec, with mesh axes of size 1 named on its first axis.
 
     shard_map sums gradients over every mesh axis that a spec does not name; over an axis of size 1 that would be a
     copy of the whole gradient for nothing.
     """
-    entries = [*partition_spec(spec.axes, spec.shape, mesh)]
-    entries += [None] * (len(spec.shape) - len(entries))
+    entries = [*partition_spec(axes, shape, mesh)]
+    entries += [None] * (len(shape) - len(entries))
     ones = tuple(axis for axis, size in mesh.shape.items() if size == 1 and axis not in entries)
     first = () if entries[0] is None else (entries[0],)
     return PartitionSpec((*ones, *first) or None, *entries[1:])
@@ -131,12 +155,12 @@ def _widen_vectors(parameters, table):
     def widen(value: jax.Array, spec: ParameterSpec) -> jax.Array:
         return value.astype(jnp.float32) if len(spec.layer_shape) == 1 else value
 
-    return jax.tree.map(widen, parameters, table)
+    return jax.tree.map(lambda spec, value: widen(value, spec), table, parameters)
 
 
 def _decode(
     parameters, sums, tokens, positions, doc_start, doc_end, *, config, dtype, reduce_dtype, divided, parts, remat,
-    unroll, ordered, attend,
+    unroll, ordered, norms, attend,
 ):
     """One device's rows through the whole decoder; see `hidden_states`."""
     x = embed(parameters["embedding"], tokens, dtype, divided["embedding"], parts, ordered)
@@ -153,22 +177,35 @@ def _decode(
         y = linear(x, weights[name], divided[name], reduce_dtype)
         return add_bias(y, weights[f"{name}_bias"]) if f"{name}_bias" in weights else y
 
-    def layer(x, weights, constants):
+    # A branch's output is added to the residual stream by the norm that follows, in its one pass. Where a layer's values
+    # are made again it is added at once: to make the sum again would take the product that made the branch.
+    later = unroll and remat == "none"
+
+    def joined(x, branch):
+        return (x, branch) if later else (x + branch, None)
+
+    def layer(stream, weights, constants):
         cos_sin, doc_start, doc_end = constants
-        x = _attention(x, weights, project, config, cos_sin, lambda q, k, v: attend(q, k, v, doc_start, doc_end))
-        return _mlp(x, weights, project, config)
+        attend_here = functools.partial(attend, doc_start=doc_start, doc_end=doc_end)
+        x, branch = joined(*_attention(stream, weights, project, config, cos_sin, attend_here, norms))
+        stream = checkpoint_name(x, "residual"), branch
+        return joined(*_mlp(stream, weights, project, config, norms))
 
     if remat != "none":
         names = () if remat == "full" else remat
-        # A loop keeps XLA from merging the two runs of a layer.
-        layer = jax.checkpoint(layer, policy=checkpoint_policy(names), prevent_cse=unroll)
-    x = run_layers(layer, unroll, x, parameters["layers"], sums, (cos_sin, doc_start, doc_end))
-    return rms_norm(x, parameters["final_norm"], config.rms_eps)
+        # A loop, and `run_layers` of layers written out, keep XLA from merging the two runs of a layer.
+        layer = jax.checkpoint(layer, policy=checkpoint_policy(names), prevent_cse=False)
+    gathered = tuple(name for name in parameters["layers"] if divided[name])
+    anew = None if remat == "none" else gathered
+    stream = run_layers(layer, unroll, anew, (x, None), parameters["layers"], sums, (cos_sin, doc_start, doc_end))
+    return rms_norm(*stream, parameters["final_norm"], config.rms_eps, norms)[1]
 
 
-def _attention(x, weights, project, config, cos_sin, attend):
+def _attention(stream, weights, project, config, cos_sin, attend, norms):
+    """(residual stream, what attention adds to it) of the stream and what is to be added to it, or None."""
+    x, normal = rms_norm(*stream, weights["attention_norm"], config.rms_eps, norms)
     B, T, _ = x.shape
-    normal = checkpoint_name(rms_norm(x, weights["attention_norm"], config.rms_eps), "attention_input")
+    normal = checkpoint_name(normal, "attention_input")
 
     def heads(name, count):
         return project(normal, weights, name).reshape(B, T, count, config.head_dim)
@@ -176,17 +213,22 @@ def _attention(x, weights, project, config, cos_sin, attend):
     query = checkpoint_name(heads("query", config.num_heads), "query_projection")
     key = checkpoint_name(heads("key", config.num_kv_heads), "key_projection")
     value = checkpoint_name(heads("value", config.num_kv_heads), "value")
-    if config.qk_norm:
-        query = rms_norm(query, weights["query_norm"], config.rms_eps)
-        key = rms_norm(key, weights["key_norm"], config.rms_eps)
-    query = checkpoint_name(rotate(query, *cos_sin), "query")
-    key = checkpoint_name(rotate(key, *cos_sin), "key")
+
+    def turned(heads, name):
+        if not config.qk_norm:
+            return rotate(heads, *cos_sin)
+        return rms_norm_rotate(heads, weights[f"{name}_norm"], *cos_sin, config.rms_eps, norms)
+
+    query = checkpoint_name(turned(query, "query"), "query")
+    key = checkpoint_name(turned(key, "key"), "key")
     out = attend(query, key, value).reshape(B, T, config.query_size)
-    return checkpoint_name(x + project(out, weights, "output"), "residual")
+    return x, project(out, weights, "output")
 
 
-def _mlp(x, weights, project, config):
-    normal = checkpoint_name(rms_norm(x, weights["mlp_norm"], config.rms_eps), "mlp_input")
+def _mlp(stream, weights, project, config, norms):
+    """As `_attention`, of the gated MLP."""
+    x, normal = rms_norm(*stream, weights["mlp_norm"], config.rms_eps, norms)
+    normal = checkpoint_name(normal, "mlp_input")
     gate = checkpoint_name(project(normal, weights, "gate"), "gate")
     up = checkpoint_name(project(normal, weights, "up"), "up")
-    return x + project(checkpoint_name(swiglu(gate, up), "mlp_hidden"), weights, "down")
+    return x, project(checkpoint_name(swiglu(gate, up), "mlp_hidden"), weights, "down")

@@ -2,7 +2,7 @@
 
 Weights arrive as this device's rows, in the dtype they are kept in. Where a weight is divided, `linear` casts it to
 the compute dtype, gathers it over 'fsdp', and forgets it: the backward pass gathers it again, and reduce-scatters its
-gradient. Norms and the gated activation keep only their inputs and work in float32.
+gradient. The gated activation keeps only its inputs and works in float32.
 """
 
 import functools
@@ -59,35 +59,6 @@ def _linear_backward(divided, reduce_dtype, residuals, g):
 linear.defvjp(_linear_forward, _linear_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """weight * x / sqrt(mean(x^2) + eps) over the last axis [..., n]; returns x's dtype.
-
-    Float32 inside; the normalised x is rounded to x's dtype before the weight multiplies it, as in transformers.
-    """
-    x32 = x.astype(jnp.float32)
-    scale = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * scale).astype(x.dtype) * weight.astype(x.dtype)
-
-
-def _rms_norm_forward(x, weight, eps):
-    return rms_norm(x, weight, eps), (x, weight)
-
-
-def _rms_norm_backward(eps, residuals, g):
-    x, weight = residuals
-    x32, g32 = x.astype(jnp.float32), g.astype(jnp.float32)
-    scale = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    normal = x32 * scale
-    g_normal = g32 * weight.astype(jnp.float32)
-    dx = scale * (g_normal - normal * jnp.mean(g_normal * normal, axis=-1, keepdims=True))
-    dweight = jnp.sum(g32 * normal, axis=tuple(range(x.ndim - 1)))
-    return dx.astype(x.dtype), dweight.astype(weight.dtype)
-
-
-rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
-
-
 @jax.custom_vjp
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """silu(gate) * up, elementwise; silu in float32, rounded to gate's dtype before the product."""
@@ -141,18 +112,6 @@ def rotary_tables(
         frequencies = base[..., None] ** exponents
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding of [B, T, heads, h]: element i of the first half turns with element i of the second half.
-
-    The halves change places by a reversal, not by slices and a concatenation: elementwise to the compiler, which then
-    makes one pass of it together with the norm before it.
-    """
-    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    turned = halves * cos + lax.rev(halves, (halves.ndim - 2,)) * jnp.concatenate([-sin, sin], axis=-2)
-    return turned.reshape(x.shape).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsft.mesh import replicated
+from jsft.models.stack import together_tree
 from jsft.training.optimizer import TrainState, bias_correction
 
 Tree = Any
@@ -30,7 +31,8 @@ Histograms = Callable[[TrainState, Tree, jax.Array], dict[str, dict[str, jax.Arr
 def make_histograms(config: ConfigDict, mesh: Mesh, shardings: Tree) -> Histograms:
     """The jitted program. It donates nothing, so it belongs between an update and the next step's gradients.
 
-    `shardings`: tree of NamedSharding of the parameters; moments and gradients lie like them. The result is whole on
+    `shardings`: tree of NamedSharding of the parameters; moments lie like them, and gradients as `add_gradients`
+    gives them. The result is whole on
     every device. Values that are not finite are not counted.
     """
     whole = replicated(mesh)
@@ -39,11 +41,11 @@ def make_histograms(config: ConfigDict, mesh: Mesh, shardings: Tree) -> Histogra
     def histograms(state, gradients, learning_rate):
         return {
             "parameters": _by_layer(state.parameters),
-            "gradients": _by_layer(gradients),
+            "gradients": _by_layer(together_tree(gradients)),
             "updates": _by_layer(_updates(state, learning_rate, config)),
         }
 
-    return jax.jit(histograms, in_shardings=(state, shardings, whole), out_shardings=whole)
+    return jax.jit(histograms, in_shardings=(state, None, whole), out_shardings=whole)
 
 
 def _updates(state: TrainState, learning_rate: jax.Array, config: ConfigDict) -> Tree:

@@ -7,6 +7,7 @@ import jax
 
 from jsft import mesh as meshes
 from jsft.kernels.attention import describe_attention
+from jsft.kernels.norms import describe_norms
 from jsft.mesh import shard_bytes
 from jsft.planning.startup import expectation
 
@@ -36,6 +37,7 @@ def introduce(parts, name: str, workdir: Path | None, remat: str, step: int, say
     )
     line("mesh", meshes.describe(parts.mesh))
     say(describe_attention(config.attention.implementation, config.attention.backward))
+    line("norms", describe_norms(config.norm.implementation))
     line(
         "precision",
         f"parameters {precision.params}, moments {precision.moments}, compute {precision.compute}, gradients "

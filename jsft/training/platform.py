@@ -16,6 +16,11 @@ _FLAGS = {
     # Unrolled layers are thousands of kernels between attention's custom calls: captured piece by piece in CUDA graphs
     # they left an H100 idle for 5 % of a step, launched one by one an H200 for 1 %. Not yet compared on one card.
     "--xla_gpu_enable_command_buffer": "",
+    # cuBLAS alone: its products read a layer's slice of the stacked weights, and add to a gradient, in place, where Triton's
+    # want a copy; and compiling a step takes a third of the time without trying Triton's out.
+    "--xla_gpu_enable_triton_gemm": "false",
+    # Merged, the key and value projections are one product, and five kernels that glue and cut what goes in and out.
+    "--xla_gpu_dot_merger_threshold_mb": "0",
 }
 
 

@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jsft.data.batch import Batch
 from jsft.kernels.linear_cross_entropy import LossSums, linear_cross_entropy
 from jsft.mesh import batch_sharding, replicated
 from jsft.models.config import ModelConfig
-from jsft.models.decoder import accumulates_in_place, hidden_states, unembedding
+from jsft.models.decoder import accumulates_in_place, hidden_states, lie_apart, unembedding
 from jsft.models.module import abstract_parameters
+from jsft.models.stack import together_tree
 from jsft.training.optimizer import TrainState, apply_update, learning_rate_schedule, parameter_dtype
 
 Tree = Any
@@ -45,7 +46,7 @@ def loss_sums(
     hidden = hidden_states(
         parameters, model, batch.tokens, batch.positions, batch.doc_start, batch.doc_end, mesh=mesh, remat=remat,
         compute_dtype=jnp.dtype(config.precision.compute), attention=config.attention.implementation,
-        backward=backward, reduce_dtype=jnp.dtype(config.precision.reduce),
+        backward=backward, norms=config.norm.implementation, reduce_dtype=jnp.dtype(config.precision.reduce),
         accumulated=accumulated, unroll=_unrolls(config, mesh),
     )
     return linear_cross_entropy(
@@ -57,6 +58,20 @@ def _unrolls(config: ConfigDict, mesh: Mesh) -> bool:
     """train.unroll_layers, or its default: on GPUs (docs/performance.md), not where compiling is the larger part."""
     asked = config.train.unroll_layers
     return mesh.devices.flat[0].platform == "gpu" if asked is None else asked
+
+
+def gradient_form(model: ModelConfig, config: ConfigDict, mesh: Mesh) -> Tree:
+    """Shapes, in the parameters' dtype, and shardings of the gradients: as the parameters, the matrices of the layers
+    apart where the layers are written out (see `jsft.models.stack`)."""
+    parameters = abstract_parameters(model, mesh, parameter_dtype(config))
+    if not _unrolls(config, mesh):
+        return parameters
+
+    def split(p):
+        sharding = NamedSharding(mesh, PartitionSpec(*p.sharding.spec[1:]))
+        return (jax.ShapeDtypeStruct(p.shape[1:], p.dtype, sharding=sharding),) * p.shape[0]
+
+    return lie_apart(parameters, model, split)
 
 
 def make_programs(
@@ -73,26 +88,34 @@ def make_programs(
     in_place = accumulates_in_place(model, mesh)
     if dtype != parameter_dtype(config):
         in_place = jax.tree.map(lambda _: False, in_place)
+    form = gradient_form(model, config, mesh)
+    gradient_shardings = jax.tree.map(lambda p: p.sharding, form)
 
     def start():
-        gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), abstract_parameters(model, mesh, dtype))
+        gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), form)
         return gradients, LossSums(*[jnp.float32(0)] * len(LossSums._fields))
 
     def add_gradients(parameters, batch, gradients, sums):
         accumulated = gradients if any(jax.tree.leaves(in_place)) else None
+        if _unrolls(config, mesh):
+            parameters = lie_apart(parameters, model)
 
         def objective(p):
             more = loss_sums(p, batch, model, config, mesh, remat, accumulated)
             return more.loss, more
 
         (_, more), new = jax.value_and_grad(objective, has_aux=True)(parameters)
-        new = jax.lax.with_sharding_constraint(jax.tree.map(lambda g: g.astype(dtype), new), shardings)
-        added = jax.tree.map(lambda done, old, new: new if done else old + new, in_place, gradients, new)
+        new = jax.lax.with_sharding_constraint(jax.tree.map(lambda g: g.astype(dtype), new), gradient_shardings)
+
+        def add(done, old, new):
+            return new if done else jax.tree.map(jnp.add, old, new)
+
+        added = jax.tree.map(add, in_place, gradients, new)
         return added, jax.tree.map(jnp.add, sums, more)
 
     def update(state, gradients, sums, weight_sum):
         rate = schedule(state.step).astype(jnp.float32)
-        state, metrics = apply_update(state, gradients, rate, config)
+        state, metrics = apply_update(state, together_tree(gradients), rate, config)
         count = jnp.maximum(sums.count, 1)
         weighed = not config.objective.use_advantage  # as the loss is, unless advantages make the weights no mean
         metrics |= {
@@ -108,16 +131,16 @@ def make_programs(
         return loss_sums(parameters, batch, model, config, mesh, remat), jnp.sum(batch.loss_weights)
 
     return StepPrograms(
-        jax.jit(start, out_shardings=(shardings, whole)),
+        jax.jit(start, out_shardings=(gradient_shardings, whole)),
         jax.jit(
             add_gradients,
-            in_shardings=(shardings, rows, shardings, whole),
-            out_shardings=(shardings, whole),
+            in_shardings=(shardings, rows, gradient_shardings, whole),
+            out_shardings=(gradient_shardings, whole),
             donate_argnums=(2, 3),
         ),
         jax.jit(
             update,
-            in_shardings=(state_sharding, shardings, whole, whole),
+            in_shardings=(state_sharding, gradient_shardings, whole, whole),
             out_shardings=(state_sharding, whole),
             donate_argnums=0,
         ),

@@ -17,6 +17,7 @@ from jsft.mesh import make_mesh, shard_batch
 from jsft.models.families import read_config
 from jsft.models.module import abstract_parameters, initial_parameters
 from jsft.training.ahead import compile_ahead
+from jsft.models.stack import together_tree
 from jsft.training.histograms import make_histograms
 from jsft.training.optimizer import initial_state, parameter_dtype
 from jsft.models.remat import LADDER
@@ -73,7 +74,7 @@ def gradients_of(parts, remat, batches):
         for first in range(0, 8, parts.rows):
             part = shard_batch(Batch(*(x[first : first + parts.rows] for x in batch)), parts.mesh)
             total, sums = jitted.add_gradients(parameters, part, total, sums)
-    return float(sums.loss), jax.tree.map(np.asarray, total)
+    return float(sums.loss), jax.tree.map(np.asarray, together_tree(total))
 
 
 def assert_close(one, two):

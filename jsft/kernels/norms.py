@@ -1,0 +1,173 @@
+"""RMS norm, and RMS norm with rotary embedding: each one function, two implementations.
+
+On GPUs a Pallas kernel does each direction in one pass (`norms_triton`); elsewhere, and for shapes or dtypes that it does
+not take, plain XLA does. Both work in float32 and keep nothing but their inputs for the backward pass.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jsft.errors import ConfigError
+from jsft.kernels import norms_triton
+from jsft.kernels.devices import target_device
+from jsft.kernels.norms_triton import pieces, rotation_fits
+
+IMPLEMENTATIONS = ("auto", "pallas", "xla")
+
+
+def describe_norms(implementation: str = "auto") -> str:
+    """What the run's log says of the norms on this process's devices. Raises like `rms_norm`."""
+    if not _runs(implementation):
+        return "plain XLA, float32 inside"
+    return "Pallas kernels, one pass each way (plain XLA for other than bfloat16 or float16)"
+
+
+def _runs(implementation: str, cannot_take: str | None = None) -> bool:
+    """Whether the Pallas kernel runs. Raises ConfigError where it is asked for by name and cannot."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ConfigError(f"norm.implementation: {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "xla":
+        return False
+    platform = target_device().platform
+    why_not = cannot_take if platform == "gpu" else f"it needs a GPU, this is a {platform} device"
+    if why_not and implementation == "pallas":
+        raise ConfigError(f"norm.implementation: 'pallas' cannot run: {why_not}; use 'auto' or 'xla'")
+    return why_not is None
+
+
+def _takes(implementation: str, x: jax.Array, fits: bool) -> bool:
+    here = fits and x.dtype in (jnp.bfloat16, jnp.float16)
+    return _runs(implementation, None if here else f"it does not take {x.dtype} {x.shape}")
+
+
+def rms_norm(
+    x: jax.Array, added: jax.Array | None, weight: jax.Array, eps: float, implementation: str = "auto"
+) -> tuple[jax.Array, jax.Array]:
+    """(s, weight * s / sqrt(mean(s^2) + eps)) over the last axis, of s = x + added.
+
+    s comes back so that the residual stream may go on from here: the gradients of both results are then added where
+    they are made, in one pass.
+
+    Args:
+      x: [..., n], a float dtype.
+      added: the same, or None: s = x.
+      weight: [n]; its gradient is summed in float32.
+      eps: added to the mean of the squares.
+      implementation: "pallas" (a GPU; bfloat16 or float16), "xla" or "auto": Pallas where it can run.
+
+    Returns two arrays of x's shape and dtype. s is rounded to it, the mean is taken in float32, and the normalised s is
+    rounded to x's dtype before the weight multiplies it, as in transformers.
+    Raises ConfigError for an implementation that is unknown or cannot run.
+    """
+    fits = pieces(x.shape[-1]) is not None
+    return _rms_norm(x, added, weight, eps, _takes(implementation, x, fits))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _rms_norm(x, added, weight, eps, pallas):
+    if not pallas:
+        s = x if added is None else x + added
+        return s, _plain_norm(s, weight, eps)
+    rows = [a.reshape(-1, x.shape[-1]) for a in (x, added) if a is not None]
+    s, y = norms_triton.rms_norm(rows, weight, eps=eps)
+    return s.reshape(x.shape), y.reshape(x.shape)
+
+
+def _plain_norm(x, weight, eps):
+    x32 = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * scale).astype(x.dtype) * weight.astype(x.dtype)
+
+
+def _plain_norm_backward(x, weight, g, eps):
+    """Gradients of `_plain_norm` for x and weight, in float32."""
+    x32, g32 = x.astype(jnp.float32), g.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    normal = x32 * scale
+    g_normal = g32 * weight.astype(jnp.float32)
+    dx = scale * (g_normal - normal * jnp.mean(g_normal * normal, axis=-1, keepdims=True))
+    return dx, jnp.sum(g32 * normal, axis=tuple(range(x.ndim - 1)))
+
+
+def _rms_norm_forward(x, added, weight, eps, pallas):
+    s, y = _rms_norm(x, added, weight, eps, pallas)
+    return (s, y), (s, weight, None if added is None else ())  # arrays alone may be kept, but also the form
+
+
+def _rms_norm_backward(eps, pallas, residuals, gradients):
+    s, weight, form = residuals
+    g_s, g = gradients
+    if pallas:
+        rows = [a.reshape(-1, s.shape[-1]) for a in (s, g, g_s)]
+        ds, dweight = norms_triton.rms_norm_backward(rows[0], weight, rows[1], rows[2], eps=eps)
+        ds = ds.reshape(s.shape)
+    else:
+        ds, dweight = _plain_norm_backward(s, weight, g, eps)
+        ds = (g_s.astype(jnp.float32) + ds).astype(s.dtype)
+    return ds, None if form is None else ds, dweight.astype(weight.dtype)
+
+
+_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding of [B, T, heads, h] by float32 [B, T, 1, h / 2]: element i of the first half turns with element i
+    of the second half.
+
+    The halves change places by a reversal, not by slices and a concatenation: elementwise to the compiler, which then
+    makes one pass of it together with its neighbours.
+    """
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    turned = halves * cos + lax.rev(halves, (halves.ndim - 2,)) * jnp.concatenate([-sin, sin], axis=-2)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def rms_norm_rotate(
+    x: jax.Array, weight: jax.Array, cos: jax.Array, sin: jax.Array, eps: float, implementation: str = "auto"
+) -> jax.Array:
+    """`rotate` of the RMS norm over h.
+
+    Args:
+      x: [B, T, heads, h], a float dtype.
+      weight: [h].
+      cos, sin: float32 [B, T, 1, h / 2]; not differentiated.
+      eps, implementation: as in `rms_norm`.
+
+    Returns [B, T, heads, h] in x's dtype, rounded after the norm as `rms_norm` rounds.
+    """
+    B, T, heads, h = x.shape
+    return _rms_norm_rotate(x, weight, cos, sin, eps, _takes(implementation, x, rotation_fits(B * T, heads, h)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _rms_norm_rotate(x, weight, cos, sin, eps, pallas):
+    if not pallas:
+        return rotate(_plain_norm(x, weight, eps), cos, sin)
+    y = norms_triton.rms_norm_rotate(*_rows(x, cos, sin, weight), eps=eps)
+    return y.reshape(x.shape)
+
+
+def _rows(x, cos, sin, weight):
+    tokens, half = x.shape[0] * x.shape[1], x.shape[3] // 2
+    return x.reshape(tokens, *x.shape[2:]), weight, cos.reshape(tokens, half), sin.reshape(tokens, half)
+
+
+def _rms_norm_rotate_forward(x, weight, cos, sin, eps, pallas):
+    return _rms_norm_rotate(x, weight, cos, sin, eps, pallas), (x, weight, cos, sin)
+
+
+def _rms_norm_rotate_backward(eps, pallas, residuals, g):
+    x, weight, cos, sin = residuals
+    if pallas:
+        rows = _rows(x, cos, sin, weight)
+        dx, dweight = norms_triton.rms_norm_rotate_backward(*rows, g.reshape(rows[0].shape), eps=eps)
+    else:
+        dx, dweight = _plain_norm_backward(x, weight, rotate(g, cos, -sin), eps)
+    return dx.reshape(x.shape).astype(x.dtype), dweight.astype(weight.dtype), None, None
+
+
+_rms_norm_rotate.defvjp(_rms_norm_rotate_forward, _rms_norm_rotate_backward)
