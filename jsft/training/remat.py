@@ -4,6 +4,9 @@ Keeping more saves recompute and costs memory. `remat=auto` compiles the gradien
 that keeps most, and takes the first whose own memory analysis fits the device beside the optimizer's state.
 """
 
+import os
+from typing import NamedTuple
+
 import jax
 
 from jsft.errors import OutOfMemoryError
@@ -12,6 +15,7 @@ from jsft.models.remat import LADDER
 from jsft.planning.memory import HEADROOM
 from jsft.training.parts import compile_gradients
 
+_HOST_SHARE = 0.8  # of the host's memory; the loader and the processes' own needs have the rest
 _LAST_RESORTS = (
     "lower data.rows_per_device or data.pack_length, use more devices, or set precision.params=bfloat16"
 )
@@ -31,17 +35,38 @@ def choose_remat(parts, say) -> str:
         return "none"
     for rung in LADDER:
         needed = bytes_needed(parts, rung)
-        if needed is not None and needed <= HEADROOM * limit:
-            say(f"remat:     {rung} needs {needed / 2**30:.1f} of {limit / 2**30:.1f} GiB")
+        if _fits(needed, limit):
+            host = f", and {needed.host / 2**30:.1f} of the host's for each device" if needed.host else ""
+            say(f"remat:     {rung} needs {needed.device / 2**30:.1f} of {limit / 2**30:.1f} GiB{host}")
             return rung
     raise OutOfMemoryError(
-        f"even remat=full needs {f'{needed / 2**30:.1f}' if needed else 'more than the'} GiB of {limit / 2**30:.1f} GiB per "
-        f"device; {_LAST_RESORTS}"
+        f"even remat=full needs {f'{needed.device / 2**30:.1f}' if needed else 'more than the'} GiB of "
+        f"{limit / 2**30:.1f} GiB per device; {_LAST_RESORTS}"
     )
 
 
-def bytes_needed(parts, rung: str) -> int | None:
-    """Bytes per device of the state and one gradient program with remat `rung`; None when it does not compile for memory."""
+class Needed(NamedTuple):
+    """Bytes for each device."""
+
+    device: int
+    host: int  # what is kept there for the backward pass, and the copy of the state while it is saved
+
+
+def _fits(needed: Needed | None, limit: int | None) -> bool:
+    """Whether all devices of this process have room. A host's is told by its size, which is the same on all of a run's
+    hosts, not by what happens to be free: processes that chose differently would wait for each other for ever.
+    """
+    if needed is None or (limit and needed.device > HEADROOM * limit):
+        return False
+    return not needed.host or needed.host * len(jax.local_devices()) <= _HOST_SHARE * _host_memory()
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def bytes_needed(parts, rung: str) -> Needed | None:
+    """What the state and one gradient program need with remat `rung`; None when it does not compile for memory."""
     state = sum(map(shard_bytes, jax.tree.leaves(parts.abstract)))
     parameters = sum(map(shard_bytes, jax.tree.leaves(parts.abstract.parameters)))
     try:
@@ -53,7 +78,9 @@ def bytes_needed(parts, rung: str) -> int | None:
     # The program's arguments are the parameters, the gradients, which it gives back in place, and the batch; the moments
     # stay beside it.
     needed = state - parameters + memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    return needed + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    kept = memory.host_temp_size_in_bytes
+    return Needed(needed, kept + state if kept else 0)
 
 
 def advise_out_of_memory(parts, remat: str) -> str:
@@ -64,9 +91,9 @@ def advise_out_of_memory(parts, remat: str) -> str:
     if jax.process_count() > 1:  # compiling alone could wait for the others for ever
         return f"remat={remat} did not fit{of}; set a later rung of the ladder ({' > '.join(LADDER)}), or {_LAST_RESORTS}"
     now = bytes_needed(parts, remat)
-    text = f"the plan for remat={remat} was {f'{now / 2**30:.3g} GiB' if now else 'more than there is'}{of} per device"
+    text = f"the plan for remat={remat} was {f'{now.device / 2**30:.3g} GiB' if now else 'more than there is'}{of} per device"
     for rung in LADDER[LADDER.index(remat) + 1 :] if remat in LADDER else LADDER:
         needed = bytes_needed(parts, rung)
-        if needed is not None and (now is None or needed < now) and (not limit or needed <= HEADROOM * limit):
-            return f"{text}; the next that fits is remat={rung} with {needed / 2**30:.3g} GiB"
+        if _fits(needed, limit) and (now is None or needed.device < now.device):
+            return f"{text}; the next that fits is remat={rung} with {needed.device / 2**30:.3g} GiB"
     return f"{text}, and no rung needs less; {_LAST_RESORTS}"

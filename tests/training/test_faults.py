@@ -74,9 +74,13 @@ def test_out_of_memory_names_the_next_rung_that_fits(monkeypatch):
     from jsft.training import remat
 
     gib = 2**30
-    needs = {"none": 90 * gib, "a": None, "b": 81 * gib, "c": 79 * gib, "d": 70 * gib, "full": 60 * gib}
+    needs = {"none": 90 * gib, "a": None, "b": 81 * gib, "c": 79 * gib, "h": 71 * gib, "d": 70 * gib, "full": 60 * gib}
+    host = {"h": 85 * gib, "d": 75 * gib}  # of which the host has room for the second
     monkeypatch.setattr(remat, "LADDER", tuple(needs))
-    monkeypatch.setattr(remat, "bytes_needed", lambda parts, rung: needs[rung])
+    monkeypatch.setattr(
+        remat, "bytes_needed", lambda parts, rung: needs[rung] and remat.Needed(needs[rung], host.get(rung, 0))
+    )
+    monkeypatch.setattr(remat, "_host_memory", lambda: 100 * gib)
 
     class Device:
         def memory_stats(self):
