@@ -2,11 +2,12 @@
 
 A program is one tile of 128 keys of one key head. It walks the query blocks that see them, for all query
 heads of its group in turn, so dk and dv stay in registers. It works transposed (keys are rows): p^T and ds^T
-then come out of the tensor cores as they go in again.
+then come out of the tensor cores as they go in again. A step's product for dk waits for the next step, where
+it and dp run beside the exponentials.
 
-Fused, the two warpgroups swap their halves of ds^T through shared memory, each multiplies one half of dq, and
-TMA adds it in float32 to the array in memory, in whatever order the tiles come: five products instead of
-seven, but the last bits of dq vary.
+Fused, the two warpgroups swap their halves of ds^T through shared memory, each multiplies one half of dq, a
+step late too, and TMA adds it in float32 to the array in memory, in whatever order the tiles come: five
+products instead of seven, but the last bits of dq vary.
 """
 
 import jax
@@ -20,6 +21,7 @@ from jsft.kernels.flash.plan import TILE, order_of_documents, order_of_keys, que
 from jsft.kernels.flash.primitives import HALF, LOG2E, columns, div, rem, zero
 from jsft.kernels.flash.tuned import KernelConfig
 
+TURNS = 4  # number of the first of the signals for turns, after those of the swap
 _ENOUGH_PROGRAMS = 264  # two for each multiprocessor
 
 
@@ -61,6 +63,7 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
     B, T, H, h = q.shape
     K = k.shape[2]
     block, stages = config.block, config.stages
+    q_stages = stages + 1  # the last step's q is still needed
     tiles = T // TILE
     parts = _parts(B * K * tiles, H // K)
     G = H // K // parts  # query heads of a program
@@ -80,7 +83,7 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
         dk_g, dv_g, k_s, v_s, q_s, do_s, lse_s, delta_s, *refs = refs
         if fused:
             ds_s, dq_s, swap, *refs = refs
-        kv_full, q_full, do_full, q_free, do_free, *pool = refs
+        kv_full, q_full, do_full, q_free, do_free, turn, *pool = refs
         bt, piece, wg = order_g[lax.axis_index("rank")], lax.axis_index("head"), lax.axis_index("wg")
         b, t0 = div(bt, tiles), rem(bt, tiles) * TILE
         kv_head = div(piece, parts)
@@ -101,55 +104,108 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
             base = t0 + wg * HALF
             own = pl.ds(wg * HALF, HALF)
             end = plgpu.load(end_g.at[b, pl.ds(base, HALF)], layout=mgpu.ROW, optimized=False)
+            last_end = end_g[b, base + HALF - 1]
+            if config.turns:
+                pl.when(wg == 1)(lambda: mgpu.tell(turn, jnp.int32(0), simulated, TURNS))
             plgpu.barrier_wait(kv_full)
 
-            def step(i, at, dk, dv):
-                head, qi = at
-                slot = rem(i, stages)
-                here = wg + zero(qi)
-                keys = pl.ds(here * HALF, HALF)
+            def begin_turn():
+                if config.turns:
+                    mgpu.await_signal(turn, wg, simulated, TURNS)
 
-                def probabilities(s):
+            def end_turn():
+                if config.turns:
+                    mgpu.tell(turn, 1 - wg, simulated, TURNS)
+
+            def is_seen(qi):
+                """Whether a query of the block sees a key of this warpgroup."""
+                return (qi * block + (block - 1) >= base) & (qi * block < last_end)
+
+            def step(i, qi, ds_before, slot_before, dk, dv):
+                """-> ds of step i; the product of the one before is left running for a while."""
+                slot, do_slot = rem(i, q_stages), rem(i, stages)
+                keys = pl.ds((wg + zero(qi)) * HALF, HALF)
+                begin_turn()
+
+                def products(s, dp):
+                    mgpu.multiply(s, k_s.at[keys], q_s.at[slot].T)
+                    mgpu.multiply(dp, v_s.at[keys], do_s.at[do_slot].T)
+                    mgpu.multiply(dk, ds_before, q_s.at[slot_before])
+                    end_turn()
                     lse = plgpu.load(lse_s.at[slot], layout=mgpu.COLUMN)
-                    p = jnp.exp2(mgpu.read(s, in_flight=1) * (scale * LOG2E) - columns(lse, shape))
+                    p = jnp.exp2(mgpu.read(s, in_flight=2) * (scale * LOG2E) - columns(lse, shape))
 
                     def mask():
                         first = mgpu.row_positions(base)
                         return mgpu.keep_columns(p, first - qi * block, end - qi * block, 0.0, simulated)
 
-                    return lax.cond((qi >= blocks.plain_first) & (qi < blocks.plain_last), lambda: p, mask)
+                    p = lax.cond((qi >= blocks.plain_first) & (qi < blocks.plain_last), lambda: p, mask)
+                    if fused:  # which has no registers to wait for dp with dv under way
+                        p, ready = lax.optimization_barrier((p, mgpu.read(dp)))
+                        mgpu.multiply(dv, p.astype(dtype), do_s.at[do_slot])
+                        return p, ready
+                    mgpu.multiply(dv, p.astype(dtype), do_s.at[do_slot])
+                    return p, mgpu.read(dp, in_flight=2)
 
-                plgpu.barrier_wait(q_full.at[slot])
-                plgpu.barrier_wait(do_full.at[slot])
-
-                def products(s):
-                    mgpu.multiply(s, k_s.at[keys], q_s.at[slot].T)
-
-                    # Nested, which makes dp start when s is done: measured faster than both at once.
-                    def beside(dp):
-                        mgpu.multiply(dp, v_s.at[keys], do_s.at[slot].T)
-                        p = probabilities(s)
-                        mgpu.multiply(dv, p.astype(dtype), do_s.at[slot])
-                        return p, mgpu.read(dp, in_flight=1)
-
-                    return mgpu.accumulate(beside, shape, pool=pools[1])
-
-                p, dp = mgpu.accumulate(products, shape, pool=pools[0])
-                delta = plgpu.load(delta_s.at[slot], layout=mgpu.COLUMN)
-                ds = (p * (dp - columns(delta, shape))).astype(dtype)
-                if fused:
-                    # Two buffers, so that no warpgroup waits for the other's reading: it gives its next
-                    # signal after it.
-                    ds_s.at[rem(i, 2), own][...] = ds
-                    plgpu.commit_smem()
-                    mgpu.tell(swap, rem(i, 2) * 2 + wg, simulated)
-                mgpu.multiply(dk, ds, q_s.at[slot])
+                p, dp = mgpu.accumulate(products, shape, shape, pool=pools[0] and pools[0] + pools[1])
+                delta = plgpu.load(delta_s.at[do_slot], layout=mgpu.COLUMN)
+                ds = p * (dp - columns(delta, shape))
                 if not fused:
                     mgpu.wait(simulated)
-                    free(slot)
-                    return
+                if simulated:
+                    plgpu.commit_smem()  # orders the ordinary reads before the copies that refill the buffers
+                return lax.optimization_barrier(ds).astype(dtype)
+
+            def none():
+                return plgpu.layout_cast(jnp.zeros(shape, dtype), mgpu.WGMMA)
+
+            def step_alone(i, carry, dk, dv):
+                qi, ds, pending = carry
+                next_qi = jnp.where(qi + 1 == blocks.last, blocks.first, qi + 1)
+                slot, do_slot, slot_before = rem(i, q_stages), rem(i, stages), rem(i + stages, q_stages)
+                plgpu.barrier_wait(q_full.at[slot])
+                plgpu.barrier_wait(do_full.at[do_slot])
+
+                def seen(ds):
+                    before = jnp.where(pending, slot_before, slot)
+                    ds = step(i, qi, ds, before, dk, dv)
+                    pl.when(pending)(lambda: plgpu.barrier_arrive(q_free.at[slot_before]))
+                    plgpu.barrier_arrive(do_free.at[do_slot])
+                    return ds
+
+                def unseen(ds):
+                    begin_turn()
+                    end_turn()
+
+                    @pl.when(pending)
+                    def _():
+                        mgpu.multiply(dk, ds, q_s.at[slot_before])
+                        mgpu.wait(simulated)
+                        plgpu.barrier_arrive(q_free.at[slot_before])
+
+                    plgpu.barrier_arrive(q_free.at[slot])
+                    plgpu.barrier_arrive(do_free.at[do_slot])
+                    return none()
+
+                useful = is_seen(qi)
+                return next_qi, lax.cond(useful, seen, unseen, ds), useful
+
+            def steps_alone(dk, dv):
+                carry = blocks.first, none(), jnp.bool_(False)
+                _, ds, pending = lax.fori_loop(0, steps, lambda i, c: step_alone(i, c, dk, dv), carry)
+
+                @pl.when(pending)
+                def _():
+                    slot = rem(steps - 1, q_stages)
+                    mgpu.multiply(dk, ds, q_s.at[slot])
+                    mgpu.wait(simulated)
+                    plgpu.barrier_arrive(q_free.at[slot])
+
+            def swap_and_add(i, at, ds):
+                """dq of step i, whose half of ds is in shared memory; ds of the step after it goes there."""
+                head, qi = at
                 mgpu.await_signal(swap, rem(i, 2) * 2 + 1 - wg, simulated)
-                half = pl.ds(here * 64, 64)
+                half = pl.ds((wg + zero(qi)) * 64, 64)
 
                 def dq_product(dq):
                     both = ds_s.at[rem(i, 2)]
@@ -159,37 +215,67 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
                         mgpu.multiply(dq, both.at[:, half].T, k_s)
                     return mgpu.read(dq)
 
-                dq = mgpu.accumulate(dq_product, dq_shape, pool=pools[2])
-                free(slot)
+                dq = mgpu.accumulate(dq_product, dq_shape, pool=pools[4])
                 if h == 128:
                     target = dq_g.at[b, pl.ds(qi * block, block), head, pl.ds(wg * 64, 64)]
                 else:
                     target = dq_g.at[b, pl.ds(qi * block + wg * 64, 64), head]
-                if simulated:  # the interpreter has no adding copy
+                if not simulated:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    dq_s.at[wg][...] = dq
+                else:  # the interpreter has no adding copy
                     target[...] += dq
-                    return
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                dq_s.at[wg][...] = dq
+                if ds is not None:
+                    ds_s.at[rem(i + 1, 2), own][...] = ds
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(dq_s.at[wg], target, reduction_op="add")
+                if ds is not None:
+                    mgpu.tell(swap, rem(i + 1, 2) * 2 + wg, simulated)
+                if not simulated:
+                    plgpu.copy_smem_to_gmem(dq_s.at[wg], target, reduction_op="add")
 
-            def free(slot):
+            def step_fused(i, carry, dk, dv):
+                before, at, ds = carry
+                _, qi = at
+                slot, do_slot, slot_before = rem(i, q_stages), rem(i, stages), rem(i + stages, q_stages)
+                plgpu.barrier_wait(q_full.at[slot])
+                plgpu.barrier_wait(do_full.at[do_slot])
+                ds = step(i, qi, ds, slot_before, dk, dv)
+                plgpu.barrier_arrive(q_free.at[slot_before])
+                swap_and_add(i - 1, before, ds)
+                plgpu.barrier_arrive(do_free.at[do_slot])
+                return at, following(at), ds
+
+            def first(dk, dv):
+                """The first step: nothing is left of the one before it."""
+                plgpu.barrier_wait(q_full.at[0])
+                plgpu.barrier_wait(do_full.at[0])
+                ds = step(jnp.int32(0), blocks.first, none(), 0, dk, dv)
+                mgpu.wait(simulated)
+                ds_s.at[0, own][...] = ds
+                plgpu.commit_smem()
+                mgpu.tell(swap, wg, simulated)
+                plgpu.barrier_arrive(do_free.at[0])
+                return ds
+
+            def steps_fused(dk, dv):
+                carry = start, following(start), first(dk, dv)
+                before, _, ds = lax.fori_loop(1, steps, lambda i, c: step_fused(i, c, dk, dv), carry)
+                slot = rem(steps - 1, q_stages)
+                mgpu.multiply(dk, ds, q_s.at[slot])
+                swap_and_add(steps - 1, before, None)
                 plgpu.barrier_arrive(q_free.at[slot])
-                plgpu.barrier_arrive(do_free.at[slot])
 
             def walk_dk(dk):
                 def walk_dv(dv):
-                    def one(i, at):
-                        step(i, at, dk, dv)
-                        return following(at)
-
-                    lax.fori_loop(0, steps, one, start)
+                    (steps_fused if fused else steps_alone)(dk, dv)
                     return mgpu.read(dv)
 
-                dv = mgpu.accumulate(walk_dv, (HALF, h), pool=pools[4])
+                dv = mgpu.accumulate(walk_dv, (HALF, h), pool=pools[3])
                 return mgpu.read(dk) * scale, dv
 
-            dk, dv = mgpu.accumulate(walk_dk, (HALF, h), pool=pools[3])
+            dk, dv = mgpu.accumulate(walk_dk, (HALF, h), pool=pools[2])
+            if config.turns:
+                pl.when(wg == 0)(lambda: mgpu.await_signal(turn, jnp.int32(0), simulated, TURNS))
             if fused:  # until the other warpgroup has read this one's keys too
                 mgpu.tell(swap, rem(steps, 2) * 2 + wg, simulated)
                 mgpu.await_signal(swap, rem(steps, 2) * 2 + 1 - wg, simulated)
@@ -211,29 +297,32 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
             def load(i, at):
                 head, qi = at
                 where = pl.ds(qi * block, block)
-                slot = rem(i, stages)
-                pl.when(i >= stages)(lambda: plgpu.barrier_wait(q_free.at[slot]))
+                slot, do_slot = rem(i, q_stages), rem(i, stages)
+                pl.when(i >= q_stages)(lambda: plgpu.barrier_wait(q_free.at[slot]))
                 plgpu.copy_gmem_to_smem(q_g.at[b, where, head], q_s.at[slot], q_full.at[slot])
                 plgpu.copy_gmem_to_smem(lse_g.at[b, head, where], lse_s.at[slot], q_full.at[slot])
-                pl.when(i >= stages)(lambda: plgpu.barrier_wait(do_free.at[slot]))
-                plgpu.copy_gmem_to_smem(do_g.at[b, where, head], do_s.at[slot], do_full.at[slot])
-                plgpu.copy_gmem_to_smem(delta_g.at[b, head, where], delta_s.at[slot], do_full.at[slot])
+                pl.when(i >= stages)(lambda: plgpu.barrier_wait(do_free.at[do_slot]))
+                plgpu.copy_gmem_to_smem(do_g.at[b, where, head], do_s.at[do_slot], do_full.at[do_slot])
+                plgpu.copy_gmem_to_smem(delta_g.at[b, head, where], delta_s.at[do_slot], do_full.at[do_slot])
                 return following(at)
 
             lax.fori_loop(0, steps, load, start)
 
             # Every completion of a barrier must be awaited.
+            @pl.loop(jnp.maximum(steps - q_stages, 0), steps)
+            def _(i):
+                plgpu.barrier_wait(q_free.at[rem(i, q_stages)])
+
             @pl.loop(jnp.maximum(steps - stages, 0), steps)
             def _(i):
-                plgpu.barrier_wait(q_free.at[rem(i, stages)])
                 plgpu.barrier_wait(do_free.at[rem(i, stages)])
 
     scratch = [
         mgpu.tiled((TILE, h), dtype),  # k, at the end dk
         mgpu.tiled((TILE, h), dtype),  # v, at the end dv
+        mgpu.tiled((q_stages, block, h), dtype),
         mgpu.tiled((stages, block, h), dtype),
-        mgpu.tiled((stages, block, h), dtype),
-        plgpu.SMEM((stages, block), jnp.float32),
+        plgpu.SMEM((q_stages, block), jnp.float32),
         plgpu.SMEM((stages, block), jnp.float32),
     ]
     if fused:
@@ -244,13 +333,14 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
         ]
     scratch += [
         plgpu.Barrier(num_arrivals=2),
+        plgpu.Barrier(num_arrivals=2, num_barriers=q_stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=2, num_barriers=q_stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        plgpu.Barrier(num_barriers=2),
     ]
     if simulated:
-        scratch += [plgpu.SMEM((2, *s), jnp.float32) for s in (shape, shape, dq_shape, (HALF, h), (HALF, h))]
+        scratch += [plgpu.SMEM((2, *s), jnp.float32) for s in (shape, shape, (HALF, h), (HALF, h), dq_shape)]
     return plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct((B, T, K * parts, h), dtype)] * 2,

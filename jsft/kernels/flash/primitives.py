@@ -76,9 +76,9 @@ def _in_registers(accumulator) -> bool:
 
 def compiler_params() -> plgpu.CompilerParams:
     """No automatic barriers: no warpgroup reads and writes the same shared memory, but where the kernels
-    wait.
+    wait. No shared memory for reductions either: those here stay within a warp.
     """
-    return plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
+    return plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
 
 
 def rows(x, shape):
@@ -117,25 +117,25 @@ def zero(i):
     return lax.shift_right_arithmetic(i, jnp.int32(31))
 
 
-def tell(signals, index, interpret: bool) -> None:
+def tell(signals, index, interpret: bool, first: int = 0) -> None:
     """This compute warpgroup gives signal `index`; the other one awaits it. Signals are given and awaited in
     turn.
 
-    On the GPU these are the hardware's own barriers, cheaper than barriers in memory; Mosaic itself uses 0 to
-    3.
+    On the GPU these are the hardware's own barriers, cheaper than barriers in memory; `first` is the number
+    of these signals' first one, before which come four of Mosaic's own.
     """
     if interpret:
         plgpu.barrier_arrive(signals.at[index])
     else:
-        _hardware_barrier("arrive", index)
+        _hardware_barrier("arrive", index + first)
 
 
-def await_signal(signals, index, interpret: bool) -> None:
+def await_signal(signals, index, interpret: bool, first: int = 0) -> None:
     """Waits for signal `index` of the other compute warpgroup."""
     if interpret:
         plgpu.barrier_wait(signals.at[index])
     else:
-        _hardware_barrier("sync", index)
+        _hardware_barrier("sync", index + first)
 
 
 def _hardware_barrier(operation: str, index) -> None:

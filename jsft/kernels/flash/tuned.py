@@ -7,10 +7,16 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class KernelConfig:
-    """Length of the inner loop's blocks and number of their buffers."""
+    """Length of the inner loop's blocks, number of their buffers, and what differs by kernel.
+
+    registers: forward and dq hold a tile's queries in registers instead of reading them from shared memory.
+    turns: in dk/dv and fused the two compute warpgroups issue their products in turn (always in the others).
+    """
 
     block: int
     stages: int
+    registers: bool = True
+    turns: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
