@@ -41,6 +41,7 @@ def parse():
     add("--attention", default="auto", help="attention.implementation")
     add("--backward", default="auto", help="attention.backward")
     add("--norms", default="auto", help="norm.implementation")
+    add("--optimizer", default="xla", help="optimizer.implementation")
     add("--median", type=float, default=6000, help="median document length of the log-normal (sigma 0.6)")
     add("--mock_devices", type=int, help="compile and run the program of this many GPUs on one (times: upper bounds)")
     add("--profile", action="store_true", help="time by part, from a profile of two steps")
@@ -115,7 +116,7 @@ def build(options):
     config.precision.reduce = options.reduce or options.params
     config.remat, config.attention.implementation = options.remat, options.attention
     config.attention.backward, config.norm.implementation = options.backward, options.norms
-    config.train.unroll_layers = options.unroll
+    config.train.unroll_layers, config.optimizer.implementation = options.unroll, options.optimizer
     config.optimizer.learning_rate = 1e-5
     config = schema.resolve(config)
     mesh = make_mesh()

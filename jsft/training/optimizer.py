@@ -5,14 +5,18 @@ in bfloat16, round stochastically, or round where torch's foreach AdamW does: th
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsft.errors import ConfigError
+from jsft.kernels import update_triton
+from jsft.models.stack import together
 
 Tree = Any  # nested dict of arrays
 
@@ -90,60 +94,120 @@ def clip_factor(norm: jax.Array, clip_norm: float, dtype=jnp.float32) -> jax.Arr
     return jnp.minimum(1.0, round_to(clip_norm / norm, dtype))
 
 
-def apply_update(state: TrainState, gradients: Tree, learning_rate: jax.Array, config: ConfigDict):
+class _Scalars(NamedTuple):
+    """What an update of a weight depends on beside the weight, float32."""
+
+    learning_rate: jax.Array
+    first_correction: jax.Array  # Adam's bias corrections
+    second_correction: jax.Array
+    clip: jax.Array  # factor of the gradient
+    finite: jax.Array  # 1, or 0: change nothing
+
+
+def apply_update(state: TrainState, gradients: Tree, learning_rate: jax.Array, config: ConfigDict, kernel: bool = False):
     """One AdamW update. Returns (state, metrics: grad_norm, clipped, update_ratio, skipped; float32 scalars).
 
-    The gradient is clipped by global norm. If the norm is not finite nothing changes but `step`.
+    The gradient is clipped by global norm. If the norm is not finite nothing changes but `step`. Gradients of matrices may
+    lie apart, a layer in each array (see `jsft.models.stack`). `kernel`: update in place with the Pallas kernel what it
+    takes; the whole state must lie on one GPU.
     """
     norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
     finite = jnp.isfinite(norm)
-    clip = config.optimizer.clip_norm
+    clip, o = config.optimizer.clip_norm, config.optimizer
     factor = clip_factor(norm, clip, jnp.dtype(config.precision.gradients))
     count = (state.updates + 1).astype(jnp.float32)
+    corrections = bias_correction(o.b1, count), bias_correction(o.b2, count)
+    scalars = _Scalars(learning_rate, *corrections, factor, finite.astype(jnp.float32))
     key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
 
     leaves, tree = jax.tree.flatten(state.parameters)
-    rows = zip(leaves, *(jax.tree.leaves(t) for t in (state.first_moment, state.second_moment, gradients)))
+    rows = zip(leaves, *(tree.flatten_up_to(t) for t in (state.first_moment, state.second_moment, gradients)))
     new, moved, size = [], [], []
     for i, (p, m, v, g) in enumerate(rows):
-        g = round_to(g.astype(jnp.float32) * factor, g.dtype)
-        p2, m2, v2 = _adamw(p, m, v, g, learning_rate, count, config, jax.random.fold_in(key, i))
-        moved.append(jnp.sum(jnp.square(p2.astype(jnp.float32) - p.astype(jnp.float32))))
-        size.append(jnp.sum(jnp.square(p.astype(jnp.float32))))
-        new.append(tuple(jnp.where(finite, a, b) for a, b in ((p2, p), (m2, m), (v2, v))))
+        if kernel and _kernel_takes(p, g, config):
+            *made, change, square = _updated_in_place(p, m, v, g, scalars, config)
+        else:
+            *made, change, square = _updated(p, m, v, together(g), scalars, config, jax.random.fold_in(key, i))
+        new.append(made)
+        moved.append(change)
+        size.append(square)
     parameters, first, second = (jax.tree.unflatten(tree, [row[i] for row in new]) for i in range(3))
     metrics = {
         "grad_norm": norm,
         "clipped": (finite & (norm > clip) & (clip > 0)).astype(jnp.float32),
-        "update_ratio": jnp.where(finite, jnp.sqrt(sum(moved) / sum(size)), 0.0),
-        "skipped": 1.0 - finite.astype(jnp.float32),
+        "update_ratio": jnp.sqrt(sum(moved) / sum(size)),
+        "skipped": 1.0 - scalars.finite,
     }
     updates = state.updates + finite.astype(jnp.int32)
     return TrainState(parameters, first, second, state.step + 1, updates), metrics
 
 
-def _adamw(p, m, v, g, learning_rate, count, config: ConfigDict, key):
-    """AdamW on one leaf: Loshchilov and Hutter, decoupled decay, in the order of torch's foreach form.
+def updates_in_place(config: ConfigDict, mesh: Mesh) -> bool:
+    """Whether a run on `mesh` updates with the kernel. Raises ConfigError where it is asked to and cannot."""
+    if config.optimizer.implementation == "xla":
+        return False
+    platform = mesh.devices.flat[0].platform
+    if platform == "gpu" and mesh.size == 1:
+        return True
+    why = f"it needs a GPU, this is a {platform} device" if platform != "gpu" else f"it runs on one GPU, not {mesh.size}"
+    raise ConfigError(f"optimizer.implementation: 'pallas' cannot run: {why}; use 'xla'")
 
-    With bfloat16 weights torch stores, and so rounds, each intermediate; `mid` does the same.
+
+def _updated(p, m, v, g, scalars: _Scalars, config: ConfigDict, key):
+    """New p, m, v, and the sums of the squares of p's changes and of the old p."""
+    old = [x.astype(jnp.float32) for x in (p, m, v)]
+    dtypes = p.dtype, m.dtype, v.dtype, g.dtype
+    new = _adamw(*old, g.astype(jnp.float32), scalars, config=config, dtypes=dtypes, rounded=round_to)
+    if config.precision.params == "bfloat16_stochastic":
+        new = jnp.where(scalars.finite > 0, stochastic_round(new[0], key).astype(jnp.float32), old[0]), *new[1:]
+    sums = jnp.sum(jnp.square(new[0] - old[0])), jnp.sum(jnp.square(old[0]))
+    return *(x.astype(like.dtype) for x, like in zip(new, (p, m, v))), *sums
+
+
+def _kernel_takes(p: jax.Array, g: jax.Array | tuple[jax.Array, ...], config: ConfigDict) -> bool:
+    shape = p.shape[1:] if isinstance(g, tuple) else p.shape
+    return config.precision.params != "bfloat16_stochastic" and update_triton.fits(shape)
+
+
+def _updated_in_place(p, m, v, g, scalars: _Scalars, config: ConfigDict):
+    """As `_updated`, by the kernel, layer by layer where the gradients lie apart."""
+    layers = g if isinstance(g, tuple) else (g,)
+    old = (p, m, v) if isinstance(g, tuple) else (p[None], m[None], v[None])
+    dtypes = p.dtype, m.dtype, v.dtype, layers[0].dtype
+
+    def formula(p, m, v, g, values):
+        return _adamw(p, m, v, g, _Scalars(*values), config=config, dtypes=dtypes, rounded=_through)
+
+    *new, change, square = update_triton.update_layers(formula, *old, layers, jnp.stack(scalars))
+    return *(x.reshape(p.shape) for x in new), change, square
+
+
+def _through(x: jax.Array, dtype) -> jax.Array:
+    """As `round_to`, where a pair of casts is kept: in a kernel."""
+    return x.astype(jnp.bfloat16).astype(jnp.float32) if dtype == jnp.bfloat16 else x
+
+
+def _adamw(p, m, v, g, scalars: _Scalars, *, config: ConfigDict, dtypes, rounded: Callable):
+    """AdamW on some weights: Loshchilov and Hutter, decoupled decay, in the order of torch's foreach form.
+
+    With bfloat16 weights torch stores, and so rounds, each intermediate; `mid` does the same. All arrays, the results too,
+    are float32 that `dtypes` (of p, m, v, g) hold; but p is not rounded for "bfloat16_stochastic".
     """
-    o = config.optimizer
-    pure = config.precision.params == "bfloat16"
+    o, params = config.optimizer, config.precision.params
+    p_dtype, m_dtype, v_dtype, g_dtype = dtypes
 
     def mid(x):  # an intermediate that torch's foreach form stores in the weights' dtype
-        return round_to(x, jnp.bfloat16) if pure else x
+        return rounded(x, jnp.bfloat16) if params == "bfloat16" else x
 
-    p32, m32, v32 = (x.astype(jnp.float32) for x in (p, m, v))
-    p32 = mid(p32 * (1.0 - learning_rate * o.weight_decay))
-    m32 = round_to(m32 + (1.0 - o.b1) * (g - m32), m.dtype)
-    v32 = round_to(round_to(v32 * o.b2, v.dtype) + (1.0 - o.b2) * g * g, v.dtype)
-    root = mid(mid(mid(jnp.sqrt(v32)) / jnp.sqrt(bias_correction(o.b2, count))) + o.eps)
-    p32 = p32 - (learning_rate / bias_correction(o.b1, count)) * (m32 / root)
-    if config.precision.params == "bfloat16_stochastic":
-        new = stochastic_round(p32, key)
-    else:
-        new = round_to(p32, p.dtype).astype(p.dtype)
-    return new, m32.astype(m.dtype), v32.astype(v.dtype)
+    g = rounded(g * scalars.clip, g_dtype)
+    p2 = mid(p * (1.0 - scalars.learning_rate * o.weight_decay))
+    m2 = rounded(m + (1.0 - o.b1) * (g - m), m_dtype)
+    v2 = rounded(rounded(v * o.b2, v_dtype) + (1.0 - o.b2) * g * g, v_dtype)
+    root = mid(mid(mid(jnp.sqrt(v2)) / jnp.sqrt(scalars.second_correction)) + o.eps)
+    p2 = p2 - (scalars.learning_rate / scalars.first_correction) * (m2 / root)
+    if params != "bfloat16_stochastic":
+        p2 = rounded(p2, p_dtype)
+    return tuple(jnp.where(scalars.finite > 0, new, old) for new, old in ((p2, p), (m2, m), (v2, v)))
 
 
 def bias_correction(decay: float, count: jax.Array) -> jax.Array:

@@ -20,8 +20,13 @@ from jsft.mesh import batch_sharding, replicated
 from jsft.models.config import ModelConfig
 from jsft.models.decoder import accumulates_in_place, hidden_states, lie_apart, unembedding
 from jsft.models.module import abstract_parameters
-from jsft.models.stack import together_tree
-from jsft.training.optimizer import TrainState, apply_update, learning_rate_schedule, parameter_dtype
+from jsft.training.optimizer import (
+    TrainState,
+    apply_update,
+    learning_rate_schedule,
+    parameter_dtype,
+    updates_in_place,
+)
 
 Tree = Any
 
@@ -89,6 +94,7 @@ def make_programs(
     if dtype != parameter_dtype(config):
         in_place = jax.tree.map(lambda _: False, in_place)
     form = gradient_form(model, config, mesh)
+    kernel = updates_in_place(config, mesh)
     gradient_shardings = jax.tree.map(lambda p: p.sharding, form)
 
     def start():
@@ -115,7 +121,7 @@ def make_programs(
 
     def update(state, gradients, sums, weight_sum):
         rate = schedule(state.step).astype(jnp.float32)
-        state, metrics = apply_update(state, together_tree(gradients), rate, config)
+        state, metrics = apply_update(state, gradients, rate, config, kernel)
         count = jnp.maximum(sums.count, 1)
         weighed = not config.objective.use_advantage  # as the loss is, unless advantages make the weights no mean
         metrics |= {
