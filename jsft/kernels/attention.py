@@ -13,6 +13,7 @@ import numpy as np
 
 from jsft.errors import ConfigError
 from jsft.kernels import attention_xla
+from jsft.kernels.devices import target_device
 
 IMPLEMENTATIONS = ("auto", "pallas", "xla")
 BACKWARDS = ("auto", "deterministic", "fused")
@@ -119,16 +120,9 @@ def _choose(implementation: str, backward: str) -> str:
     return "xla" if why_not else "pallas"
 
 
-def _device():
-    """What the program will run on: a device of this process, or in a mesh of other ones their description."""
-    here = jax.devices()[0]
-    other = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return here if other is None or other.device_kind == here.device_kind else other
-
-
 def _pallas_unavailable() -> str | None:
     """Why this process cannot run the Pallas kernels; None if it can."""
-    device = _device()
+    device = target_device()
     if device.platform != "gpu":
         return f"they need a Hopper GPU (compute capability 9.0), this is a {device.platform} device"
     known = "9.0" if re.search(r"\bG?H[128]00\b", device.device_kind) else "unknown"
