@@ -149,6 +149,7 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
     trips = lax.pmax((supervised + chunk - 1) // chunk, _ROWS)  # the same everywhere: collectives inside
     first = lax.axis_index(_VOCABULARY) * width
     column = jnp.arange(width)
+    padded = width * parts > V  # else there is nothing to mask, which would be a pass over the logits
 
     def step(state):
         i, sums, dx, dw = state
@@ -157,10 +158,11 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
         tc = gather(target.at[index].get(mode="fill", fill_value=0)) - first
         wc = gather(weight.at[index].get(mode="fill", fill_value=0)).astype(wide)
         logits = dot(xc, w, (((1,), (1,)), ((), ())))  # [C, V/N]
-        logits = jnp.where(first + column < V, logits, -jnp.inf)
+        if padded:
+            logits = jnp.where(first + column < V, logits, -jnp.inf)
         top = lax.pmax(jnp.max(logits, axis=-1), _VOCABULARY)
         exp = jnp.exp(logits - top[:, None])
-        safe = jnp.maximum(logits, jnp.finfo(wide).min)  # 0 * -inf of the padded columns would be NaN
+        safe = jnp.maximum(logits, jnp.finfo(wide).min) if padded else logits  # 0 * -inf would be NaN
         here = (tc >= 0) & (tc < width)
         at_target = jnp.take_along_axis(logits, jnp.clip(tc, 0, width - 1)[:, None], axis=1)[:, 0]
         local = jnp.stack(
