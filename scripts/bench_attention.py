@@ -247,36 +247,37 @@ def tune(arguments) -> None:
     common = dict(scale=h**-0.5)
     o, lse = jax.jit(functools.partial(forward, config=KernelConfig(128, 2), **common))(q, k, v, start)
     delta = jnp.einsum("bthd,bthd->bht", o.astype(jnp.float32), do.astype(jnp.float32))
+    of_dkv = (q, k, v, do, lse, delta, end)
+    of_forward, of_dq = (q, k, v, start), (q, k, v, do, o, lse, start)
     kernels = {
-        "forward": (forward, (q, k, v, start), [(128, 2), (128, 3), (128, 4), (64, 2), (64, 4)], 1.0),
-        "dq": (
-            backward_dq,
-            (q, k, v, do, o, lse, start),
-            [(64, 2), (64, 3), (64, 4), (128, 2)],
-            1.5,
-        ),
-        "dkv": (backward_dkv, (q, k, v, do, lse, delta, end), [(64, 2), (64, 3), (64, 4)], 2.0),
-        "fused": (backward_fused, (q, k, v, do, lse, delta, end), [(8192 // h, 2), (8192 // h, 3)], 2.5),
+        "forward": (forward, of_forward, [(128, 2), (128, 2, False), (128, 3), (64, 4)], 1.0),
+        "dq": (backward_dq, of_dq, [(64, 3), (64, 4), (64, 4, False)], 1.5),
+        "dkv": (backward_dkv, of_dkv, [(64, 2), (64, 3), (64, 4)], 2.0),
+        "fused": (backward_fused, of_dkv, [(8192 // h, 2), (8192 // h, 3)], 2.5),
+    }
+    kernels = {
+        name: (kernel, values, [KernelConfig(*fields) for fields in found], factor)
+        for name, (kernel, values, found, factor) in kernels.items()
     }
     flops = 4 * H * h * sum(n * n for n in case.lengths) / 2
     jobs = {}
     for name, (kernel, values, candidates, _) in kernels.items():
-        for block, stages in candidates:
-            run = functools.partial(kernel, config=KernelConfig(block, stages), **common)
-            jobs[name, block, stages] = jax.jit(run), values
+        for config in candidates:
+            jobs[name, config] = jax.jit(functools.partial(kernel, config=config, **common)), values
     compiled = compile_all(jobs)
     times = median_times(compiled, jobs, arguments.rounds, arguments.calls)
     for name, (_, _, candidates, factor) in kernels.items():
-        ranked = sorted((times[name, *c], c) for c in candidates if (name, *c) in times)
-        for t, (block, stages) in ranked:
-            speed = factor * flops / t / 1e12
-            print(f"{name:8s} block {block:4d} stages {stages}: {speed:5.0f} TF/s {t * 1e3:7.3f} ms")
-        for c in candidates:
-            if (name, *c) not in times:
-                why_not = " ".join(str(compiled[name, *c]).split())[:120]
-                print(f"{name:8s} block {c[0]:4d} stages {c[1]}: {why_not}")
+        ran = [config for config in candidates if (name, config) in times]
+        ranked = sorted(ran, key=lambda config: times[name, config])
+        for config in ranked:
+            t = times[name, config]
+            print(f"{name:8s} {config}: {factor * flops / t / 1e12:5.0f} TF/s {t * 1e3:7.3f} ms")
+        for config in candidates:
+            if config not in ran:
+                why_not = " ".join(str(compiled[name, config]).split())[:120]
+                print(f"{name:8s} {config}: {why_not}")
         if ranked:
-            print(f"-> h {h}, group {H // K}, T {T}: {name}=KernelConfig{ranked[0][1]}")
+            print(f"-> h {h}, group {H // K}, T {T}: {name}={ranked[0]}")
 
 
 def main() -> None:

@@ -60,6 +60,6 @@ def test_tune_ranks_what_runs_and_names_what_does_not(bench, monkeypatch, capsys
     monkeypatch.setattr(backward_dkv, "backward_fused", fake_backward)
     call(bench, monkeypatch, "--tune", "--heads", "4/2", "--length", "256")
     out = capsys.readouterr().out
-    assert "forward  block   64 stages 2: too small" in out
+    assert "forward  KernelConfig(block=64, stages=4, registers=True): too small" in out
     for name in ("forward", "dq", "dkv", "fused"):
         assert f"-> h 64, group 2, T 256: {name}=KernelConfig(" in out

@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attention_cases import make, oracle, relative
 from jsft.kernels.flash import backward_dkv, flash_attention
+from jsft.kernels.flash.backward_dq import backward_dq
 from jsft.kernels.flash.forward import forward
 from jsft.kernels.flash.tuned import KernelConfig
 
@@ -75,16 +76,19 @@ def test_all_query_heads_of_a_key_head_in_one_program(backward, monkeypatch):
         assert relative(value, want) < 5e-3
 
 
+@pytest.mark.parametrize("registers", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "programs", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
 )
-def test_any_number_of_programs_gives_the_same_bits(programs):
-    q, k, v, _, start, _ = make([[70, 186, 128]], 2, 1, 64)
-    arguments = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)] + [jnp.asarray(start)]
+def test_any_number_of_programs_gives_the_same_bits(programs, registers):
+    q, k, v, do, start, _ = make([[70, 186, 128]], 2, 1, 64)
+    q, k, v, do = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, do))
+    start = jnp.asarray(start)
 
-    def run(programs):
+    def run(kernel, block, programs, *arguments):
+        config = KernelConfig(block, 128 // block * 2, registers=registers)
         f = functools.partial(
-            forward, scale=0.125, config=KernelConfig(128, 2), programs=programs,
+            kernel, scale=0.125, config=config, programs=programs,
             interpret=plgpu.InterpretGPUParams(detect_races=True),
         )  # fmt: skip
         out = jax.block_until_ready(jax.jit(f)(*arguments))
@@ -92,5 +96,9 @@ def test_any_number_of_programs_gives_the_same_bits(programs):
         interpret_pallas_call.reset_gpu_interpret_mode_state()
         return out
 
-    for a, b in zip(run(programs), run(6)):
+    o, lse = run(forward, 128, 6, q, k, v, start)
+    of_dq = (q, k, v, do, o, lse, start)
+    wanted = o, lse, *run(backward_dq, 64, 6, *of_dq)
+    got = *run(forward, 128, programs, q, k, v, start), *run(backward_dq, 64, programs, *of_dq)
+    for a, b in zip(got, wanted):
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))

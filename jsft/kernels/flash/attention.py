@@ -15,7 +15,7 @@ from jsft.kernels.flash.tuned import configs
 # Under jit, so that a program of many layers makes each kernel's code once, not once a layer.
 _static = ("scale", "config", "interpret")
 _forward = jax.jit(forward, static_argnames=(*_static, "programs"))
-_backward_dq = jax.jit(backward_dq, static_argnames=_static)
+_backward_dq = jax.jit(backward_dq, static_argnames=(*_static, "programs"))
 _backward_dkv = jax.jit(backward_dkv, static_argnames=_static)
 _backward_fused = jax.jit(backward_fused, static_argnames=_static)
 
@@ -63,7 +63,8 @@ def _attention_backward(scale, backward, interpret, residuals, do):
         if fused:
             delta = jnp.einsum("bthd,bthd->bht", o.astype(jnp.float32), do.astype(jnp.float32))
             return _backward_fused(q, k, v, do, lse, delta, doc_end, config=config.dq_dkv, **common)
-        dq, delta = _backward_dq(q, k, v, do, o, lse, doc_start, config=config.dq, **common)
+        options = dict(config=config.dq, programs=_multiprocessors(), **common)
+        dq, delta = _backward_dq(q, k, v, do, o, lse, doc_start, **options)
         return dq, *_backward_dkv(q, k, v, do, lse, delta, doc_end, config=config.dkv, **common)
 
     dq, dk, dv = _batched(gradients)(q, k, v, do.astype(q.dtype), o, lse, doc_start, doc_end)

@@ -76,9 +76,9 @@ def _in_registers(accumulator) -> bool:
 
 def compiler_params() -> plgpu.CompilerParams:
     """No automatic barriers: no warpgroup reads and writes the same shared memory, but where the kernels
-    wait.
+    wait. No shared memory for reductions either: those here stay within a warp.
     """
-    return plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
+    return plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
 
 
 def rows(x, shape):
