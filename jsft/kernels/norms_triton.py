@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 _ROWS = 32  # rows of a program of rms_norm's backward pass, which sums the weight's gradient over them
-_TOKENS = 32  # positions of a program of the rotating kernels
-_HEADS = 4  # heads of such a program, which share the angles
+_TOKENS = 16  # positions of a program of the rotating kernels
+_HEADS = 8  # heads of such a program, which share the angles
 
 
 def pieces(length: int, smallest: int = 16) -> list[tuple[int, int]] | None:
@@ -120,7 +120,7 @@ def rotation_fits(tokens: int, heads: int, h: int) -> bool:
 
 
 def _heads(heads: int) -> int:
-    return next(count for count in (_HEADS, 2, 1) if heads % count == 0)
+    return next(count for count in (_HEADS, 4, 2, 1) if heads % count == 0)
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
