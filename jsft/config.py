@@ -118,8 +118,8 @@ FIELDS: tuple[Field, ...] = (
     Field("optimizer.weight_decay", float, 0.01, "AdamW: decoupled weight decay, on every parameter.", minimum=0),
     Field("optimizer.clip_norm", float, None, "Clip the gradient to this global norm; 0 turns clipping off. The "
           "published runs clip a sum of micro-batch means, 8 times a mean for 256 rows: docs/recipes.md.", minimum=0),
-    Field("optimizer.implementation", str, "xla", "xla, or pallas: a kernel that updates weights and moments in place, on "
-          "one GPU (not timed yet).", choices=("xla", "pallas")),
+    Field("optimizer.implementation", str, "auto", "pallas (a kernel that updates weights and moments in place, on one "
+          "GPU), xla, or auto: pallas where it can run.", choices=("auto", "pallas", "xla")),
     Field("precision.params", str, None, "Dtype of the weights the optimizer keeps. bfloat16_stochastic rounds "
           "stochastically.", choices=_PARAMS),
     Field("precision.moments", str, None, "Dtype of both Adam moments.", choices=_FLOATS),

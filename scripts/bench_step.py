@@ -41,7 +41,7 @@ def parse():
     add("--attention", default="auto", help="attention.implementation")
     add("--backward", default="auto", help="attention.backward")
     add("--norms", default="auto", help="norm.implementation")
-    add("--optimizer", default="xla", help="optimizer.implementation")
+    add("--optimizer", default="auto", help="optimizer.implementation")
     add("--median", type=float, default=6000, help="median document length of the log-normal (sigma 0.6)")
     add("--mock_devices", type=int, help="compile and run the program of this many GPUs on one (times: upper bounds)")
     add("--profile", action="store_true", help="time by part, from a profile of two steps")
@@ -189,13 +189,16 @@ def measure(options) -> dict:
             gradients, sums = compiled["add_gradients"](state.parameters, batch, gradients, sums)
         return compiled["update"](state, gradients, sums, jnp.float32(options.micro_batches))
 
-    seconds, metrics = [], None
-    for i in range(options.steps + 2):
-        started = time.perf_counter()
-        state, metrics = step(state)
-        loss = float(metrics["loss"])
-        if i >= 2:
-            seconds.append(time.perf_counter() - started)
+    ended, metrics = [], None
+    for _ in range(options.steps + 2):
+        state, latest = step(state)
+        if metrics:  # a step late, as a run fetches them
+            jax.block_until_ready(metrics)
+            ended.append(time.perf_counter())
+        metrics = latest
+    loss = float(metrics["loss"])
+    ended.append(time.perf_counter())
+    seconds = [b - a for a, b in zip(ended[1:], ended[2:])]
     took, tokens, devices = statistics.median(seconds), sum(lengths), jax.local_device_count()
     flops = step_flops(model, matmul_parameters(model), tokens, sum(n * n for n in lengths))
     peak = peak_flops(jax.local_devices())

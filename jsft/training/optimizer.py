@@ -143,12 +143,11 @@ def apply_update(state: TrainState, gradients: Tree, learning_rate: jax.Array, c
 
 
 def updates_in_place(config: ConfigDict, mesh: Mesh) -> bool:
-    """Whether a run on `mesh` updates with the kernel. Raises ConfigError where it is asked to and cannot."""
-    if config.optimizer.implementation == "xla":
-        return False
+    """Whether a run on `mesh` updates with the kernel. Raises ConfigError where it is asked to by name and cannot."""
     platform = mesh.devices.flat[0].platform
-    if platform == "gpu" and mesh.size == 1:
-        return True
+    possible = platform == "gpu" and mesh.size == 1
+    if possible or config.optimizer.implementation != "pallas":
+        return possible and config.optimizer.implementation != "xla"
     why = f"it needs a GPU, this is a {platform} device" if platform != "gpu" else f"it runs on one GPU, not {mesh.size}"
     raise ConfigError(f"optimizer.implementation: 'pallas' cannot run: {why}; use 'xla'")
 

@@ -28,12 +28,13 @@ from jsft.errors import CheckpointError, ConfigError
 FREE_FIELDS = frozenset(
     name
     for name in schema.BY_NAME
-    if name.startswith(("checkpoint.", "eval.", "mesh.", "attention.", "log."))
+    if name.startswith(("checkpoint.", "eval.", "mesh.", "attention.", "norm.", "log."))
     or name
     in (
         "data.workers",
         "data.cache_dir",
         "data.eval",
+        "optimizer.implementation",
         "remat",
         "train.max_bad_steps",
         "train.deterministic",

@@ -1,4 +1,4 @@
-"""The kernel that updates in place, interpreted: against the plain update, with gradients apart and whole."""
+"""The kernel that updates in place, interpreted and on a GPU: against the plain update, with gradients apart and whole."""
 
 import functools
 
@@ -47,14 +47,15 @@ def apart(gradients):
     return gradients | {"layers": gradients["layers"] | {"up": tuple(gradients["layers"]["up"])}}
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
+@pytest.fixture(params=[True, pytest.param(False, marks=pytest.mark.gpu)], ids=["interpreted", "on_the_gpu"])
+def layers_of_calls(request, monkeypatch):
+    """Of each call of the kernel, which is interpreted or not."""
     plain = update_triton.update_layers
     calls = []
 
     def run(*arguments):
         calls.append(len(arguments[4]))
-        return plain(*arguments, interpret=True)
+        return plain(*arguments, interpret=request.param)
 
     monkeypatch.setattr(update_triton, "update_layers", run)
     return calls
@@ -62,7 +63,7 @@ def interpreted(monkeypatch):
 
 @pytest.mark.parametrize("finite", [True, False])
 @pytest.mark.parametrize("dtype, moments", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
-def test_the_kernel_updates_as_plain_xla_does(interpreted, dtype, moments, finite):
+def test_the_kernel_updates_as_plain_xla_does(layers_of_calls, dtype, moments, finite):
     names = {"precision__params": dtype, "precision__moments": moments, "precision__gradients": dtype}
     config = make_config(**names)
     state, gradients = case(dtype, moments)
@@ -71,7 +72,7 @@ def test_the_kernel_updates_as_plain_xla_does(interpreted, dtype, moments, finit
     rate = jnp.float32(1e-3)
     plain, plainly = jax.jit(lambda s, g: apply_update(s, g, rate, config))(state, gradients)
     ours, metrics = jax.jit(lambda s, g: apply_update(s, g, rate, config, kernel=True))(state, apart(gradients))
-    assert sorted(interpreted) == [1, L]  # the embedding, the matrices
+    assert sorted(layers_of_calls) == [1, L]  # the embedding, the matrices
     for (path, a), b, old in zip(jax.tree.leaves_with_path(ours[:3]), *map(jax.tree.leaves, (plain[:3], state[:3]))):
         assert a.dtype == b.dtype == old.dtype
         a, b, old = (np.asarray(x, np.float64) for x in (a, b, old))
@@ -100,4 +101,4 @@ def test_only_one_gpu_updates_in_place():
     config = make_config(optimizer__implementation="pallas")
     with pytest.raises(ConfigError, match="optimizer.implementation: 'pallas' cannot run: it needs a GPU"):
         updates_in_place(config, make_mesh())
-    assert not updates_in_place(make_config(), make_mesh())
+    assert not updates_in_place(make_config(), make_mesh())  # auto
