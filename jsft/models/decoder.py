@@ -19,9 +19,9 @@ from jsft.kernels.norms import rms_norm, rms_norm_rotate, rotate
 from jsft.mesh import BATCH, partition_spec
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
-from jsft.models.layers import add_bias, embed, linear, rotary_tables, swiglu
+from jsft.models.layers import add_bias, embed, linear, rotary_tables, swiglu, swiglu_linear
 from jsft.models.parameters import ParameterSpec, leaves, tree_from
-from jsft.models.remat import checkpoint_policy, parse_remat
+from jsft.models.remat import checkpoint_policy, keeps, parse_remat
 from jsft.models.stack import apart, run_layers
 
 
@@ -177,6 +177,11 @@ def _decode(
         y = linear(x, weights[name], divided[name], reduce_dtype)
         return add_bias(y, weights[f"{name}_bias"]) if f"{name}_bias" in weights else y
 
+    def gated_down(gate, up, weights):
+        if keeps(remat, "mlp_hidden"):
+            return project(checkpoint_name(swiglu(gate, up), "mlp_hidden"), weights, "down")
+        return swiglu_linear(gate, up, weights["down"], divided["down"], reduce_dtype)
+
     # A branch's output is added to the residual stream by the norm that follows, in its one pass. Where a layer's values
     # are made again it is added at once: to make the sum again would take the product that made the branch.
     later = unroll and remat == "none"
@@ -189,7 +194,7 @@ def _decode(
         attend_here = functools.partial(attend, doc_start=doc_start, doc_end=doc_end)
         x, branch = joined(*_attention(stream, weights, project, config, cos_sin, attend_here, norms))
         stream = checkpoint_name(x, "residual"), branch
-        return joined(*_mlp(stream, weights, project, config, norms))
+        return joined(*_mlp(stream, weights, project, gated_down, config, norms))
 
     if remat != "none":
         names = () if remat == "full" else remat
@@ -225,10 +230,10 @@ def _attention(stream, weights, project, config, cos_sin, attend, norms):
     return x, project(out, weights, "output")
 
 
-def _mlp(stream, weights, project, config, norms):
+def _mlp(stream, weights, project, gated_down, config, norms):
     """As `_attention`, of the gated MLP."""
     x, normal = rms_norm(*stream, weights["mlp_norm"], config.rms_eps, norms)
     normal = checkpoint_name(normal, "mlp_input")
     gate = checkpoint_name(project(normal, weights, "gate"), "gate")
     up = checkpoint_name(project(normal, weights, "up"), "up")
-    return x, project(checkpoint_name(swiglu(gate, up), "mlp_hidden"), weights, "down")
+    return x, gated_down(gate, up, weights)

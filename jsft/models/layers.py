@@ -45,15 +45,22 @@ def _linear_forward(x, weight, divided, reduce_dtype):
     return linear(x, weight, divided, reduce_dtype), (x, weight)
 
 
-def _linear_backward(divided, reduce_dtype, residuals, g):
-    x, weight = residuals
-    full = _gathered(weight, x.dtype, divided)
-    dx = _dot(g, full, ((g.ndim - 1,), (0,)), x.dtype)
+def _input_gradient(g, weight, divided):
+    full = _gathered(weight, g.dtype, divided)
+    return _dot(g, full, ((g.ndim - 1,), (0,)), g.dtype)
+
+
+def _weight_gradient(g, x, weight, divided, reduce_dtype):
     tokens = tuple(range(x.ndim - 1))
     dweight = _dot(g, x, (tokens, tokens), reduce_dtype)
     if divided:
         dweight = lax.psum_scatter(dweight, FSDP, tiled=True)
-    return dx, dweight.astype(weight.dtype)
+    return dweight.astype(weight.dtype)
+
+
+def _linear_backward(divided, reduce_dtype, residuals, g):
+    x, weight = residuals
+    return _input_gradient(g, weight, divided), _weight_gradient(g, x, weight, divided, reduce_dtype)
 
 
 linear.defvjp(_linear_forward, _linear_backward)
@@ -69,18 +76,45 @@ def _swiglu_forward(gate, up):
     return swiglu(gate, up), (gate, up)
 
 
-def _swiglu_backward(residuals, g):
-    # The barrier keeps the forward pass's reader of gate and up apart: the compiler then makes one kernel of the two
-    # gradients, which reads each of the three once.
-    gate, up, g = lax.optimization_barrier((*residuals, g))
+def _swiglu_again(gate, up, g):
+    """(swiglu(gate, up), its gradients for gate and up) of `g`."""
+    # The barrier keeps the forward pass's reader of gate and up apart: the compiler then makes one kernel of what is
+    # wanted here, which reads each of the three once.
+    gate, up, g = lax.optimization_barrier((gate, up, g))
     gate32, g32 = gate.astype(jnp.float32), g.astype(jnp.float32)
     sigmoid = jax.nn.sigmoid(gate32)
     silu = gate32 * sigmoid
     dgate = g32 * up.astype(jnp.float32) * (sigmoid + silu * (1 - sigmoid))
-    return dgate.astype(gate.dtype), (g32 * silu).astype(up.dtype)
+    return silu.astype(gate.dtype) * up, dgate.astype(gate.dtype), (g32 * silu).astype(up.dtype)
+
+
+def _swiglu_backward(residuals, g):
+    _, dgate, dup = _swiglu_again(*residuals, g)
+    return dgate, dup
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def swiglu_linear(gate: jax.Array, up: jax.Array, weight: jax.Array, divided: bool, reduce_dtype: jnp.dtype) -> jax.Array:
+    """`linear` of `swiglu`, to be had without keeping what is between: the backward pass makes it again in the kernel that
+    makes the gradients of gate and up, from values which that reads anyway.
+    """
+    return linear(swiglu(gate, up), weight, divided, reduce_dtype)
+
+
+def _swiglu_linear_forward(gate, up, weight, divided, reduce_dtype):
+    return swiglu_linear(gate, up, weight, divided, reduce_dtype), (gate, up, weight)
+
+
+def _swiglu_linear_backward(divided, reduce_dtype, residuals, g):
+    gate, up, weight = residuals
+    hidden, dgate, dup = _swiglu_again(gate, up, _input_gradient(g, weight, divided))
+    return dgate, dup, _weight_gradient(g, hidden, weight, divided, reduce_dtype)
+
+
+swiglu_linear.defvjp(_swiglu_linear_forward, _swiglu_linear_backward)
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:

@@ -46,6 +46,11 @@ def parse_remat(remat: str | Sequence[str]) -> str | tuple[str, ...]:
     return tuple(names)
 
 
+def keeps(remat: str | tuple[str, ...], name: str) -> bool:
+    """Whether a parsed remat keeps the value `name`, wherever."""
+    return remat == "none" or (remat != "full" and name in [kept.removesuffix(_HOST) for kept in remat])
+
+
 def kept_on_device(names: Sequence[str]) -> tuple[str, ...]:
     """Those of `names` that stay in the device's memory."""
     return tuple(name for name in names if not name.endswith(_HOST))
