@@ -27,7 +27,7 @@ REMAT_NAMES = {
     "mlp_hidden": "[b, T, F] silu(gate) * up, input of the down projection",
 }
 
-_HOST = "@host"
+HOST = "@host"
 
 
 def parse_remat(remat: str | Sequence[str]) -> str | tuple[str, ...]:
@@ -38,29 +38,29 @@ def parse_remat(remat: str | Sequence[str]) -> str | tuple[str, ...]:
     if remat in ("full", "none"):
         return remat
     names = [name.strip() for name in remat.split(",")] if isinstance(remat, str) else list(remat)
-    if unknown := [name for name in names if name.removesuffix(_HOST) not in REMAT_NAMES]:
+    if unknown := [name for name in names if name.removesuffix(HOST) not in REMAT_NAMES]:
         raise ConfigError(
             f"remat: {unknown[0]!r} is not 'full', 'none' or a list of names among {', '.join(REMAT_NAMES)}, each with "
-            f"{_HOST} behind it to keep it in the host's memory"
+            f"{HOST} behind it to keep it in the host's memory"
         )
     return tuple(names)
 
 
 def keeps(remat: str | tuple[str, ...], name: str) -> bool:
     """Whether a parsed remat keeps the value `name`, wherever."""
-    return remat == "none" or (remat != "full" and name in [kept.removesuffix(_HOST) for kept in remat])
+    return remat == "none" or (remat != "full" and name in [kept.removesuffix(HOST) for kept in remat])
 
 
 def kept_on_device(names: Sequence[str]) -> tuple[str, ...]:
     """Those of `names` that stay in the device's memory."""
-    return tuple(name for name in names if not name.endswith(_HOST))
+    return tuple(name for name in names if not name.endswith(HOST))
 
 
 def checkpoint_policy(names: Sequence[str]) -> Callable[..., object]:
     """What `jax.checkpoint` is to keep."""
     return jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=list(kept_on_device(names)),
-        names_which_can_be_offloaded=[name.removesuffix(_HOST) for name in names if name.endswith(_HOST)],
+        names_which_can_be_offloaded=[name.removesuffix(HOST) for name in names if name.endswith(HOST)],
         offload_src="device",
         offload_dst="pinned_host",
     )
@@ -71,6 +71,8 @@ def checkpoint_policy(names: Sequence[str]) -> Callable[..., object]:
 # less, for 2 bytes a weight on every device. The other rungs' recompute hides that from it.
 # Norms, rotations and silu are recomputed from the second rung on: they cost little beside the matrix products, which
 # the second rung keeps all of. Each later rung recomputes the products that give back most memory for their time.
+# What goes to the host's memory is had for nothing while the link keeps up with the layers: of 14B a quarter of what the
+# second rung keeps (docs/performance.md). Eight GPUs of a host share its memory's bandwidth, unmeasured: hence so late.
 _ATTENTION = ("attention_out", "attention_lse")
 _QKV = ("query_projection", "key_projection", "value")
 LADDER: tuple[str, ...] = (
@@ -80,6 +82,7 @@ LADDER: tuple[str, ...] = (
     ",".join((*_ATTENTION, "residual", "gate")),
     ",".join((*_ATTENTION, *_QKV, "residual")),
     ",".join((*_ATTENTION, "residual")),
+    "attention_out@host,attention_lse,key_projection,value,residual@host,gate@host",
     ",".join(_ATTENTION),
     "attention_out@host,attention_lse",
     "full",

@@ -53,14 +53,14 @@ class Rates(NamedTuple):
 
 
 RATES = Rates(
-    matmul=690e12,
-    attention=440e12,
+    matmul=700e12,
+    attention=460e12,
     elementwise=3.5e12,
-    passes=22,
-    source="docs/performance.md, one H200: matrix products 684 to 697 TF/s, Pallas attention 430 to 445 TF/s, the rest "
+    passes=20,
+    source="docs/performance.md, one H200: matrix products 686 to 707 TF/s, Pallas attention 440 to 465 TF/s, the rest "
     "from where the time of four steps, of 1.7B to 14B, goes",
 )
-# Half-width of a time. Four measured steps lie within 0.02; many GPUs are unmeasured.
+# Half-width of a time. Four measured steps lie within 0.03; many GPUs are unmeasured.
 SPREAD = 0.15
 
 
