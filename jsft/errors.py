@@ -3,6 +3,7 @@
 Valid for Python 3.11 and free of JAX, so that every room can use it.
 """
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -65,6 +66,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Runs `main` and ends the process: 0, or the exit code of a `JsftError` whose message goes to stderr as one line."""
     try:
         code = main() or 0
+        sys.stdout.flush()
     except JsftError as error:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr, flush=True)
@@ -72,4 +74,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
+    except BrokenPipeError:  # whoever read the output wants no more of it, as in "... --help | head -1"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at its end
+        code = 141  # as a shell has it for SIGPIPE
     sys.exit(code)

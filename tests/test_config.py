@@ -1,5 +1,8 @@
 """The schema, its presets and the command line: every wrong field is one line that names the nearest right ones."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,8 @@ from jsft import cli
 from jsft import config as schema
 from jsft.errors import ConfigError
 
-CONFIGS = sorted(p for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.name != "recipes.py")
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name != "recipes.py")
 QWEN = str(next(p for p in CONFIGS if p.name == "qwen3_14b.py"))
 
 
@@ -80,3 +84,14 @@ def test_a_config_file_that_fails_is_named(tmp_path):
     file.write_text("import nothing_like_this\n")
     with pytest.raises(ConfigError, match="mine.py cannot be loaded: ModuleNotFoundError"):
         parse("--config", str(file))
+
+
+def test_a_reader_that_goes_away_ends_the_command_without_a_traceback():
+    """As in `python -m jsft.plan --help | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "jsft.plan", "--help"], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

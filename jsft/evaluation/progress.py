@@ -61,9 +61,8 @@ class SampleProgress:
             self._bar.update(self._id, completed=self.done, description=self.title, rate=rate)
         elif time.monotonic() - self._printed > LOG_SECONDS:
             self._printed = time.monotonic()
-            left = self.seconds / self.done * (self.total - self.done) if self.done else float("nan")
+            left = f", {self.seconds / self.done * (self.total - self.done):.0f} s left" if self.done else ""
             print(
-                f"{self.title}: {self.done}/{self.total} {self.unit}, {rate or 'no tokens yet'}, "
-                f"{left:.0f} s left",
+                f"{self.title}: {self.done}/{self.total} {self.unit}, {rate or 'no tokens yet'}{left}",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
