@@ -84,6 +84,7 @@ def make_plan(
             },
             "compute_seconds": work.compute_seconds,
             "collective_seconds": work.collective_seconds,
+            "waiting_seconds": work.waiting_seconds,
             "seconds": work.seconds,
             "tokens_per_second": work.tokens / work.seconds,
             "mfu": work.flops / work.seconds / devices / device.peak,
@@ -164,8 +165,8 @@ def lines(plan: dict[str, Any]) -> list[str]:
         )
     spread = time["spread"]
     found += [
-        f"{'':11}{step['seconds']:.2f} s ({step['compute_seconds']:.2f} s of computation beside "
-        f"{step['collective_seconds']:.2f} s of collectives), {step['tokens_per_second']:,.0f} tokens/s, "
+        f"{'':11}{step['seconds']:.2f} s ({step['compute_seconds']:.2f} s of computation, {step['waiting_seconds']:.2f} s "
+        f"of waiting for {step['collective_seconds']:.2f} s of collectives), {step['tokens_per_second']:,.0f} tokens/s, "
         f"MFU {step['mfu']:.0%}",
         f"{'time:':11}{time['steps']:,} steps, {time['hours'] * (1 - spread):.2f} to "
         f"{time['hours'] * (1 + spread):.2f} h"

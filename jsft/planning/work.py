@@ -58,11 +58,12 @@ class Work(NamedTuple):
     ]  # kind: (number, bytes that leave and enter a device) of an update
     compute_seconds: float
     collective_seconds: float
+    waiting_seconds: float  # of the computation, for collectives
 
     @property
     def seconds(self) -> float:
-        """Collectives run beside the computation: the longer of the two counts."""
-        return max(self.compute_seconds, self.collective_seconds)
+        """Collectives run beside the computation, which waits for some of them: the longer of the two counts."""
+        return max(self.compute_seconds + self.waiting_seconds, self.collective_seconds)
 
 
 def plan_work(
@@ -114,9 +115,9 @@ def plan_work(
     seconds = sum(size for kind, (_, size) in collectives.items() if kind != "all-reduce") / link
     if "all-reduce" in collectives:
         seconds += collectives["all-reduce"][1] / (device.link if mesh.size <= per_node else NETWORK)
-    return Work(
-        tokens, micro_batches, padding, flops, extra_products + extra_attention, collectives, compute, seconds
-    )
+    waiting = RATES.waiting * compute if collectives else 0.0
+    extra = extra_products + extra_attention
+    return Work(tokens, micro_batches, padding, flops, extra, collectives, compute, seconds, waiting)
 
 
 def recomputed(model: ModelConfig, remat: str) -> tuple[float, float]:
