@@ -222,11 +222,7 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
 
             lax.fori_loop(0, steps, load, start)
 
-            # Every completion of a barrier must be awaited.
-            @pl.loop(jnp.maximum(steps - stages, 0), steps)
-            def _(i):
-                plgpu.barrier_wait(q_free.at[rem(i, stages)])
-                plgpu.barrier_wait(do_free.at[rem(i, stages)])
+            mgpu.drain(q_free, do_free, count=steps, stages=stages)
 
     scratch = [
         mgpu.tiled((TILE, h), dtype),  # k, at the end dk

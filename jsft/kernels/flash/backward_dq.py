@@ -266,11 +266,7 @@ def backward_dq(
             carry = (jnp.int32(0), deal.item(jnp.int32(0)))
             count, _ = lax.fori_loop(0, deal.rounds, one_tile, carry)
 
-            # Every completion of a barrier must be awaited.
-            @pl.loop(jnp.maximum(count - stages, 0), count)
-            def _(i):
-                plgpu.barrier_wait(k_free.at[rem(i, stages)])
-                plgpu.barrier_wait(v_free.at[rem(i, stages)])
+            mgpu.drain(k_free, v_free, count=count, stages=stages)
 
             for half in range(2):
                 plgpu.barrier_wait(do_free.at[half])

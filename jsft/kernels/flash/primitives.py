@@ -117,6 +117,17 @@ def zero(i):
     return lax.shift_right_arithmetic(i, jnp.int32(31))
 
 
+def drain(*barriers, count, stages: int) -> None:
+    """Awaits what nobody has awaited of `barriers`, each of `stages` in a ring that was gone round for `count`
+    steps: every completion of a barrier must be awaited.
+    """
+
+    @pl.loop(jnp.maximum(count - stages, 0), count)
+    def _(i):
+        for barrier in barriers:
+            plgpu.barrier_wait(barrier.at[rem(i, stages)])
+
+
 def tell(signals, index, interpret: bool) -> None:
     """This compute warpgroup gives signal `index`; the other one awaits it. Signals are given and awaited in
     turn.
