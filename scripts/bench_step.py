@@ -190,14 +190,13 @@ def measure(options) -> dict:
         return compiled["update"](state, gradients, sums, jnp.float32(options.micro_batches))
 
     ended, metrics = [], None
-    for _ in range(options.steps + 2):
+    for _ in range(options.steps + 3):
         state, latest = step(state)
         if metrics:  # a step late, as a run fetches them
             jax.block_until_ready(metrics)
             ended.append(time.perf_counter())
         metrics = latest
-    loss = float(metrics["loss"])
-    ended.append(time.perf_counter())
+    loss = float(metrics["loss"])  # the last step's end is not timed: nothing was sent behind it
     seconds = [b - a for a, b in zip(ended[1:], ended[2:])]
     took, tokens, devices = statistics.median(seconds), sum(lengths), jax.local_device_count()
     flops = step_flops(model, matmul_parameters(model), tokens, sum(n * n for n in lengths))

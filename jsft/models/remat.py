@@ -27,7 +27,7 @@ REMAT_NAMES = {
     "mlp_hidden": "[b, T, F] silu(gate) * up, input of the down projection",
 }
 
-HOST = "@host"
+_HOST = "@host"
 
 
 def parse_remat(remat: str | Sequence[str]) -> str | tuple[str, ...]:
@@ -38,29 +38,34 @@ def parse_remat(remat: str | Sequence[str]) -> str | tuple[str, ...]:
     if remat in ("full", "none"):
         return remat
     names = [name.strip() for name in remat.split(",")] if isinstance(remat, str) else list(remat)
-    if unknown := [name for name in names if name.removesuffix(HOST) not in REMAT_NAMES]:
+    if unknown := [name for name in names if name.removesuffix(_HOST) not in REMAT_NAMES]:
         raise ConfigError(
             f"remat: {unknown[0]!r} is not 'full', 'none' or a list of names among {', '.join(REMAT_NAMES)}, each with "
-            f"{HOST} behind it to keep it in the host's memory"
+            f"{_HOST} behind it to keep it in the host's memory"
         )
     return tuple(names)
 
 
 def keeps(remat: str | tuple[str, ...], name: str) -> bool:
     """Whether a parsed remat keeps the value `name`, wherever."""
-    return remat == "none" or (remat != "full" and name in [kept.removesuffix(HOST) for kept in remat])
+    return remat == "none" or (remat != "full" and name in (*kept_on_device(remat), *kept_on_host(remat)))
 
 
 def kept_on_device(names: Sequence[str]) -> tuple[str, ...]:
     """Those of `names` that stay in the device's memory."""
-    return tuple(name for name in names if not name.endswith(HOST))
+    return tuple(name for name in names if not name.endswith(_HOST))
+
+
+def kept_on_host(names: Sequence[str]) -> tuple[str, ...]:
+    """Those of `names` that go to the host's memory, without what says so."""
+    return tuple(name.removesuffix(_HOST) for name in names if name.endswith(_HOST))
 
 
 def checkpoint_policy(names: Sequence[str]) -> Callable[..., object]:
     """What `jax.checkpoint` is to keep."""
     return jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=list(kept_on_device(names)),
-        names_which_can_be_offloaded=[name.removesuffix(HOST) for name in names if name.endswith(HOST)],
+        names_which_can_be_offloaded=list(kept_on_host(names)),
         offload_src="device",
         offload_dst="pinned_host",
     )

@@ -17,7 +17,7 @@ from jsft.kernels.linear_cross_entropy import chunk_size
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
 from jsft.models.parameters import leaves
-from jsft.models.remat import HOST, kept_on_device, parse_remat
+from jsft.models.remat import kept_on_device, kept_on_host, parse_remat
 from jsft.training.optimizer import parameter_dtype
 
 HEADROOM = 0.98  # of a device's memory: the rest is for the allocator's gaps and the runtime's own buffers
@@ -104,9 +104,9 @@ def _widths(model: ModelConfig) -> dict[str, int]:
 def travelling_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int) -> int:
     """Bytes on the device of what is kept on the host: of the layer at work, and of the one whose values travel."""
     names = parse_remat(remat)
-    away = () if names in ("none", "full") else set(names) - set(kept_on_device(names))
+    away = () if names in ("none", "full") else kept_on_host(names)
     widths = _widths(model)
-    return 2 * tokens * itemsize * sum(widths.get(name.removesuffix(HOST), 0) for name in away)
+    return 2 * tokens * itemsize * sum(widths.get(name, 0) for name in away)
 
 
 def kept_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int, pallas: bool) -> int:
