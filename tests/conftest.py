@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 if any("gpu" in argument for argument in sys.argv) and not any("not gpu" in a for a in sys.argv):
     os.environ["JSFT_TESTS_ON_GPU"] = "1"  # for the processes of pytest-xdist, which do not see these arguments
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they share the GPU
 if "JSFT_TESTS_ON_GPU" not in os.environ:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

@@ -26,7 +26,7 @@ def lower(f, *arguments) -> str:
 
 SHIPPED = [
     *((h, group, configs) for (h, group, _), configs in tuned._TUNED.items()),
-    *((h, 5, configs) for h, configs in tuned._DEFAULT.items()),
+    *((h, 5, configs) for (h, length), configs in tuned._DEFAULT.items() if length == "long"),
 ]
 
 

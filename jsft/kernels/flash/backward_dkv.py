@@ -109,8 +109,13 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
                 here = wg + zero(qi)
                 keys = pl.ds(here * HALF, HALF)
 
-                def probabilities(s):
-                    lse = plgpu.load(lse_s.at[slot], layout=mgpu.COLUMN)
+                def load(ref):
+                    """A block's row sums. The barrier keeps the compiler from moving the load to where its
+                    value is wanted, behind a wait for products, when nothing is left to hide its latency.
+                    """
+                    return lax.optimization_barrier(plgpu.load(ref.at[slot], layout=mgpu.COLUMN))
+
+                def probabilities(s, lse):
                     p = jnp.exp2(mgpu.read(s, in_flight=1) * (scale * LOG2E) - columns(lse, shape))
 
                     def mask():
@@ -121,6 +126,7 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
 
                 plgpu.barrier_wait(q_full.at[slot])
                 plgpu.barrier_wait(do_full.at[slot])
+                lse = load(lse_s)
 
                 def products(s):
                     mgpu.multiply(s, k_s.at[keys], q_s.at[slot].T)
@@ -128,54 +134,54 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
                     # Nested, which makes dp start when s is done: measured faster than both at once.
                     def beside(dp):
                         mgpu.multiply(dp, v_s.at[keys], do_s.at[slot].T)
-                        p = probabilities(s)
+                        p = probabilities(s, lse)
+                        delta = load(delta_s)
                         mgpu.multiply(dv, p.astype(dtype), do_s.at[slot])
-                        return p, mgpu.read(dp, in_flight=1)
+                        return p, mgpu.read(dp, in_flight=1), delta
 
                     return mgpu.accumulate(beside, shape, pool=pools[1])
 
-                p, dp = mgpu.accumulate(products, shape, pool=pools[0])
-                delta = plgpu.load(delta_s.at[slot], layout=mgpu.COLUMN)
+                p, dp, delta = mgpu.accumulate(products, shape, pool=pools[0])
                 ds = (p * (dp - columns(delta, shape))).astype(dtype)
-                if fused:
-                    # Two buffers, so that no warpgroup waits for the other's reading: it gives its next
-                    # signal after it.
-                    ds_s.at[rem(i, 2), own][...] = ds
-                    plgpu.commit_smem()
-                    mgpu.tell(swap, rem(i, 2) * 2 + wg, simulated)
-                mgpu.multiply(dk, ds, q_s.at[slot])
                 if not fused:
+                    mgpu.multiply(dk, ds, q_s.at[slot])
                     mgpu.wait(simulated)
-                    free(slot)
+                    plgpu.barrier_arrive(q_free.at[slot])
+                    plgpu.barrier_arrive(do_free.at[slot])
                     return
+                # Two buffers, so that no warpgroup waits for the other's reading: it gives its next signal
+                # after it.
+                both = ds_s.at[rem(i, 2)]
+                both.at[own][...] = ds
+                mgpu.publish(simulated)
+                mgpu.tell(swap, rem(i, 2) * 2 + wg, simulated)
                 mgpu.await_signal(swap, rem(i, 2) * 2 + 1 - wg, simulated)
                 half = pl.ds(here * 64, 64)
 
+                # dq first: it leaves while dk's product runs.
                 def dq_product(dq):
-                    both = ds_s.at[rem(i, 2)]
                     if h == 128:  # half the columns
                         mgpu.multiply(dq, both.T, k_s.at[:, half])
                     else:  # half the rows
                         mgpu.multiply(dq, both.at[:, half].T, k_s)
-                    return mgpu.read(dq)
+                    mgpu.multiply(dk, ds, q_s.at[slot])
+                    return mgpu.read(dq, in_flight=1)
 
                 dq = mgpu.accumulate(dq_product, dq_shape, pool=pools[2])
-                free(slot)
+                plgpu.barrier_arrive(do_free.at[slot])
                 if h == 128:
                     target = dq_g.at[b, pl.ds(qi * block, block), head, pl.ds(wg * 64, 64)]
                 else:
                     target = dq_g.at[b, pl.ds(qi * block + wg * 64, 64), head]
                 if simulated:  # the interpreter has no adding copy
                     target[...] += dq
-                    return
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                dq_s.at[wg][...] = dq
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(dq_s.at[wg], target, reduction_op="add")
-
-            def free(slot):
+                else:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    dq_s.at[wg][...] = dq
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(dq_s.at[wg], target, reduction_op="add")
+                mgpu.wait(simulated)
                 plgpu.barrier_arrive(q_free.at[slot])
-                plgpu.barrier_arrive(do_free.at[slot])
 
             def walk_dk(dk):
                 def walk_dv(dv):

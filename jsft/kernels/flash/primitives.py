@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mosaic
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import arith, nvvm, vector
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)  # one value per row of an accumulator
@@ -126,6 +126,21 @@ def drain(*barriers, count, stages: int) -> None:
     def _(i):
         for barrier in barriers:
             plgpu.barrier_wait(barrier.at[rem(i, stages)])
+
+
+def publish(interpret: bool) -> None:
+    """Lets products and copies see what this thread wrote to shared memory, once its signal is given; unlike
+    commit_smem it does not hold up the warpgroup's other threads.
+    """
+    if interpret:
+        plgpu.commit_smem()
+        return
+
+    @plgpu.inline_mgpu()
+    def run(_):
+        nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+
+    run()
 
 
 def tell(signals, index, interpret: bool) -> None:

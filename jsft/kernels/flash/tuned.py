@@ -28,26 +28,30 @@ class Configs:
     fused: bool
 
 
+# (h, length class) -> what is taken unless a search found something else.
+_128 = Configs(
+    forward=KernelConfig(128, 2),
+    dq=KernelConfig(64, 4),
+    dkv=KernelConfig(64, 2),
+    dq_dkv=KernelConfig(64, 2),
+    fused=False,
+)
+_64 = Configs(
+    forward=KernelConfig(128, 4),
+    dq=KernelConfig(64, 4),
+    dkv=KernelConfig(64, 4),
+    dq_dkv=KernelConfig(128, 2),
+    fused=False,
+)
 _DEFAULT = {
-    128: Configs(
-        forward=KernelConfig(128, 2),
-        dq=KernelConfig(64, 4),
-        dkv=KernelConfig(64, 2),
-        dq_dkv=KernelConfig(64, 2),
-        fused=False,
-    ),
-    64: Configs(
-        forward=KernelConfig(128, 4),
-        dq=KernelConfig(64, 4),
-        dkv=KernelConfig(64, 4),
-        dq_dkv=KernelConfig(128, 2),
-        fused=False,
-    ),
+    (128, "short"): _128,
+    (128, "long"): dataclasses.replace(_128, fused=True),  # measured with rows of 16k and 32k
+    (64, "short"): _64,
+    (64, "long"): _64,
 }
 
-# (h, query heads per key head, length class) -> what a search found there; h = 128 in groups of 5 is the
-# default of h.
-_TUNED: dict[tuple[int, int, str], Configs] = {(128, 5, "long"): _DEFAULT[128]}
+# (h, query heads per key head, length class) -> what a search found there; it has found nothing better yet.
+_TUNED: dict[tuple[int, int, str], Configs] = {}
 
 
 def length_class(T: int) -> str:
@@ -56,4 +60,4 @@ def length_class(T: int) -> str:
 
 def configs(h: int, group: int, T: int) -> Configs:
     """Configurations for head width h, H // K = group and rows of T positions."""
-    return _TUNED.get((h, group, length_class(T)), _DEFAULT[h])
+    return _TUNED.get((h, group, length_class(T)), _DEFAULT[h, length_class(T)])
