@@ -3,7 +3,7 @@
     python -m jsft.train --config configs/internlm2_5_20b.py:math_cot_ep8
 
 Recipe, published name, hours on 8 x H200 (estimates; docs/recipes.md says of what):
-    math_cot_ep8     InternLM2.5-20B_Math-CoT-20k_lr5e-5_ep8_bs256        9.6 h
+    math_cot_ep8     InternLM2.5-20B_Math-CoT-20k_lr5e-5_ep8_bs256        9.5 h
     math_nocot_ep8   InternLM2.5-20B_Math-NoCoT-20k_lr5e-5_ep8_bs256      0.6 h
     numina_ep8       InternLM2.5-20B_Numina-Math-20k_lr5e-5_ep8_bs256     0.6 h
     countdown_ep8    InternLM2.5-20B_Countdown-CoT-20k_lr5e-5_ep8_bs256   4.0 h

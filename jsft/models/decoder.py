@@ -19,7 +19,7 @@ from jsft.kernels.norms import rms_norm, rms_norm_rotate, rotate
 from jsft.mesh import BATCH, partition_spec
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
-from jsft.models.layers import add_bias, embed, linear, rotary_tables, swiglu, swiglu_linear
+from jsft.models.layers import add_bias, embed, gather_ahead, linear, rotary_tables, swiglu, swiglu_linear
 from jsft.models.parameters import ParameterSpec, leaves, tree_from
 from jsft.models.remat import checkpoint_policy, keeps, parse_remat
 from jsft.models.stack import apart, run_layers
@@ -173,15 +173,6 @@ def _decode(
         config.max_positions,
     )
 
-    def project(x, weights, name):
-        y = linear(x, weights[name], divided[name], reduce_dtype)
-        return add_bias(y, weights[f"{name}_bias"]) if f"{name}_bias" in weights else y
-
-    def gated_down(gate, up, weights):
-        if keeps(remat, "mlp_hidden"):
-            return project(checkpoint_name(swiglu(gate, up), "mlp_hidden"), weights, "down")
-        return swiglu_linear(gate, up, weights["down"], divided["down"], reduce_dtype)
-
     # A branch's output is added to the residual stream by the norm that follows, in its one pass. Where a layer's values
     # are made again it is added at once: to make the sum again would take the product that made the branch.
     later = unroll and remat == "none"
@@ -189,8 +180,18 @@ def _decode(
     def joined(x, branch):
         return (x, branch) if later else (x + branch, None)
 
-    def layer(stream, weights, constants):
+    def layer(stream, weights, gathered, constants):
         cos_sin, doc_start, doc_end = constants
+
+        def project(x, weights, name):
+            y = linear(x, weights[name], gathered.get(name), divided[name], reduce_dtype)
+            return add_bias(y, weights[f"{name}_bias"]) if f"{name}_bias" in weights else y
+
+        def gated_down(gate, up, weights):
+            if keeps(remat, "mlp_hidden"):
+                return project(checkpoint_name(swiglu(gate, up), "mlp_hidden"), weights, "down")
+            return swiglu_linear(gate, up, weights["down"], gathered.get("down"), divided["down"], reduce_dtype)
+
         attend_here = functools.partial(attend, doc_start=doc_start, doc_end=doc_end)
         x, branch = joined(*_attention(stream, weights, project, config, cos_sin, attend_here, norms))
         stream = checkpoint_name(x, "residual"), branch
@@ -200,9 +201,12 @@ def _decode(
         names = () if remat == "full" else remat
         # A loop, and `run_layers` of layers written out, keep XLA from merging the two runs of a layer.
         layer = jax.checkpoint(layer, policy=checkpoint_policy(names), prevent_cse=False)
-    gathered = tuple(name for name in parameters["layers"] if divided[name])
-    anew = None if remat == "none" else gathered
-    stream = run_layers(layer, unroll, anew, (x, None), parameters["layers"], sums, (cos_sin, doc_start, doc_end))
+
+    def shards(weights):  # cast before the gather: half the bytes travel
+        return {name: value.astype(dtype) for name, value in weights.items() if divided[name]}
+
+    anew, ahead, constants = remat != "none", (shards, gather_ahead), (cos_sin, doc_start, doc_end)
+    stream = run_layers(layer, unroll, anew, ahead, (x, None), parameters["layers"], sums, constants)
     return rms_norm(*stream, parameters["final_norm"], config.rms_eps, norms)[1]
 
 

@@ -25,28 +25,36 @@ def _gathered(weight: jax.Array, dtype: jnp.dtype, divided: bool) -> jax.Array:
     return lax.all_gather(weight, FSDP, tiled=True) if divided else weight
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def linear(x: jax.Array, weight: jax.Array, divided: bool, reduce_dtype: jnp.dtype) -> jax.Array:
+def gather_ahead(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The whole of each of this device's rows: what `linear` would gather itself."""
+    return {name: lax.all_gather(weight, FSDP, tiled=True) for name, weight in weights.items()}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def linear(
+    x: jax.Array, weight: jax.Array, full: jax.Array | None, divided: bool, reduce_dtype: jnp.dtype
+) -> jax.Array:
     """x @ weight^T in x's dtype.
 
     Args:
       x: [..., in].
       weight: [out, in], or this device's rows of it where `divided`; any float dtype.
+      full: the whole weight in x's dtype, where it was gathered before; else None. Nothing is differentiated by it.
       divided: the rows lie divided over 'fsdp'.
       reduce_dtype: of the weight's gradient while it is summed over tokens and devices.
 
     Returns [..., out]. The weight's gradient has the weight's dtype and is divided as the weight is.
     """
-    full = _gathered(weight, x.dtype, divided)
+    full = _gathered(weight, x.dtype, divided) if full is None else full
     return _dot(x, full, ((x.ndim - 1,), (1,)), x.dtype)
 
 
-def _linear_forward(x, weight, divided, reduce_dtype):
-    return linear(x, weight, divided, reduce_dtype), (x, weight)
+def _linear_forward(x, weight, full, divided, reduce_dtype):
+    return linear(x, weight, full, divided, reduce_dtype), (x, weight, full)
 
 
-def _input_gradient(g, weight, divided):
-    full = _gathered(weight, g.dtype, divided)
+def _input_gradient(g, weight, full, divided):
+    full = _gathered(weight, g.dtype, divided) if full is None else full
     return _dot(g, full, ((g.ndim - 1,), (0,)), g.dtype)
 
 
@@ -59,8 +67,8 @@ def _weight_gradient(g, x, weight, divided, reduce_dtype):
 
 
 def _linear_backward(divided, reduce_dtype, residuals, g):
-    x, weight = residuals
-    return _input_gradient(g, weight, divided), _weight_gradient(g, x, weight, divided, reduce_dtype)
+    x, weight, full = residuals
+    return _input_gradient(g, weight, full, divided), _weight_gradient(g, x, weight, divided, reduce_dtype), None
 
 
 linear.defvjp(_linear_forward, _linear_backward)
@@ -96,22 +104,24 @@ def _swiglu_backward(residuals, g):
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def swiglu_linear(gate: jax.Array, up: jax.Array, weight: jax.Array, divided: bool, reduce_dtype: jnp.dtype) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def swiglu_linear(
+    gate: jax.Array, up: jax.Array, weight: jax.Array, full: jax.Array | None, divided: bool, reduce_dtype: jnp.dtype
+) -> jax.Array:
     """`linear` of `swiglu`, to be had without keeping what is between: the backward pass makes it again in the kernel that
     makes the gradients of gate and up, from values which that reads anyway.
     """
-    return linear(swiglu(gate, up), weight, divided, reduce_dtype)
+    return linear(swiglu(gate, up), weight, full, divided, reduce_dtype)
 
 
-def _swiglu_linear_forward(gate, up, weight, divided, reduce_dtype):
-    return swiglu_linear(gate, up, weight, divided, reduce_dtype), (gate, up, weight)
+def _swiglu_linear_forward(gate, up, weight, full, divided, reduce_dtype):
+    return swiglu_linear(gate, up, weight, full, divided, reduce_dtype), (gate, up, weight, full)
 
 
 def _swiglu_linear_backward(divided, reduce_dtype, residuals, g):
-    gate, up, weight = residuals
-    hidden, dgate, dup = _swiglu_again(gate, up, _input_gradient(g, weight, divided))
-    return dgate, dup, _weight_gradient(g, hidden, weight, divided, reduce_dtype)
+    gate, up, weight, full = residuals
+    hidden, dgate, dup = _swiglu_again(gate, up, _input_gradient(g, weight, full, divided))
+    return dgate, dup, _weight_gradient(g, hidden, weight, divided, reduce_dtype), None
 
 
 swiglu_linear.defvjp(_swiglu_linear_forward, _swiglu_linear_backward)

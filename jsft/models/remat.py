@@ -72,8 +72,6 @@ def checkpoint_policy(names: Sequence[str]) -> Callable[..., object]:
 
 
 # Best first. Each rung names what is kept; "none" means no recompute at all, "full" that only layer inputs are kept.
-# With "none" and layers written out XLA sees that both passes gather the same weights and keeps them too: one gather
-# less, for 2 bytes a weight on every device. The other rungs' recompute hides that from it.
 # Norms, rotations and silu are recomputed from the second rung on: they cost little beside the matrix products, which
 # the second rung keeps all of. Each later rung recomputes the products that give back most memory for their time.
 # What goes to the host's memory is had for nothing while the link keeps up with the layers: of 14B a quarter of what the

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 Tree = Any
-Layer = Callable[[Tree, Tree, Tree], Tree]  # (x, one layer's weights, constants) -> x
+Layer = Callable[[Tree, Tree, Tree, Tree], Tree]  # (x, one layer's weights, some of them gathered, constants) -> x
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["saved"], meta_fields=["origins", "tree"])
@@ -31,11 +31,12 @@ class _Residuals:
     tree: Any  # treedef of the vjp function
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def run_layers(
     layer: Layer,
     unroll: bool,
-    anew: tuple[str, ...] | None,
+    anew: bool,
+    ahead: tuple[Callable[[Tree], Tree], Callable[[Tree], Tree]],
     x: Tree,
     weights: Tree,
     accumulated: Tree,
@@ -47,9 +48,11 @@ def run_layers(
       layer: what one layer does; a `jax.checkpoint` around it decides what is kept for the backward pass.
       unroll: write the layers out instead of looping over them: what a layer keeps is then not copied into and out of
         stacked arrays, for a compilation that takes L times as long.
-      anew: None where `layer` keeps all that its backward pass needs. Else, with `unroll`, the backward pass of a layer
-        begins when the gradient of its output is there, lest the compiler keep what is to be made again; and so does
-        whatever is made of the weights with these names.
+      anew: whether the backward pass makes values of the layer again. With `unroll` it then begins when the gradient of
+        the layer's output is there, lest the compiler keep them.
+      ahead: (what is gathered of one layer's weights, the gather). With `unroll` a layer's weights are gathered while the
+        layer before it runs, forward and back, and gradients are reduced while the layer after theirs runs; otherwise
+        the layer is given none and gathers them itself.
       x: the residual stream; of one structure throughout unless the layers are written out.
       weights: dict of arrays with a leading axis L or, where written out, of tuples of L arrays. Their gradients come
         back in the same form.
@@ -58,10 +61,12 @@ def run_layers(
       constants: what every layer reads and nothing differentiates (rotary tables, document ranges).
     """
     if unroll:
+        full = _first(ahead, weights)
         for index in range(_depth(weights)):
-            x = layer(x, _slice(weights, index), constants)
+            x, full, following = _setting_out(x, full, ahead, weights, index + 1)
+            x, full = layer(x, _slice(weights, index), full, constants), following
         return x
-    return lax.scan(lambda x, weights: (layer(x, weights, constants), None), x, weights)[0]
+    return lax.scan(lambda x, weights: (layer(x, weights, {}, constants), None), x, weights)[0]
 
 
 def apart(stacked: jax.Array) -> tuple[jax.Array, ...]:
@@ -87,26 +92,48 @@ def _slice(weights: Tree, index: int) -> Tree:
     return {name: value[index] for name, value in weights.items()}
 
 
-def _forward(layer, unroll, anew, x, weights, accumulated, constants):
-    def body(x, weights):
-        y, vjp = jax.vjp(lambda x, weights: layer(x, weights, constants), x, weights)
-        # Weights and constants are there anyway: nobody must keep copies of them.
-        known = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves((weights, constants)))}
+def _first(ahead, weights: Tree) -> Tree:
+    """The gathered weights of the first layer, which no other hides."""
+    shards, gather = ahead
+    return gather(shards(_slice(weights, 0)))
+
+
+def _setting_out(x: Tree, full: Tree, ahead, weights: Tree, index: int) -> tuple[Tree, Tree, Tree]:
+    """x and `full`, what the layer at hand works from, and the gathered weights of layer `index` ({} beyond the last).
+
+    Their gather begins when x and `full` are there, not before: it has the time of the layer at hand, and is not merged
+    with the gather before it.
+    """
+    shards, gather = ahead
+    coming = shards(_slice(weights, index)) if index < _depth(weights) else {}
+    if full:
+        x, full, coming = lax.optimization_barrier((x, full, coming))
+    return x, full, gather(coming)
+
+
+def _forward(layer, unroll, anew, ahead, x, weights, accumulated, constants):
+    def body(x, weights, gathered):
+        y, vjp = jax.vjp(lambda x, weights: layer(x, weights, gathered, constants), x, weights)
+        # Weights and constants are there anyway, or are again: nobody must keep copies of them.
+        known = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves((weights, gathered, constants)))}
         leaves, tree = jax.tree.flatten(vjp)
         origins = tuple(known.get(id(leaf)) for leaf in leaves)
         saved = [leaf for leaf, origin in zip(leaves, origins) if origin is None]
         return y, _Residuals(saved, origins, tree)
 
     if unroll:
-        residuals = []
+        residuals, full = [], _first(ahead, weights)
         for index in range(_depth(weights)):
-            x, kept = body(x, _slice(weights, index))
+            x, full, following = _setting_out(x, full, ahead, weights, index + 1)
+            x, kept = body(x, _slice(weights, index), full)
             if residuals:
                 x, residuals[-1] = _sent(x, residuals[-1])
             residuals.append(kept)
+            full = following or full  # the last layer's are the first that the way back needs
     else:
-        x, residuals = lax.scan(body, x, weights)
-    return x, (residuals, weights, accumulated, constants)
+        x, residuals = lax.scan(lambda x, weights: body(x, weights, {}), x, weights)
+        full = {}
+    return x, (residuals, weights, full, accumulated, constants)
 
 
 def _split(leaves: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array], Callable[[list, list], list]]:
@@ -133,8 +160,8 @@ def _sent(x: Tree, earlier: _Residuals) -> tuple[Tree, _Residuals]:
     return x, _Residuals(merge(on_device, on_host), earlier.origins, earlier.tree)
 
 
-def _begun(dx: Tree, residuals: list[_Residuals], again: Tree) -> tuple[Tree, list[_Residuals], Tree]:
-    """dx and what the backward pass of the last of `residuals` works from, not to be had before dx is there.
+def _begun(dx: Tree, residuals: list[_Residuals], more: Tree) -> tuple[Tree, list[_Residuals], Tree]:
+    """dx and what the backward pass of the last of `residuals` works from, not to be had before dx is there, nor `more`.
 
     Without it the compiler keeps what is to be made again, or makes it early. What this layer keeps in the host's memory
     is on its way already: what may set out now is the layer below's.
@@ -142,29 +169,40 @@ def _begun(dx: Tree, residuals: list[_Residuals], again: Tree) -> tuple[Tree, li
     *lower, last = residuals
     on_device, on_host, merge = _split(last.saved)
     below, below_on_host, merge_below = _split(lower[-1].saved if lower else [])
-    dx, on_device, below_on_host, again = lax.optimization_barrier((dx, on_device, below_on_host, again))
+    dx, on_device, below_on_host, more = lax.optimization_barrier((dx, on_device, below_on_host, more))
     if lower:
         lower[-1] = _Residuals(merge_below(below, below_on_host), lower[-1].origins, lower[-1].tree)
-    return dx, [*lower, _Residuals(merge(on_device, on_host), last.origins, last.tree)], again
+    return dx, [*lower, _Residuals(merge(on_device, on_host), last.origins, last.tree)], more
 
 
-def _backward(layer, unroll, anew, kept, dy):
-    residuals, weights, accumulated, constants = kept
+def _backward(layer, unroll, anew, ahead, kept, dy):
+    residuals, weights, full, accumulated, constants = kept
 
-    def back(dx, residuals, weights):
-        known, saved = jax.tree.leaves((weights, constants)), iter(residuals.saved)
+    def back(dx, residuals, weights, gathered):
+        known, saved = jax.tree.leaves((weights, gathered, constants)), iter(residuals.saved)
         leaves = [next(saved) if origin is None else known[origin] for origin in residuals.origins]
         return jax.tree.unflatten(residuals.tree, leaves)(dx)
 
     if unroll:
-        dx, layers, residuals = dy, [], list(residuals)
+        dx, layers, residuals, (shards, gather) = dy, [], list(residuals), ahead
         for index in reversed(range(_depth(weights))):
-            here = _slice(weights, index)
-            if anew is not None:
-                dx, residuals, again = _begun(dx, residuals, {name: here[name] for name in anew})
-                here = here | again
-            dx, new = back(dx, residuals.pop(), here)
-            layers.append(new | {name: value[index] + new[name] for name, value in accumulated.items()})
+            # As on the way forward; and the gradients of the layer before last were reduced while the last one ran.
+            coming = shards(_slice(weights, index - 1)) if index else {}
+            reduced = layers[-2] if full and len(layers) > 1 else {}
+            if anew:
+                dx, residuals, (full, coming, reduced) = _begun(dx, residuals, (full, coming, reduced))
+            elif full:
+                dx, full, coming, reduced = lax.optimization_barrier((dx, full, coming, reduced))
+            if reduced:
+                layers[-2] = reduced
+            following = gather(coming)
+            dx, new = back(dx, residuals.pop(), _slice(weights, index), full)
+            layers.append(new)
+            full = following
+        added = reversed(range(_depth(weights)))
+        layers = [
+            new | {name: value[index] + new[name] for name, value in accumulated.items()} for index, new in zip(added, layers)
+        ]
         gradients = {name: tuple(layer[name] for layer in reversed(layers)) for name in weights}
         stacked = {name: together(gradients[name]) for name, value in weights.items() if not isinstance(value, tuple)}
         return dx, gradients | stacked, None, None
@@ -172,7 +210,7 @@ def _backward(layer, unroll, anew, kept, dy):
     def body(carry, slices):
         dx, gradients = carry
         index, residuals, weights = slices
-        dx, new = back(dx, residuals, weights)
+        dx, new = back(dx, residuals, weights, {})
         for name, value in new.items():
             if name in accumulated:
                 value = lax.dynamic_index_in_dim(gradients[name], index, keepdims=False) + value

@@ -58,7 +58,7 @@ RATES = Rates(
     attention=460e12,
     elementwise=3.5e12,
     passes=20,
-    waiting=0.145,
+    waiting=0.143,
     source="docs/performance.md, one H200: matrix products 686 to 707 TF/s, Pallas attention 440 to 465 TF/s, the rest "
     "from where the time of four steps, of 1.7B to 14B, goes; waiting for collectives: 8B on two H200",
 )

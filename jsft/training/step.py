@@ -27,6 +27,7 @@ from jsft.training.optimizer import (
     parameter_dtype,
     updates_in_place,
 )
+from jsft.training.platform import gather_ahead_options
 
 Tree = Any
 
@@ -96,6 +97,8 @@ def make_programs(
     form = gradient_form(model, config, mesh)
     kernel = updates_in_place(config, mesh)
     gradient_shardings = jax.tree.map(lambda p: p.sharding, form)
+    gathers_ahead = _unrolls(config, mesh) and mesh.size > 1
+    ahead = gather_ahead_options(mesh.devices.flat[0].platform) if gathers_ahead else None
 
     def start():
         gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), form)
@@ -143,6 +146,7 @@ def make_programs(
             in_shardings=(shardings, rows, gradient_shardings, whole),
             out_shardings=(gradient_shardings, whole),
             donate_argnums=(2, 3),
+            compiler_options=ahead,
         ),
         jax.jit(
             update,
@@ -150,7 +154,7 @@ def make_programs(
             out_shardings=(state_sharding, whole),
             donate_argnums=0,
         ),
-        jax.jit(evaluate, in_shardings=(shardings, rows), out_shardings=whole),
+        jax.jit(evaluate, in_shardings=(shardings, rows), out_shardings=whole, compiler_options=ahead),
     )
 
 

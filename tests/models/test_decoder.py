@@ -126,8 +126,8 @@ def test_the_gated_product_made_again_is_the_same(dtype):
 
         return jax.jit(both)(gate, up, weight, g)
 
-    plain = run(lambda gate, up, weight: linear(swiglu(gate, up), weight, False, jnp.dtype("float32")))
-    ours = run(lambda gate, up, weight: swiglu_linear(gate, up, weight, False, jnp.dtype("float32")))
+    plain = run(lambda gate, up, weight: linear(swiglu(gate, up), weight, None, False, jnp.dtype("float32")))
+    ours = run(lambda gate, up, weight: swiglu_linear(gate, up, weight, None, False, jnp.dtype("float32")))
     for a, b in zip(ours, plain):
         assert a.dtype == b.dtype == dtype
         np.testing.assert_array_equal(a.astype(jnp.float32), b.astype(jnp.float32))

@@ -22,6 +22,7 @@ from jsft.training.histograms import make_histograms
 from jsft.training.optimizer import initial_state, parameter_dtype
 from jsft.models.remat import LADDER
 from jsft.training.parts import Parts, compile_gradients, programs
+from jsft.training.platform import gather_ahead_options
 
 
 class NoData(NamedTuple):
@@ -160,14 +161,24 @@ def collectives(text):
     return found
 
 
-def test_eight_devices_gather_each_matrix_twice_and_scatter_its_gradient_once(model):
+def test_this_jaxlib_knows_the_options_of_gathering_ahead():
+    options = gather_ahead_options("gpu")
+    assert options and not gather_ahead_options("cpu")
+    assert float(jax.jit(lambda x: x + 1, compiler_options=options)(1.0)) == 2
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_eight_devices_gather_each_matrix_twice_and_scatter_its_gradient_once(model, unroll):
     parts = make_parts(model, make_mesh(), 128)
+    parts.config.train.unroll_layers = unroll
     found = collectives(compile_gradients(parts, "full").as_text())
+    # Scans: a matrix's gather stands once in the forward loop and once in the backward loop, for all layers. Written out
+    # it stands there for each layer, but the last layer's, still there when the way back begins, is not made again.
+    gathers, scatters = (2 * model.num_layers - 1, model.num_layers) if unroll else (2, 1)
     D, F, Q, K = model.hidden_size, model.intermediate_size, model.query_size, model.kv_size
     sizes = collections.Counter([D * Q, D * K, D * K, Q * D, D * F, D * F, F * D])  # of the matrices of a layer
     for size, matrices in sizes.items():
-        # Scans: a matrix's gather stands once in the forward loop and once in the backward loop, for all layers.
-        assert found["all-gather", "f32", size] == 2 * matrices, found
-        assert found["reduce-scatter", "f32", size // 8] == matrices, found
+        assert found["all-gather", "f32", size] == gathers * matrices, found
+        assert found["reduce-scatter", "f32", size // 8] == scatters * matrices, found
     # Nothing else of a matrix's size moves: norms, biases and scalars are all that is summed whole.
     assert all(elements < D * K for (kind, _, elements) in found if kind == "all-reduce"), found
