@@ -110,6 +110,13 @@ def test_unrolled_layers_give_the_plain_gradients(model, plain, rung):
     assert_close(gradients_of(parts, rung, batches), expected)
 
 
+def test_unrolled_layers_gathered_within_a_replica_give_the_plain_gradients(model, plain):
+    batches, expected = plain
+    parts = make_parts(model, make_mesh(2), 128)
+    parts.config.train.unroll_layers = True
+    assert_close(gradients_of(parts, "full", batches), expected)
+
+
 @pytest.mark.parametrize("replica", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_every_mesh_gives_the_plain_gradients(model, plain, replica):
     batches, expected = plain
