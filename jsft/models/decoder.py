@@ -22,7 +22,7 @@ from jsft.models.families import parameter_table
 from jsft.models.layers import add_bias, embed, gather_ahead, linear, rotary_tables, swiglu, swiglu_linear
 from jsft.models.parameters import ParameterSpec, leaves, tree_from
 from jsft.models.remat import checkpoint_policy, keeps, parse_remat
-from jsft.models.stack import apart, run_layers
+from jsft.models.stack import Ahead, apart, run_layers
 
 
 def hidden_states(
@@ -205,7 +205,7 @@ def _decode(
     def shards(weights):  # cast before the gather: half the bytes travel
         return {name: value.astype(dtype) for name, value in weights.items() if divided[name]}
 
-    anew, ahead, constants = remat != "none", (shards, gather_ahead), (cos_sin, doc_start, doc_end)
+    anew, ahead, constants = remat != "none", Ahead(shards, gather_ahead), (cos_sin, doc_start, doc_end)
     stream = run_layers(layer, unroll, anew, ahead, (x, None), parameters["layers"], sums, constants)
     return rms_norm(*stream, parameters["final_norm"], config.rms_eps, norms)[1]
 

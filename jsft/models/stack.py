@@ -11,23 +11,32 @@ gradient then adds to the earlier ones in their own memory, where a slice of a s
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 Tree = Any
-Layer = Callable[[Tree, Tree, Tree, Tree], Tree]  # (x, one layer's weights, some of them gathered, constants) -> x
+Layer = Callable[[Tree, Tree, Tree, Tree], Tree]  # (x, a layer's weights, those gathered, constants) -> x
+
+
+class Ahead(NamedTuple):
+    """How the weights of a layer that is yet to come are gathered."""
+
+    shards: Callable[[Tree], Tree]  # one layer's weights -> this device's parts of the divided ones
+    gather: Callable[[Tree], Tree]  # these parts -> the whole
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["saved"], meta_fields=["origins", "tree"])
 @dataclass
 class _Residuals:
-    """What the backward pass of a layer needs: the leaves of its vjp function that are not weights or constants."""
+    """What the backward pass of a layer needs: the leaves of its vjp function that are not weights, gathered or as they
+    lie, or constants.
+    """
 
     saved: list[jax.Array]
-    origins: tuple[int | None, ...]  # for each leaf of `tree`: its index in (weights, constants), None if it is saved
+    origins: tuple[int | None, ...]  # of each leaf of `tree`: its place in (weights, gathered, constants), if any
     tree: Any  # treedef of the vjp function
 
 
@@ -36,7 +45,7 @@ def run_layers(
     layer: Layer,
     unroll: bool,
     anew: bool,
-    ahead: tuple[Callable[[Tree], Tree], Callable[[Tree], Tree]],
+    ahead: Ahead,
     x: Tree,
     weights: Tree,
     accumulated: Tree,
@@ -50,9 +59,9 @@ def run_layers(
         stacked arrays, for a compilation that takes L times as long.
       anew: whether the backward pass makes values of the layer again. With `unroll` it then begins when the gradient of
         the layer's output is there, lest the compiler keep them.
-      ahead: (what is gathered of one layer's weights, the gather). With `unroll` a layer's weights are gathered while the
-        layer before it runs, forward and back, and gradients are reduced while the layer after theirs runs; otherwise
-        the layer is given none and gathers them itself.
+      ahead: with `unroll` a layer's weights are gathered so while the layer before it runs, forward and back, and
+        gradients are reduced while the layer after theirs runs; otherwise the layer is given none and gathers them
+        itself.
       x: the residual stream; of one structure throughout unless the layers are written out.
       weights: dict of arrays with a leading axis L or, where written out, of tuples of L arrays. Their gradients come
         back in the same form.
@@ -92,23 +101,21 @@ def _slice(weights: Tree, index: int) -> Tree:
     return {name: value[index] for name, value in weights.items()}
 
 
-def _first(ahead, weights: Tree) -> Tree:
+def _first(ahead: Ahead, weights: Tree) -> Tree:
     """The gathered weights of the first layer, which no other hides."""
-    shards, gather = ahead
-    return gather(shards(_slice(weights, 0)))
+    return ahead.gather(ahead.shards(_slice(weights, 0)))
 
 
-def _setting_out(x: Tree, full: Tree, ahead, weights: Tree, index: int) -> tuple[Tree, Tree, Tree]:
+def _setting_out(x: Tree, full: Tree, ahead: Ahead, weights: Tree, index: int) -> tuple[Tree, Tree, Tree]:
     """x and `full`, what the layer at hand works from, and the gathered weights of layer `index` ({} beyond the last).
 
     Their gather begins when x and `full` are there, not before: it has the time of the layer at hand, and is not merged
     with the gather before it.
     """
-    shards, gather = ahead
-    coming = shards(_slice(weights, index)) if index < _depth(weights) else {}
+    coming = ahead.shards(_slice(weights, index)) if index < _depth(weights) else {}
     if full:
         x, full, coming = lax.optimization_barrier((x, full, coming))
-    return x, full, gather(coming)
+    return x, full, ahead.gather(coming)
 
 
 def _forward(layer, unroll, anew, ahead, x, weights, accumulated, constants):
@@ -184,10 +191,10 @@ def _backward(layer, unroll, anew, ahead, kept, dy):
         return jax.tree.unflatten(residuals.tree, leaves)(dx)
 
     if unroll:
-        dx, layers, residuals, (shards, gather) = dy, [], list(residuals), ahead
+        dx, layers, residuals = dy, [], list(residuals)
         for index in reversed(range(_depth(weights))):
             # As on the way forward; and the gradients of the layer before last were reduced while the last one ran.
-            coming = shards(_slice(weights, index - 1)) if index else {}
+            coming = ahead.shards(_slice(weights, index - 1)) if index else {}
             reduced = layers[-2] if full and len(layers) > 1 else {}
             if anew:
                 dx, residuals, (full, coming, reduced) = _begun(dx, residuals, (full, coming, reduced))
@@ -195,15 +202,15 @@ def _backward(layer, unroll, anew, ahead, kept, dy):
                 dx, full, coming, reduced = lax.optimization_barrier((dx, full, coming, reduced))
             if reduced:
                 layers[-2] = reduced
-            following = gather(coming)
+            following = ahead.gather(coming)
             dx, new = back(dx, residuals.pop(), _slice(weights, index), full)
             layers.append(new)
             full = following
-        added = reversed(range(_depth(weights)))
         layers = [
-            new | {name: value[index] + new[name] for name, value in accumulated.items()} for index, new in zip(added, layers)
+            new | {name: value[index] + new[name] for name, value in accumulated.items()}
+            for index, new in enumerate(reversed(layers))
         ]
-        gradients = {name: tuple(layer[name] for layer in reversed(layers)) for name in weights}
+        gradients = {name: tuple(layer[name] for layer in layers) for name in weights}
         stacked = {name: together(gradients[name]) for name, value in weights.items() if not isinstance(value, tuple)}
         return dx, gradients | stacked, None, None
 
