@@ -137,9 +137,11 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
                     def beside(dp):
                         mgpu.multiply(dp, v_s.at[keys], do_s.at[slot].T)
                         p = probabilities(s, lse)
-                        delta = load(delta_s)
+                        # Before dp is awaited; beside blocks of 128 there are no registers for it.
+                        delta = load(delta_s) if block == HALF else None
                         mgpu.multiply(dv, p.astype(dtype), do_s.at[slot])
-                        return p, mgpu.read(dp, in_flight=1), delta
+                        dp = mgpu.read(dp, in_flight=1)
+                        return p, dp, load(delta_s) if delta is None else delta
 
                     return mgpu.accumulate(beside, shape, pool=pools[1])
 
