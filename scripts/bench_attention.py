@@ -3,16 +3,19 @@ configurations.
 
     python scripts/bench_attention.py                          every case
     python scripts/bench_attention.py --cases 16k_one,2k       some of them
+    python scripts/bench_attention.py --fa4                    beside FlashAttention-4 too, in the same process
     python scripts/bench_attention.py --tune --heads 40/8      the kernels' configurations for one head layout
 
 Rates are useful TFLOP/s: 4 H h sum(len^2) / 2 for the forward pass, 2.5 times that for the backward one;
 pairs a kernel masks are not counted. A time is the median over rounds of the mean of calls issued back to
-back, ours and cuDNN's in turn; inputs are random. Backward is forward + backward less forward.
+back, ours and the peers' in an order drawn anew for each round; inputs are random. Backward is forward +
+backward less forward.
 """
 
 import argparse
 import functools
 import os
+import random
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +23,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from attention_peers import cudnn_packed, flash_attention_4
 
 from jsft.kernels import attention_xla
 from jsft.kernels.attention import describe_attention, packed_attention
@@ -86,28 +91,12 @@ def forward_and_both(attend):
     return jax.jit(attend), jax.jit(both)
 
 
-def cudnn_packed(case: Case, scale: float):
-    """cuDNN's attention with packed offsets: not public in JAX. Slots for documents are static, 16 at least
-    here.
-    """
-    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
-
-    slots = max(16, len(case.lengths))
-    lengths, offsets = np.full((1, slots), -1, np.int32), np.full((1, slots + 1), -1, np.int32)
-    lengths[0, : len(case.lengths)] = case.lengths
-    offsets[0, : len(case.lengths) + 1] = np.r_[0, np.cumsum(case.lengths)]
-    sizes = dict(q_seqlen=jnp.asarray(lengths), kv_seqlen=jnp.asarray(lengths))
-    places = dict(q_offsets=jnp.asarray(offsets), kv_offsets=jnp.asarray(offsets))
-    return functools.partial(
-        dot_product_attention, scale=scale, mask_type=MaskType.PADDING_CAUSAL, **sizes, **places
-    )
-
-
 def seconds(function, arguments, calls: int) -> float:
+    wait = getattr(function, "wait", jax.block_until_ready)  # a peer's own
     began = time.perf_counter()
     for _ in range(calls):
         out = function(*arguments)
-    jax.block_until_ready(out)
+    wait(out)
     return (time.perf_counter() - began) / calls
 
 
@@ -135,17 +124,23 @@ def compile_all(jobs):
         return dict(pool.map(finish, lowered.items()))
 
 
-def median_times(compiled, jobs, rounds: int, calls: int):
-    """{key: median seconds}; the functions take turns, so that a change of the card's clock meets all of
-    them.
+def median_times(runs, rounds: int, length: float, watch=lambda key: None):
+    """{key: median seconds of a call}; runs: {key: (function, arguments)}; watch is told what is about to run.
+
+    The order is drawn anew for each round, and what is timed for `length` seconds has run alone as long before: a
+    card at its power limit gives a kernel that follows a lighter one a higher clock.
     """
-    usable = {key: f for key, f in compiled.items() if not isinstance(f, Exception)}
-    for key, f in usable.items():
-        jax.block_until_ready(f(*jobs[key][1]))
-    times: dict = {key: [] for key in usable}
+    calls, times = {}, {key: [] for key in runs}
+    for key, (f, arguments) in runs.items():
+        watch(key)
+        seconds(f, arguments, 1)
+        calls[key] = max(2, int(length / seconds(f, arguments, 2)))
+    drawn = random.Random(0)
     for _ in range(rounds):
-        for key, f in usable.items():
-            times[key].append(seconds(f, jobs[key][1], calls))
+        for key in drawn.sample(list(runs), len(runs)):
+            watch(key)
+            seconds(*runs[key], calls[key])
+            times[key].append(seconds(*runs[key], calls[key]))
     return {key: float(np.median(t)) for key, t in times.items()}
 
 
@@ -171,10 +166,10 @@ def bench(arguments, cases: list[Case]) -> None:
     dtype = jnp.dtype(arguments.dtype)
     print(
         f"{'case':20s} {'heads':6s} {'docs':>4s} | {'backward':13s} {'fwd':>5s} {'bwd':>5s} {'both':>5s} "
-        "TF/s  fwd ms  both ms | cuDNN fwd both | ratio fwd both | temporaries MiB ours cuDNN | "
-        "relative errors o dq dk dv"
+        "TF/s  fwd ms  both ms | cuDNN fwd both | ratio fwd both | FA4 fwd both | ratio fwd both | "
+        "temporaries MiB ours cuDNN | relative errors o dq dk dv"
     )
-    jobs, values = {}, {}
+    jobs, values, peers = {}, {}, {}
     for case in cases:
         q, k, v, do, start, end = values[case.name] = inputs(case, arguments.h, dtype)
         for backward in backwards:
@@ -184,25 +179,37 @@ def bench(arguments, cases: list[Case]) -> None:
             jobs[case.name, "forward"] = forward, (q, k, v)
             jobs[case.name, backward] = both, (q, k, v, do)
         if not arguments.no_cudnn:
-            forward, both = forward_and_both(cudnn_packed(case, scale))
+            forward, both = forward_and_both(cudnn_packed(case.lengths, scale))
             jobs[case.name, "cudnn forward"], jobs[case.name, "cudnn both"] = (
                 (forward, (q, k, v)),
                 (both, (q, k, v, do)),
             )
+        if arguments.fa4:
+            try:
+                peers[case.name] = flash_attention_4(case, arguments.h, arguments.dtype)
+            except (ImportError, RuntimeError) as error:  # no torch, no flash-attn-4, no GPU
+                print(f"{case.name}: fa4 cannot run: {' '.join(str(error).split())[:200]}")
     programs = compile_all(jobs)
     for (name, key), f in programs.items():
         if isinstance(f, Exception):
             print(f"{name}: {key} cannot run: {' '.join(str(f).split())[:200]}")
     for case in cases:
         compiled = {key: f for (name, key), f in programs.items() if name == case.name}
-        own_jobs = {key: job for (name, key), job in jobs.items() if name == case.name}
-        times = median_times(compiled, own_jobs, arguments.rounds, arguments.calls)
+        runs = {
+            key: (f, jobs[case.name, key][1]) for key, f in compiled.items() if not isinstance(f, Exception)
+        }
+        runs |= {key: (function, ()) for key, function in peers.get(case.name, {}).items()}
+        times = median_times(runs, arguments.rounds, arguments.seconds)
         flops = 4 * case.heads[0] * arguments.h * sum(n * n for n in case.lengths) / 2
 
         def rate(factor, t):
             return f"{factor * flops / t / 1e12:5.0f}" if t else "    -"
 
-        peer_forward, peer_both = times.get("cudnn forward"), times.get("cudnn both")
+        def against(peer):
+            """A peer's rates and our ratios to them, as text: of the forward pass, of both."""
+            forward, both = times.get(f"{peer} forward"), times.get(f"{peer} both")
+            ratios = [f"{a / b:4.2f}" if a else "   -" for a, b in ((forward, tf), (both, tb))]
+            return f"    {rate(1, forward)} {rate(3.5, both)} |       {ratios[0]} {ratios[1]}"
 
         def memory(key):
             f = compiled.get(key)
@@ -216,7 +223,6 @@ def bench(arguments, cases: list[Case]) -> None:
             if backward not in times:
                 continue
             tf, tb = times["forward"], times[backward]
-            ratios = [f"{a / b:4.2f}" if a else "   -" for a, b in ((peer_forward, tf), (peer_both, tb))]
             errors = ""
             if arguments.errors:
                 outputs = compiled[backward](*values[case.name][:4])
@@ -227,7 +233,7 @@ def bench(arguments, cases: list[Case]) -> None:
                 f"{case.name:20s} {case.heads[0]:>2d}/{case.heads[1]:<3d} {len(case.lengths):4d} | "
                 f"{backward:13s} {rate(1, tf)} {rate(2.5, tb - tf)} {rate(3.5, tb)}      "
                 f"{tf * 1e3:6.2f} {tb * 1e3:8.2f} | "
-                f"    {rate(1, peer_forward)} {rate(3.5, peer_both)} |       {ratios[0]} {ratios[1]} | "
+                f"{against('cudnn')} | {against('fa4')} | "
                 f"{memory(backward)} {memory('cudnn both')} | {errors}",
                 flush=True,
             )
@@ -250,8 +256,8 @@ def tune(arguments) -> None:
     of_dkv = (q, k, v, do, lse, delta, end)
     of_forward, of_dq = (q, k, v, start), (q, k, v, do, o, lse, start)
     kernels = {
-        "forward": (forward, of_forward, [(128, 2), (128, 2, False), (128, 3), (64, 4)], 1.0),
-        "dq": (backward_dq, of_dq, [(64, 3), (64, 4), (64, 4, False)], 1.5),
+        "forward": (forward, of_forward, [(128, 2), (128, 3), (64, 4)], 1.0),
+        "dq": (backward_dq, of_dq, [(64, 3), (64, 4)], 1.5),
         "dkv": (backward_dkv, of_dkv, [(64, 2), (64, 3), (64, 4)], 2.0),
         "fused": (backward_fused, of_dkv, [(8192 // h, 2), (8192 // h, 3)], 2.5),
     }
@@ -265,7 +271,8 @@ def tune(arguments) -> None:
         for config in candidates:
             jobs[name, config] = jax.jit(functools.partial(kernel, config=config, **common)), values
     compiled = compile_all(jobs)
-    times = median_times(compiled, jobs, arguments.rounds, arguments.calls)
+    runs = {key: (f, jobs[key][1]) for key, f in compiled.items() if not isinstance(f, Exception)}
+    times = median_times(runs, arguments.rounds, arguments.seconds)
     for name, (_, _, candidates, factor) in kernels.items():
         ran = [config for config in candidates if (name, config) in times]
         ranked = sorted(ran, key=lambda config: times[name, config])
@@ -291,9 +298,10 @@ def main() -> None:
     parser.add_argument("--implementation", default="auto")
     parser.add_argument("--h", type=int, default=128, help="head width")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--calls", type=int, default=5, help="calls of a round, back to back")
-    parser.add_argument("--no_cudnn", action="store_true", help="without the peer")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.05, help="of each timing and of the run before it")
+    parser.add_argument("--no_cudnn", action="store_true", help="without this peer")
+    parser.add_argument("--fa4", action="store_true", help="with FlashAttention-4 too (needs torch, flash-attn-4)")
     parser.add_argument("--errors", action="store_true", help="errors against float32 too (compiles long)")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--heads", default="40/8", help="with --tune: query heads / key heads")

@@ -15,7 +15,6 @@ import functools
 import importlib
 import inspect
 import os
-import random
 import sys
 import threading
 import time
@@ -26,7 +25,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import bench_attention as bench
 
@@ -142,24 +140,6 @@ def same_bits(f, arguments, first, repeats: int) -> bool:
     )
 
 
-def median_times(runs, rounds: int, length: float, watch: Watch):
-    """{key: median seconds of a call}; runs: {key: (function, arguments)}."""
-    calls, times = {}, {key: [] for key in runs}
-    for key, (f, arguments) in runs.items():
-        watch.now(key)
-        calls[key] = max(2, int(length / bench.seconds(f, arguments, 3)))
-    drawn = random.Random(0)
-    for _ in range(rounds):
-        order = list(runs)
-        drawn.shuffle(order)
-        for key in order:
-            watch.now(key)
-            bench.seconds(*runs[key], calls[key])
-            times[key].append(bench.seconds(*runs[key], calls[key]))
-    watch.now(None)
-    return {key: float(np.median(t)) for key, t in times.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -211,7 +191,8 @@ def main() -> None:
                 notes[name] = notes.get(name, "") + f"  {tree}: repeats {'equal' if repeats else 'differ'}"
             if len(outputs) == 2:
                 notes[name] += f"  difference {difference(outputs['other'], outputs['this']):.1e}"
-        times = median_times(runs, arguments.rounds, arguments.seconds, watch)
+        times = bench.median_times(runs, arguments.rounds, arguments.seconds, watch.now)
+        watch.now(None)
         flops = 2 * case.heads[0] * arguments.h * sum(n * n for n in case.lengths)
         for name in kernels:
             text = [

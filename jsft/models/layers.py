@@ -51,7 +51,15 @@ def linear(
 
 
 def _linear_forward(x, weight, full, divided, reduce_dtype):
+    full = _cast(weight, full, x.dtype, divided)
     return linear(x, weight, full, divided, reduce_dtype), (x, weight, full)
+
+
+def _cast(weight, full, dtype, divided):
+    """What the backward pass is to have of a weight beside itself: its cast where it lies whole, which costs a pass over
+    it to make again; of a divided one what it was given.
+    """
+    return full if divided or weight.dtype == dtype else weight.astype(dtype)
 
 
 def _input_gradient(g, weight, full, divided):
@@ -116,6 +124,7 @@ def swiglu_linear(
 
 
 def _swiglu_linear_forward(gate, up, weight, full, divided, reduce_dtype):
+    full = _cast(weight, full, gate.dtype, divided)
     return swiglu_linear(gate, up, weight, full, divided, reduce_dtype), (gate, up, weight, full)
 
 

@@ -26,6 +26,15 @@ def make(rows_of_lengths, H, K, h, dtype=jnp.bfloat16, seed=0):
     return draw(H), draw(K), draw(K), draw(H), start, end
 
 
+def with_growing_keys(case):
+    """The case with keys that grow along the row, so that a row's maximum does, block by block, past any slack of a
+    running maximum.
+    """
+    q, k, *rest = case
+    growth = np.linspace(0.5, 8.0, k.shape[1])[:, None, None]
+    return q, np.asarray(jnp.asarray(k * growth, jnp.bfloat16), np.float64), *rest
+
+
 def oracle(q, k, v, do, doc_start, scale):
     """o, dq, dk, dv in float64 by the definition."""
     B, T, H, h = q.shape

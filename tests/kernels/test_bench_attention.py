@@ -25,15 +25,16 @@ def bench(monkeypatch):
 
 def call(module, monkeypatch, *arguments):
     monkeypatch.setattr(
-        sys, "argv", ["bench_attention.py", *arguments, "--rounds", "1", "--calls", "1", "--h", "64"]
+        sys, "argv", ["bench_attention.py", *arguments, "--rounds", "1", "--seconds", "0.001", "--h", "64"]
     )
     module.main()
 
 
 def test_prints_a_row_for_each_case_and_names_a_peer_that_cannot_run(bench, monkeypatch, capsys):
-    call(bench, monkeypatch, "--errors")
+    call(bench, monkeypatch, "--errors", "--fa4")
     out = capsys.readouterr().out.splitlines()
     assert "tiny: cudnn forward cannot run: cuDNN is not detected." in out
+    assert "tiny: fa4 cannot run: No module named 'torch'" in out
     assert "plain XLA" in out[0]
     rows = [line for line in out if line.startswith(("tiny  ", "one  "))]
     assert len(rows) == 2 and all(float(error) < 1e-2 for row in rows for error in row.split("|")[-1].split())
@@ -60,6 +61,6 @@ def test_tune_ranks_what_runs_and_names_what_does_not(bench, monkeypatch, capsys
     monkeypatch.setattr(backward_dkv, "backward_fused", fake_backward)
     call(bench, monkeypatch, "--tune", "--heads", "4/2", "--length", "256")
     out = capsys.readouterr().out
-    assert "forward  KernelConfig(block=64, stages=4, registers=True): too small" in out
+    assert "forward  KernelConfig(block=64, stages=4): too small" in out
     for name in ("forward", "dq", "dkv", "fused"):
         assert f"-> h 64, group 2, T 256: {name}=KernelConfig(" in out

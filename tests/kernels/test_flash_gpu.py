@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention_cases import make, oracle, relative
+from attention_cases import make, oracle, relative, with_growing_keys
 from jsft.kernels.attention import packed_attention
 
 pytestmark = pytest.mark.gpu
@@ -49,8 +49,16 @@ def plain_bfloat16(q, k, v, doc_start, doc_end, scale):
     ],
 )
 def test_errors_are_those_of_bfloat16(lengths, H, K, h):
-    case = make(lengths, H, K, h)
-    scale = h**-0.5
+    check_errors(make(lengths, H, K, h))
+
+
+def test_maxima_that_grow_from_block_to_block():
+    check_errors(with_growing_keys(make([[1300, 236]], 2, 1, 128)))
+
+
+def check_errors(case):
+    """Ours, forward and both backward passes, beside plain bfloat16 and float64."""
+    scale = case[0].shape[3] ** -0.5
     plain = run(plain_bfloat16, *case, scale=scale)
     wanted = oracle(*case[:5], scale)
     for backward in ("deterministic", "fused"):

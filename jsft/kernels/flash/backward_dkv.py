@@ -21,6 +21,7 @@ from jsft.kernels.flash.primitives import HALF, LOG2E, columns, div, rem, zero
 from jsft.kernels.flash.tuned import KernelConfig
 
 _ENOUGH_PROGRAMS = 264  # two for each multiprocessor
+_MANY_PROGRAMS = 792  # six: the last ones to end then cost less than a worse use of the cache (docs/performance.md)
 
 
 def backward_dkv(q, k, v, do, lse, delta, doc_end, *, scale: float, config: KernelConfig, interpret=None):
@@ -38,8 +39,11 @@ def backward_fused(q, k, v, do, lse, delta, doc_end, *, scale: float, config: Ke
     # Zeros that wait for do: all layers' could be made as soon as a program begins, and lie there until then.
     do, zero = lax.optimization_barrier((do, jnp.float32(0)))
     dq = jax.new_ref(jnp.broadcast_to(zero, q.shape))
+    B, T, H, _ = q.shape
+    programs = B * T // TILE * k.shape[2]
+    order = order_of_documents(doc_end, even=programs * _parts(programs, H // k.shape[2]) < _MANY_PROGRAMS)
     run = _kernel(q, k, config, scale, interpret, fused=True)
-    dk, dv = run(q, k, v, do, lse, delta, doc_end, order_of_documents(doc_end), dq)
+    dk, dv = run(q, k, v, do, lse, delta, doc_end, order, dq)
     return (dq[...] * scale).astype(q.dtype), *_sum_parts(dk, dv, k)
 
 

@@ -71,9 +71,7 @@ def backward_dq(
                     return slot
 
                 def load_q(index):
-                    """The tile's queries: registers, or where they lie."""
-                    if not config.registers:
-                        return q_s.at[index]
+                    """The tile's queries, to be held in registers."""
                     q = plgpu.load(q_s.at[index], layout=mgpu.WGMMA)
                     plgpu.commit_smem()  # orders this ordinary read before the copy that refills the buffer
                     return q
@@ -155,13 +153,12 @@ def backward_dq(
 
                 def one_tile(r, carry):
                     """From the ds of a tile's first block to that of the next."""
-                    count, item, (start, lse), held, do, delta, ds = carry
+                    count, item, (start, lse), q, do, delta, ds = carry
                     tile = deal.tile(item)
                     blocks = tile.blocks
                     base = tile.start + wg * HALF
                     buffer = rem(r, 2)
                     q_w = q_s.at[buffer * 2 + wg]
-                    q = held if config.registers else q_w
                     next_item = deal.item(r + 1)  # read early: memory is slow
                     next_tile = deal.tile(next_item)
                     next_rows = load_rows(next_tile)
@@ -176,7 +173,7 @@ def backward_dq(
                             count + 1 + j - blocks.first, j, q, do, base, start, lse, delta, masked, ds
                         )
 
-                    def turn_over(held, do, delta, ds):
+                    def turn_over(q, do, delta, ds):
                         slot = finish(ds, count, blocks)
                         do, next_delta = begin(next_tile, next_count)
                         result = mgpu.read(dq)
@@ -194,13 +191,13 @@ def backward_dq(
                             next_count + 1, next_tile.blocks.first, q, do, base, *next_rows, next_delta, True,
                             meanwhile=meanwhile,
                         )  # fmt: skip
-                        return q if config.registers else held, do, next_delta, ds
+                        return q, do, next_delta, ds
 
-                    def end(held, do, delta, ds):
+                    def end(q, do, delta, ds):
                         slot = finish(ds, count, blocks)
                         put_out(mgpu.read(dq), q_w, tile)
                         plgpu.barrier_arrive(k_free.at[slot])
-                        return held, do, delta, ds
+                        return q, do, delta, ds
 
                     own = own_last(blocks)
                     second = jnp.minimum(blocks.first + 1, own)
@@ -209,7 +206,7 @@ def backward_dq(
                     ds = lax.fori_loop(second, plain, step(True), ds)
                     ds = lax.fori_loop(plain, tail, step(False), ds)
                     ds = lax.fori_loop(tail, own, step(True), ds)
-                    carry = lax.cond(r + 1 < deal.rounds, turn_over, end, held, do, delta, ds)
+                    carry = lax.cond(r + 1 < deal.rounds, turn_over, end, q, do, delta, ds)
                     return next_count, next_item, next_rows, *carry
 
                 item = deal.item(jnp.int32(0))
@@ -220,8 +217,7 @@ def backward_dq(
                 q = load_q(wg)
                 base = tile.start + wg * HALF
                 ds = products(jnp.int32(1), tile.blocks.first, q, do, base, *own_rows, delta, True)
-                held = q if config.registers else ()
-                lax.fori_loop(0, deal.rounds, one_tile, (jnp.int32(0), item, own_rows, held, do, delta, ds))
+                lax.fori_loop(0, deal.rounds, one_tile, (jnp.int32(0), item, own_rows, q, do, delta, ds))
 
             mgpu.accumulate(walk, (HALF, h), pool=dq_pool)
             pl.when(wg == 0)(lambda: mgpu.await_signal(turn, jnp.int32(0), simulated))

@@ -8,16 +8,23 @@ and 3.2): within a warpgroup p v of the last block runs beside it, and the two w
 """
 
 import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
 from jsft.kernels.flash import primitives as mgpu
 from jsft.kernels.flash.deal import Deal, schedule
 from jsft.kernels.flash.plan import TILE
 from jsft.kernels.flash.primitives import HALF, LOG2E, LOWEST, div, rem, rows
 from jsft.kernels.flash.tuned import KernelConfig
+
+# Powers of two by which a row's maximum may grow before what was summed is scaled to the new one: p may be as large as
+# 2^8 then, with the same relative error. After a tile's first blocks hardly any scaling is left (FlashAttention-4 does so
+# on Blackwell).
+_SLACK = 8.0
 
 
 def forward(q, k, v, doc_start, *, scale: float, config: KernelConfig, programs: int = 132, interpret=None):
@@ -54,15 +61,6 @@ def forward(q, k, v, doc_start, *, scale: float, config: KernelConfig, programs:
                 return plgpu.load(start_g.at[tile.row, at], layout=mgpu.ROW, optimized=False)
 
             def attend(o):
-                def load_q(index):
-                    """The tile's queries: registers, or where they lie."""
-                    if not config.registers:
-                        return q_s.at[index]
-                    q = plgpu.load(q_s.at[index], layout=mgpu.WGMMA)
-                    if simulated:
-                        plgpu.commit_smem()  # orders this ordinary read before the copy into the buffer
-                    return q
-
                 def scores(q, i, p_before=None):
                     """q k^T of this program's i-th block; p v of the block before is left running."""
                     slot = rem(i, stages)
@@ -83,31 +81,35 @@ def forward(q, k, v, doc_start, *, scale: float, config: KernelConfig, programs:
                 def summed(i):
                     """o with p v of the block before the i-th."""
                     # Here, not where v is used: the branch of this wait keeps the assembler from moving the
-                    # wait for the products up before the softmax.
+                    # wait for the products up before the maximum.
                     plgpu.barrier_wait(v_full.at[rem(i, stages)])
                     so_far = mgpu.read(o)
                     plgpu.barrier_arrive(v_free.at[rem(i - 1, stages)])
                     return so_far
 
-                def softmax(s, j, base, start, m, l, masked):
-                    """-> unnormalised p of block j, running maximum and sum, factor of what was summed
-                    before.
-                    """
+                def running_maximum(s, j, base, start, m, masked):
+                    """-> scores of block j, masked; running maximum; factor of what was summed before."""
                     if masked:
                         end = mgpu.row_positions(base + 1)
                         s = mgpu.keep_columns(s, start - j * block, end - j * block, -jnp.inf, simulated)
-                    m_new = jnp.maximum(m, s.max(axis=1) * c)
-                    alpha = jnp.exp2(m - m_new)
-                    p = jnp.exp2(s * c - rows(m_new, shape))
-                    return p, m_new, l * alpha + p.sum(axis=1), alpha
+                    top = s.max(axis=1) * c
+                    m_new = jnp.where(top > m + _SLACK, top, m)
+                    return s, m_new, jnp.exp2(m - m_new)
+
+                def probabilities(s, m, l, alpha):
+                    """-> unnormalised p, running sums by columns modulo 8."""
+                    p = jnp.exp2(s * c - rows(m, shape))
+                    return p, l * rows(alpha, l.shape) + mgpu.sums_by_eight(p, simulated)
 
                 def first_softmax(s, j, base, start):
                     m = plgpu.layout_cast(jnp.full((HALF,), LOWEST, jnp.float32), mgpu.ROW)
-                    l = plgpu.layout_cast(jnp.zeros((HALF,), jnp.float32), mgpu.ROW)
-                    p, m, l, _ = softmax(s, j, base, start, m, l, True)
+                    l = plgpu.layout_cast(jnp.zeros((HALF, 8), jnp.float32), mgpu.WGMMA)
+                    s, m, alpha = running_maximum(s, j, base, start, m, True)
+                    p, l = probabilities(s, m, l, alpha)
                     return m, l, p
 
                 def put_out(summed, m, l, tile):
+                    l = l.sum(axis=1)
                     at = pl.ds(tile.start + wg * HALF, HALF)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left
                     o_s.at[wg][...] = (summed * rows(1.0 / l, (HALF, h))).astype(dtype)
@@ -118,12 +120,12 @@ def forward(q, k, v, doc_start, *, scale: float, config: KernelConfig, programs:
 
                 def one_tile(r, carry):
                     """From the first block's p of a tile to that of the next."""
-                    count, item, start, held, m, l, p = carry
+                    count, item, start, m, l, p = carry
                     tile = deal.tile(item)
                     blocks = tile.blocks
                     base = tile.start + wg * HALF
                     buffer = rem(r, 2)
-                    q = held if config.registers else q_s.at[buffer * 2 + wg]
+                    q = q_s.at[buffer * 2 + wg]
                     next_item = deal.item(r + 1)
                     next_tile = deal.tile(next_item)
                     next_start = load_start(next_tile)
@@ -133,31 +135,31 @@ def forward(q, k, v, doc_start, *, scale: float, config: KernelConfig, programs:
                         m, l, p_before = carry
                         i = count + j - blocks.first
                         s = scores(q, i, p_before)
-                        p, m, l, alpha = softmax(s, j, base, start, m, l, masked)
-                        o[...] = summed(i) * rows(alpha, (HALF, h))
-                        # Only now has p_before been read, so that p may take its registers.
-                        return m, l, lax.optimization_barrier(p).astype(dtype)
+                        s, m, alpha = running_maximum(s, j, base, start, m, masked)
+                        # Before the exponentials: by now p v is done, and beside them the assembler rounds what is
+                        # ready of p, whose registers are free from here on.
+                        o[...] = mgpu.scaled_where_needed(summed(i), alpha, simulated)
+                        p, l = probabilities(s, m, l, alpha)
+                        return m, l, p.astype(dtype)
 
-                    def turn_over(held, m, l, p):
+                    def turn_over(m, l, p):
                         """The next tile's first block: this tile's last p v runs beside it."""
                         index = (1 - buffer) * 2 + wg
                         plgpu.barrier_wait(q_full.at[index])
-                        q = load_q(index)
-                        s = scores(q, next_count, p)
+                        s = scores(q_s.at[index], next_count, p)
                         plgpu.barrier_arrive(q_free.at[buffer])
                         base = next_tile.start + wg * HALF
                         next_m, next_l, p = first_softmax(s, next_tile.blocks.first, base, next_start)
                         put_out(summed(next_count), m, l, tile)
                         o[...] = jnp.zeros((HALF, h), jnp.float32)
-                        held = q if config.registers else held
-                        return held, next_m, next_l, lax.optimization_barrier(p).astype(dtype)
+                        return next_m, next_l, lax.optimization_barrier(p).astype(dtype)
 
-                    def end(held, m, l, p):
+                    def end(m, l, p):
                         slot = rem(next_count - 1, stages)
                         mgpu.multiply(o, p, v_s.at[slot])
                         put_out(mgpu.read(o), m, l, tile)
                         plgpu.barrier_arrive(v_free.at[slot])
-                        return held, m, l, p
+                        return m, l, p
 
                     carry = m, l, p
                     second = blocks.first + 1
@@ -166,19 +168,17 @@ def forward(q, k, v, doc_start, *, scale: float, config: KernelConfig, programs:
                     carry = lax.fori_loop(second, plain, functools.partial(step, masked=True), carry)
                     carry = lax.fori_loop(plain, tail, functools.partial(step, masked=False), carry)
                     carry = lax.fori_loop(tail, blocks.last, functools.partial(step, masked=True), carry)
-                    carry = lax.cond(r + 1 < deal.rounds, turn_over, end, held, *carry)
+                    carry = lax.cond(r + 1 < deal.rounds, turn_over, end, *carry)
                     return next_count, next_item, next_start, *carry
 
                 item = deal.item(jnp.int32(0))
                 tile = deal.tile(item)
                 start = load_start(tile)
                 plgpu.barrier_wait(q_full.at[wg])
-                q = load_q(wg)
-                s = scores(q, jnp.int32(0))
+                s = scores(q_s.at[wg], jnp.int32(0))
                 m, l, p = first_softmax(s, tile.blocks.first, tile.start + wg * HALF, start)
                 plgpu.barrier_wait(v_full.at[0])
-                held = q if config.registers else ()
-                carry = (jnp.int32(0), item, start, held, m, l, p.astype(dtype))
+                carry = (jnp.int32(0), item, start, m, l, p.astype(dtype))
                 lax.fori_loop(0, deal.rounds, one_tile, carry)
 
             mgpu.accumulate(attend, (HALF, h), pool=o_pool)

@@ -4,12 +4,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mosaic
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, nvvm, vector
+from jaxlib.mlir.dialects import arith, nvvm, scf, vector
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)  # one value per row of an accumulator
@@ -172,6 +173,64 @@ def _hardware_barrier(operation: str, index) -> None:
         mosaic.utils.inline_ptx(f"bar.{operation} $0, 256;", number, has_side_effects=True)
 
     run(index)
+
+
+def scaled_where_needed(x, factor, interpret: bool):
+    """x * factor, a factor to each row; a warp all of whose factors are 1 does nothing. x: [64, n]
+    accumulator layout; factor: float32 [64] rows.
+    """
+    if interpret:
+        return x * rows(factor, x.shape)
+
+    @plgpu.inline_mgpu(
+        arg_types=(WGMMA, ROW), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=WGMMA)
+    )
+    def scale(_, x, factor):
+        i1, i32, f32 = ir.IntegerType.get_signless(1), ir.IntegerType.get_signless(32), ir.F32Type.get()
+        one = arith.constant(f32, ir.FloatAttr.get(f32, 1.0))
+        factors = []
+        for half in range(2):  # a thread's two rows
+            value = factor.registers[0, 0, half, 0, 0]
+            factors.append(vector.extract(value, dynamic_position=[], static_position=[0]))
+        needed = arith.ori(*(arith.cmpf(arith.CmpFPredicate.UNE, f, one) for f in factors))
+        everyone = arith.constant(i32, ir.IntegerAttr.get(i32, -1))
+        any_needed = nvvm.vote_sync(everyone, needed, nvvm.VoteSyncKind.any, results=[i1])
+        old = x.registers.reshape(-1)
+        branch = scf.IfOp(any_needed, [value.type for value in old], has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            new = x.registers.copy()
+            for at in np.ndindex(new.shape):
+                pair = vector.broadcast(new[at].type, factors[at[4]])
+                new[at] = arith.mulf(new[at], pair)
+            scf.yield_(list(new.reshape(-1)))
+        with ir.InsertionPoint(branch.else_block):
+            scf.yield_(list(old))
+        out = np.empty(old.shape, dtype=object)
+        out[:] = list(branch.results)
+        return mosaic.FragmentedArray(_registers=out.reshape(x.registers.shape), _layout=x.layout, _is_signed=None)
+
+    return scale(x, factor)
+
+
+def sums_by_eight(x, interpret: bool):
+    """[64, n] accumulator layout -> [64, 8]: at c the sum over the columns that are c modulo 8. Nothing leaves a
+    thread, where a sum over all columns waits for others each time.
+    """
+    if interpret:
+        return x.reshape(x.shape[0], -1, 8).sum(axis=1)
+    shape = (x.shape[0], 8)
+
+    @plgpu.inline_mgpu(
+        arg_types=(WGMMA,), return_type=plgpu.ShapeDtypeStruct(shape, x.dtype, layout=WGMMA)
+    )
+    def run(_, x):
+        total = x.registers[:, :1].copy()
+        for at in np.ndindex(total.shape):
+            for c in range(1, x.registers.shape[1]):
+                total[at] = arith.addf(total[at], x.registers[(at[0], c, *at[2:])])
+        return mosaic.FragmentedArray(_registers=total, _layout=x.layout, _is_signed=None)
+
+    return run(x)
 
 
 def keep_columns(x, first, last, fill: float, interpret: bool):

@@ -7,14 +7,10 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class KernelConfig:
-    """Length of the inner loop's blocks and number of their buffers.
-
-    registers: forward and dq hold a tile's queries in registers instead of reading them from shared memory.
-    """
+    """Length of the inner loop's blocks and number of their buffers."""
 
     block: int
     stages: int
-    registers: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
