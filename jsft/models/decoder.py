@@ -19,7 +19,9 @@ from jsft.kernels.norms import rms_norm, rms_norm_rotate, rotate
 from jsft.mesh import BATCH, partition_spec
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
-from jsft.models.layers import add_bias, embed, gather_ahead, linear, rotary_tables, swiglu, swiglu_linear
+from jsft.models.layers import (
+    add_bias, embed, gather_ahead, linear, rotary_tables, swiglu, swiglu_linear, thrice
+)
 from jsft.models.parameters import ParameterSpec, leaves, tree_from
 from jsft.models.remat import checkpoint_policy, keeps, parse_remat
 from jsft.models.stack import Ahead, apart, run_layers
@@ -216,12 +218,13 @@ def _attention(stream, weights, project, config, cos_sin, attend, norms):
     B, T, _ = x.shape
     normal = checkpoint_name(normal, "attention_input")
 
-    def heads(name, count):
-        return project(normal, weights, name).reshape(B, T, count, config.head_dim)
+    def heads(x, name, count):
+        return project(x, weights, name).reshape(B, T, count, config.head_dim)
 
-    query = checkpoint_name(heads("query", config.num_heads), "query_projection")
-    key = checkpoint_name(heads("key", config.num_kv_heads), "key_projection")
-    value = checkpoint_name(heads("value", config.num_kv_heads), "value")
+    for_query, for_key, for_value = thrice(normal)
+    query = checkpoint_name(heads(for_query, "query", config.num_heads), "query_projection")
+    key = checkpoint_name(heads(for_key, "key", config.num_kv_heads), "key_projection")
+    value = checkpoint_name(heads(for_value, "value", config.num_kv_heads), "value")
 
     def turned(heads, name):
         if not config.qk_norm:
