@@ -160,19 +160,19 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
         logits = dot(xc, w, (((1,), (1,)), ((), ())))  # [C, V/N]
         if padded:
             logits = jnp.where(first + column < V, logits, -jnp.inf)
-        top = lax.pmax(jnp.max(logits, axis=-1), _VOCABULARY)
-        exp = jnp.exp(logits - top[:, None])
-        safe = jnp.maximum(logits, jnp.finfo(wide).min) if padded else logits  # 0 * -inf would be NaN
+        top, log_z, mean_logit = _statistics(logits)
         here = (tc >= 0) & (tc < width)
         at_target = jnp.take_along_axis(logits, jnp.clip(tc, 0, width - 1)[:, None], axis=1)[:, 0]
-        local = jnp.stack(
-            [jnp.sum(exp, axis=-1), jnp.sum(exp * safe, axis=-1), jnp.where(here, at_target, 0)]
-        )
-        total, exp_logits, at_target = lax.psum(local, _VOCABULARY)
-        log_z = top + jnp.log(total)
+        at_target = jnp.where(here, at_target, 0)
+        if parts > 1:
+            local = jnp.stack([top, log_z, mean_logit, at_target])
+            top, log_zs, mean_logits, at_target = jnp.moveaxis(lax.all_gather(local, _VOCABULARY), 1, 0)
+            top, at_target = jnp.max(top, axis=0), jnp.sum(at_target, axis=0)
+            log_z = jax.nn.logsumexp(log_zs, axis=0)
+            mean_logit = jnp.sum(mean_logits * jnp.exp(log_zs - log_z), axis=0)
         nll = log_z - at_target
         on = wc != 0
-        entropy = log_z - exp_logits / total
+        entropy = log_z - mean_logit
         sums += jnp.stack(
             [
                 jnp.sum(wc * nll),
@@ -208,6 +208,27 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
     if grads:
         dx, dw = dx.reshape(shape), lax.psum(dw, "replica")
     return LossSums(*sums.astype(jnp.float32) if wide == jnp.float32 else sums), dx, dw
+
+
+def _statistics(logits):
+    """The largest logit, log sum exp, and the mean logit under p, all [C]; logits: [C, V/N], -inf where padded.
+
+    In one pass over the logits, a gigabyte or two: exponentials relative to a row's first logit. Only where they or
+    their sums overflow, because another logit is some 80 larger, a second pass takes them relative to the largest.
+    """
+    lowest = jnp.finfo(logits.dtype).min
+
+    def sums(logits, shift):
+        exp = jnp.exp(logits - shift[:, None])
+        return shift, jnp.sum(exp, axis=-1), jnp.sum(exp * jnp.maximum(logits, lowest), axis=-1)  # 0 * -inf is NaN
+
+    top = jnp.max(logits, axis=-1)
+    shift, total, weighted = sums(logits, jnp.maximum(logits[:, 0], lowest))
+    fits = jnp.all(jnp.isfinite(total) & jnp.isfinite(weighted))
+    shift, total, weighted = lax.cond(
+        fits, lambda: (shift, total, weighted), lambda: sums(logits, jnp.maximum(top, lowest))
+    )
+    return top, shift + jnp.log(total), weighted / jnp.maximum(total, jnp.finfo(logits.dtype).tiny)
 
 
 def _check_arguments(hidden, unembedding, targets, weights, mesh) -> None:
