@@ -49,18 +49,18 @@ class Rates(NamedTuple):
     attention: float  # useful causal FLOP/s of packed attention, forward and backward together
     elementwise: float  # bytes/s of work that is bound by memory
     passes: float  # times that a layer's activations travel through memory outside its products and attention
-    waiting: float  # for collectives, of the computing time, where there are several devices
+    waiting: float  # for collectives and what they slow down, of the computing time, on several devices
     source: str
 
 
 RATES = Rates(
     matmul=700e12,
-    attention=460e12,
+    attention=500e12,
     elementwise=3.5e12,
-    passes=20,
-    waiting=0.143,
-    source="docs/performance.md, one H200: matrix products 686 to 707 TF/s, Pallas attention 440 to 465 TF/s, the rest "
-    "from where the time of four steps, of 1.7B to 14B, goes; waiting for collectives: 8B on two H200",
+    passes=18,
+    waiting=0.16,
+    source="docs/performance.md, one H200: matrix products 680 to 710 TF/s, the rest from where the time of four steps, "
+    "of 1.7B to 14B, goes; waiting for collectives, and what they slow down: 8B on two H200",
 )
 # Half-width of a time. Four measured steps of one GPU lie within 0.03, one of two GPUs within 0.05; more are unmeasured.
 SPREAD = 0.15
