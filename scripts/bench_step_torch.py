@@ -9,8 +9,11 @@ transformers and liger-kernel, and nothing of jsft. The last line is the result 
 
 import argparse
 import json
+import os
 import statistics
 import time
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # else 8B finds no room without recompute
 
 import numpy as np
 import torch

@@ -2,8 +2,8 @@
 
 Weights arrive as this device's rows, in the dtype they are kept in. Where a weight is divided and is not given whole
 beside (`gather_ahead`), `linear` casts it to the compute dtype, gathers it over 'fsdp', and forgets it: the backward
-pass gathers it again. In either case that reduce-scatters its gradient. The gated activation keeps only its inputs and
-works in float32.
+pass gathers it again. In either case that reduce-scatters its gradient. Of a weight that is not divided it keeps the
+cast. The gated activation keeps only its inputs and works in float32.
 """
 
 import functools

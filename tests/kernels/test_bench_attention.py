@@ -34,7 +34,7 @@ def test_prints_a_row_for_each_case_and_names_a_peer_that_cannot_run(bench, monk
     call(bench, monkeypatch, "--errors", "--fa4")
     out = capsys.readouterr().out.splitlines()
     assert "tiny: cudnn forward cannot run: cuDNN is not detected." in out
-    assert "tiny: fa4 cannot run: No module named 'torch'" in out
+    assert any(line.startswith("tiny: fa4 cannot run: No module named ") for line in out)
     assert "plain XLA" in out[0]
     rows = [line for line in out if line.startswith(("tiny  ", "one  "))]
     assert len(rows) == 2 and all(float(error) < 1e-2 for row in rows for error in row.split("|")[-1].split())
