@@ -1,7 +1,8 @@
 """What each layer keeps for the backward pass: a ladder of named values, and the fastest rung that fits.
 
 Keeping more saves recompute and costs memory. `remat=auto` compiles the gradient program of each rung, from the one
-that keeps most, and takes the first whose own memory analysis fits the device beside the optimizer's state.
+that keeps most, and takes the first whose own memory analysis fits the device beside the optimizer's state. Rungs that
+the plan finds far too large are passed over: a large model's program takes half a minute to compile.
 """
 
 import os
@@ -12,10 +13,11 @@ import jax
 from jsft.errors import OutOfMemoryError
 from jsft.mesh import shard_bytes
 from jsft.models.remat import LADDER
-from jsft.planning.memory import HEADROOM
+from jsft.planning.memory import HEADROOM, estimate
 from jsft.training.parts import compile_gradients
 
 _HOST_SHARE = 0.8  # of the host's memory; the loader and the processes' own needs have the rest
+_FAR_TOO_LARGE = 1.15  # of the device's memory
 _LAST_RESORTS = (
     "lower data.rows_per_device or data.pack_length, use more devices, or set precision.params=bfloat16"
 )
@@ -33,9 +35,16 @@ def choose_remat(parts, say) -> str:
     limit = stats.get("bytes_limit")
     if not limit:
         return "none"
+    passed_over = []
     for rung in LADDER:
+        planned = _planned(parts, rung)
+        if planned > _FAR_TOO_LARGE * limit and rung != LADDER[-1]:
+            passed_over.append(f"{rung} ({planned / 2**30:.0f} GiB)")
+            continue
         needed = bytes_needed(parts, rung)
         if _fits(needed, limit):
+            if passed_over:
+                say(f"remat:     not tried, by the plan: {'; '.join(passed_over)}")
             host = f", and {needed.host / 2**30:.1f} of the host's for each device" if needed.host else ""
             say(f"remat:     {rung} needs {needed.device / 2**30:.1f} of {limit / 2**30:.1f} GiB{host}")
             return rung
@@ -43,6 +52,11 @@ def choose_remat(parts, say) -> str:
         f"even remat=full needs {f'{needed.device / 2**30:.1f}' if needed else 'more than the'} GiB of "
         f"{limit / 2**30:.1f} GiB per device; {_LAST_RESORTS}"
     )
+
+
+def _planned(parts, rung: str) -> int:
+    """Bytes for each device by the plan, which tests hold to a tenth of the compiled programs'."""
+    return estimate(parts.model, parts.config, parts.mesh, rung, jax.local_devices()[0].platform).total
 
 
 class Needed(NamedTuple):

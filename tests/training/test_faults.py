@@ -94,6 +94,32 @@ def test_out_of_memory_names_the_next_rung_that_fits(monkeypatch):
     assert "no rung needs less" in remat.advise_out_of_memory(None, "full")
 
 
+def test_rungs_far_too_large_by_the_plan_are_not_compiled(monkeypatch):
+    from types import SimpleNamespace
+
+    from jsft.training import remat
+
+    gib, compiled, said = 2**30, [], []
+    planned = {"none": 93, "a": 91, "b": 85, "c": 78, "full": 40}
+
+    def compile_rung(parts, rung):
+        compiled.append(rung)
+        return remat.Needed({"a": 93, "b": 82, "c": 77}[rung] * gib, 0)
+
+    device = SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 80 * gib})
+    monkeypatch.setattr(remat, "LADDER", tuple(planned))
+    monkeypatch.setattr(remat, "bytes_needed", compile_rung)
+    monkeypatch.setattr(remat, "estimate", lambda *given: SimpleNamespace(total=planned[given[3]] * gib))
+    monkeypatch.setattr(remat.jax, "local_devices", lambda: [device])
+    parts = SimpleNamespace(config=SimpleNamespace(remat="auto"), model=None, mesh=None)
+    assert remat.choose_remat(parts, said.append) == "c"
+    assert compiled == ["a", "b", "c"]
+    assert said == [
+        "remat:     not tried, by the plan: none (93 GiB)",
+        "remat:     c needs 77.0 of 80.0 GiB",
+    ]
+
+
 @pytest.mark.slow
 def test_out_of_memory_compiles_the_rungs(tiny, tmp_path):
     from jsft.hf.random_model import write_random_model
