@@ -16,6 +16,7 @@ from collections.abc import Callable
 from jsft.errors import ConfigError, PeerLostError
 
 _LINE_LIMIT = 65536
+_LATE_COMERS = 1.0  # seconds that process 0 waits for others whom to tell why the run does not begin
 
 
 class PeerLink:
@@ -82,8 +83,27 @@ class PeerLink:
                     connection, _ = server.accept()
                 except TimeoutError:
                     continue
-                self._greet(connection)
+                try:
+                    self._greet(connection)
+                except ConfigError as error:
+                    self._refuse_the_rest(server, str(error))
+                    raise
         self._tell_all({"go": True})
+
+    def _refuse_the_rest(self, server: socket.socket, why: str) -> None:
+        """Tells those on their way too, who would else see no more than a connection reset."""
+        server.settimeout(_LATE_COMERS)
+        for _ in range(self.count):
+            try:
+                connection, _ = server.accept()
+                with connection:
+                    connection.settimeout(_LATE_COMERS)
+                    _read_line(connection)
+                    connection.sendall(_encode({"refused": why, "code": ConfigError.exit_code}))
+            except TimeoutError:
+                return
+            except (OSError, ValueError):  # gone again, or a stranger
+                continue
 
     def _greet(self, connection: socket.socket) -> None:
         connection.settimeout(5)
@@ -124,9 +144,9 @@ class PeerLink:
                 reason = error.strerror or str(error)
                 time.sleep(min(0.2, max(left, 0)))
         self._add(0, connection)
-        connection.sendall(_encode({"rank": self.rank, "count": self.count}))
         connection.settimeout(timeout + 10)  # process 0 may have begun to wait only now
         try:
+            connection.sendall(_encode({"rank": self.rank, "count": self.count}))
             word = json.loads(_read_line(connection))
         except (OSError, ValueError) as error:
             raise PeerLostError(f"process 0 at {host}:{port} left before the run began ({error})") from error

@@ -136,9 +136,7 @@ def test_wrong_numbers_are_refused_everywhere():
         ([(0, 3), (1, 3), (3, 3)], "two processes were started as process 3 of 3"),
     ]:
         results = open_all(3, given=given)
-        assert isinstance(results[0], ConfigError) and message in str(results[0])
-        assert all(isinstance(r, ConfigError | PeerLostError) for r in results), results
-        assert sum(message in str(r) for r in results) >= 2
+        assert all(isinstance(r, ConfigError) and message in str(r) for r in results), results
 
 
 def test_a_port_in_use_and_a_stranger():
