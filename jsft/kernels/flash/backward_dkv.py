@@ -109,7 +109,7 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
             end = plgpu.load(end_g.at[b, pl.ds(base, HALF)], layout=mgpu.ROW, optimized=False)
             plgpu.barrier_wait(kv_full)
 
-            def step(i, at, dk, dv):
+            def step(i, at, dk, dv, masked):
                 head, qi = at
                 slot = rem(i, stages)
                 here = wg + zero(qi)
@@ -123,12 +123,10 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
 
                 def probabilities(s, lse):
                     p = jnp.exp2(mgpu.read(s, in_flight=1) * (scale * LOG2E) - columns(lse, shape))
-
-                    def mask():
-                        first = mgpu.row_positions(base)
-                        return mgpu.keep_columns(p, first - qi * block, end - qi * block, 0.0, simulated)
-
-                    return lax.cond((qi >= blocks.plain_first) & (qi < blocks.plain_last), lambda: p, mask)
+                    if not masked:
+                        return p
+                    first = mgpu.row_positions(base)
+                    return mgpu.keep_columns(p, first - qi * block, end - qi * block, 0.0, simulated)
 
                 plgpu.barrier_wait(q_full.at[slot])
                 plgpu.barrier_wait(do_full.at[slot])
@@ -194,7 +192,10 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
             def walk_dk(dk):
                 def walk_dv(dv):
                     def one(i, at):
-                        step(i, at, dk, dv)
+                        # Two forms of the whole step: a branch within it would make the assembler wait for the
+                        # products in flight.
+                        plain = (at[1] >= blocks.plain_first) & (at[1] < blocks.plain_last)
+                        lax.cond(plain, lambda: step(i, at, dk, dv, False), lambda: step(i, at, dk, dv, True))
                         return following(at)
 
                     lax.fori_loop(0, steps, one, start)
