@@ -96,14 +96,15 @@ class PeerLink:
         for _ in range(self.count):
             try:
                 connection, _ = server.accept()
-                with connection:
-                    connection.settimeout(_LATE_COMERS)
-                    _read_line(connection)
-                    connection.sendall(_encode({"refused": why, "code": ConfigError.exit_code}))
-            except TimeoutError:
+            except OSError:  # no more have come
                 return
-            except (OSError, ValueError):  # gone again, or a stranger
-                continue
+            with connection:
+                connection.settimeout(_LATE_COMERS)
+                try:
+                    _read_line(connection)  # else closing would reset the connection before the word has arrived
+                    connection.sendall(_encode({"refused": why, "code": ConfigError.exit_code}))
+                except (OSError, ValueError):  # gone again, or a stranger
+                    pass
 
     def _greet(self, connection: socket.socket) -> None:
         connection.settimeout(5)
