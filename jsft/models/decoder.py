@@ -41,6 +41,7 @@ def hidden_states(
     norms: str = "auto",
     remat: str | Sequence[str] = "full",
     reduce_dtype: jnp.dtype = jnp.float32,
+    stacked: dict[str, Any] | None = None,
     accumulated: dict[str, Any] | None = None,
     unroll: bool = False,
     mesh: Mesh,
@@ -58,6 +59,8 @@ def hidden_states(
       remat: what a layer keeps for the backward pass: "full" (recompute everything; only the layer's input is kept),
         "none" (recompute nothing), or names of REMAT_NAMES.
       reduce_dtype: in which weight gradients are summed over tokens and devices.
+      stacked: with `unroll`, the parameters as they lie in memory where `parameters` has matrices apart. Without it the
+        backward pass holds a second copy of the layers' divided weights.
       accumulated: gradients of earlier micro batches, like `parameters` and in their dtype. Where
         `accumulates_in_place`, a parameter's gradient comes back with them added.
       unroll: write the layers out instead of looping over them (see `run_layers`).
@@ -90,13 +93,14 @@ def hidden_states(
             packed_attention, scale=config.head_dim**-0.5, implementation=attention, backward=backward
         ),
     )
+    whole = {name: value for name, value in stacked["layers"].items() if divided[name]} if stacked else {}
+    whole_specs = {name: _manual_specs(table["layers"][name], value, mesh) for name, value in whole.items()}
     in_place = accumulates_in_place(config, mesh)["layers"] if accumulated else {}
     sums = {name: accumulated["layers"][name] for name, here in in_place.items() if here}
     sum_specs = {name: specs["layers"][name] for name in sums}
-    sharded = jax.shard_map(
-        run, mesh=mesh, in_specs=(specs, sum_specs, BATCH, BATCH, BATCH, BATCH), out_specs=BATCH, check_vma=False
-    )
-    return sharded(_widen_vectors(parameters, table), sums, tokens, positions, doc_start, doc_end)
+    in_specs = (specs, whole_specs, sum_specs, BATCH, BATCH, BATCH, BATCH)
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=BATCH, check_vma=False)
+    return sharded(_widen_vectors(parameters, table), whole, sums, tokens, positions, doc_start, doc_end)
 
 
 def accumulates_in_place(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
@@ -161,8 +165,8 @@ def _widen_vectors(parameters, table):
 
 
 def _decode(
-    parameters, sums, tokens, positions, doc_start, doc_end, *, config, dtype, reduce_dtype, divided, parts, remat,
-    unroll, ordered, norms, attend,
+    parameters, stacked, sums, tokens, positions, doc_start, doc_end, *, config, dtype, reduce_dtype, divided, parts,
+    remat, unroll, ordered, norms, attend,
 ):
     """One device's rows through the whole decoder; see `hidden_states`."""
     x = embed(parameters["embedding"], tokens, dtype, divided["embedding"], parts, ordered)
@@ -208,7 +212,7 @@ def _decode(
         return {name: value.astype(dtype) for name, value in weights.items() if divided[name]}
 
     anew, ahead, constants = remat != "none", Ahead(shards, gather_ahead), (cos_sin, doc_start, doc_end)
-    stream = run_layers(layer, unroll, anew, ahead, (x, None), parameters["layers"], sums, constants)
+    stream = run_layers(layer, unroll, anew, ahead, (x, None), parameters["layers"], stacked, sums, constants)
     return rms_norm(*stream, parameters["final_norm"], config.rms_eps, norms)[1]
 
 

@@ -48,6 +48,7 @@ def run_layers(
     ahead: Ahead,
     x: Tree,
     weights: Tree,
+    stacked: Tree,
     accumulated: Tree,
     constants: Tree,
 ) -> Tree:
@@ -65,6 +66,8 @@ def run_layers(
       x: the residual stream; of one structure throughout unless the layers are written out.
       weights: dict of arrays with a leading axis L or, where written out, of tuples of L arrays. Their gradients come
         back in the same form.
+      stacked: entries of `weights` that lie apart, as they lie in memory. With `unroll` the way back slices these anew;
+        slices of `weights`, or their casts, would be kept for it from the way forward: all weights once more.
       accumulated: some of the entries of `weights`, same form, shape and dtype: gradients so far. The gradient of those
         weights comes back with them added.
       constants: what every layer reads and nothing differentiates (rotary tables, document ranges).
@@ -101,6 +104,15 @@ def _slice(weights: Tree, index: int) -> Tree:
     return {name: value[index] for name, value in weights.items()}
 
 
+def _slice_anew(weights: Tree, stacked: Tree, index: int, at: jax.Array) -> Tree:
+    """`_slice`, made only when `at` is there, which is `index` again, unknown to the compiler."""
+
+    def cut(value):
+        return value[index] if isinstance(value, tuple) else lax.dynamic_index_in_dim(value, at, keepdims=False)
+
+    return {name: cut(stacked.get(name, value)) for name, value in weights.items()}
+
+
 def _first(ahead: Ahead, weights: Tree) -> Tree:
     """The gathered weights of the first layer, which no other hides."""
     return ahead.gather(ahead.shards(_slice(weights, 0)))
@@ -118,7 +130,7 @@ def _setting_out(x: Tree, full: Tree, ahead: Ahead, weights: Tree, index: int) -
     return x, full, ahead.gather(coming)
 
 
-def _forward(layer, unroll, anew, ahead, x, weights, accumulated, constants):
+def _forward(layer, unroll, anew, ahead, x, weights, stacked, accumulated, constants):
     def body(x, weights, gathered):
         y, vjp = jax.vjp(lambda x, weights: layer(x, weights, gathered, constants), x, weights)
         # Weights and constants are there anyway, or are again: nobody must keep copies of them.
@@ -140,7 +152,7 @@ def _forward(layer, unroll, anew, ahead, x, weights, accumulated, constants):
     else:
         x, residuals = lax.scan(lambda x, weights: body(x, weights, {}), x, weights)
         full = {}
-    return x, (residuals, weights, full, accumulated, constants)
+    return x, (residuals, weights, full, stacked, accumulated, constants)
 
 
 def _split(leaves: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array], Callable[[list, list], list]]:
@@ -183,7 +195,7 @@ def _begun(dx: Tree, residuals: list[_Residuals], more: Tree) -> tuple[Tree, lis
 
 
 def _backward(layer, unroll, anew, ahead, kept, dy):
-    residuals, weights, full, accumulated, constants = kept
+    residuals, weights, full, stacked, accumulated, constants = kept
 
     def back(dx, residuals, weights, gathered):
         known, saved = jax.tree.leaves((weights, gathered, constants)), iter(residuals.saved)
@@ -194,14 +206,15 @@ def _backward(layer, unroll, anew, ahead, kept, dy):
         dx, layers, residuals = dy, [], list(residuals)
         for index in reversed(range(_depth(weights))):
             # As on the way forward; and the gradients of the layer before last were reduced while the last one ran.
-            coming = ahead.shards(_slice(weights, index - 1)) if index else {}
             reduced = layers[-2] if full and len(layers) > 1 else {}
+            at = jnp.int32(index - 1)
             if anew:
-                dx, residuals, (full, coming, reduced) = _begun(dx, residuals, (full, coming, reduced))
+                dx, residuals, (full, at, reduced) = _begun(dx, residuals, (full, at, reduced))
             elif full:
-                dx, full, coming, reduced = lax.optimization_barrier((dx, full, coming, reduced))
+                dx, full, at, reduced = lax.optimization_barrier((dx, full, at, reduced))
             if reduced:
                 layers[-2] = reduced
+            coming = ahead.shards(_slice_anew(weights, stacked, index - 1, at)) if index else {}
             following = ahead.gather(coming)
             dx, new = back(dx, residuals.pop(), _slice(weights, index), full)
             layers.append(new)
@@ -211,8 +224,8 @@ def _backward(layer, unroll, anew, ahead, kept, dy):
             for index, new in enumerate(reversed(layers))
         ]
         gradients = {name: tuple(layer[name] for layer in layers) for name in weights}
-        stacked = {name: together(gradients[name]) for name, value in weights.items() if not isinstance(value, tuple)}
-        return dx, gradients | stacked, None, None
+        joined = {name: together(gradients[name]) for name, value in weights.items() if not isinstance(value, tuple)}
+        return dx, gradients | joined, None, None, None
 
     def body(carry, slices):
         dx, gradients = carry
@@ -227,7 +240,7 @@ def _backward(layer, unroll, anew, ahead, kept, dy):
     gradients = {name: accumulated[name] if name in accumulated else jnp.zeros_like(value) for name, value in weights.items()}
     indices = jnp.arange(_depth(weights), dtype=jnp.int32)
     (dx, gradients), _ = lax.scan(body, (dy, gradients), (indices, residuals, weights), reverse=True)
-    return dx, gradients, None, None
+    return dx, gradients, None, None, None
 
 
 run_layers.defvjp(_forward, _backward)

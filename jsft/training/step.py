@@ -42,18 +42,19 @@ class StepPrograms(NamedTuple):
 
 
 def loss_sums(
-    parameters: Tree, batch: Batch, model: ModelConfig, config: ConfigDict, mesh: Mesh, remat, accumulated=None
+    parameters: Tree, batch: Batch, model: ModelConfig, config: ConfigDict, mesh: Mesh, remat, stacked=None,
+    accumulated=None,
 ) -> LossSums:
     """Sums over the supervised tokens of `batch`; `.loss` = sum(loss_weights * -log p(target)), float32.
 
-    `accumulated`: as in `hidden_states`.
+    `stacked`, `accumulated`: as in `hidden_states`.
     """
     backward = "deterministic" if config.train.deterministic else config.attention.backward
     hidden = hidden_states(
         parameters, model, batch.tokens, batch.positions, batch.doc_start, batch.doc_end, mesh=mesh, remat=remat,
         compute_dtype=jnp.dtype(config.precision.compute), attention=config.attention.implementation,
         backward=backward, norms=config.norm.implementation, reduce_dtype=jnp.dtype(config.precision.reduce),
-        accumulated=accumulated, unroll=_unrolls(config, mesh),
+        stacked=stacked, accumulated=accumulated, unroll=_unrolls(config, mesh),
     )
     return linear_cross_entropy(
         hidden, unembedding(parameters, model), batch.targets, batch.loss_weights, mesh=mesh
@@ -106,11 +107,12 @@ def make_programs(
 
     def add_gradients(parameters, batch, gradients, sums):
         accumulated = gradients if any(jax.tree.leaves(in_place)) else None
-        if _unrolls(config, mesh):
+        stacked = parameters if _unrolls(config, mesh) else None
+        if stacked:
             parameters = lie_apart(parameters, model)
 
         def objective(p):
-            more = loss_sums(p, batch, model, config, mesh, remat, accumulated)
+            more = loss_sums(p, batch, model, config, mesh, remat, stacked, accumulated)
             return more.loss, more
 
         (_, more), new = jax.value_and_grad(objective, has_aux=True)(parameters)
