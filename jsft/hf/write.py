@@ -1,7 +1,8 @@
 """From sharded arrays to a Hugging Face directory: a parameter at a time, each device's rows straight to their place.
 
-The layout of every file is known before the first weight is there, so parameters may come in any order, and no more
-than one of them is ever held. All is written beside the directory and renamed at the end.
+The layout of every file is known before the first weight is there, so parameters may come in any order. They leave the
+devices a layer's rows at a time, a few such pieces at once, and the host holds no more than these. All is written beside
+the directory and renamed at the end.
 """
 
 import errno
@@ -9,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,8 @@ from jsft.models.parameters import Path as LeafPath
 from jsft.models.parameters import disk_tensors, get_leaf, leaves
 
 MAX_SHARD_BYTES = 5 * 10**9
+_WRITERS = 8  # threads; copying from a device and writing both release the interpreter lock
+_PIECE_BYTES = 2**28  # of a parameter, at most
 MANIFEST = "jsft_export.json"  # marks a directory as ours, and says what it is
 
 
@@ -178,14 +182,15 @@ def _write_weights(parameters, config, folder, dtype, files, places) -> None:
             descriptors[file] = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             os.posix_fallocate(descriptors[file], 0, size)  # a full disk shows before the work
             _write_at(descriptors[file], header, 0)
-        for path, spec in leaves(table):
-            array = get(path)
-            if array.shape != spec.shape:
-                raise ModelError(f"parameter {'/'.join(path)} has shape {array.shape}, want {spec.shape}")
-            if array.dtype != dtype:
-                array = jax.jit(lambda x: x.astype(dtype), out_shardings=array.sharding)(array)
-            _write_leaf(array, spec, parts[path], descriptors, places)
-            del array
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            for path, spec in leaves(table):
+                array = get(path)
+                if array.shape != spec.shape:
+                    raise ModelError(f"parameter {'/'.join(path)} has shape {array.shape}, want {spec.shape}")
+                if array.dtype != dtype:
+                    array = jax.jit(lambda x: x.astype(dtype), out_shardings=array.sharding)(array)
+                _write_leaf(array, spec, parts[path], descriptors, places, pool)
+                del array
         for descriptor in descriptors.values():
             os.fsync(descriptor)
     finally:
@@ -197,28 +202,51 @@ def _write_weights(parameters, config, folder, dtype, files, places) -> None:
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_leaf(array: jax.Array, spec, parts, descriptors, places) -> None:
+def _write_leaf(array: jax.Array, spec, parts, descriptors, places, pool: ThreadPoolExecutor) -> None:
     """Writes every device's part of one parameter into the tensors that hold it."""
     if not array.is_fully_addressable:
         raise ModelError("an export runs in one process; start `python -m jsft.export` on one host")
     of_layer = {layer: (name, rows) for name, layer, rows in parts}
+    row_axis = int(spec.stacked)
+
+    def write(shard, bounds, layer: int | None, first: int, last: int) -> None:
+        """Rows `first` to `last` of a layer."""
+        start, size = [0] * array.ndim, list(shard.data.shape)
+        start[row_axis], size[row_axis] = first - bounds[row_axis][0], last - first
+        if layer is not None:
+            start[0], size[0] = layer - bounds[0][0], 1
+        values = _on_host(shard.data, start, size).reshape(last - first, -1)
+        name, blocks = of_layer[layer]
+        place = places[name]
+        for row, tensor_row, count in blocks.runs(first, last):
+            data = values[row - first : row - first + count].reshape(-1).view(np.uint8)
+            _write_at(descriptors[place.file], data, place.offset + tensor_row * place.row_bytes)
+
+    work = []
     for shard in array.addressable_shards:
         if shard.replica_id:
             continue
-        host = np.asarray(shard.data)
         bounds = [part.indices(size) for part, size in zip(shard.index, array.shape)]
-        layers = range(*bounds[0]) if spec.stacked else [None]
-        first, last, _ = bounds[1] if spec.stacked else bounds[0]
-        columns = bounds[2:] if spec.stacked else bounds[1:]
+        columns = bounds[row_axis + 1 :]
         if any((a, b) != (0, size) for (a, b, _), size in zip(columns, spec.layer_shape[1:])):
             raise ModelError("parameters must be divided by rows only to be exported")
-        for i, layer in enumerate(layers):
-            name, blocks = of_layer[layer]
-            place = places[name]
-            values = np.ascontiguousarray(host[i] if spec.stacked else host)
-            for row, tensor_row, count in blocks.runs(first, last):
-                data = values[row - first : row - first + count].reshape(-1).view(np.uint8)
-                _write_at(descriptors[place.file], data, place.offset + tensor_row * place.row_bytes)
+        first, last, _ = bounds[row_axis]
+        layers = range(*bounds[0]) if spec.stacked else [None]
+        step = max(1, _PIECE_BYTES * len(layers) * (last - first) // shard.data.nbytes)
+        for layer in layers:
+            for row in range(first, last, step):
+                work.append(pool.submit(write, shard, bounds, layer, row, min(row + step, last)))
+    for done in work:
+        done.result()
+
+
+def _on_host(data: jax.Array, start: list[int], size: list[int]) -> np.ndarray:
+    """A part of an array of one device. On a CPU it is there; elsewhere it is cut out on the device and copied: an array
+    that lives on would hold what was copied of it.
+    """
+    if data.device.platform == "cpu":
+        return np.asarray(data)[tuple(slice(a, a + n) for a, n in zip(start, size))]
+    return np.asarray(jax.lax.dynamic_slice(data, start, size))
 
 
 def _write_at(descriptor: int, data, offset: int) -> None:

@@ -77,6 +77,14 @@ def test_every_tensor_is_byte_identical(random_model, export, family, mesh, limi
         assert [shard.name for shard in shards] == ["model.safetensors"]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_parameter_that_leaves_in_pieces_is_byte_identical(random_model, export, family, monkeypatch):
+    monkeypatch.setattr(write_module, "_PIECE_BYTES", 3000)  # a few rows, not a whole number of heads
+    base = random_model(family)
+    expected, found = tensors(base), tensors(export(base, meshes()["2x4"]))
+    assert {name: value.tobytes() for name, value in found.items()} == {n: v.tobytes() for n, v in expected.items()}
+
+
 def test_the_sharded_index_is_read_back(random_model, export):
     base = random_model("internlm2")
     out = export(base, max_shard_bytes=100_000)
