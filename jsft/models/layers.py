@@ -227,7 +227,10 @@ def _embed_backward(dtype, divided, parts, ordered, residuals, g):
         g, tokens = g.reshape(-1, g.shape[-1]), tokens.reshape(-1)
         if ordered:
             return sum_rows_in_order(g, tokens, vocabulary)
-        return jnp.zeros((vocabulary, g.shape[-1]), jnp.float32).at[tokens].add(g.astype(jnp.float32))
+        # Zeros that wait for g: the loss needs an array of them too, and the compiler would make both then, to lie there
+        # for the whole backward pass.
+        g, zero = lax.optimization_barrier((g, jnp.float32(0)))
+        return jnp.broadcast_to(zero, (vocabulary, g.shape[-1])).at[tokens].add(g.astype(jnp.float32))
 
     if not divided:
         gradient = summed(g, tokens, table.shape[0])

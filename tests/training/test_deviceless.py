@@ -59,6 +59,21 @@ def test_the_way_back_keeps_no_copy_of_the_divided_weights(params):
     assert (needed(8) - needed(4)) / 4 < 0.3 * layer
 
 
+@needs_plugin
+def test_one_array_of_zeros_like_the_embedding_at_a_time():
+    """Two gradients of its size are summed in float32, the loss's and the embedding's own, one long after the other."""
+    same = dict.fromkeys(("precision__params", "precision__moments", "precision__gradients"), "bfloat16")
+    config = small_config(data__max_length=4096, data__pack_length=4096, **same)
+
+    def needed(vocabulary):
+        sizes = dict(hidden_size=1024, num_layers=2, num_heads=8, num_kv_heads=8, intermediate_size=4096)
+        model = dataclasses.replace(PUBLISHED["qwen3_14b"], vocab_size=vocabulary, **sizes)
+        found = compiled.program_memory(config, model, deviceless.gpus("h200", 1), "none", ("add_gradients",))
+        return found["add_gradients"].temporaries
+
+    assert needed(2**18) - needed(2**17) < 1.3 * 2**17 * 1024 * 4
+
+
 def test_without_the_plugin_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(deviceless, "available", lambda: False)
     with pytest.raises(ConfigError, match=r"pip install 'jax\[cuda13\]'"):
