@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 
+from jsft.errors import JsftError
 from jsft.hf.load import load_parameters
 from jsft.hf.random_model import write_random_model
 from jsft.hf.verify import compare_weights
@@ -87,6 +88,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="keep only this many layers")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: a temporary one")
     arguments = parser.parse_args()
+    if arguments.folder and not arguments.folder.is_dir():
+        parser.error(f"--folder: {arguments.folder} is no directory; name one on the disk to measure")
     model = PUBLISHED[arguments.model]
     if arguments.layers:
         model = dataclasses.replace(model, num_layers=arguments.layers)
@@ -107,6 +110,8 @@ def main() -> None:
         wrong = compare_weights(lambda path: get_leaf(parameters, path), out, model, mesh, jnp.bfloat16)
         print(f"differing values: {wrong}")
         sys.exit(bool(wrong))
+    except JsftError as error:
+        sys.exit(f"error: {error}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
