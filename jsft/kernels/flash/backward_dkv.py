@@ -21,7 +21,6 @@ from jsft.kernels.flash.primitives import HALF, LOG2E, columns, div, rem, zero
 from jsft.kernels.flash.tuned import KernelConfig
 
 _ENOUGH_PROGRAMS = 264  # two for each multiprocessor
-_MANY_PROGRAMS = 792  # six: the last ones to end then cost less than a worse use of the cache (docs/performance.md)
 
 
 def backward_dkv(q, k, v, do, lse, delta, doc_end, *, scale: float, config: KernelConfig, interpret=None):
@@ -39,9 +38,7 @@ def backward_fused(q, k, v, do, lse, delta, doc_end, *, scale: float, config: Ke
     # Zeros that wait for do: all layers' could be made as soon as a program begins, and lie there until then.
     do, zero = lax.optimization_barrier((do, jnp.float32(0)))
     dq = jax.new_ref(jnp.broadcast_to(zero, q.shape))
-    B, T, H, _ = q.shape
-    programs = B * T // TILE * k.shape[2]
-    order = order_of_documents(doc_end, even=programs * _parts(programs, H // k.shape[2]) < _MANY_PROGRAMS)
+    order = order_of_documents(doc_end, even=False)
     run = _kernel(q, k, config, scale, interpret, fused=True)
     dk, dv = run(q, k, v, do, lse, delta, doc_end, order, dq)
     return (dq[...] * scale).astype(q.dtype), *_sum_parts(dk, dv, k)
@@ -60,7 +57,12 @@ def _sum_parts(dk, dv, k):
     if dk.shape == k.shape:
         return dk, dv
     B, T, K, h = k.shape
-    return tuple(jnp.sum(x.reshape(B, T, K, -1, h), 3, dtype=jnp.float32).astype(k.dtype) for x in (dk, dv))
+
+    def total(x):  # part by part: as a reduction over so short an axis it takes twice the time
+        x = x.reshape(B, T, K, -1, h).astype(jnp.float32)
+        return sum(x[:, :, :, part] for part in range(x.shape[3])).astype(k.dtype)
+
+    return total(dk), total(dv)
 
 
 def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool = False):
@@ -68,7 +70,8 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
     K = k.shape[2]
     block, stages = config.block, config.stages
     tiles = T // TILE
-    parts = _parts(B * K * tiles, H // K)
+    # Fused, a program has one query head, and one head comes after the other: its q, do and dq then stay in the cache.
+    parts = H // K if fused else _parts(B * K * tiles, H // K)
     G = H // K // parts  # query heads of a program
     dtype = q.dtype
     shape = (HALF, block)
@@ -265,8 +268,8 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
         body,
         out_type=[jax.ShapeDtypeStruct((B, T, K * parts, h), dtype)] * 2,
         scratch_types=scratch,
-        grid=(B * tiles, K * parts),
-        grid_names=("rank", "head"),
+        grid=(K * parts, B * tiles) if fused else (B * tiles, K * parts),
+        grid_names=("head", "rank") if fused else ("rank", "head"),
         num_threads=3,
         thread_name="wg",
         kernel_name="flash_backward_fused" if fused else "flash_backward_dkv",
