@@ -132,8 +132,8 @@ FIELDS: tuple[Field, ...] = (
     Field("mesh.fsdp", int, -1, "Devices that divide the parameters; -1: all that mesh.replica leaves."),
     Field("attention.implementation", str, "auto", "Attention kernel; auto is Pallas on Hopper, else plain XLA. A "
           "kernel asked for by name and not available is an error.", choices=("auto", "pallas", "xla")),
-    Field("attention.backward", str, "auto", "Backward kernel of Pallas attention; train.deterministic forces "
-          "deterministic.", choices=("auto", "deterministic", "fused")),
+    Field("attention.backward", str, "auto", "Backward kernel of Pallas attention; auto is the faster for the lengths "
+          "of rows and documents, train.deterministic forces deterministic.", choices=("auto", "deterministic", "fused")),
     Field("norm.implementation", str, "auto", "Kernel of the RMS norms and rotary embeddings; auto is Pallas on GPUs, "
           "else plain XLA. A kernel asked for by name and not available is an error.", choices=("auto", "pallas", "xla")),
     Field("remat", str, "auto", "What each layer keeps for the backward pass: auto, full (only its input), none "

@@ -32,7 +32,7 @@ import numpy as np
 from attention_peers import cudnn_packed, flash_attention_4
 
 from jsft.kernels import attention_xla
-from jsft.kernels.attention import describe_attention, packed_attention
+from jsft.kernels.attention import describe_attention, packed_attention, settle_backward
 
 
 class Case(NamedTuple):
@@ -173,7 +173,9 @@ def bench(arguments, cases: list[Case]) -> None:
     for case in cases:
         q, k, v, do, start, end = values[case.name] = inputs(case, arguments.h, dtype)
         for backward in backwards:
-            options = dict(scale=scale, implementation=arguments.implementation, backward=backward)
+            typical = sum(n * n for n in case.lengths) / sum(case.lengths)
+            settled = settle_backward(backward, typical)
+            options = dict(scale=scale, implementation=arguments.implementation, backward=settled)
             attend = functools.partial(packed_attention, doc_start=start, doc_end=end, **options)
             forward, both = forward_and_both(attend)
             jobs[case.name, "forward"] = forward, (q, k, v)

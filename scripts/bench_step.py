@@ -88,9 +88,10 @@ def make_batch(rows: int, length: int, vocabulary: int, median: float, seed: int
 
 
 class RandomData(NamedTuple):
-    """Stands where a run has its data: the programs ask only for the number of steps."""
+    """Stands where a run has its data: the programs ask only for the number of steps and the documents' lengths."""
 
     total_steps: int = 1000
+    lengths: tuple[int, ...] = ()
 
 
 def build(options):
@@ -122,7 +123,9 @@ def build(options):
     mesh = make_mesh()
     abstract = initial_state(abstract_parameters(model, mesh, parameter_dtype(config)), config)
     shardings = jax.tree.map(lambda p: p.sharding, abstract.parameters)
-    parts = Parts(config, None, model, mesh, abstract, shardings, RandomData(), mesh.size * options.rows)
+    rows = (document_lengths(options.tokens, options.median, seed) for seed in range(16))
+    data = RandomData(lengths=tuple(length for row in rows for length in row))
+    parts = Parts(config, None, model, mesh, abstract, shardings, data, mesh.size * options.rows)
     return parts, choose_remat(parts, print)
 
 

@@ -17,6 +17,7 @@ from jsft.kernels.devices import target_device
 
 IMPLEMENTATIONS = ("auto", "pallas", "xla")
 BACKWARDS = ("auto", "deterministic", "fused")
+_SHORT_DOCUMENTS = 3072  # two kernels are faster at 2k and less, one on a few documents of 16k (docs/performance.md)
 
 
 def packed_attention(
@@ -48,7 +49,7 @@ def packed_attention(
         dtype; float32 inside) or "auto": Pallas where it can run, else XLA.
       backward: of the Pallas kernel: "deterministic" (two kernels), "fused" (one kernel that adds dq with
         atomic reductions: faster on long documents, last bits vary from run to run) or "auto": the faster for
-        this shape.
+        this shape (`settle_backward` knows better, where the documents' lengths are known).
 
     Returns:
       [B, T, H, h] in q's dtype.
@@ -70,9 +71,20 @@ def packed_attention(
     return flash_attention(q, k, v, doc_start, doc_end, scale=scale, backward=backward)
 
 
-def describe_attention(implementation: str = "auto", backward: str = "auto") -> str:
+def settle_backward(backward: str, typical_length: float | None) -> str:
+    """`backward` with "auto" made "deterministic" for documents so short that two kernels are faster.
+
+    typical_length: tokens of the document in which a token lies, on average (sum of n^2 / sum of n); None: unknown.
+    """
+    short = typical_length is not None and typical_length <= _SHORT_DOCUMENTS
+    return "deterministic" if backward == "auto" and short else backward
+
+
+def describe_attention(
+    implementation: str = "auto", backward: str = "auto", typical_length: float | None = None
+) -> str:
     """One line for the run's log: which attention runs on this process's devices. Raises like
-    `packed_attention`.
+    `packed_attention`; typical_length: as in `settle_backward`.
     """
     device = jax.devices()[0].device_kind
     if _choose(implementation, backward) == "xla":
@@ -82,6 +94,8 @@ def describe_attention(implementation: str = "auto", backward: str = "auto") -> 
         "deterministic": "deterministic backward in two kernels",
         "fused": "fused backward in one kernel, dq not bitwise reproducible",
     }[backward]
+    if settle_backward(backward, typical_length) != backward:
+        text = f"backward in two kernels, faster on documents of {typical_length:,.0f} tokens"
     limits = "plain XLA for other than bfloat16 or float16, h 64 or 128"
     return f"attention: Pallas flash kernels, {text} ({device}; {limits})"
 

@@ -38,6 +38,7 @@ def hidden_states(
     compute_dtype: jnp.dtype,
     attention: str = "auto",
     backward: str = "auto",
+    ordered: bool = False,
     norms: str = "auto",
     remat: str | Sequence[str] = "full",
     reduce_dtype: jnp.dtype = jnp.float32,
@@ -53,8 +54,8 @@ def hidden_states(
         `unroll` the matrices of the layers may lie `apart`; gradients have the parameters' form.
       tokens, positions, doc_start, doc_end: int32 [B, T] as in `Batch`; B is a multiple of the mesh's devices.
       compute_dtype: of activations and matrix products (whose sums are float32); norms and rotations are float32.
-      attention, backward: `implementation` and `backward` of `packed_attention`; backward="deterministic" also sums
-        the embedding's gradient in a fixed order.
+      attention, backward: `implementation` and `backward` of `packed_attention`.
+      ordered: sum the embedding's gradient in a fixed order.
       norms: `implementation` of `rms_norm` and `rms_norm_rotate`.
       remat: what a layer keeps for the backward pass: "full" (recompute everything; only the layer's input is kept),
         "none" (recompute nothing), or names of REMAT_NAMES.
@@ -87,7 +88,7 @@ def hidden_states(
         parts=parts,
         remat=remat,
         unroll=unroll,
-        ordered=backward == "deterministic",
+        ordered=ordered,
         norms=norms,
         attend=functools.partial(
             packed_attention, scale=config.head_dim**-0.5, implementation=attention, backward=backward

@@ -15,9 +15,10 @@ PROGRAMS = ("add_gradients", "update")
 
 
 class _NoData(NamedTuple):
-    """Stands where a run has its data: the programs ask only for the number of steps."""
+    """Stands where a run has its data: the programs ask only for the number of steps and the documents' lengths."""
 
     total_steps: int = 1000
+    lengths: tuple[int, ...] = ()  # not known
 
 
 class ProgramMemory(NamedTuple):

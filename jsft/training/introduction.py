@@ -10,6 +10,7 @@ from jsft.kernels.attention import describe_attention
 from jsft.kernels.norms import describe_norms
 from jsft.mesh import shard_bytes
 from jsft.planning.startup import expectation
+from jsft.training.parts import typical_length
 
 Say = Callable[[str], None]
 
@@ -36,7 +37,8 @@ def introduce(parts, name: str, workdir: Path | None, remat: str, step: int, say
         f"{parts.model_dir}: {model.family}, {count / 1e6:,.1f} M parameters, {model.num_layers} layers",
     )
     line("mesh", meshes.describe(parts.mesh))
-    say(describe_attention(config.attention.implementation, config.attention.backward))
+    backward = "deterministic" if config.train.deterministic else config.attention.backward
+    say(describe_attention(config.attention.implementation, backward, typical_length(parts.data.lengths)))
     line("norms", describe_norms(config.norm.implementation))
     line(
         "precision",

@@ -1,11 +1,13 @@
 """What a run is built from: mesh, model, data and programs, on shapes alone."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -62,7 +64,16 @@ def build(config: ConfigDict) -> Parts:
 
 def programs(parts: Parts, remat) -> StepPrograms:
     """The compiled functions of this run."""
-    return make_programs(parts.model, parts.config, parts.mesh, parts.shardings, parts.data.total_steps, remat)
+    return make_programs(
+        parts.model, parts.config, parts.mesh, parts.shardings, parts.data.total_steps, remat,
+        typical_length(parts.data.lengths),
+    )
+
+
+def typical_length(lengths: Sequence[int]) -> float | None:
+    """Tokens of the document in which a token lies, on average; None where no lengths are known."""
+    n = np.asarray(lengths, np.float64)
+    return float(np.sum(n**2) / np.sum(n)) if n.size else None
 
 
 def arguments(parts: Parts, jitted: StepPrograms, length: int | None = None) -> dict[str, tuple]:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jsft.data.batch import Batch
+from jsft.kernels.attention import settle_backward
 from jsft.kernels.linear_cross_entropy import LossSums, linear_cross_entropy
 from jsft.mesh import batch_sharding, replicated
 from jsft.models.config import ModelConfig
@@ -43,18 +44,19 @@ class StepPrograms(NamedTuple):
 
 def loss_sums(
     parameters: Tree, batch: Batch, model: ModelConfig, config: ConfigDict, mesh: Mesh, remat, stacked=None,
-    accumulated=None,
+    accumulated=None, typical_length: float | None = None,
 ) -> LossSums:
     """Sums over the supervised tokens of `batch`; `.loss` = sum(loss_weights * -log p(target)), float32.
 
-    `stacked`, `accumulated`: as in `hidden_states`.
+    `stacked`, `accumulated`: as in `hidden_states`; `typical_length`: as in `settle_backward`.
     """
     backward = "deterministic" if config.train.deterministic else config.attention.backward
     hidden = hidden_states(
         parameters, model, batch.tokens, batch.positions, batch.doc_start, batch.doc_end, mesh=mesh, remat=remat,
         compute_dtype=jnp.dtype(config.precision.compute), attention=config.attention.implementation,
-        backward=backward, norms=config.norm.implementation, reduce_dtype=jnp.dtype(config.precision.reduce),
-        stacked=stacked, accumulated=accumulated, unroll=_unrolls(config, mesh),
+        backward=settle_backward(backward, typical_length), ordered=backward == "deterministic",
+        norms=config.norm.implementation, reduce_dtype=jnp.dtype(config.precision.reduce), stacked=stacked,
+        accumulated=accumulated, unroll=_unrolls(config, mesh),
     )
     return linear_cross_entropy(
         hidden, unembedding(parameters, model), batch.targets, batch.loss_weights, mesh=mesh
@@ -82,9 +84,12 @@ def gradient_form(model: ModelConfig, config: ConfigDict, mesh: Mesh) -> Tree:
 
 
 def make_programs(
-    model: ModelConfig, config: ConfigDict, mesh: Mesh, shardings: Tree, total_steps: int, remat
+    model: ModelConfig, config: ConfigDict, mesh: Mesh, shardings: Tree, total_steps: int, remat,
+    typical_length: float | None = None,
 ) -> StepPrograms:
-    """Builds the programs. `shardings`: tree of NamedSharding of the parameters; gradients and moments follow it."""
+    """Builds the programs. `shardings`: tree of NamedSharding of the parameters; gradients and moments follow it.
+    `typical_length`: as in `settle_backward`.
+    """
     dtype = jnp.dtype(config.precision.gradients)
     schedule = learning_rate_schedule(config, total_steps)
     whole = replicated(mesh)
@@ -112,7 +117,7 @@ def make_programs(
             parameters = lie_apart(parameters, model)
 
         def objective(p):
-            more = loss_sums(p, batch, model, config, mesh, remat, stacked, accumulated)
+            more = loss_sums(p, batch, model, config, mesh, remat, stacked, accumulated, typical_length)
             return more.loss, more
 
         (_, more), new = jax.value_and_grad(objective, has_aux=True)(parameters)

@@ -10,11 +10,13 @@ from jax.test_util import check_grads
 
 from attention_cases import make, oracle, ranges, relative
 from jsft.errors import ConfigError
+from jsft.kernels import attention
 from jsft.kernels.attention import (
     check_cuda_version,
     check_document_ranges,
     describe_attention,
     packed_attention,
+    settle_backward,
 )
 from jsft.kernels.flash import flash_attention
 
@@ -179,6 +181,15 @@ def test_choice_of_implementation():
         describe_attention("flash")
     with pytest.raises(ConfigError, match="attention.backward: 'fast' is not one of"):
         describe_attention("auto", "fast")
+
+
+@pytest.mark.parametrize("asked", ["auto", "deterministic", "fused"])
+def test_short_documents_have_two_kernels_where_nobody_asks_for_one(asked, monkeypatch):
+    assert settle_backward(asked, 1024) == ("deterministic" if asked == "auto" else asked)
+    assert settle_backward(asked, 8192) == settle_backward(asked, None) == asked
+    monkeypatch.setattr(attention, "_choose", lambda *_: "pallas")
+    said = describe_attention("auto", asked, 1024)
+    assert ("two kernels, faster on documents of 1,024 tokens" in said) == (asked == "auto")
 
 
 def test_cuda_versions_with_a_wrong_assembler_are_refused():

@@ -16,6 +16,7 @@ from jsft.hf.random_model import write_random_model
 from jsft.mesh import make_mesh, shard_batch
 from jsft.models.families import read_config
 from jsft.models.module import abstract_parameters, initial_parameters
+from jsft.training import step
 from jsft.training.ahead import compile_ahead
 from jsft.models.stack import together_tree
 from jsft.training.histograms import make_histograms
@@ -27,6 +28,7 @@ from jsft.training.platform import gather_ahead_options
 
 class NoData(NamedTuple):
     total_steps: int = 10
+    lengths: tuple[int, ...] = ()
     row_lengths: tuple[int, ...] = (64, 128)
 
 
@@ -155,6 +157,30 @@ def test_adding_gradients_needs_no_second_tree_of_them(tmp_path):
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= weights
     assert memory.temp_size_in_bytes < 0.4 * weights
+
+
+@pytest.mark.parametrize(
+    ("lengths", "deterministic", "expected"),
+    [
+        ((500, 1500), False, ("deterministic", False)),
+        ((500, 9000), False, ("auto", False)),  # most tokens lie in the long one
+        ((), False, ("auto", False)),
+        ((9000,), True, ("deterministic", True)),
+    ],
+)
+def test_the_documents_lengths_settle_the_backward_kernel(model, monkeypatch, lengths, deterministic, expected):
+    class Asked(Exception):
+        pass
+
+    def asked(*_, backward, ordered, **__):
+        raise Asked(backward, ordered)
+
+    monkeypatch.setattr(step, "hidden_states", asked)
+    parts = make_parts(model, make_mesh(), 128, train__deterministic=deterministic)
+    parts = parts._replace(data=NoData(lengths=lengths))
+    with pytest.raises(Asked) as found:
+        compile_gradients(parts, "full")
+    assert found.value.args == expected
 
 
 def collectives(text):
