@@ -38,7 +38,7 @@ def introduce(parts, name: str, workdir: Path | None, remat: str, step: int, say
     )
     line("mesh", meshes.describe(parts.mesh))
     backward = "deterministic" if config.train.deterministic else config.attention.backward
-    say(describe_attention(config.attention.implementation, backward, typical_length(parts.data.lengths)))
+    say(describe_attention(config.attention.implementation, backward, typical_length(parts.data)))
     line("norms", describe_norms(config.norm.implementation))
     line(
         "precision",

@@ -1,13 +1,11 @@
 """What a run is built from: mesh, model, data and programs, on shapes alone."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -19,6 +17,7 @@ from jsft.hf.resolve import resolve_model
 from jsft.models.config import ModelConfig
 from jsft.models.families import read_config
 from jsft.models.module import abstract_parameters
+from jsft.planning.work import Lengths
 from jsft.training.flops import matmul_parameters
 from jsft.training.optimizer import TrainState, initial_state, learning_rate_schedule, parameter_dtype
 from jsft.training.step import StepPrograms, abstract_batch, make_programs
@@ -66,14 +65,14 @@ def programs(parts: Parts, remat) -> StepPrograms:
     """The compiled functions of this run."""
     return make_programs(
         parts.model, parts.config, parts.mesh, parts.shardings, parts.data.total_steps, remat,
-        typical_length(parts.data.lengths),
+        typical_length(parts.data),
     )
 
 
-def typical_length(lengths: Sequence[int]) -> float | None:
+def typical_length(data: TrainingData) -> float | None:
     """Tokens of the document in which a token lies, on average; None where no lengths are known."""
-    n = np.asarray(lengths, np.float64)
-    return float(np.sum(n**2) / np.sum(n)) if n.size else None
+    lengths = data.lengths
+    return Lengths.of(lengths, max(lengths), "the data").weighted if len(lengths) else None
 
 
 def arguments(parts: Parts, jitted: StepPrograms, length: int | None = None) -> dict[str, tuple]:
