@@ -35,13 +35,13 @@ from jsft.models.published import PUBLISHED
 
 
 class Watch:
-    """Time, and the most that this process holds of the host's memory meanwhile, in bytes beyond what it held at first.
+    """`seconds`, and what this process holds of the host's memory, in bytes: `before`, and the `most` meanwhile.
 
     Pages of files, which the system takes back when it must, are not counted.
     """
 
     def __enter__(self):
-        self._before = self._most = _held()
+        self.before = self.most = _held()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
@@ -49,17 +49,17 @@ class Watch:
         return self
 
     def _look(self) -> None:
-        while not self._stop.wait(0.02):
-            self._most = max(self._most, _held())
+        while not self._stop.wait(0.005):
+            self.most = max(self.most, _held())
 
     def __exit__(self, *_) -> None:
         self.seconds = time.perf_counter() - self._began
         self._stop.set()
         self._thread.join()
-        self.memory = self._most - self._before
 
     def told(self, size: int) -> str:
-        return f"{self.seconds:.1f} s, {size / self.seconds / 1e9:.2f} GB/s, {self.memory / 2**30:.2f} GiB of the host's memory"
+        more = (self.most - self.before) / 2**30
+        return f"{self.seconds:.1f} s, {size / self.seconds / 1e9:.2f} GB/s, {more:.2f} GiB of the host's memory"
 
 
 def _held() -> int:

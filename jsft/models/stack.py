@@ -67,7 +67,7 @@ def run_layers(
       weights: dict of arrays with a leading axis L or, where written out, of tuples of L arrays. Their gradients come
         back in the same form.
       stacked: entries of `weights` that lie apart, as they lie in memory. With `unroll` the way back slices these anew;
-        slices of `weights`, or their casts, would be kept for it from the way forward: all weights once more.
+        slices of `weights`, or their casts, would be kept for it from the way forward: a copy of this device's part of all layers.
       accumulated: some of the entries of `weights`, same form, shape and dtype: gradients so far. The gradient of those
         weights comes back with them added.
       constants: what every layer reads and nothing differentiates (rotary tables, document ranges).

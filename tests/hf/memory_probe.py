@@ -8,8 +8,6 @@ Files are not counted (they are read by pread and written by pwrite): only memor
 import json
 import os
 import sys
-import threading
-import time
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -19,38 +17,16 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from bench_export import Watch  # noqa: E402
+
 from jsft.hf.load import load_parameters  # noqa: E402
 from jsft.hf.random_model import write_random_model  # noqa: E402
 from jsft.hf.write import write_model  # noqa: E402
 from jsft.mesh import make_mesh, parameter_sharding  # noqa: E402
 from jsft.models import parameter_table, read_config  # noqa: E402
 from jsft.models.parameters import get_leaf  # noqa: E402
-
-
-def anonymous() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("no RssAnon in /proc/self/status")
-
-
-class Peak:
-    """Largest anonymous memory while open, sampled every 5 ms."""
-
-    def __enter__(self):
-        self.bytes, self._stop = 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self):
-        while not self._stop.is_set():
-            self.bytes = max(self.bytes, anonymous())
-            time.sleep(0.005)
-
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
 
 
 def make_directory(folder: Path, mesh, layers: int, vocabulary: int) -> Path:
@@ -79,19 +55,16 @@ def main() -> None:
     if not (folder / "model").exists():
         make_directory(folder, mesh, int(sys.argv[3]), int(sys.argv[4]))
     config = read_config(folder / "model")
-    before = anonymous()
-    started = time.monotonic()
-    with Peak() as load:
+    with Watch() as load:
         parameters = jax.block_until_ready(load_parameters(folder / "model", config, mesh, dtype))
-    loaded = time.monotonic()
-    with Peak() as export:
+    with Watch() as export:
         write_model(parameters, config, folder / "model", folder / "out", "bfloat16", max_shard_bytes=10**9)
     arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(parameters))
     print(
         json.dumps(
             {
-                "arrays": arrays, "before": before, "load": load.bytes, "export": export.bytes,
-                "load_seconds": loaded - started, "export_seconds": time.monotonic() - loaded,
+                "arrays": arrays, "before": load.before, "load": load.most, "export": export.most,
+                "load_seconds": load.seconds, "export_seconds": export.seconds,
             }
         )
     )  # fmt: skip
