@@ -11,12 +11,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec as P
+
+from jsft.kernels.devices import target_device
+from jsft.kernels.logits_triton import exponentials
 
 _ROWS = ("replica", "fsdp")  # mesh axes of the batch rows
 _VOCABULARY = "fsdp"  # mesh axis of the vocabulary
 _LOGIT_BYTES = 5 * 2**29  # of one chunk on one device, at most
+_REACH = 2 / 3  # of the dtype's exponents: what may lie between a sum of exponentials and 1
 _CHUNK_TOKENS = 8192  # over all devices of the vocabulary axis, at most: beyond it nothing is gained
 
 
@@ -160,7 +165,7 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
         logits = dot(xc, w, (((1,), (1,)), ((), ())))  # [C, V/N]
         if padded:
             logits = jnp.where(first + column < V, logits, -jnp.inf)
-        top, log_z, mean_logit = _statistics(logits)
+        top, log_z, mean_logit, shift, exp = _statistics(logits, dtype, one_pass=grads)
         here = (tc >= 0) & (tc < width)
         at_target = jnp.take_along_axis(logits, jnp.clip(tc, 0, width - 1)[:, None], axis=1)[:, 0]
         at_target = jnp.where(here, at_target, 0)
@@ -184,12 +189,17 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
             ]
         )
         if grads:
-            # Made from the logits once more: kept from the sums above, exp would be written and read again.
-            again, log_zc = lax.optimization_barrier((logits, log_z))
-            p = jnp.exp(again - log_zc[:, None])
-            d_logits = (wc[:, None] * (p - (column == tc[:, None]))).astype(dtype)
-            dw = (dw + dot(d_logits, xc, (((0,), (0,)), ((), ())))).astype(dw.dtype)
-            dxc = dot(d_logits, w, (((1,), (0,)), ((), ())))
+            # The gradient of the logits is wc * (p - 1 at the target) = factor * (exp - total at the target), with exp
+            # from the pass that made the sums; the factor is applied to hidden states and their gradient, which are
+            # narrow.
+            exp, shift = _within_reach(logits, log_z, shift, exp)
+            total, factor = jnp.exp(log_z - shift), (wc * jnp.exp(shift - log_z))[:, None]
+            at = jnp.arange(tc.shape[0]), jnp.where(here, tc, width)
+            difference = (jnp.exp(at_target - shift) - total).astype(dtype)
+            exp = exp.at[at].set(difference, mode="drop", unique_indices=True)
+            scaled = (xc * factor).astype(dtype)
+            dw = (dw + dot(exp, scaled, (((0,), (0,)), ((), ())))).astype(dw.dtype)
+            dxc = dot(exp, w, (((1,), (0,)), ((), ()))) * factor
             if parts > 1:
                 dxc = lax.psum_scatter(dxc, _VOCABULARY, scatter_dimension=0, tiled=True)
             dx = dx.at[index].set(dxc.astype(dtype), mode="drop")
@@ -210,25 +220,49 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
     return LossSums(*sums.astype(jnp.float32) if wide == jnp.float32 else sums), dx, dw
 
 
-def _statistics(logits):
-    """The largest logit, log sum exp, and the mean logit under p, all [C]; logits: [C, V/N], -inf where padded.
+def _statistics(logits, dtype, one_pass):
+    """The largest logit, log sum exp, the mean logit under p, a shift, all [C], and exp(logits - shift) in dtype, [C, V/N];
+    logits: [C, V/N], -inf where padded.
 
-    In one pass over the logits, a gigabyte or two: exponentials relative to a row's first logit. Only where they or
-    their sums overflow, because another logit is some 80 larger, a second pass takes them relative to the largest.
+    In one pass over the logits, a gigabyte or two (the exponentials too, with `one_pass`, on a GPU): exponentials relative
+    to a row's first logit. Only where their sums overflow, because another logit is some 80 larger, a second pass takes
+    the sums relative to the largest.
     """
     lowest = jnp.finfo(logits.dtype).min
-
-    def sums(logits, shift):
-        exp = jnp.exp(logits - shift[:, None])
-        return shift, jnp.sum(exp, axis=-1), jnp.sum(exp * jnp.maximum(logits, lowest), axis=-1)  # 0 * -inf is NaN
-
-    top = jnp.max(logits, axis=-1)
-    shift, total, weighted = sums(logits, jnp.maximum(logits[:, 0], lowest))
+    first = jnp.maximum(logits[:, 0], lowest)
+    narrow = logits.dtype == jnp.float32 and dtype != jnp.float32
+    kernel = one_pass and narrow and target_device().platform == "gpu"
+    exp, top, total, weighted = (exponentials if kernel else _pass_in_xla)(logits, first, dtype=dtype)
     fits = jnp.all(jnp.isfinite(total) & jnp.isfinite(weighted))
+    highest = jnp.maximum(top, lowest)
     shift, total, weighted = lax.cond(
-        fits, lambda: (shift, total, weighted), lambda: sums(logits, jnp.maximum(top, lowest))
+        fits,
+        lambda: (first, total, weighted),
+        lambda: (highest, *_pass_in_xla(logits, highest, dtype=dtype)[2:]),
     )
-    return top, shift + jnp.log(total), weighted / jnp.maximum(total, jnp.finfo(logits.dtype).tiny)
+    mean_logit = weighted / jnp.maximum(total, jnp.finfo(logits.dtype).tiny)
+    return top, shift + jnp.log(total), mean_logit, first, exp
+
+
+def _pass_in_xla(logits, shift, *, dtype):
+    """As `exponentials`, for any float dtypes."""
+    exp = jnp.exp(logits - shift[:, None])
+    weight = jnp.maximum(logits, jnp.finfo(logits.dtype).min)  # 0 * -inf is NaN
+    return exp.astype(dtype), jnp.max(logits, axis=-1), jnp.sum(exp, axis=-1), jnp.sum(exp * weight, axis=-1)
+
+
+def _within_reach(logits, log_z, shift, exp):
+    """(exp, shift): as given, or, where in some row the sum of the exponentials over all devices or its inverse might
+    take a product out of the dtype's range, made again with log_z for the shift.
+    """
+    reach = _REACH * np.log(float(jnp.finfo(exp.dtype).max))
+    far = ~jnp.all(jnp.abs(log_z - shift) < reach)
+
+    def again(_):
+        return False, jnp.exp(logits - log_z[:, None]).astype(exp.dtype), log_z
+
+    # A loop that runs once, for it writes where exp lies; a condition would copy it.
+    return lax.while_loop(lambda state: state[0], again, (far, exp, shift))[1:]
 
 
 def _check_arguments(hidden, unembedding, targets, weights, mesh) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jsft.kernels.linear_cross_entropy import linear_cross_entropy
+from jsft.kernels.logits_triton import exponentials
 
 
 def make_mesh(replica: int, fsdp: int):
@@ -102,15 +103,60 @@ def test_bfloat16_hidden_with_float32_master_weights():
 
 @pytest.mark.parametrize("scale, above", [(2, 22), (6, 67), (3000, 33_000)])
 def test_logits_far_above_a_rows_first(scale, above):
-    """Exponentials relative to a row's first logit hold the second case; the third overflows them."""
+    """Exponentials relative to a row's first logit hold the second case's sums, but are made anew for its gradients; the
+    third overflows them.
+    """
     hidden, unembedding, targets, weights = make_inputs()
     inputs = hidden * scale, unembedding, targets, weights
     logits = inputs[0] @ unembedding.T
     assert above < (logits.max(-1) - logits[..., 0]).max() < above + above / 2
     sums, gradients = run(inputs, make_mesh(1, 4))
-    want, *_ = oracle(*inputs)
+    want, *want_gradients = oracle(*inputs)
     np.testing.assert_allclose(np.array(sums), want, rtol=1e-4, atol=1e-4)
-    assert all(np.isfinite(np.asarray(g)).all() for g in gradients)
+    for gradient, exact in zip(gradients, want_gradients):
+        assert relative(gradient, exact) < 2e-6 * max(scale, 10)  # of the logits' rounding: they are up to 12 x scale
+
+
+def test_devices_far_apart():
+    """Each device's exponentials are relative to its own logits: here the devices' differ by 60 to 200."""
+    hidden, unembedding, targets, weights = make_inputs(D=17)
+    hidden[..., 16] = 1
+    unembedding[:, 16] = np.repeat([0, 200, -60, 140], 16)
+    inputs = hidden, unembedding, targets, weights
+    sums, gradients = run(inputs, make_mesh(1, 4))
+    want, *want_gradients = oracle(*inputs)
+    np.testing.assert_allclose(np.array(sums), want, rtol=1e-4, atol=1e-4)
+    for gradient, exact in zip(gradients, want_gradients):
+        assert relative(gradient, exact) < 1e-4
+
+
+@pytest.mark.parametrize("V", [4096, 8192, 10_000])
+@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
+def test_kernel_of_the_exponentials(V, interpret):
+    logits = 5 * jax.random.normal(jax.random.key(V), (8, V))
+    logits = logits.at[1, -7:].set(-jnp.inf).at[2, 5].add(70)
+    shift = logits[:, 0]
+    exp, *sums = exponentials(logits, shift, dtype=jnp.bfloat16, interpret=interpret)
+    exact = np.asarray(logits, np.float64)
+    want = np.exp(exact - np.asarray(shift, np.float64)[:, None])
+    assert exp.dtype == jnp.bfloat16 and (np.asarray(exp)[1, -7:] == 0).all()
+    np.testing.assert_allclose(np.asarray(exp, np.float64), want, rtol=4e-3, atol=1e-38)
+    weighted = np.sum(want * np.where(np.isfinite(exact), exact, 0), -1)
+    for got, exactly in zip(sums, (exact.max(-1), want.sum(-1), weighted)):
+        np.testing.assert_allclose(got, exactly, rtol=1e-5)
+
+
+def test_one_pass_over_the_logits_in_the_program_for_a_gpu():
+    """Compiled for Hopper's kernels with bfloat16 hidden states, the exponentials come from the kernel, once a chunk."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.sharding.AbstractMesh((1, 1), ("replica", "fsdp"), axis_types=auto, abstract_device=device)
+    shapes = ((2, 64, 32), jnp.bfloat16), ((512, 32), jnp.float32), ((2, 64), jnp.int32), ((2, 64), jnp.float32)
+    arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    loss = jax.jit(jax.grad(lambda *a: linear_cross_entropy(*a, mesh=mesh).loss, argnums=(0, 1)))
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = loss.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("xla.gpu.triton") == 1
 
 
 def test_unsupervised_tokens_are_neither_read_nor_computed():
