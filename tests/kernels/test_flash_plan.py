@@ -65,8 +65,7 @@ def test_orders_deal_every_tile_once_long_documents_first():
     lengths = [[128, 300, 212], [500, 140]]
     end = np.stack([np.repeat(np.cumsum(row), row) for row in lengths])
     start = end - np.stack([np.repeat(row, row) for row in lengths])
-    assert order_of_documents(end, even=False).tolist() == [5, 6, 7, 1, 2, 3, 4, 8, 9, 0]  # by the last key
-    assert order_of_documents(end, even=True).tolist() == [5, 6, 7, 1, 2, 3, 8, 0, 4, 9]  # the last three are small
+    assert order_of_documents(end).tolist() == [5, 6, 7, 1, 2, 3, 4, 8, 9, 0]  # by the last key
     by_work = np.asarray(order_of_keys(end))
     assert sorted(by_work) == list(range(10)) == sorted(np.asarray(order_of_queries(start)))
     work = (end[:, TILE - 1 :: TILE] - np.arange(0, 640, TILE)).ravel()

@@ -21,7 +21,8 @@ from jsft.kernels.flash.primitives import HALF, LOG2E, columns, div, rem, zero
 from jsft.kernels.flash.tuned import KernelConfig
 
 _ENOUGH_PROGRAMS = 264  # two for each multiprocessor
-_MANY_PROGRAMS = 792  # six: the last ones to end then cost less than a worse use of the cache (docs/performance.md)
+_MANY_PROGRAMS = 792  # six: the last ones to end then cost little
+_LARGE_GROUP = 5  # query heads of a key head that are better split though programs are many (docs/performance.md)
 
 
 def backward_dkv(q, k, v, do, lse, delta, doc_end, *, scale: float, config: KernelConfig, interpret=None):
@@ -39,19 +40,19 @@ def backward_fused(q, k, v, do, lse, delta, doc_end, *, scale: float, config: Ke
     # Zeros that wait for do: all layers' could be made as soon as a program begins, and lie there until then.
     do, zero = lax.optimization_barrier((do, jnp.float32(0)))
     dq = jax.new_ref(jnp.broadcast_to(zero, q.shape))
-    B, T, H, _ = q.shape
-    programs = B * T // TILE * k.shape[2]
-    order = order_of_documents(doc_end, even=programs * _parts(programs, H // k.shape[2]) < _MANY_PROGRAMS)
     run = _kernel(q, k, config, scale, interpret, fused=True)
-    dk, dv = run(q, k, v, do, lse, delta, doc_end, order, dq)
+    dk, dv = run(q, k, v, do, lse, delta, doc_end, order_of_documents(doc_end), dq)
     return (dq[...] * scale).astype(q.dtype), *_sum_parts(dk, dv, k)
 
 
-def _parts(programs: int, group: int) -> int:
-    """Into how many parts the query heads of a key head are split, so that short rows fill the GPU too.
+def _parts(programs: int, group: int, fused: bool) -> int:
+    """Into how many parts the query heads of a key head are split, so that short rows and few key heads fill the GPU too.
 
-    Each part rounds its dk and dv to the output's dtype before they are summed.
+    Fused, where they are many as well: one after the other, a head's q, do and dq stay in the GPU's cache, and gain more
+    than the sum of the parts costs. Each part rounds its dk and dv to the output's dtype before they are summed.
     """
+    if fused:
+        return group if group >= _LARGE_GROUP or programs < _MANY_PROGRAMS else 1
     return next((n for n in range(1, group) if group % n == 0 and n * programs >= _ENOUGH_PROGRAMS), group)
 
 
@@ -60,7 +61,12 @@ def _sum_parts(dk, dv, k):
     if dk.shape == k.shape:
         return dk, dv
     B, T, K, h = k.shape
-    return tuple(jnp.sum(x.reshape(B, T, K, -1, h), 3, dtype=jnp.float32).astype(k.dtype) for x in (dk, dv))
+
+    def total(x):  # one by one: a reduction over so short an axis takes the compiler twice as long
+        x = x.reshape(B, T, K, -1, h).astype(jnp.float32)
+        return sum(x[:, :, :, part] for part in range(x.shape[3])).astype(k.dtype)
+
+    return total(dk), total(dv)
 
 
 def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool = False):
@@ -68,8 +74,9 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
     K = k.shape[2]
     block, stages = config.block, config.stages
     tiles = T // TILE
-    parts = _parts(B * K * tiles, H // K)
+    parts = _parts(B * K * tiles, H // K, fused)
     G = H // K // parts  # query heads of a program
+    one_by_one = fused and parts > 1  # heads
     dtype = q.dtype
     shape = (HALF, block)
     dq_shape = (64, 64)  # a warpgroup's half of dq of a step
@@ -265,8 +272,8 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
         body,
         out_type=[jax.ShapeDtypeStruct((B, T, K * parts, h), dtype)] * 2,
         scratch_types=scratch,
-        grid=(B * tiles, K * parts),
-        grid_names=("rank", "head"),
+        grid=(K * parts, B * tiles) if one_by_one else (B * tiles, K * parts),
+        grid_names=("head", "rank") if one_by_one else ("rank", "head"),
         num_threads=3,
         thread_name="wg",
         kernel_name="flash_backward_fused" if fused else "flash_backward_dkv",

@@ -13,7 +13,6 @@ import numpy as np
 from jax import lax
 
 TILE = 128  # rows of a tile: rows are padded to a multiple of it
-_LITTLE = 1 / 3  # of the largest tile's work: together about a sixth of the whole
 
 
 class Blocks(NamedTuple):
@@ -55,22 +54,14 @@ def order_of_keys(doc_end):
     return _order(_tile_starts(doc_end) - doc_end[:, TILE - 1 :: TILE])
 
 
-def order_of_documents(doc_end, *, even: bool):
-    """As `order_of_keys`, but document by document, long ones first: what runs at once then reads the same
-    queries and adds to the same dq, which the GPU's cache holds. A tile counts to its last key's document.
-
-    even: tiles with little work come last, by falling work, so that all multiprocessors end at about the same
-    time.
+def order_of_documents(doc_end):
+    """As `order_of_keys`, but document by document, long ones first: what runs at once then reads the same queries and
+    adds to the same dq, which the GPU's cache holds. A tile counts to its last key's document.
     """
-    T = doc_end.shape[1]
     end = doc_end[:, TILE - 1 :: TILE]
     # By counting what lies before it: a search is a loop of a dozen small kernels on a GPU.
     start = jnp.sum(doc_end[:, None] < end[:, :, None], axis=2, dtype=jnp.int32)
-    key = start - end
-    if even:
-        work = end - _tile_starts(doc_end)
-        key = jnp.where(work < _LITTLE * jnp.max(work), 2 * T - work, key)
-    return _order(key)
+    return _order(start - end)
 
 
 def _tile_starts(ranges):
