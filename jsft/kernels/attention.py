@@ -30,6 +30,7 @@ def packed_attention(
     scale: float,
     implementation: str = "auto",
     backward: str = "auto",
+    q_carry: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(scale * q k^T) v within each document, causal.
 
@@ -50,6 +51,8 @@ def packed_attention(
       backward: of the Pallas kernel: "deterministic" (two kernels), "fused" (one kernel that adds dq with
         atomic reductions: faster on long documents, last bits vary from run to run) or "auto": the faster for
         this shape (`settle_backward` knows better, where the documents' lengths are known).
+      q_carry: float32 zeros of q's shape that stand for scale * q, where `sums_query_gradient`. The gradient for q
+        then comes back as q_carry's alone: in float32, as it was summed, without a pass that rounds it.
 
     Returns:
       [B, T, H, h] in q's dtype.
@@ -68,7 +71,18 @@ def packed_attention(
     # Imported here, because elsewhere than on GPUs nothing else needs it.
     from jsft.kernels.flash import flash_attention
 
-    return flash_attention(q, k, v, doc_start, doc_end, scale=scale, backward=backward)
+    return flash_attention(q, k, v, doc_start, doc_end, scale=scale, backward=backward, q_carry=q_carry)
+
+
+def sums_query_gradient(q: jax.Array, k: jax.Array, implementation: str = "auto", backward: str = "auto") -> bool:
+    """Whether the backward pass of `packed_attention` sums q's gradient in an array in memory, which is then float32 and
+    can be had as it is (`q_carry`): the fused kernel. Raises like `packed_attention`.
+    """
+    if _choose(implementation, backward) == "xla" or _pallas_cannot_take(q):
+        return False
+    from jsft.kernels.flash import runs_fused
+
+    return runs_fused(q, k, backward)
 
 
 def settle_backward(backward: str, typical_length: float | None) -> str:

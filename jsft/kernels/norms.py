@@ -44,7 +44,12 @@ def _takes(implementation: str, x: jax.Array, fits: bool) -> bool:
 
 
 def rms_norm(
-    x: jax.Array, added: jax.Array | None, weight: jax.Array, eps: float, implementation: str = "auto"
+    x: jax.Array,
+    added: jax.Array | None,
+    weight: jax.Array,
+    eps: float,
+    implementation: str = "auto",
+    apart: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """(s, weight * s / sqrt(mean(s^2) + eps)) over the last axis, of s = x + added.
 
@@ -57,22 +62,24 @@ def rms_norm(
       weight: [n]; its gradient is summed in float32.
       eps: added to the mean of the squares.
       implementation: "pallas" (a GPU; bfloat16 or float16), "xla" or "auto": Pallas where it can run.
+      apart: the kernel writes s also where it is x. For an x that is kept while the residual stream goes on: a product's
+        result is added to s where it lies, for which the compiler would copy x.
 
     Returns two arrays of x's shape and dtype. s is rounded to it, the mean is taken in float32, and the normalised s is
     rounded to x's dtype before the weight multiplies it, as in transformers.
     Raises ConfigError for an implementation that is unknown or cannot run.
     """
     fits = pieces(x.shape[-1]) is not None
-    return _rms_norm(x, added, weight, eps, _takes(implementation, x, fits))
+    return _rms_norm(x, added, weight, eps, _takes(implementation, x, fits), apart)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _rms_norm(x, added, weight, eps, pallas):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _rms_norm(x, added, weight, eps, pallas, apart):
     if not pallas:
         s = x if added is None else x + added
         return s, _plain_norm(s, weight, eps)
     rows = [a.reshape(-1, x.shape[-1]) for a in (x, added) if a is not None]
-    s, y = norms_triton.rms_norm(rows, weight, eps=eps)
+    s, y = norms_triton.rms_norm(rows, weight, eps=eps, apart=apart)
     return s.reshape(x.shape), y.reshape(x.shape)
 
 
@@ -92,12 +99,13 @@ def _plain_norm_backward(x, weight, g, eps):
     return dx, jnp.sum(g32 * normal, axis=tuple(range(x.ndim - 1)))
 
 
-def _rms_norm_forward(x, added, weight, eps, pallas):
-    s, y = _rms_norm(x, added, weight, eps, pallas)
-    return (s, y), (s, weight, None if added is None else ())  # arrays alone may be kept, but also the form
+def _rms_norm_forward(x, added, weight, eps, pallas, apart):
+    s, y = _rms_norm(x, added, weight, eps, pallas, apart)
+    form = None if added is None else ()  # arrays alone may be kept, but also the form
+    return (s, y), (x if added is None else s, weight, form)
 
 
-def _rms_norm_backward(eps, pallas, residuals, gradients):
+def _rms_norm_backward(eps, pallas, apart, residuals, gradients):
     s, weight, form = residuals
     g_s, g = gradients
     if pallas:
@@ -127,8 +135,14 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def rms_norm_rotate(
-    x: jax.Array, weight: jax.Array, cos: jax.Array, sin: jax.Array, eps: float, implementation: str = "auto"
-) -> jax.Array:
+    x: jax.Array,
+    weight: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    eps: float,
+    implementation: str = "auto",
+    carry: float | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`rotate` of the RMS norm over h.
 
     Args:
@@ -136,19 +150,23 @@ def rms_norm_rotate(
       weight: [h].
       cos, sin: float32 [B, T, 1, h / 2]; not differentiated.
       eps, implementation: as in `rms_norm`.
+      carry: a factor, or None.
 
-    Returns [B, T, heads, h] in x's dtype, rounded after the norm as `rms_norm` rounds.
+    Returns [B, T, heads, h] in x's dtype, rounded after the norm as `rms_norm` rounds; with `carry` also float32 zeros
+    that stand for carry * y: a gradient for these is added to y's, without having been rounded (`packed_attention`).
     """
     B, T, heads, h = x.shape
-    return _rms_norm_rotate(x, weight, cos, sin, eps, _takes(implementation, x, rotation_fits(B * T, heads, h)))
+    pallas = _takes(implementation, x, rotation_fits(B * T, heads, h))
+    return _rms_norm_rotate(x, weight, cos, sin, eps, pallas, carry)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _rms_norm_rotate(x, weight, cos, sin, eps, pallas):
-    if not pallas:
-        return rotate(_plain_norm(x, weight, eps), cos, sin)
-    y = norms_triton.rms_norm_rotate(*_rows(x, cos, sin, weight), eps=eps)
-    return y.reshape(x.shape)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _rms_norm_rotate(x, weight, cos, sin, eps, pallas, carry):
+    if pallas:
+        y = norms_triton.rms_norm_rotate(*_rows(x, cos, sin, weight), eps=eps).reshape(x.shape)
+    else:
+        y = rotate(_plain_norm(x, weight, eps), cos, sin)
+    return y if carry is None else (y, jnp.zeros(x.shape, jnp.float32))
 
 
 def _rows(x, cos, sin, weight):
@@ -156,17 +174,21 @@ def _rows(x, cos, sin, weight):
     return x.reshape(tokens, *x.shape[2:]), weight, cos.reshape(tokens, half), sin.reshape(tokens, half)
 
 
-def _rms_norm_rotate_forward(x, weight, cos, sin, eps, pallas):
-    return _rms_norm_rotate(x, weight, cos, sin, eps, pallas), (x, weight, cos, sin)
+def _rms_norm_rotate_forward(x, weight, cos, sin, eps, pallas, carry):
+    return _rms_norm_rotate(x, weight, cos, sin, eps, pallas, carry), (x, weight, cos, sin)
 
 
-def _rms_norm_rotate_backward(eps, pallas, residuals, g):
+def _rms_norm_rotate_backward(eps, pallas, carry, residuals, g):
     x, weight, cos, sin = residuals
+    if carry is not None:
+        g, g_carried = g
+        g = g_carried + g.astype(jnp.float32) / carry  # where y has no other reader the compiler drops these zeros
     if pallas:
         rows = _rows(x, cos, sin, weight)
-        dx, dweight = norms_triton.rms_norm_rotate_backward(*rows, g.reshape(rows[0].shape), eps=eps)
+        g = g.reshape(rows[0].shape)
+        dx, dweight = norms_triton.rms_norm_rotate_backward(*rows, g, eps=eps, factor=carry or 1.0)
     else:
-        dx, dweight = _plain_norm_backward(x, weight, rotate(g, cos, -sin), eps)
+        dx, dweight = _plain_norm_backward(x, weight, rotate(g * (carry or 1.0), cos, -sin), eps)
     return dx.reshape(x.shape).astype(x.dtype), dweight.astype(weight.dtype), None, None
 
 

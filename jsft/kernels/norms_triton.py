@@ -49,15 +49,15 @@ def _warps(length: int) -> int:
     return 4 if length <= 3072 else 8
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
+@functools.partial(jax.jit, static_argnames=("eps", "apart", "interpret"))
 def rms_norm(
-    terms: list[jax.Array], weight: jax.Array, *, eps: float, interpret: bool = False
+    terms: list[jax.Array], weight: jax.Array, *, eps: float, apart: bool = False, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """(s, weight [n] * s / sqrt(mean(s^2) + eps)) of the sum s of one or two `terms` [N, n], rounded as
-    `jsft.kernels.norms.rms_norm` says.
+    `jsft.kernels.norms.rms_norm` says. s of one term is that term, unless it is to lie `apart`.
     """
     N, n = terms[0].shape
-    dtype, parts, adds = terms[0].dtype, pieces(n), len(terms) == 2
+    dtype, parts, writes_sum = terms[0].dtype, pieces(n), apart or len(terms) == 2
 
     def kernel(*refs):
         refs, (weight_ref, *sum_ref, y_ref) = refs[: len(terms)], refs[len(terms) :]
@@ -73,12 +73,12 @@ def rms_norm(
             at = pl.ds(start, size)
             normal = (v * scale).astype(dtype).astype(jnp.float32)
             y_ref[row, at] = (normal * weight_ref[at].astype(dtype).astype(jnp.float32)).astype(dtype)
-            if adds:
+            if writes_sum:
                 sum_ref[0][row, at] = v.astype(dtype)
 
     out = jax.ShapeDtypeStruct((N, n), dtype)
-    made = _call(kernel, (N,), [out] * (1 + adds), _warps(n), interpret, "rms_norm")(*terms, weight)
-    return tuple(made) if adds else (terms[0], made[0])
+    made = _call(kernel, (N,), [out] * (1 + writes_sum), _warps(n), interpret, "rms_norm")(*terms, weight)
+    return tuple(made) if writes_sum else (terms[0], made[0])
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
@@ -157,7 +157,7 @@ def rms_norm_rotate(
     return _call(kernel, grid, out, 4, interpret, "rms_norm_rotate")(x, weight, cos, sin)
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
+@functools.partial(jax.jit, static_argnames=("eps", "factor", "interpret"))
 def rms_norm_rotate_backward(
     x: jax.Array,
     weight: jax.Array,
@@ -166,9 +166,10 @@ def rms_norm_rotate_backward(
     g: jax.Array,
     *,
     eps: float,
+    factor: float = 1.0,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """(the gradient for x, [N, heads, h]; for the weight, float32 [h]), of `g` for the rotated rows."""
+    """(the gradient for x, [N, heads, h]; for the weight, float32 [h]), of `factor * g` for the rotated rows."""
     N, heads, h = x.shape
     half, group = h // 2, _heads(heads)
     halves = [pl.ds(0, half), pl.ds(half, half)]
@@ -183,7 +184,7 @@ def rms_norm_rotate_backward(
         def one_head(i, sums):
             head = first + i
             a, b = (x_ref[tokens, head, at].astype(jnp.float32) for at in halves)
-            u, v = (g_ref[tokens, head, at].astype(jnp.float32) for at in halves)
+            u, v = (g_ref[tokens, head, at].astype(jnp.float32) * factor for at in halves)
             u, v = u * cos + v * sin, v * cos - u * sin  # turned back
             scale = lax.rsqrt((jnp.sum(a * a, axis=1) + jnp.sum(b * b, axis=1)) / h + eps)[:, None]
             normal = a * scale, b * scale

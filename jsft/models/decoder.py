@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
-from jsft.kernels.attention import packed_attention
+from jsft.kernels.attention import packed_attention, sums_query_gradient
 from jsft.kernels.norms import rms_norm, rms_norm_rotate, rotate
 from jsft.mesh import BATCH, partition_spec
 from jsft.models.config import ModelConfig
@@ -90,9 +90,7 @@ def hidden_states(
         unroll=unroll,
         ordered=ordered,
         norms=norms,
-        attend=functools.partial(
-            packed_attention, scale=config.head_dim**-0.5, implementation=attention, backward=backward
-        ),
+        attention=dict(implementation=attention, backward=backward),
     )
     whole = {name: value for name, value in stacked["layers"].items() if divided[name]} if stacked else {}
     whole_specs = {name: _manual_specs(table["layers"][name], value, mesh) for name, value in whole.items()}
@@ -167,7 +165,7 @@ def _widen_vectors(parameters, table):
 
 def _decode(
     parameters, stacked, sums, tokens, positions, doc_start, doc_end, *, config, dtype, reduce_dtype, divided, parts,
-    remat, unroll, ordered, norms, attend,
+    remat, unroll, ordered, norms, attention,
 ):
     """One device's rows through the whole decoder; see `hidden_states`."""
     x = embed(parameters["embedding"], tokens, dtype, divided["embedding"], parts, ordered)
@@ -187,6 +185,12 @@ def _decode(
     def joined(x, branch):
         return (x, branch) if later else (x + branch, None)
 
+    def written_again(*names):
+        """Whether a norm writes the stream a second time, so that it is kept and yet a product may be added to it where it
+        lies. Only where neither has to be made again.
+        """
+        return remat != "none" and all(keeps(remat, name) for name in names)
+
     def layer(stream, weights, gathered, constants):
         cos_sin, doc_start, doc_end = constants
 
@@ -199,10 +203,11 @@ def _decode(
                 return project(checkpoint_name(swiglu(gate, up), "mlp_hidden"), weights, "down")
             return swiglu_linear(gate, up, weights["down"], gathered.get("down"), divided["down"], reduce_dtype)
 
-        attend_here = functools.partial(attend, doc_start=doc_start, doc_end=doc_end)
-        x, branch = joined(*_attention(stream, weights, project, config, cos_sin, attend_here, norms))
+        documents = dict(doc_start=doc_start, doc_end=doc_end)
+        again = written_again("attention_input", "residual")
+        x, branch = joined(*_attention(stream, weights, project, config, cos_sin, documents, attention, norms, again))
         stream = checkpoint_name(x, "residual"), branch
-        return joined(*_mlp(stream, weights, project, gated_down, config, norms))
+        return joined(*_mlp(stream, weights, project, gated_down, config, norms, written_again("mlp_input")))
 
     if remat != "none":
         names = () if remat == "full" else remat
@@ -217,9 +222,9 @@ def _decode(
     return rms_norm(*stream, parameters["final_norm"], config.rms_eps, norms)[1]
 
 
-def _attention(stream, weights, project, config, cos_sin, attend, norms):
+def _attention(stream, weights, project, config, cos_sin, documents, attention, norms, apart):
     """(residual stream, what attention adds to it) of the stream and what is to be added to it, or None."""
-    x, normal = rms_norm(*stream, weights["attention_norm"], config.rms_eps, norms)
+    x, normal = rms_norm(*stream, weights["attention_norm"], config.rms_eps, norms, apart)
     B, T, _ = x.shape
     normal = checkpoint_name(normal, "attention_input")
 
@@ -231,20 +236,25 @@ def _attention(stream, weights, project, config, cos_sin, attend, norms):
     key = checkpoint_name(heads(for_key, "key", config.num_kv_heads), "key_projection")
     value = checkpoint_name(heads(for_value, "value", config.num_kv_heads), "value")
 
-    def turned(heads, name):
+    def turned(heads, name, carry=None):
         if not config.qk_norm:
             return rotate(heads, *cos_sin)
-        return rms_norm_rotate(heads, weights[f"{name}_norm"], *cos_sin, config.rms_eps, norms)
+        return rms_norm_rotate(heads, weights[f"{name}_norm"], *cos_sin, config.rms_eps, norms, carry)
 
-    query = checkpoint_name(turned(query, "query"), "query")
+    scale, q_carry = config.head_dim**-0.5, None
+    if config.qk_norm and sums_query_gradient(query, key, **attention):
+        query, q_carry = turned(query, "query", carry=scale)
+    else:
+        query = turned(query, "query")
+    query = checkpoint_name(query, "query")
     key = checkpoint_name(turned(key, "key"), "key")
-    out = attend(query, key, value).reshape(B, T, config.query_size)
-    return x, project(out, weights, "output")
+    out = packed_attention(query, key, value, **documents, scale=scale, q_carry=q_carry, **attention)
+    return x, project(out.reshape(B, T, config.query_size), weights, "output")
 
 
-def _mlp(stream, weights, project, gated_down, config, norms):
+def _mlp(stream, weights, project, gated_down, config, norms, apart):
     """As `_attention`, of the gated MLP."""
-    x, normal = rms_norm(*stream, weights["mlp_norm"], config.rms_eps, norms)
+    x, normal = rms_norm(*stream, weights["mlp_norm"], config.rms_eps, norms, apart)
     normal = checkpoint_name(normal, "mlp_input")
     gate = checkpoint_name(project(normal, weights, "gate"), "gate")
     up = checkpoint_name(project(normal, weights, "up"), "up")

@@ -13,6 +13,7 @@ import pytest
 
 from attention_cases import make, oracle, relative, with_growing_keys
 from jsft.kernels.attention import packed_attention
+from jsft.kernels.norms import rms_norm_rotate
 
 pytestmark = pytest.mark.gpu
 
@@ -50,6 +51,29 @@ def plain_bfloat16(q, k, v, doc_start, doc_end, scale):
 )
 def test_errors_are_those_of_bfloat16(lengths, H, K, h):
     check_errors(make(lengths, H, K, h))
+
+
+def test_the_query_gradient_in_float32():
+    """Between a norm with rotation and the fused kernel: the same gradients as in the query's dtype, to its rounding."""
+    q, k, v, do, start, end = make([[700, 1348]], 4, 2, 128)
+    x, k, v, do = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, do))
+    angles = jnp.linspace(0, 3, 2048)[None, :, None, None] * jnp.ones(64)
+    norm = functools.partial(rms_norm_rotate, cos=jnp.cos(angles), sin=jnp.sin(angles), eps=1e-6)
+    attend = functools.partial(
+        packed_attention, doc_start=jnp.asarray(start), doc_end=jnp.asarray(end), scale=128**-0.5, backward="fused"
+    )
+
+    def gradients(carry, x, w, k, v):
+        def f(x, w, k, v):
+            q = norm(x, w, carry=carry)
+            return attend(*q[:1], k, v, q_carry=q[1]) if carry else attend(q, k, v)
+
+        return jax.vjp(f, x, w, k, v)[1](do)
+
+    run = jax.jit(gradients, static_argnums=0)
+    w = jnp.linspace(0.5, 1.5, 128)
+    for a, b in zip(run(128**-0.5, x, w, k, v), run(None, x, w, k, v)):
+        assert relative(a, np.asarray(b, np.float64)) < 4e-3
 
 
 def test_maxima_that_grow_from_block_to_block():

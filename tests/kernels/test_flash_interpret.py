@@ -66,6 +66,26 @@ def test_matches_float64_without_races(lengths, H, K, h, backward, dtype):
         assert value.dtype == dtype and relative(value, want) < 5e-3
 
 
+def test_the_query_gradient_in_float32():
+    """`q_carry` has it as it was summed, divided by the scale: rounded, it is what q's gradient would be."""
+    q, k, v, do, start, end = make([[100, 28]], 2, 2, 64)
+    q, k, v, do = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, do))
+    attend = functools.partial(
+        flash_attention, doc_start=start, doc_end=end, scale=0.125, backward="fused",
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )  # fmt: skip
+    _, vjp = jax.vjp(attend, q, k, v)
+    _, carried = jax.vjp(lambda q, k, v, c: attend(q, k, v, q_carry=c), q, k, v, jnp.zeros(q.shape, jnp.float32))
+    dq, dk, dv = vjp(do)
+    zero, dk_too, dv_too, wide = carried(do)
+    assert wide.dtype == jnp.float32 and not np.asarray(zero, np.float32).any()
+    for a, b in ((dq, (wide * 0.125).astype(jnp.bfloat16)), (dk, dk_too), (dv, dv_too)):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+    with pytest.raises(ValueError, match="q_carry: the backward pass for q"):
+        f = functools.partial(attend, backward="deterministic", q_carry=jnp.zeros(q.shape, jnp.float32))
+        jax.vjp(f, q, k, v)[1](do)
+
+
 def test_maximum_that_grows_from_block_to_block():
     ours, wanted = run(with_growing_keys(make([[256]], 1, 1, 64)), "deterministic")
     for value, want in zip(ours, wanted):

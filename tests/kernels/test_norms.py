@@ -101,6 +101,38 @@ def test_rms_norm_of_a_sum(implementation):
         assert relative(got, exactly) < 4e-3
 
 
+def test_rms_norm_that_writes_the_stream_again(implementation):
+    """The same values and gradients; the kernel's stream is another array."""
+    (x, _, weight), gradients, _ = rms_case()
+
+    def both(apart):
+        out, vjp = jax.vjp(lambda x, weight: rms_norm(x, None, weight, EPS, implementation, apart), x, weight)
+        return *out, *vjp(gradients)
+
+    for got, want in zip(both(True), both(False)):
+        np.testing.assert_array_equal(got, want)
+    rows = [jax.ShapeDtypeStruct((64, 160), jnp.bfloat16)]
+    traced = jax.make_jaxpr(lambda rows, w: norms_triton.rms_norm(rows, w, eps=EPS, apart=True))(rows, weight)
+    assert traced.jaxpr.outvars[0] is not traced.jaxpr.invars[0]
+
+
+def test_a_gradient_that_is_carried_is_not_rounded(implementation):
+    """It counts `carry` times, is added to what comes in y's dtype, and loses nothing on its way."""
+    (x, weight, cos, sin), (g,), want = rotation_case()
+    f = lambda x, weight: rms_norm_rotate(x, weight, cos, sin, EPS, implementation, 0.25)
+    (y, carried), vjp = jax.vjp(f, x, weight)
+    assert carried.dtype == jnp.float32 and not np.asarray(carried).any()
+    np.testing.assert_array_equal(y, rms_norm_rotate(x, weight, cos, sin, EPS, implementation))
+    for share in (0.0, 0.5, 1.0):
+        wide = (1 - share) / 0.25 * g.astype(jnp.float32)
+        for got, exactly in zip(vjp(((share * g).astype(g.dtype), wide)), want[1:]):
+            assert relative(got, exactly) < 6e-3
+    between = 1 + 2.0**-12  # bfloat16 has no such number
+    _, dweight = vjp((jnp.zeros_like(g), 4 * g.astype(jnp.float32)))
+    _, larger = vjp((jnp.zeros_like(g), 4 * between * g.astype(jnp.float32)))
+    np.testing.assert_allclose(larger, between * dweight, rtol=2e-6, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype, bound", [(jnp.bfloat16, 6e-3), (jnp.float32, 1e-6)])
 def test_rms_norm_rotate_and_its_gradients(implementation, dtype, bound):
     if dtype == jnp.float32 and implementation == "pallas":

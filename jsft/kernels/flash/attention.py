@@ -17,11 +17,11 @@ _static = ("scale", "config", "interpret")
 _forward = jax.jit(forward, static_argnames=(*_static, "programs"))
 _backward_dq = jax.jit(backward_dq, static_argnames=(*_static, "programs"))
 _backward_dkv = jax.jit(backward_dkv, static_argnames=_static)
-_backward_fused = jax.jit(backward_fused, static_argnames=_static)
+_backward_fused = jax.jit(backward_fused, static_argnames=(*_static, "carried"))
 
 
 def flash_attention(
-    q, k, v, doc_start, doc_end, *, scale: float, backward: str = "auto", interpret=None
+    q, k, v, doc_start, doc_end, *, scale: float, backward: str = "auto", q_carry=None, interpret=None
 ) -> jax.Array:
     """As `jsft.kernels.attention.packed_attention`, whose checks it relies on; T may be any length.
 
@@ -33,42 +33,50 @@ def flash_attention(
         alone = jnp.broadcast_to(jnp.arange(T, T + pad, dtype=jnp.int32), (q.shape[0], pad))
         doc_start = jnp.concatenate([doc_start, alone], axis=1)
         doc_end = jnp.concatenate([doc_end, alone + 1], axis=1)
-        q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
-    out = _attention(q, k, v, doc_start, doc_end, scale, backward, interpret)
+        q, k, v, q_carry = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))), (q, k, v, q_carry))
+    out = _attention(q, k, v, q_carry, doc_start, doc_end, scale, backward, interpret)
     return out[:, :T] if pad else out
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attention(q, k, v, doc_start, doc_end, scale, backward, interpret):
-    return _attention_forward(q, k, v, doc_start, doc_end, scale, backward, interpret)[0]
+def runs_fused(q, k, backward: str) -> bool:
+    """Whether the backward pass for q [B, T, H, h] and k is the fused kernel."""
+    return backward == "fused" or (backward == "auto" and _configs(q, k).fused)
 
 
-def _attention_forward(q, k, v, doc_start, doc_end, scale, backward, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _attention(q, k, v, q_carry, doc_start, doc_end, scale, backward, interpret):
+    return _attention_forward(q, k, v, q_carry, doc_start, doc_end, scale, backward, interpret)[0]
+
+
+def _attention_forward(q, k, v, q_carry, doc_start, doc_end, scale, backward, interpret):
     config = _configs(q, k).forward
     run = functools.partial(
         _forward, scale=scale, config=config, programs=_multiprocessors(), interpret=interpret
     )
     o, lse = _batched(run)(q, k, v, doc_start)
     o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")
-    return o, (q, k, v, doc_start, doc_end, o, lse)
+    form = None if q_carry is None else ()  # arrays alone may be kept, but also the form
+    return o, (q, k, v, form, doc_start, doc_end, o, lse)
 
 
 def _attention_backward(scale, backward, interpret, residuals, do):
-    q, k, v, doc_start, doc_end, o, lse = residuals
-    config = _configs(q, k)
-    fused = backward == "fused" or (backward == "auto" and config.fused)
+    q, k, v, form, doc_start, doc_end, o, lse = residuals
+    config, fused, carried = _configs(q, k), runs_fused(q, k, backward), form is not None
+    if carried and not fused:
+        raise ValueError(f"q_carry: the backward pass for q {q.shape} does not sum q's gradient in memory")
 
     def gradients(q, k, v, do, o, lse, doc_start, doc_end):
         common = dict(scale=scale, interpret=interpret)
         if fused:
             delta = jnp.einsum("bthd,bthd->bht", o.astype(jnp.float32), do.astype(jnp.float32))
-            return _backward_fused(q, k, v, do, lse, delta, doc_end, config=config.dq_dkv, **common)
+            options = dict(config=config.dq_dkv, carried=carried, **common)
+            return _backward_fused(q, k, v, do, lse, delta, doc_end, **options)
         options = dict(config=config.dq, programs=_multiprocessors(), **common)
         dq, delta = _backward_dq(q, k, v, do, o, lse, doc_start, **options)
         return dq, *_backward_dkv(q, k, v, do, lse, delta, doc_end, config=config.dkv, **common)
 
     dq, dk, dv = _batched(gradients)(q, k, v, do.astype(q.dtype), o, lse, doc_start, doc_end)
-    return dq, dk, dv, None, None
+    return None if carried else dq, dk, dv, dq if carried else None, None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -35,14 +35,19 @@ def backward_dkv(q, k, v, do, lse, delta, doc_end, *, scale: float, config: Kern
     return _sum_parts(*run(q, k, v, do, lse, delta, doc_end, order_of_keys(doc_end)), k)
 
 
-def backward_fused(q, k, v, do, lse, delta, doc_end, *, scale: float, config: KernelConfig, interpret=None):
-    """-> dq, dk, dv. The last bits of dq depend on the order in which the GPU runs the tiles."""
+def backward_fused(
+    q, k, v, do, lse, delta, doc_end, *, scale: float, config: KernelConfig, carried: bool = False, interpret=None
+):
+    """-> dq, dk, dv. The last bits of dq depend on the order in which the GPU runs the tiles.
+
+    carried: dq / scale in float32, as it was summed, instead of dq.
+    """
     # Zeros that wait for do: all layers' could be made as soon as a program begins, and lie there until then.
     do, zero = lax.optimization_barrier((do, jnp.float32(0)))
     dq = jax.new_ref(jnp.broadcast_to(zero, q.shape))
     run = _kernel(q, k, config, scale, interpret, fused=True)
     dk, dv = run(q, k, v, do, lse, delta, doc_end, order_of_documents(doc_end), dq)
-    return (dq[...] * scale).astype(q.dtype), *_sum_parts(dk, dv, k)
+    return dq[...] if carried else (dq[...] * scale).astype(q.dtype), *_sum_parts(dk, dv, k)
 
 
 def _parts(programs: int, group: int, fused: bool) -> int:
