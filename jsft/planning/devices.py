@@ -49,7 +49,7 @@ class Rates(NamedTuple):
     attention: float  # useful causal FLOP/s of packed attention, forward and backward together
     elementwise: float  # bytes/s of work that is bound by memory
     passes: float  # times that a layer's activations travel through memory outside its products and attention
-    waiting: float  # for collectives and what they slow down, of the computing time, on several devices
+    waiting: float  # s the computation waits for, or is slowed by, collectives, per s that they take at the link's rate
     source: str
 
 
@@ -58,11 +58,12 @@ RATES = Rates(
     attention=500e12,
     elementwise=3.5e12,
     passes=18,
-    waiting=0.16,
+    waiting=2.0,
     source="docs/performance.md, one H200: matrix products 680 to 710 TF/s, the rest from where the time of four steps, "
-    "of 1.7B to 14B, goes; waiting for collectives, and what they slow down: 8B on two H200",
+    "of 1.7B to 14B, goes; waiting for collectives: nine steps of 8B to 20B on two and four H200",
 )
-# Half-width of a time. Four measured steps of one GPU lie within 0.03, one of two GPUs within 0.05; more are unmeasured.
+# Half-width of a time. Four measured steps of one GPU lie within 0.03, nine of two and four GPUs within 0.05; more GPUs
+# are unmeasured.
 SPREAD = 0.15
 
 

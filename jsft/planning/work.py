@@ -115,7 +115,8 @@ def plan_work(
     seconds = sum(size for kind, (_, size) in collectives.items() if kind != "all-reduce") / link
     if "all-reduce" in collectives:
         seconds += collectives["all-reduce"][1] / (device.link if mesh.size <= per_node else NETWORK)
-    waiting = RATES.waiting * compute if collectives else 0.0
+    # However far they travel: they take as much of the computation's multiprocessors and memory.
+    waiting = RATES.waiting * sum(size for _, size in collectives.values()) / device.link
     extra = extra_products + extra_attention
     return Work(tokens, micro_batches, padding, flops, extra, collectives, compute, seconds, waiting)
 
