@@ -156,7 +156,9 @@ class Trainer:
             self.config.objective.name, supervised, reference_ranks=1, reference_micro_batch=1
         )
         batch = meshes.shard_batch(_batch(documents, weights, self._model.mesh), self._model.mesh)
-        gradients, sums = self._programs.add_gradients(self._state.parameters, batch, *self._programs.start())
+        gathered = self._programs.weights(self._state.parameters)
+        gradients, sums = self._programs.add_gradients(gathered, batch, *self._programs.start())
+        del gathered  # their memory is the update's
         total = jnp.float32(weights @ supervised)
         self._state, metrics = self._programs.update(self._state, gradients, sums, total)
         self._model.parameters = self._state.parameters

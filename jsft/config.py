@@ -130,6 +130,9 @@ FIELDS: tuple[Field, ...] = (
     Field("mesh.replica", int, 1, "Copies of the sharded parameters (one per node keeps gathers inside a node).",
           minimum=1),
     Field("mesh.fsdp", int, -1, "Devices that divide the parameters; -1: all that mesh.replica leaves."),
+    Field("mesh.gather", str, "layer", "When divided weights of the layers are gathered: by each layer, forward and back, "
+          "or once a step, to be held whole in precision.compute: less communication for memory (not timed on GPUs yet).",
+          choices=("layer", "step")),
     Field("attention.implementation", str, "auto", "Attention kernel; auto is Pallas on Hopper, else plain XLA. A "
           "kernel asked for by name and not available is an error.", choices=("auto", "pallas", "xla")),
     Field("attention.backward", str, "auto", "Backward kernel of Pallas attention; auto is the faster for the lengths "

@@ -36,6 +36,7 @@ def parse():
     add("--steps", type=int, default=8, help="timed steps, after two of warm-up")
     add("--params", default="bfloat16", choices=("float32", "bfloat16"), help="weights, moments and gradients")
     add("--reduce", default=None, help="precision.reduce (default: float32 with float32 weights, else bfloat16)")
+    add("--gather", default="layer", choices=("layer", "step"), help="mesh.gather")
     add("--remat", default="auto", help="the config's remat")
     add("--unroll", action=argparse.BooleanOptionalAction, help="train.unroll_layers (default: the program's)")
     add("--attention", default="auto", help="attention.implementation")
@@ -117,6 +118,7 @@ def build(options):
     config.precision.reduce = options.reduce or options.params
     config.remat, config.attention.implementation = options.remat, options.attention
     config.attention.backward, config.norm.implementation = options.backward, options.norms
+    config.mesh.gather = options.gather
     config.train.unroll_layers, config.optimizer.implementation = options.unroll, options.optimizer
     config.optimizer.learning_rate = 1e-5
     config = schema.resolve(config)
@@ -136,7 +138,7 @@ def compile_programs(parts, remat):
     started = time.perf_counter()
     jitted = programs(parts, remat)
     given = arguments(parts, jitted)
-    names = ("start", "add_gradients", "update")
+    names = ("start", *(["gather"] if jitted.gather else []), "add_gradients", "update")
     compiled = {name: getattr(jitted, name).lower(*given[name]).compile() for name in names}
     return compiled, time.perf_counter() - started
 
@@ -173,6 +175,7 @@ def measure(options) -> dict:
     from jsft.models.module import initial_parameters
     from jsft.training.flops import matmul_parameters, peak_flops, step_flops
     from jsft.training.optimizer import initial_state, parameter_dtype
+    from jsft.training.step import Weights
 
     parts, remat = build(options)
     model, mesh = parts.model, parts.mesh
@@ -188,8 +191,10 @@ def measure(options) -> dict:
 
     def step(state):
         gradients, sums = compiled["start"]()
+        weights = Weights(state.parameters, compiled["gather"](state.parameters) if "gather" in compiled else {})
         for batch in batches:
-            gradients, sums = compiled["add_gradients"](state.parameters, batch, gradients, sums)
+            gradients, sums = compiled["add_gradients"](weights, batch, gradients, sums)
+        del weights
         return compiled["update"](state, gradients, sums, jnp.float32(options.micro_batches))
 
     ended, metrics = [], None

@@ -138,6 +138,25 @@ def test_time_agrees_with_measured_steps_of_several_gpus(base, remat, devices, r
     assert seconds > 1.04 * work.compute_seconds
 
 
+def test_weights_gathered_once_a_step():
+    """2 bytes of memory for each weight of the layers; a gather of each in a step instead of 2 in each micro batch."""
+    plans = {}
+    for gather in ("layer", "step"):
+        config = make_config(data__pack_length=16384, data__max_length=16384, train__global_batch=240, mesh__gather=gather)
+        lengths = Lengths(1000, 16384 / 3, 5636, "recorded", micro_batches=10, padding=0.0)
+        mesh, model = planned_mesh(config, 8), PUBLISHED["qwen3_8b"]
+        work = plan_work(model, config, mesh, LADDER[1], lengths, find_device("h200"))
+        plans[gather] = work, estimate(model, config, mesh, LADDER[1])
+    (by_layer, spread), (once, whole) = plans["layer"], plans["step"]
+    matrices = 6_946_816_000  # of the layers: 8.19 B parameters without embedding, unembedding and norms
+    assert (spread.whole, whole.whole) == (0, pytest.approx(2 * matrices, rel=1e-3))
+    assert 0.8 * whole.whole < whole.total - spread.total < whole.whole
+    gathers = [work.collectives["all-gather"] for work in (by_layer, once)]
+    assert [calls for calls, _ in gathers] == [2 * 10 * 7 * 36, 7 * 36]
+    assert gathers[0][1] - gathers[1][1] == pytest.approx(19 * 2 * matrices * 7 / 8, rel=1e-3)
+    assert by_layer.collectives["reduce-scatter"] == once.collectives["reduce-scatter"] and once.seconds < by_layer.seconds
+
+
 @pytest.mark.parametrize("base, remat, _, temporaries", MEASURED)
 def test_memory_agrees_with_measured_gpu_programs(base, remat, _, temporaries):
     config = make_config(data__pack_length=16384, data__max_length=16384, **BFLOAT16)
@@ -246,7 +265,7 @@ def test_the_command_in_words_and_as_json(capsys):
     code, text = run(capsys, "--config=configs/internlm2_5_20b.py:math_cot_ep8", "--devices=1", "--json")
     found = json.loads(text)
     assert code == OutOfMemoryError.exit_code and not found["fits"] and found["changes"]
-    parts = ("parameters", "moments", "gradients", "beside", "batch", "temporaries")
+    parts = ("parameters", "whole", "moments", "gradients", "beside", "batch", "temporaries")
     assert found["memory"]["total_bytes"] == sum(found["memory"][f"{part}_bytes"] for part in parts)
 
 

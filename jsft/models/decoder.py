@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jsft.kernels.attention import packed_attention, sums_query_gradient
 from jsft.kernels.norms import rms_norm, rms_norm_rotate, rotate
@@ -43,6 +43,7 @@ def hidden_states(
     remat: str | Sequence[str] = "full",
     reduce_dtype: jnp.dtype = jnp.float32,
     stacked: dict[str, Any] | None = None,
+    gathered: dict[str, jax.Array] | None = None,
     accumulated: dict[str, Any] | None = None,
     unroll: bool = False,
     mesh: Mesh,
@@ -62,6 +63,7 @@ def hidden_states(
       reduce_dtype: in which weight gradients are summed over tokens and devices.
       stacked: with `unroll`, the parameters as they lie in memory where `parameters` has matrices apart. Without it the
         backward pass holds a second copy of the layers' divided weights.
+      gathered: what `gathered_weights` made of the parameters; the layers then gather nothing.
       accumulated: gradients of earlier micro batches, like `parameters` and in their dtype. Where
         `accumulates_in_place`, a parameter's gradient comes back with them added.
       unroll: write the layers out instead of looping over them (see `run_layers`).
@@ -92,14 +94,25 @@ def hidden_states(
         norms=norms,
         attention=dict(implementation=attention, backward=backward),
     )
-    whole = {name: value for name, value in stacked["layers"].items() if divided[name]} if stacked else {}
-    whole_specs = {name: _manual_specs(table["layers"][name], value, mesh) for name, value in whole.items()}
+    anew = {name: value for name, value in stacked["layers"].items() if divided[name]} if stacked and not gathered else {}
+    anew_specs = {name: _manual_specs(table["layers"][name], value, mesh) for name, value in anew.items()}
+    gathered = gathered or {}
     in_place = accumulates_in_place(config, mesh)["layers"] if accumulated else {}
     sums = {name: accumulated["layers"][name] for name, here in in_place.items() if here}
     sum_specs = {name: specs["layers"][name] for name in sums}
-    in_specs = (specs, whole_specs, sum_specs, BATCH, BATCH, BATCH, BATCH)
+    in_specs = (specs, anew_specs, {name: PartitionSpec() for name in gathered}, sum_specs, BATCH, BATCH, BATCH, BATCH)
     sharded = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=BATCH, check_vma=False)
-    return sharded(_widen_vectors(parameters, table), whole, sums, tokens, positions, doc_start, doc_end)
+    return sharded(_widen_vectors(parameters, table), anew, gathered, sums, tokens, positions, doc_start, doc_end)
+
+
+def gathered_weights(parameters: dict[str, Any], config: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> dict[str, jax.Array]:
+    """{name: [L, ...] whole on every device, in `dtype`} of the layers' matrices that are divided over the mesh."""
+    whole = {
+        path[-1]: parameters["layers"][path[-1]].astype(dtype)
+        for path, spec in leaves(parameter_table(config))
+        if spec.stacked and mesh.shape["fsdp"] > 1 and "fsdp" in partition_spec(spec.axes, spec.shape, mesh)
+    }
+    return jax.lax.with_sharding_constraint(whole, NamedSharding(mesh, PartitionSpec()))
 
 
 def accumulates_in_place(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
@@ -164,7 +177,7 @@ def _widen_vectors(parameters, table):
 
 
 def _decode(
-    parameters, stacked, sums, tokens, positions, doc_start, doc_end, *, config, dtype, reduce_dtype, divided, parts,
+    parameters, stacked, gathered, sums, tokens, positions, doc_start, doc_end, *, config, dtype, reduce_dtype, divided, parts,
     remat, unroll, ordered, norms, attention,
 ):
     """One device's rows through the whole decoder; see `hidden_states`."""
@@ -218,7 +231,9 @@ def _decode(
         return {name: value.astype(dtype) for name, value in weights.items() if divided[name]}
 
     anew, ahead, constants = remat != "none", Ahead(shards, gather_ahead), (cos_sin, doc_start, doc_end)
-    stream = run_layers(layer, unroll, anew, ahead, (x, None), parameters["layers"], stacked, sums, constants)
+    stream = run_layers(
+        layer, unroll, anew, ahead, (x, None), parameters["layers"], stacked, gathered, sums, constants
+    )
     return rms_norm(*stream, parameters["final_norm"], config.rms_eps, norms)[1]
 
 

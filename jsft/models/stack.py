@@ -49,6 +49,7 @@ def run_layers(
     x: Tree,
     weights: Tree,
     stacked: Tree,
+    whole: Tree,
     accumulated: Tree,
     constants: Tree,
 ) -> Tree:
@@ -68,17 +69,19 @@ def run_layers(
         back in the same form.
       stacked: entries of `weights` that lie apart, as they lie in memory. With `unroll` the way back slices these anew;
         slices of `weights`, or their casts, would be kept for it from the way forward: a copy of this device's part of all layers.
+      whole: entries of `weights` as their layers multiply by them, with a leading axis L: gathered before. The layers are
+        given slices of these, and nothing is gathered ahead. {} otherwise.
       accumulated: some of the entries of `weights`, same form, shape and dtype: gradients so far. The gradient of those
         weights comes back with them added.
       constants: what every layer reads and nothing differentiates (rotary tables, document ranges).
     """
     if unroll:
-        full = _first(ahead, weights)
+        full = _first(ahead, weights, whole)
         for index in range(_depth(weights)):
-            x, full, following = _setting_out(x, full, ahead, weights, index + 1)
+            x, full, following = _setting_out(x, full, ahead, weights, whole, index + 1)
             x, full = layer(x, _slice(weights, index), full, constants), following
         return x
-    return lax.scan(lambda x, weights: (layer(x, weights, {}, constants), None), x, weights)[0]
+    return lax.scan(lambda x, slices: (layer(x, *slices, constants), None), x, (weights, whole))[0]
 
 
 def apart(stacked: jax.Array) -> tuple[jax.Array, ...]:
@@ -113,24 +116,26 @@ def _slice_anew(weights: Tree, stacked: Tree, index: int, at: jax.Array) -> Tree
     return {name: cut(stacked.get(name, value)) for name, value in weights.items()}
 
 
-def _first(ahead: Ahead, weights: Tree) -> Tree:
+def _first(ahead: Ahead, weights: Tree, whole: Tree) -> Tree:
     """The gathered weights of the first layer, which no other hides."""
-    return ahead.gather(ahead.shards(_slice(weights, 0)))
+    return _slice(whole, 0) if whole else ahead.gather(ahead.shards(_slice(weights, 0)))
 
 
-def _setting_out(x: Tree, full: Tree, ahead: Ahead, weights: Tree, index: int) -> tuple[Tree, Tree, Tree]:
+def _setting_out(x: Tree, full: Tree, ahead: Ahead, weights: Tree, whole: Tree, index: int) -> tuple[Tree, Tree, Tree]:
     """x and `full`, what the layer at hand works from, and the gathered weights of layer `index` ({} beyond the last).
 
     Their gather begins when x and `full` are there, not before: it has the time of the layer at hand, and is not merged
     with the gather before it.
     """
+    if whole:
+        return x, full, _slice(whole, index) if index < _depth(weights) else {}
     coming = ahead.shards(_slice(weights, index)) if index < _depth(weights) else {}
     if full:
         x, full, coming = lax.optimization_barrier((x, full, coming))
     return x, full, ahead.gather(coming)
 
 
-def _forward(layer, unroll, anew, ahead, x, weights, stacked, accumulated, constants):
+def _forward(layer, unroll, anew, ahead, x, weights, stacked, whole, accumulated, constants):
     def body(x, weights, gathered):
         y, vjp = jax.vjp(lambda x, weights: layer(x, weights, gathered, constants), x, weights)
         # Weights and constants are there anyway, or are again: nobody must keep copies of them.
@@ -141,18 +146,18 @@ def _forward(layer, unroll, anew, ahead, x, weights, stacked, accumulated, const
         return y, _Residuals(saved, origins, tree)
 
     if unroll:
-        residuals, full = [], _first(ahead, weights)
+        residuals, full = [], _first(ahead, weights, whole)
         for index in range(_depth(weights)):
-            x, full, following = _setting_out(x, full, ahead, weights, index + 1)
+            x, full, following = _setting_out(x, full, ahead, weights, whole, index + 1)
             x, kept = body(x, _slice(weights, index), full)
             if residuals:
                 x, residuals[-1] = _sent(x, residuals[-1])
             residuals.append(kept)
             full = following or full  # the last layer's are the first that the way back needs
     else:
-        x, residuals = lax.scan(lambda x, weights: body(x, weights, {}), x, weights)
+        x, residuals = lax.scan(lambda x, slices: body(x, *slices), x, (weights, whole))
         full = {}
-    return x, (residuals, weights, full, stacked, accumulated, constants)
+    return x, (residuals, weights, {} if whole else full, stacked, whole, accumulated, constants)
 
 
 def _split(leaves: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array], Callable[[list, list], list]]:
@@ -195,7 +200,7 @@ def _begun(dx: Tree, residuals: list[_Residuals], more: Tree) -> tuple[Tree, lis
 
 
 def _backward(layer, unroll, anew, ahead, kept, dy):
-    residuals, weights, full, stacked, accumulated, constants = kept
+    residuals, weights, full, stacked, whole, accumulated, constants = kept
 
     def back(dx, residuals, weights, gathered):
         known, saved = jax.tree.leaves((weights, gathered, constants)), iter(residuals.saved)
@@ -206,17 +211,17 @@ def _backward(layer, unroll, anew, ahead, kept, dy):
         dx, layers, residuals = dy, [], list(residuals)
         for index in reversed(range(_depth(weights))):
             # As on the way forward; and the gradients of the layer before last were reduced while the last one ran.
-            reduced = layers[-2] if full and len(layers) > 1 else {}
+            reduced = layers[-2] if (full or whole) and len(layers) > 1 else {}
             at = jnp.int32(index - 1)
             if anew:
                 dx, residuals, (full, at, reduced) = _begun(dx, residuals, (full, at, reduced))
-            elif full:
+            elif full or whole:
                 dx, full, at, reduced = lax.optimization_barrier((dx, full, at, reduced))
             if reduced:
                 layers[-2] = reduced
-            coming = ahead.shards(_slice_anew(weights, stacked, index - 1, at)) if index else {}
+            coming = ahead.shards(_slice_anew(weights, stacked, index - 1, at)) if index and not whole else {}
             following = ahead.gather(coming)
-            dx, new = back(dx, residuals.pop(), _slice(weights, index), full)
+            dx, new = back(dx, residuals.pop(), _slice(weights, index), _slice(whole, index) if whole else full)
             layers.append(new)
             full = following
         layers = [
@@ -225,12 +230,12 @@ def _backward(layer, unroll, anew, ahead, kept, dy):
         ]
         gradients = {name: tuple(layer[name] for layer in layers) for name in weights}
         joined = {name: together(gradients[name]) for name, value in weights.items() if not isinstance(value, tuple)}
-        return dx, gradients | joined, None, None, None
+        return dx, gradients | joined, None, None, None, None
 
     def body(carry, slices):
         dx, gradients = carry
-        index, residuals, weights = slices
-        dx, new = back(dx, residuals, weights, {})
+        index, residuals, weights, whole = slices
+        dx, new = back(dx, residuals, weights, whole)
         for name, value in new.items():
             if name in accumulated:
                 value = lax.dynamic_index_in_dim(gradients[name], index, keepdims=False) + value
@@ -239,8 +244,8 @@ def _backward(layer, unroll, anew, ahead, kept, dy):
 
     gradients = {name: accumulated[name] if name in accumulated else jnp.zeros_like(value) for name, value in weights.items()}
     indices = jnp.arange(_depth(weights), dtype=jnp.int32)
-    (dx, gradients), _ = lax.scan(body, (dy, gradients), (indices, residuals, weights), reverse=True)
-    return dx, gradients, None, None, None
+    (dx, gradients), _ = lax.scan(body, (dy, gradients), (indices, residuals, weights, whole), reverse=True)
+    return dx, gradients, None, None, None, None
 
 
 run_layers.defvjp(_forward, _backward)

@@ -61,6 +61,7 @@ class Memory(NamedTuple):
     layer: int  # workspace of one layer's backward pass, gathered weights and their gradients included
     loss: int  # workspace of a chunk of the loss
     gathered: int  # of `layer`: the largest weights of a layer held whole
+    whole: int  # weights of all layers, gathered once a step
 
     @property
     def workspace(self) -> int:
@@ -73,7 +74,8 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        return self.parameters + self.moments + self.gradients + self.beside + self.batch + self.temporaries
+        state = self.parameters + self.whole + self.moments + self.gradients + self.beside
+        return state + self.batch + self.temporaries
 
 
 def planned_mesh(config: ConfigDict, devices: int) -> AbstractMesh:
@@ -90,6 +92,18 @@ def local_sizes(model: ModelConfig, mesh) -> list[tuple[int, int, bool]]:
         divided = "fsdp" in meshes.partition_spec(spec.axes, spec.shape, mesh)
         found.append((size, size // mesh.shape["fsdp"] if divided else size, len(spec.layer_shape) > 1))
     return found
+
+
+def divided_layers(model: ModelConfig, mesh) -> int:
+    """Elements of the layers' matrices that `mesh` divides: what is gathered."""
+    divided = sum(size for size, here, matrix in local_sizes(model, mesh) if matrix and here < size)
+    embeddings = model.vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
+    return max(0, divided - embeddings)
+
+
+def gathers_once(config: ConfigDict, mesh) -> bool:
+    """Whether weights are gathered once a step instead of by each layer."""
+    return config.mesh.gather == "step" and mesh.shape["fsdp"] > 1
 
 
 def _widths(model: ModelConfig) -> dict[str, int]:
@@ -145,7 +159,8 @@ def estimate(model: ModelConfig, config: ConfigDict, mesh, remat: str, platform:
     kept = model.num_layers * kept_bytes(model, remat, tokens, compute, pallas)
     kept += travelling_bytes(model, remat, tokens, compute)
     unit = tokens * compute
-    gathered = int(work.layer_full * F * D * 4) if parts > 1 else int(work.layer_full * F * D * 4 / 3)
+    once = gathers_once(config, mesh)
+    gathered = int(work.layer_full * F * D * 4) if parts > 1 and not once else int(work.layer_full * F * D * 4 / 3)
     layer = unit * (work.mlp * F + work.residual * D + work.query * model.query_size) + gathered
     width = -(-V // parts)
     chunk = chunk_size(V, parts, tokens) * parts
@@ -167,4 +182,5 @@ def estimate(model: ModelConfig, config: ConfigDict, mesh, remat: str, platform:
         layer=int(layer),
         loss=int(loss),
         gathered=gathered,
+        whole=divided_layers(model, mesh) * compute if once else 0,
     )

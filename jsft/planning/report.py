@@ -124,6 +124,7 @@ def lines(plan: dict[str, Any]) -> list[str]:
         return _gib(memory[key])
 
     verdict = "fits" if plan["fits"] else "DOES NOT FIT"
+    once = f"whole for a step {gib('whole_bytes')}, " if memory["whole_bytes"] else ""
     found = [
         f"{'run:':11}{plan['run']} on {devices['count']} x {devices['kind']} (replica={devices['replica']}, "
         f"fsdp={devices['fsdp']}): {verdict}",
@@ -133,7 +134,7 @@ def lines(plan: dict[str, Any]) -> list[str]:
         f"{'memory:':11}{gib('total_bytes')} GiB of {memory['limit_bytes'] / GIB:.1f} GiB per "
         f"device "
         f"({devices['memory_bytes'] / GIB:.0f} on the card); layers keep: {memory['remat']}",
-        f"{'':11}parameters {gib('parameters_bytes')}, moments {gib('moments_bytes')}, gradients "
+        f"{'':11}parameters {gib('parameters_bytes')}, {once}moments {gib('moments_bytes')}, gradients "
         f"{_gib(memory['gradients_bytes'] + memory['beside_bytes'])}, kept activations "
         f"{gib('kept_bytes')}, "
         f"then the larger of",

@@ -12,7 +12,7 @@ from jsft.errors import ConfigError
 from jsft.models.config import ModelConfig
 from jsft.models.remat import parse_remat
 from jsft.planning.devices import NETWORK, RATES, Device
-from jsft.planning.memory import local_sizes
+from jsft.planning.memory import divided_layers, gathers_once, local_sizes
 from jsft.training.flops import matmul_parameters, step_flops
 
 # Mean tokens of a document, and mean of squares / mean, of the published data sets (docs/recipes.md):
@@ -148,19 +148,15 @@ def _collectives(model, config, mesh, micro_batches, tokens) -> dict[str, tuple[
     parts, replica = mesh.shape["fsdp"], mesh.shape["replica"]
     compute = jnp.dtype(config.precision.compute).itemsize
     reduce = jnp.dtype(config.precision.reduce).itemsize
-    divided = sum(size for size, here, matrix in local_sizes(model, mesh) if matrix and here < size)
-    embeddings = model.vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
-    layers = max(0, divided - embeddings) if parts > 1 else 0
+    layers = divided_layers(model, mesh) if parts > 1 else 0
     found: dict[str, tuple[float, float]] = {}
     matrices = 7 * model.num_layers
     hidden = tokens / mesh.size * model.hidden_size
     if parts > 1:
         away = (parts - 1) / parts
         loss = hidden * (parts - 1) * compute  # every device meets the hidden states of all
-        found["all-gather"] = (
-            2 * matrices * micro_batches,
-            2 * layers * away * compute * micro_batches + loss,
-        )
+        gathers = 1 if gathers_once(config, mesh) else 2 * micro_batches  # of each weight
+        found["all-gather"] = (gathers * matrices, gathers * layers * away * compute + loss)
         found["reduce-scatter"] = (
             matrices * micro_batches,
             layers * away * reduce * micro_batches + hidden * (parts - 1) * 4,

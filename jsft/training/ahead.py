@@ -26,6 +26,8 @@ def compile_ahead(
     began = time.perf_counter()
     whole, lengths = arguments(parts, jitted), parts.data.row_lengths
     lowered = {"update": jitted.update.lower(*whole["update"])}
+    if jitted.gather:
+        lowered["gather"] = jitted.gather.lower(*whole["gather"])
     for length in lengths:
         lowered[length] = jitted.add_gradients.lower(*arguments(parts, jitted, length)["add_gradients"])
     if evaluates:
@@ -36,14 +38,16 @@ def compile_ahead(
     with ThreadPoolExecutor(len(lowered)) as pool:
         compiled = dict(zip(lowered, pool.map(lambda program: program.compile(), lowered.values())))
 
-    def add_gradients(parameters, batch, gradients, sums):
+    def add_gradients(weights, batch, gradients, sums):
         add = compiled.get(batch.tokens.shape[1], jitted.add_gradients)
-        return add(parameters, batch, gradients, sums)
+        return add(weights, batch, gradients, sums)
 
     say(
         f"compiled:  {len(lowered)} programs in {time.perf_counter() - began:.0f} s (rows of "
         f"{', '.join(map(str, lengths))} tokens)"
     )
     evaluate = compiled.get("evaluate", jitted.evaluate)
-    ahead = jitted._replace(add_gradients=add_gradients, update=compiled["update"], evaluate=evaluate)
+    ahead = jitted._replace(
+        gather=compiled.get("gather"), add_gradients=add_gradients, update=compiled["update"], evaluate=evaluate
+    )
     return ahead, compiled.get("histograms", histograms)

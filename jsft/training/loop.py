@@ -148,9 +148,11 @@ class Loop:
     ) -> tuple[TrainState, dict[str, jax.Array], dict | None]:
         """Dispatches step `step`; nothing here waits for the device. Returns (state, metrics, histograms where due)."""
         gradients, sums = self.programs.start()
+        weights = self.programs.weights(state.parameters)
         for micro_batch in data.micro_batches:
             batch = shard_batch(micro_batch, self.mesh)
-            gradients, sums = self.programs.add_gradients(state.parameters, batch, gradients, sums)
+            gradients, sums = self.programs.add_gradients(weights, batch, gradients, sums)
+        del weights  # their memory is the update's
         state, metrics = self.programs.update(state, gradients, sums, jnp.float32(data.weight_sum))
         every, counts = self.config.log.histograms_every, None
         if self.histograms and every and step % every == 0:

@@ -79,10 +79,14 @@ def arguments(parts: Parts, jitted: StepPrograms, length: int | None = None) -> 
     """What each program is called with, as shapes, for rows of `length` positions (default: the pack length)."""
     gradients, sums = jax.eval_shape(jitted.start)
     batch = abstract_batch(parts.rows, length or parts.config.data.pack_length, parts.mesh)
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=meshes.replicated(parts.mesh))
+    whole = meshes.replicated(parts.mesh)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    weights = jax.eval_shape(jitted.weights, parts.abstract.parameters)
+    gathered = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), weights.gathered)
     return {
         "start": (),
-        "add_gradients": (parts.abstract.parameters, batch, gradients, sums),
+        "gather": (parts.abstract.parameters,),
+        "add_gradients": (weights._replace(parameters=parts.abstract.parameters, gathered=gathered), batch, gradients, sums),
         "update": (parts.abstract, gradients, sums, scalar),
         "evaluate": (parts.abstract.parameters, batch),
         "histograms": (parts.abstract, gradients, scalar),

@@ -1,6 +1,6 @@
 """The compiled programs of a run: gradient of one micro batch, the update, and the held-out loss.
 
-A step is `start`, `add_gradients` for each micro batch (added up in `precision.gradients`), then `update`. They are
+A step is `start`, `gather`, `add_gradients` for each micro batch (added up in `precision.gradients`), then `update`. They are
 separate programs because the number of micro batches varies from step to step with what the packer could fit. The first
 micro batch, too, adds to what is there, zeros: a program of its own for it would have to be compiled as well, and the
 compiler holds another tree of gradients in it (Qwen3-4B, layers unrolled: 14 GiB).
@@ -19,7 +19,7 @@ from jsft.kernels.attention import settle_backward
 from jsft.kernels.linear_cross_entropy import LossSums, linear_cross_entropy
 from jsft.mesh import batch_sharding, replicated
 from jsft.models.config import ModelConfig
-from jsft.models.decoder import accumulates_in_place, hidden_states, lie_apart, unembedding
+from jsft.models.decoder import accumulates_in_place, gathered_weights, hidden_states, lie_apart, unembedding
 from jsft.models.module import abstract_parameters
 from jsft.training.optimizer import (
     TrainState,
@@ -33,22 +33,34 @@ from jsft.training.platform import gather_ahead_options
 Tree = Any
 
 
+class Weights(NamedTuple):
+    """What the gradient of a micro batch is made from."""
+
+    parameters: Tree
+    gathered: dict[str, jax.Array]  # as `gathered_weights` makes them; {}: each layer gathers its own
+
+
 class StepPrograms(NamedTuple):
     """The jitted functions of a run. Gradients and sums are donated when they are added to."""
 
     start: Callable[[], tuple[Tree, LossSums]]  # zeros
-    add_gradients: Callable[[Tree, Batch, Tree, LossSums], tuple[Tree, LossSums]]
+    gather: Callable[[Tree], dict[str, jax.Array]] | None  # `gathered_weights`, where they are made once a step
+    add_gradients: Callable[[Weights, Batch, Tree, LossSums], tuple[Tree, LossSums]]
     update: Callable[[TrainState, Tree, LossSums, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
     evaluate: Callable[[Tree, Batch], tuple[LossSums, jax.Array]]  # sums, and the sum of the weights
+
+    def weights(self, parameters: Tree) -> Weights:
+        """For a step's micro batches. To be let go of before the update, which wants their memory and the parameters'."""
+        return Weights(parameters, self.gather(parameters) if self.gather else {})
 
 
 def loss_sums(
     parameters: Tree, batch: Batch, model: ModelConfig, config: ConfigDict, mesh: Mesh, remat, stacked=None,
-    accumulated=None, typical_length: float | None = None,
+    gathered=None, accumulated=None, typical_length: float | None = None,
 ) -> LossSums:
     """Sums over the supervised tokens of `batch`; `.loss` = sum(loss_weights * -log p(target)), float32.
 
-    `stacked`, `accumulated`: as in `hidden_states`; `typical_length`: as in `settle_backward`.
+    `stacked`, `gathered`, `accumulated`: as in `hidden_states`; `typical_length`: as in `settle_backward`.
     """
     backward = "deterministic" if config.train.deterministic else config.attention.backward
     hidden = hidden_states(
@@ -56,7 +68,7 @@ def loss_sums(
         compute_dtype=jnp.dtype(config.precision.compute), attention=config.attention.implementation,
         backward=settle_backward(backward, typical_length), ordered=backward == "deterministic",
         norms=config.norm.implementation, reduce_dtype=jnp.dtype(config.precision.reduce), stacked=stacked,
-        accumulated=accumulated, unroll=_unrolls(config, mesh),
+        gathered=gathered, accumulated=accumulated, unroll=_unrolls(config, mesh),
     )
     return linear_cross_entropy(
         hidden, unembedding(parameters, model), batch.targets, batch.loss_weights, mesh=mesh
@@ -110,14 +122,15 @@ def make_programs(
         gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), form)
         return gradients, LossSums(*[jnp.float32(0)] * len(LossSums._fields))
 
-    def add_gradients(parameters, batch, gradients, sums):
+    def add_gradients(weights, batch, gradients, sums):
+        parameters, gathered = weights
         accumulated = gradients if any(jax.tree.leaves(in_place)) else None
         stacked = parameters if _unrolls(config, mesh) else None
         if stacked:
             parameters = lie_apart(parameters, model)
 
         def objective(p):
-            more = loss_sums(p, batch, model, config, mesh, remat, stacked, accumulated, typical_length)
+            more = loss_sums(p, batch, model, config, mesh, remat, stacked, gathered, accumulated, typical_length)
             return more.loss, more
 
         (_, more), new = jax.value_and_grad(objective, has_aux=True)(parameters)
@@ -146,11 +159,16 @@ def make_programs(
     def evaluate(parameters, batch):
         return loss_sums(parameters, batch, model, config, mesh, remat), jnp.sum(batch.loss_weights)
 
+    def gather_all(parameters):
+        return gathered_weights(parameters, model, jnp.dtype(config.precision.compute), mesh)
+
+    once = config.mesh.gather == "step" and mesh.shape["fsdp"] > 1
     return StepPrograms(
         jax.jit(start, out_shardings=(gradient_shardings, whole)),
+        jax.jit(gather_all, in_shardings=(shardings,), out_shardings=whole) if once else None,
         jax.jit(
             add_gradients,
-            in_shardings=(shardings, rows, gradient_shardings, whole),
+            in_shardings=(Weights(shardings, whole if once else {}), rows, gradient_shardings, whole),
             out_shardings=(gradient_shardings, whole),
             donate_argnums=(2, 3),
             compiler_options=ahead,

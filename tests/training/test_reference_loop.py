@@ -279,7 +279,7 @@ def test_gradient_is_that_of_the_whole_unpacked_batch(world, in_float32, objecti
     assert len(batches) > 2
     gradients, sums = programs.start()
     for batch in batches:
-        gradients, sums = programs.add_gradients(parameters, batch, gradients, sums)
+        gradients, sums = programs.add_gradients(programs.weights(parameters), batch, gradients, sums)
     far = distances(tensors_of(model, gradients), part(in_float32, f"gradient/{objective}"))
     assert max(far.values()) < 2e-5, far
 
@@ -304,10 +304,10 @@ def test_micro_batches_are_added_in_bfloat16(world):
     """Each micro batch's gradient is rounded, and so is each sum."""
     model, mesh, data, programs, parameters = build(make_config(world, 128), 1)
     first, second = (shard_batch(batch, mesh) for batch in data[0].micro_batches[:2])
-    one, sums = programs.add_gradients(parameters, first, *programs.start())
-    two, _ = programs.add_gradients(parameters, second, *programs.start())
+    one, sums = programs.add_gradients(programs.weights(parameters), first, *programs.start())
+    two, _ = programs.add_gradients(programs.weights(parameters), second, *programs.start())
     a, b = (tensors_of(model, tree) for tree in (one, two))
-    both, _ = programs.add_gradients(parameters, second, one, sums)
+    both, _ = programs.add_gradients(programs.weights(parameters), second, one, sums)
     assert {leaf.dtype.name for leaf in jax.tree.leaves((two, both))} == {"bfloat16"}
     for name, total in tensors_of(model, both).items():
         rounded = (a[name] + b[name]).astype(ml_dtypes.bfloat16).astype(np.float32)

@@ -22,7 +22,7 @@ from jsft.models.stack import together_tree
 from jsft.training.histograms import make_histograms
 from jsft.training.optimizer import initial_state, parameter_dtype
 from jsft.models.remat import LADDER
-from jsft.training.parts import Parts, compile_gradients, programs
+from jsft.training.parts import Parts, arguments, compile_gradients, programs
 from jsft.training.platform import gather_ahead_options
 
 
@@ -76,7 +76,7 @@ def gradients_of(parts, remat, batches):
     for batch in batches:
         for first in range(0, 8, parts.rows):
             part = shard_batch(Batch(*(x[first : first + parts.rows] for x in batch)), parts.mesh)
-            total, sums = jitted.add_gradients(parameters, part, total, sums)
+            total, sums = jitted.add_gradients(jitted.weights(parameters), part, total, sums)
     return float(sums.loss), jax.tree.map(np.asarray, together_tree(total))
 
 
@@ -119,6 +119,20 @@ def test_unrolled_layers_gathered_within_a_replica_give_the_plain_gradients(mode
     assert_close(gradients_of(parts, "full", batches), expected)
 
 
+@pytest.mark.parametrize(
+    "unroll, replica, rung",
+    [
+        (True, 1, "attention_out,attention_lse,residual,gate"),
+        (False, 1, "attention_out,attention_lse,residual,gate"),
+        pytest.param(True, 2, "none", marks=pytest.mark.slow),
+    ],
+)
+def test_weights_gathered_once_a_step_give_the_plain_gradients(model, plain, unroll, replica, rung):
+    batches, expected = plain
+    parts = make_parts(model, make_mesh(replica), 128, mesh__gather="step", train__unroll_layers=unroll)
+    assert_close(gradients_of(parts, rung, batches), expected)
+
+
 @pytest.mark.parametrize("replica", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_every_mesh_gives_the_plain_gradients(model, plain, replica):
     batches, expected = plain
@@ -134,10 +148,10 @@ def test_compiled_ahead_a_run_compiles_nothing_more_but_a_length_not_foreseen(mo
     batches = [shard_batch(make_batch(8, length, model.vocab_size, 0), parts.mesh) for length in (128, 64, 96)]
     gradients, sums = ahead.start()
     for batch in batches[:2]:
-        gradients, sums = ahead.add_gradients(state.parameters, batch, gradients, sums)
+        gradients, sums = ahead.add_gradients(ahead.weights(state.parameters), batch, gradients, sums)
     ahead.evaluate(state.parameters, batches[0])
     assert jitted.add_gradients._cache_size() == jitted.evaluate._cache_size() == 0
-    gradients, sums = ahead.add_gradients(state.parameters, batches[2], gradients, sums)
+    gradients, sums = ahead.add_gradients(ahead.weights(state.parameters), batches[2], gradients, sums)
     assert jitted.add_gradients._cache_size() == 1
     expected = gradients_of(parts, "full", [make_batch(8, n, model.vocab_size, 0) for n in (128, 64, 96)])
     assert_close((float(sums.loss), jax.tree.map(np.asarray, gradients)), expected)
@@ -215,3 +229,20 @@ def test_eight_devices_gather_each_matrix_twice_and_scatter_its_gradient_once(mo
         assert found["reduce-scatter", "f32", size // 8] == scatters * matrices, found
     # Nothing else of a matrix's size moves: norms, biases and scalars are all that is summed whole.
     assert all(elements < D * K for (kind, _, elements) in found if kind == "all-reduce"), found
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_gathered_once_a_step_eight_devices_gather_no_matrix_in_a_micro_batch(model, unroll):
+    parts = make_parts(model, make_mesh(), 128, mesh__gather="step", train__unroll_layers=unroll)
+    jitted = programs(parts, "full")
+    given = arguments(parts, jitted)
+    micro_batch, once = (
+        collectives(getattr(jitted, name).lower(*given[name]).compile().as_text()) for name in ("add_gradients", "gather")
+    )
+    D, F, Q, K = model.hidden_size, model.intermediate_size, model.query_size, model.kv_size
+    sizes = collections.Counter([D * Q, D * K, D * K, Q * D, D * F, D * F, F * D])
+    for size, matrices in sizes.items():
+        assert micro_batch["all-gather", "f32", size] == 0, micro_batch
+        assert micro_batch["reduce-scatter", "f32", size // 8] == (model.num_layers if unroll else 1) * matrices
+        assert once["all-gather", "f32", model.num_layers * size] == matrices, once
+    assert sum(once.values()) == 7
