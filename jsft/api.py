@@ -159,6 +159,7 @@ class Trainer:
         gathered = self._programs.weights(self._state.parameters)
         gradients, sums = self._programs.add_gradients(gathered, batch, *self._programs.start())
         del gathered  # their memory is the update's
+        gradients = self._programs.reduced(gradients)
         total = jnp.float32(weights @ supervised)
         self._state, metrics = self._programs.update(self._state, gradients, sums, total)
         self._model.parameters = self._state.parameters

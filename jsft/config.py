@@ -133,6 +133,9 @@ FIELDS: tuple[Field, ...] = (
     Field("mesh.gather", str, "layer", "When divided weights of the layers are gathered: by each layer, forward and back, "
           "or once a step, to be held whole in precision.compute: less communication for memory (not timed on GPUs yet).",
           choices=("layer", "step")),
+    Field("mesh.reduce", str, "layer", "When the gradients of these weights are summed over devices: layer by layer in each "
+          "micro batch, or once a step, each device adding up its own whole in precision.gradients until then (needs "
+          "mesh.gather=step; not timed on GPUs yet).", choices=("layer", "step")),
     Field("attention.implementation", str, "auto", "Attention kernel; auto is Pallas on Hopper, else plain XLA. A "
           "kernel asked for by name and not available is an error.", choices=("auto", "pallas", "xla")),
     Field("attention.backward", str, "auto", "Backward kernel of Pallas attention; auto is the faster for the lengths "
@@ -252,6 +255,8 @@ def _check_together(config: ConfigDict) -> None:
             f"data.pack_length={data.pack_length} is not a multiple of 128, the attention kernel's block; "
             f"use {-(-data.pack_length // 128) * 128}"
         )
+    if config.mesh.reduce == "step" and config.mesh.gather != "step":
+        raise ConfigError("mesh.reduce=step works on weights that are gathered once a step; set mesh.gather=step too")
     group = objective.reference_ranks * objective.reference_micro_batch
     if objective.name == "reference" and batch % group:
         raise ConfigError(

@@ -37,6 +37,7 @@ def parse():
     add("--params", default="bfloat16", choices=("float32", "bfloat16"), help="weights, moments and gradients")
     add("--reduce", default=None, help="precision.reduce (default: float32 with float32 weights, else bfloat16)")
     add("--gather", default="layer", choices=("layer", "step"), help="mesh.gather")
+    add("--reduce_when", default="layer", choices=("layer", "step"), help="mesh.reduce")
     add("--remat", default="auto", help="the config's remat")
     add("--unroll", action=argparse.BooleanOptionalAction, help="train.unroll_layers (default: the program's)")
     add("--attention", default="auto", help="attention.implementation")
@@ -118,7 +119,7 @@ def build(options):
     config.precision.reduce = options.reduce or options.params
     config.remat, config.attention.implementation = options.remat, options.attention
     config.attention.backward, config.norm.implementation = options.backward, options.norms
-    config.mesh.gather = options.gather
+    config.mesh.gather, config.mesh.reduce = options.gather, options.reduce_when
     config.train.unroll_layers, config.optimizer.implementation = options.unroll, options.optimizer
     config.optimizer.learning_rate = 1e-5
     config = schema.resolve(config)
@@ -138,7 +139,7 @@ def compile_programs(parts, remat):
     started = time.perf_counter()
     jitted = programs(parts, remat)
     given = arguments(parts, jitted)
-    names = ("start", *(["gather"] if jitted.gather else []), "add_gradients", "update")
+    names = [name for name in ("start", "gather", "add_gradients", "reduce", "update") if getattr(jitted, name)]
     compiled = {name: getattr(jitted, name).lower(*given[name]).compile() for name in names}
     return compiled, time.perf_counter() - started
 
@@ -195,6 +196,8 @@ def measure(options) -> dict:
         for batch in batches:
             gradients, sums = compiled["add_gradients"](weights, batch, gradients, sums)
         del weights
+        if "reduce" in compiled:
+            gradients = compiled["reduce"](gradients)
         return compiled["update"](state, gradients, sums, jnp.float32(options.micro_batches))
 
     ended, metrics = [], None

@@ -138,23 +138,31 @@ def test_time_agrees_with_measured_steps_of_several_gpus(base, remat, devices, r
     assert seconds > 1.04 * work.compute_seconds
 
 
-def test_weights_gathered_once_a_step():
-    """2 bytes of memory for each weight of the layers; a gather of each in a step instead of 2 in each micro batch."""
+def test_weights_gathered_and_gradients_reduced_once_a_step():
+    """2 bytes of memory for each weight of the layers; a gather of each in a step instead of 2 in each micro batch. And 4
+    bytes for its gradient, 1/8 of which was there before; a reduction in a step instead of 1 in each micro batch.
+    """
     plans = {}
-    for gather in ("layer", "step"):
-        config = make_config(data__pack_length=16384, data__max_length=16384, train__global_batch=240, mesh__gather=gather)
+    for name, gather, reduce in (("layer", "layer", "layer"), ("step", "step", "layer"), ("both", "step", "step")):
+        fields = dict(train__global_batch=240, mesh__gather=gather, mesh__reduce=reduce)
+        config = make_config(data__pack_length=16384, data__max_length=16384, **fields)
         lengths = Lengths(1000, 16384 / 3, 5636, "recorded", micro_batches=10, padding=0.0)
         mesh, model = planned_mesh(config, 8), PUBLISHED["qwen3_8b"]
         work = plan_work(model, config, mesh, LADDER[1], lengths, find_device("h200"))
-        plans[gather] = work, estimate(model, config, mesh, LADDER[1])
-    (by_layer, spread), (once, whole) = plans["layer"], plans["step"]
+        plans[name] = work, estimate(model, config, mesh, LADDER[1])
+    (by_layer, spread), (once, whole), (both, summed) = plans["layer"], plans["step"], plans["both"]
     matrices = 6_946_816_000  # of the layers: 8.19 B parameters without embedding, unembedding and norms
     assert (spread.whole, whole.whole) == (0, pytest.approx(2 * matrices, rel=1e-3))
     assert 0.8 * whole.whole < whole.total - spread.total < whole.whole
     gathers = [work.collectives["all-gather"] for work in (by_layer, once)]
     assert [calls for calls, _ in gathers] == [2 * 10 * 7 * 36, 7 * 36]
     assert gathers[0][1] - gathers[1][1] == pytest.approx(19 * 2 * matrices * 7 / 8, rel=1e-3)
-    assert by_layer.collectives["reduce-scatter"] == once.collectives["reduce-scatter"] and once.seconds < by_layer.seconds
+    assert by_layer.collectives["reduce-scatter"] == once.collectives["reduce-scatter"]
+    assert both.collectives["all-gather"] == once.collectives["all-gather"]
+    (many, more), (few, less) = (work.collectives["reduce-scatter"] for work in (once, both))
+    assert (many, few) == (10 * 7 * 36, 7 * 36) and more - less == pytest.approx(9 * 4 * matrices * 7 / 8, rel=1e-3)
+    assert summed.total - whole.total == pytest.approx(4 * matrices * 7 / 8, rel=1e-3)
+    assert both.seconds < once.seconds < by_layer.seconds
 
 
 @pytest.mark.parametrize("base, remat, _, temporaries", MEASURED)

@@ -44,6 +44,7 @@ def hidden_states(
     reduce_dtype: jnp.dtype = jnp.float32,
     stacked: dict[str, Any] | None = None,
     gathered: dict[str, jax.Array] | None = None,
+    reduce_later: bool = False,
     accumulated: dict[str, Any] | None = None,
     unroll: bool = False,
     mesh: Mesh,
@@ -64,6 +65,9 @@ def hidden_states(
       stacked: with `unroll`, the parameters as they lie in memory where `parameters` has matrices apart. Without it the
         backward pass holds a second copy of the layers' divided weights.
       gathered: what `gathered_weights` made of the parameters; the layers then gather nothing.
+      reduce_later: with `gathered`: the `divided_matrices` of `parameters` are stand-ins of which nothing is read, each
+        device's part as large as the whole weight ([L, devices * out, in]). Their gradients, in their dtype, are sums over
+        each device's own rows, for `reduced_gradients`.
       accumulated: gradients of earlier micro batches, like `parameters` and in their dtype. Where
         `accumulates_in_place`, a parameter's gradient comes back with them added.
       unroll: write the layers out instead of looping over them (see `run_layers`).
@@ -78,8 +82,13 @@ def hidden_states(
     table = parameter_table(config)
     specs = jax.tree.map(lambda spec, value: _manual_specs(spec, value, mesh), table, parameters)
     parts = mesh.shape["fsdp"]
+    own = divided_matrices(config, mesh) if reduce_later else ()
+    for name in own:
+        value = parameters["layers"][name]
+        specs["layers"][name] = (BATCH,) * len(value) if isinstance(value, tuple) else PartitionSpec(None, *BATCH)
     divided = {
-        path[-1]: parts > 1 and "fsdp" in partition_spec(spec.axes, spec.shape, mesh) for path, spec in leaves(table)
+        path[-1]: parts > 1 and path[-1] not in own and "fsdp" in partition_spec(spec.axes, spec.shape, mesh)
+        for path, spec in leaves(table)
     }
     run = functools.partial(
         _decode,
@@ -94,38 +103,71 @@ def hidden_states(
         norms=norms,
         attention=dict(implementation=attention, backward=backward),
     )
-    anew = {name: value for name, value in stacked["layers"].items() if divided[name]} if stacked and not gathered else {}
+    gathers = stacked and not gathered
+    anew = {name: value for name, value in stacked["layers"].items() if divided[name]} if gathers else {}
     anew_specs = {name: _manual_specs(table["layers"][name], value, mesh) for name, value in anew.items()}
     gathered = gathered or {}
-    in_place = accumulates_in_place(config, mesh)["layers"] if accumulated else {}
+    in_place = accumulates_in_place(config, mesh, reduce_later)["layers"] if accumulated else {}
     sums = {name: accumulated["layers"][name] for name, here in in_place.items() if here}
     sum_specs = {name: specs["layers"][name] for name in sums}
-    in_specs = (specs, anew_specs, {name: PartitionSpec() for name in gathered}, sum_specs, BATCH, BATCH, BATCH, BATCH)
+    whole_specs = {name: PartitionSpec() for name in gathered}
+    in_specs = (specs, anew_specs, whole_specs, sum_specs, BATCH, BATCH, BATCH, BATCH)
     sharded = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=BATCH, check_vma=False)
     return sharded(_widen_vectors(parameters, table), anew, gathered, sums, tokens, positions, doc_start, doc_end)
 
 
-def gathered_weights(parameters: dict[str, Any], config: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> dict[str, jax.Array]:
-    """{name: [L, ...] whole on every device, in `dtype`} of the layers' matrices that are divided over the mesh."""
-    whole = {
-        path[-1]: parameters["layers"][path[-1]].astype(dtype)
+def divided_matrices(config: ModelConfig, mesh: Mesh) -> tuple[str, ...]:
+    """Names of the layers' matrices that are divided over the mesh, each along its first axis."""
+    return tuple(
+        path[-1]
         for path, spec in leaves(parameter_table(config))
         if spec.stacked and mesh.shape["fsdp"] > 1 and "fsdp" in partition_spec(spec.axes, spec.shape, mesh)
-    }
+    )
+
+
+def gathered_weights(
+    parameters: dict[str, Any], config: ModelConfig, dtype: jnp.dtype, mesh: Mesh
+) -> dict[str, jax.Array]:
+    """{name: [L, out, in] whole on every device, in `dtype`} of the `divided_matrices`."""
+    whole = {name: parameters["layers"][name].astype(dtype) for name in divided_matrices(config, mesh)}
     return jax.lax.with_sharding_constraint(whole, NamedSharding(mesh, PartitionSpec()))
 
 
-def accumulates_in_place(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+def reduced_gradients(
+    gradients: dict[str, Any], config: ModelConfig, reduce_dtype: jnp.dtype, mesh: Mesh
+) -> dict[str, Any]:
+    """`gradients` of stand-ins (see `reduce_later` of `hidden_states`) summed over devices in `reduce_dtype`, and divided
+    as the weights are.
+    """
+    own = {name: gradients["layers"][name] for name in divided_matrices(config, mesh)}
+    axis = {name: 0 if isinstance(value, tuple) else 1 for name, value in own.items()}
+
+    def reduce(own):
+        def scattered(name, value):
+            wide = jax.lax.psum(value.astype(reduce_dtype), "replica")
+            return jax.lax.psum_scatter(wide, "fsdp", scatter_dimension=axis[name], tiled=True).astype(value.dtype)
+
+        return {name: jax.tree.map(functools.partial(scattered, name), value) for name, value in own.items()}
+
+    def specs(*axes):
+        return {name: PartitionSpec(*[None] * axis[name], axes if len(axes) > 1 else axes[0]) for name in own}
+
+    whole = jax.shard_map(reduce, mesh=mesh, in_specs=(specs("replica", "fsdp"),), out_specs=specs("fsdp"), check_vma=False)
+    return gradients | {"layers": gradients["layers"] | whole(own)}
+
+
+def accumulates_in_place(config: ModelConfig, mesh: Mesh, reduce_later: bool = False) -> dict[str, Any]:
     """Nested dict of bool: the parameters whose gradient `hidden_states` adds to `accumulated` itself.
 
     The matrices of the layers, where no sum over devices follows the backward pass of a layer (it would add the
     accumulated part once for each device).
     """
+    own = divided_matrices(config, mesh) if reduce_later else ()
 
-    def in_place(_, spec: ParameterSpec) -> bool:
+    def in_place(path, spec: ParameterSpec) -> bool:
         divided = "fsdp" in partition_spec(spec.axes, spec.shape, mesh)
         matrix = spec.stacked and len(spec.layer_shape) == 2
-        return matrix and mesh.shape["replica"] == 1 and (divided or mesh.shape["fsdp"] == 1)
+        return path[-1] in own or matrix and mesh.shape["replica"] == 1 and (divided or mesh.shape["fsdp"] == 1)
 
     return tree_from(parameter_table(config), in_place)
 

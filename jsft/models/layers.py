@@ -40,7 +40,8 @@ def linear(
     Args:
       x: [..., in].
       weight: [out, in], or this device's rows of it where `divided`; any float dtype.
-      full: the whole weight in x's dtype, where it was gathered before; else None. Nothing is differentiated by it.
+      full: the whole weight in x's dtype, where it was gathered before; else None. Nothing is differentiated by it, and
+        nothing is read of `weight` then.
       divided: the rows lie divided over 'fsdp'.
       reduce_dtype: of the weight's gradient while it is summed over tokens and devices.
 
@@ -59,7 +60,7 @@ def _cast(weight, full, dtype, divided):
     """What the backward pass is to have of a weight beside itself: its cast where it lies whole, which costs a pass over
     it to make again; of a divided one what it was given.
     """
-    return full if divided or weight.dtype == dtype else weight.astype(dtype)
+    return full if full is not None or divided or weight.dtype == dtype else weight.astype(dtype)
 
 
 def _input_gradient(g, weight, full, divided):

@@ -222,13 +222,9 @@ def _backward(layer, unroll, anew, ahead, kept, dy):
             coming = ahead.shards(_slice_anew(weights, stacked, index - 1, at)) if index and not whole else {}
             following = ahead.gather(coming)
             dx, new = back(dx, residuals.pop(), _slice(weights, index), _slice(whole, index) if whole else full)
-            layers.append(new)
+            layers.append(new | {name: value[index] + new[name] for name, value in accumulated.items()})
             full = following
-        layers = [
-            new | {name: value[index] + new[name] for name, value in accumulated.items()}
-            for index, new in enumerate(reversed(layers))
-        ]
-        gradients = {name: tuple(layer[name] for layer in layers) for name in weights}
+        gradients = {name: tuple(layer[name] for layer in reversed(layers)) for name in weights}
         joined = {name: together(gradients[name]) for name, value in weights.items() if not isinstance(value, tuple)}
         return dx, gradients | joined, None, None, None, None
 

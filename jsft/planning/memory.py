@@ -106,6 +106,11 @@ def gathers_once(config: ConfigDict, mesh) -> bool:
     return config.mesh.gather == "step" and mesh.shape["fsdp"] > 1
 
 
+def reduces_once(config: ConfigDict, mesh) -> bool:
+    """Whether the gradients of these weights are summed over devices once a step instead of in each micro batch."""
+    return config.mesh.reduce == "step" and gathers_once(config, mesh)
+
+
 def _widths(model: ModelConfig) -> dict[str, int]:
     """Columns of each of REMAT_NAMES that has one row for each position."""
     D, Q, KV, F = model.hidden_size, model.query_size, model.kv_size, model.intermediate_size
@@ -171,11 +176,14 @@ def estimate(model: ModelConfig, config: ConfigDict, mesh, remat: str, platform:
     )
     itemsize = parameter_dtype(config).itemsize
     gradient = jnp.dtype(config.precision.gradients).itemsize
-    in_place = mesh.shape["replica"] == 1 and gradient == itemsize
+    in_place = (mesh.shape["replica"] == 1 and gradient == itemsize) or reduces_once(config, mesh)
+    summed = local  # elements of a device's gradients
+    if reduces_once(config, mesh):
+        summed += divided_layers(model, mesh) * (parts - 1) // parts
     return Memory(
         parameters=local * itemsize,
         moments=2 * local * jnp.dtype(config.precision.moments).itemsize,
-        gradients=local * gradient,
+        gradients=summed * gradient,
         beside=0 if in_place else local * gradient,
         batch=6 * 4 * tokens,
         kept=kept,

@@ -12,7 +12,7 @@ from jsft.errors import ConfigError
 from jsft.models.config import ModelConfig
 from jsft.models.remat import parse_remat
 from jsft.planning.devices import NETWORK, RATES, Device
-from jsft.planning.memory import divided_layers, gathers_once, local_sizes
+from jsft.planning.memory import divided_layers, gathers_once, local_sizes, reduces_once
 from jsft.training.flops import matmul_parameters, step_flops
 
 # Mean tokens of a document, and mean of squares / mean, of the published data sets (docs/recipes.md):
@@ -157,9 +157,10 @@ def _collectives(model, config, mesh, micro_batches, tokens) -> dict[str, tuple[
         loss = hidden * (parts - 1) * compute  # every device meets the hidden states of all
         gathers = 1 if gathers_once(config, mesh) else 2 * micro_batches  # of each weight
         found["all-gather"] = (gathers * matrices, gathers * layers * away * compute + loss)
+        reductions = 1 if reduces_once(config, mesh) else micro_batches  # of each gradient
         found["reduce-scatter"] = (
-            matrices * micro_batches,
-            layers * away * reduce * micro_batches + hidden * (parts - 1) * 4,
+            reductions * matrices,
+            reductions * layers * away * reduce + hidden * (parts - 1) * 4,
         )
         table = model.vocab_size * model.hidden_size / parts
         exchanged = away * (table * (compute + 4) * micro_batches + 2 * hidden * compute)

@@ -26,8 +26,9 @@ def compile_ahead(
     began = time.perf_counter()
     whole, lengths = arguments(parts, jitted), parts.data.row_lengths
     lowered = {"update": jitted.update.lower(*whole["update"])}
-    if jitted.gather:
-        lowered["gather"] = jitted.gather.lower(*whole["gather"])
+    for name in ("gather", "reduce"):
+        if program := getattr(jitted, name):
+            lowered[name] = program.lower(*whole[name])
     for length in lengths:
         lowered[length] = jitted.add_gradients.lower(*arguments(parts, jitted, length)["add_gradients"])
     if evaluates:
@@ -48,6 +49,10 @@ def compile_ahead(
     )
     evaluate = compiled.get("evaluate", jitted.evaluate)
     ahead = jitted._replace(
-        gather=compiled.get("gather"), add_gradients=add_gradients, update=compiled["update"], evaluate=evaluate
+        gather=compiled.get("gather"),
+        add_gradients=add_gradients,
+        reduce=compiled.get("reduce"),
+        update=compiled["update"],
+        evaluate=evaluate,
     )
     return ahead, compiled.get("histograms", histograms)

@@ -153,6 +153,7 @@ class Loop:
             batch = shard_batch(micro_batch, self.mesh)
             gradients, sums = self.programs.add_gradients(weights, batch, gradients, sums)
         del weights  # their memory is the update's
+        gradients = self.programs.reduced(gradients)
         state, metrics = self.programs.update(state, gradients, sums, jnp.float32(data.weight_sum))
         every, counts = self.config.log.histograms_every, None
         if self.histograms and every and step % every == 0:

@@ -81,15 +81,17 @@ def arguments(parts: Parts, jitted: StepPrograms, length: int | None = None) -> 
     batch = abstract_batch(parts.rows, length or parts.config.data.pack_length, parts.mesh)
     whole = meshes.replicated(parts.mesh)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    reduced = jax.eval_shape(jitted.reduce, gradients) if jitted.reduce else gradients
     weights = jax.eval_shape(jitted.weights, parts.abstract.parameters)
     gathered = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), weights.gathered)
     return {
         "start": (),
         "gather": (parts.abstract.parameters,),
         "add_gradients": (weights._replace(parameters=parts.abstract.parameters, gathered=gathered), batch, gradients, sums),
-        "update": (parts.abstract, gradients, sums, scalar),
+        "reduce": (gradients,),
+        "update": (parts.abstract, reduced, sums, scalar),
         "evaluate": (parts.abstract.parameters, batch),
-        "histograms": (parts.abstract, gradients, scalar),
+        "histograms": (parts.abstract, reduced, scalar),
     }
 
 

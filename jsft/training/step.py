@@ -1,6 +1,7 @@
 """The compiled programs of a run: gradient of one micro batch, the update, and the held-out loss.
 
-A step is `start`, `gather`, `add_gradients` for each micro batch (added up in `precision.gradients`), then `update`. They are
+A step is `start`, perhaps `gather`, `add_gradients` for each micro batch (added up in `precision.gradients`), perhaps
+`reduce`, then `update`. They are
 separate programs because the number of micro batches varies from step to step with what the packer could fit. The first
 micro batch, too, adds to what is there, zeros: a program of its own for it would have to be compiled as well, and the
 compiler holds another tree of gradients in it (Qwen3-4B, layers unrolled: 14 GiB).
@@ -19,7 +20,15 @@ from jsft.kernels.attention import settle_backward
 from jsft.kernels.linear_cross_entropy import LossSums, linear_cross_entropy
 from jsft.mesh import batch_sharding, replicated
 from jsft.models.config import ModelConfig
-from jsft.models.decoder import accumulates_in_place, gathered_weights, hidden_states, lie_apart, unembedding
+from jsft.models.decoder import (
+    accumulates_in_place,
+    divided_matrices,
+    gathered_weights,
+    hidden_states,
+    lie_apart,
+    reduced_gradients,
+    unembedding,
+)
 from jsft.models.module import abstract_parameters
 from jsft.training.optimizer import (
     TrainState,
@@ -46,12 +55,17 @@ class StepPrograms(NamedTuple):
     start: Callable[[], tuple[Tree, LossSums]]  # zeros
     gather: Callable[[Tree], dict[str, jax.Array]] | None  # `gathered_weights`, where they are made once a step
     add_gradients: Callable[[Weights, Batch, Tree, LossSums], tuple[Tree, LossSums]]
+    reduce: Callable[[Tree], Tree] | None  # `reduced_gradients`, where they are summed over devices once a step
     update: Callable[[TrainState, Tree, LossSums, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
     evaluate: Callable[[Tree, Batch], tuple[LossSums, jax.Array]]  # sums, and the sum of the weights
 
     def weights(self, parameters: Tree) -> Weights:
         """For a step's micro batches. To be let go of before the update, which wants their memory and the parameters'."""
         return Weights(parameters, self.gather(parameters) if self.gather else {})
+
+    def reduced(self, gradients: Tree) -> Tree:
+        """What the update takes, of the sum over a step's micro batches."""
+        return self.reduce(gradients) if self.reduce else gradients
 
 
 def loss_sums(
@@ -68,7 +82,8 @@ def loss_sums(
         compute_dtype=jnp.dtype(config.precision.compute), attention=config.attention.implementation,
         backward=settle_backward(backward, typical_length), ordered=backward == "deterministic",
         norms=config.norm.implementation, reduce_dtype=jnp.dtype(config.precision.reduce), stacked=stacked,
-        gathered=gathered, accumulated=accumulated, unroll=_unrolls(config, mesh),
+        gathered=gathered, reduce_later=bool(gathered) and config.mesh.reduce == "step", accumulated=accumulated,
+        unroll=_unrolls(config, mesh),
     )
     return linear_cross_entropy(
         hidden, unembedding(parameters, model), batch.targets, batch.loss_weights, mesh=mesh
@@ -88,11 +103,26 @@ def gradient_form(model: ModelConfig, config: ConfigDict, mesh: Mesh) -> Tree:
     if not _unrolls(config, mesh):
         return parameters
 
-    def split(p):
-        sharding = NamedSharding(mesh, PartitionSpec(*p.sharding.spec[1:]))
-        return (jax.ShapeDtypeStruct(p.shape[1:], p.dtype, sharding=sharding),) * p.shape[0]
+    return lie_apart(parameters, model, _split_form)
 
-    return lie_apart(parameters, model, split)
+
+def _split_form(p):
+    sharding = NamedSharding(p.sharding.mesh, PartitionSpec(*p.sharding.spec[1:]))
+    return (jax.ShapeDtypeStruct(p.shape[1:], p.dtype, sharding=sharding),) * p.shape[0]
+
+
+def _own_form(form: Tree, model: ModelConfig, mesh: Mesh, unrolled: bool) -> Tree:
+    """`gradient_form` of sums that each device has for itself (`reduce_later` of `hidden_states`)."""
+    whole = abstract_parameters(model, mesh, jnp.float32)["layers"]
+
+    def own(p):
+        shape = (p.shape[0], mesh.size * p.shape[1], p.shape[2])
+        sharding = NamedSharding(mesh, PartitionSpec(None, mesh.axis_names))
+        return jax.ShapeDtypeStruct(shape, p.dtype, sharding=sharding)
+
+    found = {name: own(whole[name]) for name in divided_matrices(model, mesh)}
+    found = {name: _split_form(p) if unrolled else p for name, p in found.items()}
+    return form | {"layers": form["layers"] | found}
 
 
 def make_programs(
@@ -108,18 +138,23 @@ def make_programs(
     rows = batch_sharding(mesh)
     state_sharding = TrainState(shardings, shardings, shardings, whole, whole)
 
-    # Adding in the backward pass itself gives the sum in the parameters' dtype, so only where that is the one wanted.
-    in_place = accumulates_in_place(model, mesh)
-    if dtype != parameter_dtype(config):
+    gathers_once = config.mesh.gather == "step" and mesh.shape["fsdp"] > 1
+    reduces_once = gathers_once and config.mesh.reduce == "step"
+    # Adding in the backward pass itself gives the sum in the parameters' dtype, so only where that is the one wanted; a
+    # stand-in's has the wanted one.
+    in_place = accumulates_in_place(model, mesh, reduces_once)
+    if dtype != parameter_dtype(config) and not reduces_once:
         in_place = jax.tree.map(lambda _: False, in_place)
     form = gradient_form(model, config, mesh)
     kernel = updates_in_place(config, mesh)
     gradient_shardings = jax.tree.map(lambda p: p.sharding, form)
+    sum_form = _own_form(form, model, mesh, _unrolls(config, mesh)) if reduces_once else form
+    sum_shardings = jax.tree.map(lambda p: p.sharding, sum_form)
     gathers_ahead = _unrolls(config, mesh) and mesh.size > 1
     ahead = gather_ahead_options(mesh.devices.flat[0].platform) if gathers_ahead else None
 
     def start():
-        gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), form)
+        gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), sum_form)
         return gradients, LossSums(*[jnp.float32(0)] * len(LossSums._fields))
 
     def add_gradients(weights, batch, gradients, sums):
@@ -128,13 +163,17 @@ def make_programs(
         stacked = parameters if _unrolls(config, mesh) else None
         if stacked:
             parameters = lie_apart(parameters, model)
+        if reduces_once:
+            own = {name: sum_form["layers"][name] for name in gathered}
+            own = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), own)
+            parameters = parameters | {"layers": parameters["layers"] | own}
 
         def objective(p):
             more = loss_sums(p, batch, model, config, mesh, remat, stacked, gathered, accumulated, typical_length)
             return more.loss, more
 
         (_, more), new = jax.value_and_grad(objective, has_aux=True)(parameters)
-        new = jax.lax.with_sharding_constraint(jax.tree.map(lambda g: g.astype(dtype), new), gradient_shardings)
+        new = jax.lax.with_sharding_constraint(jax.tree.map(lambda g: g.astype(dtype), new), sum_shardings)
 
         def add(done, old, new):
             return new if done else jax.tree.map(jnp.add, old, new)
@@ -162,17 +201,20 @@ def make_programs(
     def gather_all(parameters):
         return gathered_weights(parameters, model, jnp.dtype(config.precision.compute), mesh)
 
-    once = config.mesh.gather == "step" and mesh.shape["fsdp"] > 1
+    def reduce_all(gradients):
+        return reduced_gradients(gradients, model, jnp.dtype(config.precision.reduce), mesh)
+
     return StepPrograms(
-        jax.jit(start, out_shardings=(gradient_shardings, whole)),
-        jax.jit(gather_all, in_shardings=(shardings,), out_shardings=whole) if once else None,
+        jax.jit(start, out_shardings=(sum_shardings, whole)),
+        jax.jit(gather_all, in_shardings=(shardings,), out_shardings=whole) if gathers_once else None,
         jax.jit(
             add_gradients,
-            in_shardings=(Weights(shardings, whole if once else {}), rows, gradient_shardings, whole),
-            out_shardings=(gradient_shardings, whole),
+            in_shardings=(Weights(shardings, whole if gathers_once else {}), rows, sum_shardings, whole),
+            out_shardings=(sum_shardings, whole),
             donate_argnums=(2, 3),
             compiler_options=ahead,
         ),
+        jax.jit(reduce_all, in_shardings=(sum_shardings,), out_shardings=gradient_shardings) if reduces_once else None,
         jax.jit(
             update,
             in_shardings=(state_sharding, gradient_shardings, whole, whole),

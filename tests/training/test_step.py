@@ -77,7 +77,7 @@ def gradients_of(parts, remat, batches):
         for first in range(0, 8, parts.rows):
             part = shard_batch(Batch(*(x[first : first + parts.rows] for x in batch)), parts.mesh)
             total, sums = jitted.add_gradients(jitted.weights(parameters), part, total, sums)
-    return float(sums.loss), jax.tree.map(np.asarray, together_tree(total))
+    return float(sums.loss), jax.tree.map(np.asarray, together_tree(jitted.reduced(total)))
 
 
 def assert_close(one, two):
@@ -119,17 +119,20 @@ def test_unrolled_layers_gathered_within_a_replica_give_the_plain_gradients(mode
     assert_close(gradients_of(parts, "full", batches), expected)
 
 
+@pytest.mark.parametrize("reduce", ["layer", "step"])
 @pytest.mark.parametrize(
     "unroll, replica, rung",
     [
         (True, 1, "attention_out,attention_lse,residual,gate"),
         (False, 1, "attention_out,attention_lse,residual,gate"),
         pytest.param(True, 2, "none", marks=pytest.mark.slow),
+        pytest.param(False, 2, "full", marks=pytest.mark.slow),
     ],
 )
-def test_weights_gathered_once_a_step_give_the_plain_gradients(model, plain, unroll, replica, rung):
+def test_weights_gathered_once_a_step_give_the_plain_gradients(model, plain, unroll, replica, rung, reduce):
     batches, expected = plain
-    parts = make_parts(model, make_mesh(replica), 128, mesh__gather="step", train__unroll_layers=unroll)
+    fields = dict(mesh__gather="step", mesh__reduce=reduce, train__unroll_layers=unroll)
+    parts = make_parts(model, make_mesh(replica), 128, **fields)
     assert_close(gradients_of(parts, rung, batches), expected)
 
 
@@ -231,18 +234,26 @@ def test_eight_devices_gather_each_matrix_twice_and_scatter_its_gradient_once(mo
     assert all(elements < D * K for (kind, _, elements) in found if kind == "all-reduce"), found
 
 
+@pytest.mark.parametrize("reduce", ["layer", "step"])
 @pytest.mark.parametrize("unroll", [False, True])
-def test_gathered_once_a_step_eight_devices_gather_no_matrix_in_a_micro_batch(model, unroll):
-    parts = make_parts(model, make_mesh(), 128, mesh__gather="step", train__unroll_layers=unroll)
+def test_gathered_once_a_step_eight_devices_gather_no_matrix_in_a_micro_batch(model, unroll, reduce):
+    """And with mesh.reduce=step they scatter no gradient in it either."""
+    fields = dict(mesh__gather="step", mesh__reduce=reduce, train__unroll_layers=unroll)
+    parts = make_parts(model, make_mesh(), 128, **fields)
     jitted = programs(parts, "full")
     given = arguments(parts, jitted)
-    micro_batch, once = (
-        collectives(getattr(jitted, name).lower(*given[name]).compile().as_text()) for name in ("add_gradients", "gather")
+    names = ("add_gradients", "gather", *(["reduce"] if reduce == "step" else []))
+    micro_batch, once, *last = (
+        collectives(getattr(jitted, name).lower(*given[name]).compile().as_text()) for name in names
     )
+    in_layers = 0 if last else model.num_layers if unroll else 1
     D, F, Q, K = model.hidden_size, model.intermediate_size, model.query_size, model.kv_size
     sizes = collections.Counter([D * Q, D * K, D * K, Q * D, D * F, D * F, F * D])
     for size, matrices in sizes.items():
         assert micro_batch["all-gather", "f32", size] == 0, micro_batch
-        assert micro_batch["reduce-scatter", "f32", size // 8] == (model.num_layers if unroll else 1) * matrices
+        assert micro_batch["reduce-scatter", "f32", size // 8] == in_layers * matrices
+        if last:
+            scattered = last[0]["reduce-scatter", "f32", size // 8 * (1 if unroll else model.num_layers)]
+            assert scattered == matrices * (model.num_layers if unroll else 1), last
         assert once["all-gather", "f32", model.num_layers * size] == matrices, once
     assert sum(once.values()) == 7
