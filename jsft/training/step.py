@@ -212,6 +212,7 @@ def make_programs(
             in_shardings=(Weights(shardings, whole if gathers_once else {}), rows, sum_shardings, whole),
             out_shardings=(sum_shardings, whole),
             donate_argnums=(2, 3),
+            keep_unused=True,  # weights that stand-ins stand for: there all the same, and counted by its memory analysis
             compiler_options=ahead,
         ),
         jax.jit(reduce_all, in_shardings=(sum_shardings,), out_shardings=gradient_shardings) if reduces_once else None,

@@ -42,18 +42,25 @@ def test_the_step_compiles_with_its_pallas_kernels(unroll):
 
 
 @needs_plugin
+@pytest.mark.parametrize("when", ["layer", "gather", "both"])
 @pytest.mark.parametrize("params", ["float32", "bfloat16"])
-def test_the_way_back_keeps_no_copy_of_the_divided_weights(params):
-    """What a layer adds to the temporaries is what it keeps of the activations, not its part of the weights too."""
+def test_the_way_back_keeps_no_copy_of_the_divided_weights(params, when):
+    """What a layer adds to the temporaries is what it keeps of the activations, not its part of the weights too, nor of
+    weights gathered, or gradients to be reduced, once a step: these are arguments, which the plan counts.
+    """
     same = {f"precision__{name}": params for name in ("params", "moments", "gradients")}
-    config = small_config(data__max_length=8192, data__pack_length=8192, **same)
+    once = dict(mesh__gather="layer" if when == "layer" else "step", mesh__reduce="step" if when == "both" else "layer")
+    config = small_config(data__max_length=8192, data__pack_length=8192, **same, **once)
     remat = "attention_out,attention_lse,query_projection,key_projection,value,residual"
 
     def needed(layers):
         sizes = dict(hidden_size=2048, num_layers=layers, num_heads=16, num_kv_heads=8, intermediate_size=8192)
         model = dataclasses.replace(PUBLISHED["qwen3_14b"], vocab_size=4096, **sizes)
         found = compiled.program_memory(config, model, deviceless.gpus("h200", 2), remat, ("add_gradients",))
-        return found["add_gradients"].temporaries - estimate(model, config, planned_mesh(config, 2), remat).kept
+        step, memory = found["add_gradients"], estimate(model, config, planned_mesh(config, 2), remat)
+        given = memory.parameters + memory.whole + memory.gradients + memory.batch
+        assert step.arguments == pytest.approx(given, rel=0.01) and step.aliased == pytest.approx(memory.gradients, rel=0.01)
+        return step.temporaries - memory.kept
 
     layer = 2048 * (2 * 2048 + 2 * 1024) + 3 * 2048 * 8192  # bytes of a device's half in bfloat16
     assert (needed(8) - needed(4)) / 4 < 0.3 * layer
