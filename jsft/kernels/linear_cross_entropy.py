@@ -221,12 +221,12 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
 
 
 def _statistics(logits, dtype, one_pass):
-    """The largest logit, log sum exp, the mean logit under p, a shift, all [C], and exp(logits - shift) in dtype, [C, V/N];
-    logits: [C, V/N], -inf where padded.
+    """The largest logit, log sum exp, the mean logit under p, a shift, all [C], and exp(logits - shift) in dtype,
+    [C, V/N]; logits: [C, V/N], -inf where padded.
 
-    In one pass over the logits, a gigabyte or two (the exponentials too, with `one_pass`, on a GPU): exponentials relative
-    to a row's first logit. Only where their sums overflow, because another logit is some 80 larger, a second pass takes
-    the sums relative to the largest.
+    In one pass over the logits, a gigabyte or two (the exponentials too, with `one_pass`, on a GPU): exponentials
+    relative to a row's first logit. Only where their sums overflow, because another logit is some 80 larger, a second
+    pass takes the sums relative to the largest.
     """
     lowest = jnp.finfo(logits.dtype).min
     first = jnp.maximum(logits[:, 0], lowest)

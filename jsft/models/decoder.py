@@ -1,8 +1,8 @@
 """The forward pass of all families: pure functions on the nested dict of parameters, sharded over the mesh.
 
 One shard_map spans the whole decoder: every device runs its own rows, and the only communication is what
-jsft.models.layers writes out: each weight gathered once on the way forward and once on the way back, its gradient
-reduce-scattered, and the embedding's exchange.
+jsft.models.layers writes out: each weight gathered once on the way forward and once on the way back (or before:
+`gathered_weights`), its gradient reduce-scattered (or later: `reduced_gradients`), and the embedding's exchange.
 """
 
 import functools
@@ -219,8 +219,8 @@ def _widen_vectors(parameters, table):
 
 
 def _decode(
-    parameters, stacked, gathered, sums, tokens, positions, doc_start, doc_end, *, config, dtype, reduce_dtype, divided, parts,
-    remat, unroll, ordered, norms, attention,
+    parameters, stacked, gathered, sums, tokens, positions, doc_start, doc_end, *, config, dtype, reduce_dtype, divided,
+    parts, remat, unroll, ordered, norms, attention,
 ):
     """One device's rows through the whole decoder; see `hidden_states`."""
     x = embed(parameters["embedding"], tokens, dtype, divided["embedding"], parts, ordered)

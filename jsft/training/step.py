@@ -1,10 +1,10 @@
 """The compiled programs of a run: gradient of one micro batch, the update, and the held-out loss.
 
-A step is `start`, perhaps `gather`, `add_gradients` for each micro batch (added up in `precision.gradients`), perhaps
-`reduce`, then `update`. They are
-separate programs because the number of micro batches varies from step to step with what the packer could fit. The first
-micro batch, too, adds to what is there, zeros: a program of its own for it would have to be compiled as well, and the
-compiler holds another tree of gradients in it (Qwen3-4B, layers unrolled: 14 GiB).
+A step is `start`, `add_gradients` for each micro batch (added up in `precision.gradients`), then `update`; before the
+first micro batch `gather` and after the last `reduce`, where mesh.gather and mesh.reduce say so. They are separate
+programs because the number of micro batches varies from step to step with what the packer could fit. The first micro
+batch, too, adds to what is there, zeros: a program of its own for it would have to be compiled as well, and the compiler
+holds another tree of gradients in it (Qwen3-4B, layers unrolled: 14 GiB).
 """
 
 from collections.abc import Callable
@@ -30,6 +30,7 @@ from jsft.models.decoder import (
     unembedding,
 )
 from jsft.models.module import abstract_parameters
+from jsft.planning.memory import gathers_once, reduces_once
 from jsft.training.optimizer import (
     TrainState,
     apply_update,
@@ -82,7 +83,7 @@ def loss_sums(
         compute_dtype=jnp.dtype(config.precision.compute), attention=config.attention.implementation,
         backward=settle_backward(backward, typical_length), ordered=backward == "deterministic",
         norms=config.norm.implementation, reduce_dtype=jnp.dtype(config.precision.reduce), stacked=stacked,
-        gathered=gathered, reduce_later=bool(gathered) and config.mesh.reduce == "step", accumulated=accumulated,
+        gathered=gathered, reduce_later=bool(gathered) and reduces_once(config, mesh), accumulated=accumulated,
         unroll=_unrolls(config, mesh),
     )
     return linear_cross_entropy(
@@ -102,11 +103,11 @@ def gradient_form(model: ModelConfig, config: ConfigDict, mesh: Mesh) -> Tree:
     parameters = abstract_parameters(model, mesh, parameter_dtype(config))
     if not _unrolls(config, mesh):
         return parameters
-
     return lie_apart(parameters, model, _split_form)
 
 
-def _split_form(p):
+def _split_form(p: jax.ShapeDtypeStruct) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """`apart` of a shape."""
     sharding = NamedSharding(p.sharding.mesh, PartitionSpec(*p.sharding.spec[1:]))
     return (jax.ShapeDtypeStruct(p.shape[1:], p.dtype, sharding=sharding),) * p.shape[0]
 
@@ -138,17 +139,16 @@ def make_programs(
     rows = batch_sharding(mesh)
     state_sharding = TrainState(shardings, shardings, shardings, whole, whole)
 
-    gathers_once = config.mesh.gather == "step" and mesh.shape["fsdp"] > 1
-    reduces_once = gathers_once and config.mesh.reduce == "step"
+    gathers, reduces = gathers_once(config, mesh), reduces_once(config, mesh)
     # Adding in the backward pass itself gives the sum in the parameters' dtype, so only where that is the one wanted; a
     # stand-in's has the wanted one.
-    in_place = accumulates_in_place(model, mesh, reduces_once)
-    if dtype != parameter_dtype(config) and not reduces_once:
+    in_place = accumulates_in_place(model, mesh, reduces)
+    if dtype != parameter_dtype(config) and not reduces:
         in_place = jax.tree.map(lambda _: False, in_place)
     form = gradient_form(model, config, mesh)
     kernel = updates_in_place(config, mesh)
     gradient_shardings = jax.tree.map(lambda p: p.sharding, form)
-    sum_form = _own_form(form, model, mesh, _unrolls(config, mesh)) if reduces_once else form
+    sum_form = _own_form(form, model, mesh, _unrolls(config, mesh)) if reduces else form
     sum_shardings = jax.tree.map(lambda p: p.sharding, sum_form)
     gathers_ahead = _unrolls(config, mesh) and mesh.size > 1
     ahead = gather_ahead_options(mesh.devices.flat[0].platform) if gathers_ahead else None
@@ -163,7 +163,7 @@ def make_programs(
         stacked = parameters if _unrolls(config, mesh) else None
         if stacked:
             parameters = lie_apart(parameters, model)
-        if reduces_once:
+        if reduces:
             own = {name: sum_form["layers"][name] for name in gathered}
             own = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), own)
             parameters = parameters | {"layers": parameters["layers"] | own}
@@ -206,16 +206,16 @@ def make_programs(
 
     return StepPrograms(
         jax.jit(start, out_shardings=(sum_shardings, whole)),
-        jax.jit(gather_all, in_shardings=(shardings,), out_shardings=whole) if gathers_once else None,
+        jax.jit(gather_all, in_shardings=(shardings,), out_shardings=whole) if gathers else None,
         jax.jit(
             add_gradients,
-            in_shardings=(Weights(shardings, whole if gathers_once else {}), rows, sum_shardings, whole),
+            in_shardings=(Weights(shardings, whole if gathers else {}), rows, sum_shardings, whole),
             out_shardings=(sum_shardings, whole),
             donate_argnums=(2, 3),
             keep_unused=True,  # weights that stand-ins stand for: there all the same, and counted by its memory analysis
             compiler_options=ahead,
         ),
-        jax.jit(reduce_all, in_shardings=(sum_shardings,), out_shardings=gradient_shardings) if reduces_once else None,
+        jax.jit(reduce_all, in_shardings=(sum_shardings,), out_shardings=gradient_shardings) if reduces else None,
         jax.jit(
             update,
             in_shardings=(state_sharding, gradient_shardings, whole, whole),
