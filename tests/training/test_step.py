@@ -119,7 +119,7 @@ def test_unrolled_layers_gathered_within_a_replica_give_the_plain_gradients(mode
     assert_close(gradients_of(parts, "full", batches), expected)
 
 
-@pytest.mark.parametrize("reduce", ["layer", "step"])
+@pytest.mark.parametrize("reduce", [pytest.param("layer", marks=pytest.mark.slow), "step"])
 @pytest.mark.parametrize(
     "unroll, replica, rung",
     [
@@ -234,8 +234,8 @@ def test_eight_devices_gather_each_matrix_twice_and_scatter_its_gradient_once(mo
     assert all(elements < D * K for (kind, _, elements) in found if kind == "all-reduce"), found
 
 
-@pytest.mark.parametrize("reduce", ["layer", "step"])
-@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("reduce", [pytest.param("layer", marks=pytest.mark.slow), "step"])
+@pytest.mark.parametrize("unroll", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gathered_once_a_step_eight_devices_gather_no_matrix_in_a_micro_batch(model, unroll, reduce):
     """And with mesh.reduce=step they scatter no gradient in it either."""
     fields = dict(mesh__gather="step", mesh__reduce=reduce, train__unroll_layers=unroll)
