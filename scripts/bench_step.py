@@ -133,7 +133,7 @@ def build(options):
 
 
 def compile_programs(parts, remat):
-    """Name -> compiled program, and the seconds it took."""
+    """The step's programs compiled, the same by name, and the seconds it took."""
     from jsft.training.parts import arguments, programs
 
     started = time.perf_counter()
@@ -141,7 +141,7 @@ def compile_programs(parts, remat):
     given = arguments(parts, jitted)
     names = [name for name in ("start", "gather", "add_gradients", "reduce", "update") if getattr(jitted, name)]
     compiled = {name: getattr(jitted, name).lower(*given[name]).compile() for name in names}
-    return compiled, time.perf_counter() - started
+    return jitted._replace(**compiled), compiled, time.perf_counter() - started
 
 
 def report_programs(compiled, devices: int) -> None:
@@ -176,11 +176,10 @@ def measure(options) -> dict:
     from jsft.models.module import initial_parameters
     from jsft.training.flops import matmul_parameters, peak_flops, step_flops
     from jsft.training.optimizer import initial_state, parameter_dtype
-    from jsft.training.step import Weights
 
     parts, remat = build(options)
     model, mesh = parts.model, parts.mesh
-    compiled, compile_seconds = compile_programs(parts, remat)
+    programs, compiled, compile_seconds = compile_programs(parts, remat)
     report_programs(compiled, mesh.size)
     state = initial_state(initial_parameters(model, mesh, parameter_dtype(parts.config), seed=0), parts.config)
     batches, lengths = [], []
@@ -191,14 +190,12 @@ def measure(options) -> dict:
         lengths += sizes
 
     def step(state):
-        gradients, sums = compiled["start"]()
-        weights = Weights(state.parameters, compiled["gather"](state.parameters) if "gather" in compiled else {})
+        gradients, sums = programs.start()
+        weights = programs.weights(state.parameters)
         for batch in batches:
-            gradients, sums = compiled["add_gradients"](weights, batch, gradients, sums)
+            gradients, sums = programs.add_gradients(weights, batch, gradients, sums)
         del weights
-        if "reduce" in compiled:
-            gradients = compiled["reduce"](gradients)
-        return compiled["update"](state, gradients, sums, jnp.float32(options.micro_batches))
+        return programs.update(state, programs.reduced(gradients), sums, jnp.float32(options.micro_batches))
 
     ended, metrics = [], None
     for _ in range(options.steps + 3):

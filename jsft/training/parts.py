@@ -20,7 +20,7 @@ from jsft.models.module import abstract_parameters
 from jsft.planning.work import Lengths
 from jsft.training.flops import matmul_parameters
 from jsft.training.optimizer import TrainState, initial_state, learning_rate_schedule, parameter_dtype
-from jsft.training.step import StepPrograms, abstract_batch, make_programs
+from jsft.training.step import StepPrograms, Weights, abstract_batch, make_programs
 
 
 class Parts(NamedTuple):
@@ -79,15 +79,13 @@ def arguments(parts: Parts, jitted: StepPrograms, length: int | None = None) -> 
     """What each program is called with, as shapes, for rows of `length` positions (default: the pack length)."""
     gradients, sums = jax.eval_shape(jitted.start)
     batch = abstract_batch(parts.rows, length or parts.config.data.pack_length, parts.mesh)
-    whole = meshes.replicated(parts.mesh)
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=meshes.replicated(parts.mesh))
     reduced = jax.eval_shape(jitted.reduce, gradients) if jitted.reduce else gradients
-    weights = jax.eval_shape(jitted.weights, parts.abstract.parameters)
-    gathered = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), weights.gathered)
+    gathered = jax.eval_shape(jitted.gather, parts.abstract.parameters) if jitted.gather else {}
     return {
         "start": (),
         "gather": (parts.abstract.parameters,),
-        "add_gradients": (weights._replace(parameters=parts.abstract.parameters, gathered=gathered), batch, gradients, sums),
+        "add_gradients": (Weights(parts.abstract.parameters, gathered), batch, gradients, sums),
         "reduce": (gradients,),
         "update": (parts.abstract, reduced, sums, scalar),
         "evaluate": (parts.abstract.parameters, batch),
