@@ -40,10 +40,20 @@ def test_prints_a_row_for_each_case_and_names_a_peer_that_cannot_run(bench, monk
     assert len(rows) == 2 and all(float(error) < 1e-2 for row in rows for error in row.split("|")[-1].split())
 
 
-def test_unknown_case(bench, monkeypatch, capsys):
+def test_prints_a_row_for_each_timing(bench, monkeypatch, capsys):
+    call(bench, monkeypatch, "--no_cudnn", "--cases", "tiny", "--timing", "queued,waited")
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tiny ")]
+    assert [row.split("|")[1].strip() for row in rows] == ["queued", "waited"]
+
+
+@pytest.mark.parametrize(
+    "option, value, message",
+    [("--cases", "large", "large not among tiny, one"), ("--timing", "fast", "fast not among queued, waited")],
+)
+def test_unknown_choice(bench, monkeypatch, capsys, option, value, message):
     with pytest.raises(SystemExit):
-        call(bench, monkeypatch, "--cases", "large")
-    assert "--cases: large not among tiny, one" in capsys.readouterr().err
+        call(bench, monkeypatch, option, value)
+    assert f"{option}: {message}" in capsys.readouterr().err
 
 
 def test_tune_ranks_what_runs_and_names_what_does_not(bench, monkeypatch, capsys):
