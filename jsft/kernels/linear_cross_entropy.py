@@ -147,13 +147,17 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
     def gather(a):
         return lax.all_gather(a, _VOCABULARY, tiled=True) if parts > 1 else a
 
-    # Supervised tokens first; the others, and the tail of the last chunk, point past the end and read zeros.
+    # Supervised tokens first; the others, and the tail of the last chunk, point past the end, each elsewhere, and read
+    # zeros.
     supervised = jnp.sum(weight != 0)
-    order = jnp.where(jnp.arange(tokens) < supervised, jnp.argsort(weight == 0, stable=True), tokens)
-    order = jnp.pad(order, (0, -tokens % chunk), constant_values=tokens)
+    place = jnp.arange(tokens + -tokens % chunk)
+    first_ones = jnp.pad(jnp.argsort(weight == 0, stable=True), (0, -tokens % chunk))
+    order = jnp.where(place < supervised, first_ones, tokens + place)
     trips = lax.pmax((supervised + chunk - 1) // chunk, _ROWS)  # the same everywhere: collectives inside
     first = lax.axis_index(_VOCABULARY) * width
     column = jnp.arange(width)
+    if grads:
+        sum_dtype = jnp.promote_types(gradient_dtype, wide) if wide == jnp.float64 else gradient_dtype
     padded = width * parts > V  # else there is nothing to mask, which would be a pass over the logits
 
     def step(state):
@@ -198,22 +202,18 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
             difference = (jnp.exp(at_target - shift) - total).astype(dtype)
             exp = exp.at[at].set(difference, mode="drop", unique_indices=True)
             scaled = (xc * factor).astype(dtype)
-            dw = (dw + dot(exp, scaled, (((0,), (0,)), ((), ())))).astype(dw.dtype)
+            more = dot(exp, scaled, (((0,), (0,)), ((), ())))
+            dw = (more if dw is None else dw + more).astype(sum_dtype)
             dxc = dot(exp, w, (((1,), (0,)), ((), ()))) * factor
             if parts > 1:
                 dxc = lax.psum_scatter(dxc, _VOCABULARY, scatter_dimension=0, tiled=True)
-            dx = dx.at[index].set(dxc.astype(dtype), mode="drop")
+            dx = dx.at[index].set(dxc.astype(dtype), mode="drop", unique_indices=True)
         return i + 1, sums, dx, dw
 
-    start = (
-        jnp.int32(0),
-        jnp.zeros(len(LossSums._fields), wide),
-        jnp.zeros_like(x) if grads else None,
-        jnp.zeros(w.shape, jnp.promote_types(gradient_dtype, wide) if wide == jnp.float64 else gradient_dtype)
-        if grads
-        else None,
-    )
-    _, sums, dx, dw = lax.while_loop(lambda state: state[0] < trips, step, start)
+    state = jnp.int32(0), jnp.zeros(len(LossSums._fields), wide), jnp.zeros_like(x) if grads else None, None
+    if grads:  # the first chunk, before the loop: the others' product is added to its, and no zeros are written or read
+        state = step(state)
+    _, sums, dx, dw = lax.while_loop(lambda state: state[0] < trips, step, state)
     sums = lax.psum(sums, "replica")  # over 'fsdp' every device has seen all tokens
     if grads:
         dx, dw = dx.reshape(shape), lax.psum(dw, "replica")

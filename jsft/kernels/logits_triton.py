@@ -55,7 +55,7 @@ def exponentials(
         kernel,
         grid=(C,),
         out_shape=[jax.ShapeDtypeStruct((C, V), dtype), a_row, a_row, a_row],
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=16, num_stages=1),
         interpret=interpret,
         name="exponentials",
     )(logits, shift)

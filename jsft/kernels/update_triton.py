@@ -9,12 +9,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-BLOCK = 1024  # values of a step of a program
-_STEPS = 8  # of a program, which sums over them
+BLOCK = 1024  # values of a program
 
 # (p, m, v, g, scalars), float32 -> new p, m, v in float32, rounded to what their dtypes hold
 Formula = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
@@ -25,7 +23,7 @@ def fits(shape: tuple[int, ...]) -> bool:
     size = 1
     for n in shape:
         size *= n
-    return size % (BLOCK * _STEPS) == 0
+    return size % BLOCK == 0
 
 
 def update_layers(
@@ -49,7 +47,7 @@ def update_layers(
     shape, L = p.shape, len(gradients)
     state = [x.reshape(L, -1) for x in (p, m, v)]
     size = state[0].shape[1]
-    programs = size // (BLOCK * _STEPS)
+    programs = size // BLOCK
     sums = [jnp.zeros((L, programs), jnp.float32)] * 2
     for layer, g in enumerate(gradients):
         at = jnp.full((1,), layer, jnp.int32)
@@ -68,19 +66,14 @@ def _update_layer(p, m, v, moved, old, g, scalars, layer, *, formula, interpret)
         program, layer = pl.program_id(0), layer_ref[0]
         values = tuple(scalars_ref[i] for i in range(count))
 
-        def step(i, sums):
-            at = pl.ds((program * _STEPS + i) * BLOCK, BLOCK)
-            before = [ref[layer, at].astype(jnp.float32) for ref in (p_ref, m_ref, v_ref)]
-            after = formula(*before, g_ref[at].astype(jnp.float32), values)
-            for ref, value in zip((p_out, m_out, v_out), after):
-                ref[layer, at] = value.astype(ref.dtype)
-            change = after[0] - before[0]
-            return sums[0] + change * change, sums[1] + before[0] * before[0]
-
-        zeros = jnp.zeros((BLOCK,), jnp.float32)
-        changes, squares = lax.fori_loop(0, _STEPS, step, (zeros, zeros))
-        moved_out[layer, program] = jnp.sum(changes)
-        old_out[layer, program] = jnp.sum(squares)
+        at = pl.ds(program * BLOCK, BLOCK)
+        before = [ref[layer, at].astype(jnp.float32) for ref in (p_ref, m_ref, v_ref)]
+        after = formula(*before, g_ref[at].astype(jnp.float32), values)
+        for ref, value in zip((p_out, m_out, v_out), after):
+            ref[layer, at] = value.astype(ref.dtype)
+        change = after[0] - before[0]
+        moved_out[layer, program] = jnp.sum(change * change)
+        old_out[layer, program] = jnp.sum(before[0] * before[0])
 
     carried = (p, m, v, moved, old)
     return pl.pallas_call(

@@ -107,9 +107,11 @@ def hidden_states(
     anew = {name: value for name, value in stacked["layers"].items() if divided[name]} if gathers else {}
     anew_specs = {name: _manual_specs(table["layers"][name], value, mesh) for name, value in anew.items()}
     gathered = gathered or {}
-    in_place = accumulates_in_place(config, mesh, reduce_later)["layers"] if accumulated else {}
-    sums = {name: accumulated["layers"][name] for name, here in in_place.items() if here}
+    in_place = accumulates_in_place(config, mesh, reduce_later) if accumulated else {"layers": {}, "embedding": False}
+    sums = {name: accumulated["layers"][name] for name, here in in_place["layers"].items() if here}
     sum_specs = {name: specs["layers"][name] for name in sums}
+    if in_place["embedding"]:
+        sums, sum_specs = sums | {"embedding": accumulated["embedding"]}, sum_specs | {"embedding": specs["embedding"]}
     whole_specs = {name: PartitionSpec() for name in gathered}
     in_specs = (specs, anew_specs, whole_specs, sum_specs, BATCH, BATCH, BATCH, BATCH)
     sharded = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=BATCH, check_vma=False)
@@ -160,11 +162,13 @@ def accumulates_in_place(config: ModelConfig, mesh: Mesh, reduce_later: bool = F
     """Nested dict of bool: the parameters whose gradient `hidden_states` adds to `accumulated` itself.
 
     The matrices of the layers, where no sum over devices follows the backward pass of a layer (it would add the
-    accumulated part once for each device).
+    accumulated part once for each device); and on one device the embedding, of which a micro batch has few rows.
     """
     own = divided_matrices(config, mesh) if reduce_later else ()
 
     def in_place(path, spec: ParameterSpec) -> bool:
+        if path == ("embedding",):
+            return mesh.size == 1
         divided = "fsdp" in partition_spec(spec.axes, spec.shape, mesh)
         matrix = spec.stacked and len(spec.layer_shape) == 2
         return path[-1] in own or matrix and mesh.shape["replica"] == 1 and (divided or mesh.shape["fsdp"] == 1)
@@ -223,7 +227,8 @@ def _decode(
     parts, remat, unroll, ordered, norms, attention,
 ):
     """One device's rows through the whole decoder; see `hidden_states`."""
-    x = embed(parameters["embedding"], tokens, dtype, divided["embedding"], parts, ordered)
+    sums, embedded = {name: value for name, value in sums.items() if name != "embedding"}, sums.get("embedding")
+    x = embed(parameters["embedding"], tokens, embedded, dtype, divided["embedding"], parts, ordered)
     cos_sin = rotary_tables(
         positions,
         doc_end - doc_start,

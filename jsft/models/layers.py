@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 FSDP = "fsdp"
+_SHORT = 1024  # rows of a weight that is worth a copy for its product with gradients: see `_input_gradient`
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]], out: jnp.dtype) -> jax.Array:
@@ -64,7 +65,12 @@ def _cast(weight, full, dtype, divided):
 
 
 def _input_gradient(g, weight, full, divided):
-    full = _gathered(weight, g.dtype, divided) if full is None else full
+    if full is None:
+        full = _gathered(weight, g.dtype, divided)
+        if not divided and full.shape[0] <= _SHORT:
+            # A layer's slice of stacked weights: cuBLAS would read it in place, but with the kernel of its first choice,
+            # which is slow with short sums. Among kernels for a copy the compiler chooses by trying them out.
+            full, g = lax.optimization_barrier((full, g))
     return _dot(g, full, ((g.ndim - 1,), (0,)), g.dtype)
 
 
@@ -185,9 +191,10 @@ def rotary_tables(
     return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def embed(
-    table: jax.Array, tokens: jax.Array, dtype: jnp.dtype, divided: bool, parts: int, ordered: bool = False
+    table: jax.Array, tokens: jax.Array, accumulated: jax.Array | None, dtype: jnp.dtype, divided: bool, parts: int,
+    ordered: bool = False,
 ) -> jax.Array:
     """Rows of the embedding for `tokens`, in `dtype`.
 
@@ -198,6 +205,8 @@ def embed(
     Args:
       table: [V, D], or this device's rows of it where `divided`.
       tokens: int32 [b, T] of this device.
+      accumulated: [V, D] of a table that is not divided, in its dtype: gradient so far. It comes back with this one added:
+        to the rows that `tokens` name, the others are not touched.
       parts: size of the mesh axis 'fsdp'.
       ordered: sum the gradient in a fixed order. Otherwise a GPU adds with atomics, in whatever order they come.
 
@@ -217,12 +226,14 @@ def _columns_divide(table: jax.Array, parts: int) -> bool:
     return table.shape[1] % parts == 0
 
 
-def _embed_forward(table, tokens, dtype, divided, parts, ordered):
-    return embed(table, tokens, dtype, divided, parts, ordered), (table, tokens)
+def _embed_forward(table, tokens, accumulated, dtype, divided, parts, ordered):
+    return embed(table, tokens, accumulated, dtype, divided, parts, ordered), (table, tokens, accumulated)
 
 
 def _embed_backward(dtype, divided, parts, ordered, residuals, g):
-    table, tokens = residuals
+    table, tokens, accumulated = residuals
+    if accumulated is not None:
+        return _rows_added(accumulated, tokens.reshape(-1), g.reshape(-1, g.shape[-1]), ordered), None, None
 
     def summed(g, tokens, vocabulary):
         g, tokens = g.reshape(-1, g.shape[-1]), tokens.reshape(-1)
@@ -241,14 +252,33 @@ def _embed_backward(dtype, divided, parts, ordered, residuals, g):
         g = lax.all_to_all(g, FSDP, split_axis=2, concat_axis=0, tiled=True)  # [parts * b, T, D / parts]
         columns = summed(g, lax.all_gather(tokens, FSDP, tiled=True), table.shape[0] * parts)
         gradient = lax.all_to_all(columns, FSDP, split_axis=0, concat_axis=1, tiled=True)
-    return gradient.astype(table.dtype), None
+    return gradient.astype(table.dtype), None, None
+
+
+def _rows_added(table: jax.Array, index: jax.Array, rows: jax.Array, ordered: bool) -> jax.Array:
+    """`table` [V, n] and the sums, float32 and then rounded to its dtype, of the `rows` [N, n] whose `index` is equal."""
+    V, at = table.shape[0], jnp.arange(index.shape[0])
+    if ordered:
+        where, sums = _sums_in_order(rows, index, V)
+    else:  # the rows of one index are summed where one of them stands, whichever
+        chosen = jnp.zeros((V,), index.dtype).at[index].set(at)[index]
+        sums = jnp.zeros(rows.shape, jnp.float32).at[chosen].add(rows.astype(jnp.float32))
+        where = jnp.where(chosen == at, index, V + at)
+    old = table.at[where].get(mode="fill", fill_value=0, unique_indices=True)
+    return table.at[where].set(old + sums.astype(table.dtype), mode="drop", unique_indices=True)
 
 
 embed.defvjp(_embed_forward, _embed_backward)
 
 
 def sum_rows_in_order(rows: jax.Array, index: jax.Array, size: int) -> jax.Array:
-    """float32 [size, n]: at i the sum of the `rows` [N, n] whose `index` [N] is i, always added in the same order.
+    """float32 [size, n]: at i the sum of the `rows` [N, n] whose `index` [N] is i, always added in the same order."""
+    where, values = _sums_in_order(rows, index, size)
+    return jnp.zeros((size, rows.shape[1]), jnp.float32).at[where].set(values, mode="drop", unique_indices=True)
+
+
+def _sums_in_order(rows: jax.Array, index: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """(int32 [N], float32 [N, n]): each index once with the sum of its rows; the other places name rows beyond `size`.
 
     Sorted by index, each run of equal ones is summed by doubling: log2 of the longest run passes over the rows.
     """
@@ -264,5 +294,4 @@ def sum_rows_in_order(rows: jax.Array, index: jax.Array, size: int) -> jax.Array
 
     _, values = lax.while_loop(lambda state: state[0] <= jnp.max(rank), double, (jnp.int32(1), values))
     ends = jnp.concatenate([starts[1:], jnp.ones((1,), bool)])
-    where = jnp.where(ends, index, size + at)  # all different; those beyond `size` are dropped
-    return jnp.zeros((size, rows.shape[1]), jnp.float32).at[where].set(values, mode="drop", unique_indices=True)
+    return jnp.where(ends, index, size + at), values  # all different

@@ -16,6 +16,7 @@ from attention_cases import make, oracle, relative, with_growing_keys
 from jsft.kernels.flash import backward_dkv, flash_attention
 from jsft.kernels.flash.backward_dq import backward_dq
 from jsft.kernels.flash.forward import forward
+from jsft.kernels.flash.row_sums import row_sums_and_zeros
 from jsft.kernels.flash.tuned import KernelConfig
 
 
@@ -130,3 +131,13 @@ def test_any_number_of_programs_gives_the_same_bits(programs):
     got = *run(forward, 128, programs, q, k, v, start), *run(backward_dq, 64, programs, *of_dq)
     for a, b in zip(got, wanted):
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 5, 64), (1, 48, 16, 128)])
+def test_row_sums_and_zeros(shape):
+    rng = np.random.default_rng(0)
+    o, do = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for _ in range(2))
+    sums, zeros = row_sums_and_zeros(o, do, interpret=True)
+    want = np.einsum("bthd,bthd->bht", np.asarray(o, np.float64), np.asarray(do, np.float64))
+    np.testing.assert_allclose(sums, want, rtol=1e-5, atol=1e-5)
+    assert zeros.shape == shape and zeros.dtype == jnp.float32 and not zeros.any()

@@ -6,14 +6,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
 
 from jsft.kernels.flash import flash_attention, tuned
 from jsft.kernels.flash.backward_dkv import backward_dkv, backward_fused
 from jsft.kernels.flash.backward_dq import backward_dq
 from jsft.kernels.flash.forward import forward
+from jsft.kernels.flash.row_sums import row_sums_and_zeros
 
 HOPPER = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
 S = jax.ShapeDtypeStruct
@@ -45,6 +45,7 @@ def test_every_shipped_configuration_lowers(h, group, configs, dtype):
     ):
         text = lower(functools.partial(kernel, scale=h**-0.5, config=config), *arguments)
         assert text.count("mosaic_gpu") >= 1
+    assert "triton" in lower(row_sums_and_zeros, q, q)
 
 
 @pytest.mark.parametrize("backward", ["deterministic", "fused"])
@@ -58,7 +59,7 @@ def test_lowers_under_jit_scan_remat_vmap_and_shard_map(backward):
         layer = jax.checkpoint(lambda x: x + attend(x, k, k, start, end), policy=policy)
         return jax.lax.scan(lambda x, _: (layer(x), None), q, None, length=2)[0]
 
-    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("replica", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    mesh = AbstractMesh((2, 4), ("replica", "fsdp"), axis_types=(AxisType.Auto,) * 2, abstract_device=HOPPER)
     rows = P(("replica", "fsdp"))
     sharded = jax.shard_map(layers, mesh=mesh, in_specs=(rows,) * 4, out_specs=rows, check_vma=False)
 

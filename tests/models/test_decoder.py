@@ -12,6 +12,7 @@ import pytest
 from jsft.errors import ConfigError
 from jsft.hf.load import load_parameters
 from jsft.mesh import make_mesh, shard_batch
+from jsft.models.decoder import accumulates_in_place
 from jsft.models import Decoder, abstract_parameters, hidden_states, read_config, unembedding
 from jsft.models.remat import REMAT_NAMES, parse_remat
 from jsft.models.layers import linear, sum_rows_in_order, swiglu, swiglu_linear
@@ -27,10 +28,10 @@ def run(model_dir, mesh, batch, **options):
     return jax.jit(lambda p, b: hidden_states(p, config, *b, mesh=mesh, **options))(parameters, shard_batch(batch, mesh))
 
 
-def loss_and_gradient(model_dir, mesh, batch, **options):
+def loss_and_gradient(model_dir, mesh, batch, dtype=jnp.float32, **options):
     config = read_config(model_dir)
-    parameters = load_parameters(model_dir, config, mesh, jnp.float32)
-    options = {"compute_dtype": jnp.float32} | options
+    parameters = load_parameters(model_dir, config, mesh, dtype)
+    options = {"compute_dtype": dtype} | options
 
     def loss(parameters, batch):
         hidden = hidden_states(parameters, config, *batch, mesh=mesh, **options)
@@ -103,6 +104,25 @@ def test_rows_are_summed_in_order(highest):
     expected = np.zeros((310, 5))
     np.add.at(expected, index, rows)
     np.testing.assert_allclose(sum_rows_in_order(jnp.asarray(rows), jnp.asarray(index), 310), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "ordered"), [("qwen3", False), ("qwen3", True), ("internlm2", False)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)])
+def test_gradients_are_added_to_earlier_ones_in_place(random_model, packed_rows, family, ordered, dtype, tolerance):
+    model_dir, mesh = random_model(family), one_device()
+    config, batch = read_config(model_dir), packed_rows([[20, 9], [31]], 32, 259)
+    rng = np.random.default_rng(5)
+    shapes = abstract_parameters(config, mesh, dtype)
+    earlier = jax.tree.map(lambda p: jnp.asarray(1e-2 * rng.normal(size=p.shape), dtype), shapes)
+    in_place = accumulates_in_place(config, mesh)
+    assert in_place["embedding"] and in_place["layers"]["gate"] and not in_place["final_norm"]
+    _, alone = loss_and_gradient(model_dir, mesh, batch, dtype, ordered=ordered)
+    _, found = loss_and_gradient(model_dir, mesh, batch, dtype, ordered=ordered, accumulated=earlier)
+    expected = jax.tree.map(lambda here, g, e: g + e if here else g, in_place, alone, earlier)
+    assert_close(expected, found, tolerance)
+    if not config.tied_embeddings:  # rows that no token names
+        others = np.setdiff1d(np.arange(config.vocab_size), np.asarray(batch[0]))
+        np.testing.assert_array_equal(found["embedding"][others], earlier["embedding"][others])
 
 
 def test_the_deterministic_backward_pass_is_the_same_gradient(random_model, packed_rows):

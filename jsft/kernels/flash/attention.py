@@ -10,6 +10,7 @@ from jsft.kernels.flash.backward_dkv import backward_dkv, backward_fused
 from jsft.kernels.flash.backward_dq import backward_dq
 from jsft.kernels.flash.forward import forward
 from jsft.kernels.flash.plan import TILE
+from jsft.kernels.flash.row_sums import row_sums_and_zeros
 from jsft.kernels.flash.tuned import configs
 
 # Under jit, so that a program of many layers makes each kernel's code once, not once a layer.
@@ -68,9 +69,9 @@ def _attention_backward(scale, backward, interpret, residuals, do):
     def gradients(q, k, v, do, o, lse, doc_start, doc_end):
         common = dict(scale=scale, interpret=interpret)
         if fused:
-            delta = jnp.einsum("bthd,bthd->bht", o.astype(jnp.float32), do.astype(jnp.float32))
+            delta, zeros = row_sums_and_zeros(o, do, interpret=interpret is not None)
             options = dict(config=config.dq_dkv, carried=carried, **common)
-            return _backward_fused(q, k, v, do, lse, delta, doc_end, **options)
+            return _backward_fused(q, k, v, do, lse, delta, doc_end, zeros, **options)
         options = dict(config=config.dq, programs=_multiprocessors(), **common)
         dq, delta = _backward_dq(q, k, v, do, o, lse, doc_start, **options)
         return dq, *_backward_dkv(q, k, v, do, lse, delta, doc_end, config=config.dkv, **common)

@@ -36,15 +36,15 @@ def backward_dkv(q, k, v, do, lse, delta, doc_end, *, scale: float, config: Kern
 
 
 def backward_fused(
-    q, k, v, do, lse, delta, doc_end, *, scale: float, config: KernelConfig, carried: bool = False, interpret=None
+    q, k, v, do, lse, delta, doc_end, zeros=None, *, scale: float, config: KernelConfig, carried: bool = False,
+    interpret=None,
 ):
     """-> dq, dk, dv. The last bits of dq depend on the order in which the GPU runs the tiles.
 
+    zeros: float32 of q's shape, to which dq is added; made here if not given.
     carried: dq / scale in float32, as it was summed, instead of dq.
     """
-    # Zeros that wait for do: all layers' could be made as soon as a program begins, and lie there until then.
-    do, zero = lax.optimization_barrier((do, jnp.float32(0)))
-    dq = jax.new_ref(jnp.broadcast_to(zero, q.shape))
+    dq = jax.new_ref(jnp.zeros(q.shape, jnp.float32) if zeros is None else zeros)
     run = _kernel(q, k, config, scale, interpret, fused=True)
     dk, dv = run(q, k, v, do, lse, delta, doc_end, order_of_documents(doc_end), dq)
     return dq[...] if carried else (dq[...] * scale).astype(q.dtype), *_sum_parts(dk, dv, k)
