@@ -2,11 +2,16 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jsft import config as schema
 from jsft import plan
 from jsft.errors import ConfigError
+from jsft.models.layers import linear
 from jsft.models.published import PUBLISHED
 from jsft.planning.memory import estimate, planned_mesh
 from jsft.training import compiled, deviceless
@@ -67,18 +72,36 @@ def test_the_way_back_keeps_no_copy_of_the_divided_weights(params, when):
 
 
 @needs_plugin
-def test_one_array_of_zeros_like_the_embedding_at_a_time():
-    """Two gradients of its size are summed in float32, the loss's and the embedding's own, one long after the other."""
+@pytest.mark.parametrize("devices", [1, 2])
+def test_one_array_like_the_embedding_at_a_time(devices):
+    """The loss's gradient of its size is summed in float32; on several devices the embedding's own too, long after it."""
     same = dict.fromkeys(("precision__params", "precision__moments", "precision__gradients"), "bfloat16")
     config = small_config(data__max_length=4096, data__pack_length=4096, **same)
 
     def needed(vocabulary):
         sizes = dict(hidden_size=1024, num_layers=2, num_heads=8, num_kv_heads=8, intermediate_size=4096)
         model = dataclasses.replace(PUBLISHED["qwen3_14b"], vocab_size=vocabulary, **sizes)
-        found = compiled.program_memory(config, model, deviceless.gpus("h200", 1), "none", ("add_gradients",))
+        found = compiled.program_memory(config, model, deviceless.gpus("h200", devices), "none", ("add_gradients",))
         return found["add_gradients"].temporaries
 
-    assert needed(2**18) - needed(2**17) < 1.3 * 2**17 * 1024 * 4
+    assert needed(2**18) - needed(2**17) < 1.3 * 2**17 * 1024 * 4 / devices
+
+
+@needs_plugin
+def test_kernels_are_tried_out_for_short_products_with_slices_of_weights():
+    """The compiler tries none out for what reads a slice where it lies."""
+    whole = NamedSharding(Mesh(np.array(deviceless.gpus("h200", 1)), ("all",)), PartitionSpec())
+
+    def reads_in_place(rows):
+        def gradient(x, stacked, g):
+            return jax.vjp(lambda x: linear(x, stacked[1], None, False, jnp.bfloat16), x)[1](g)[0]
+
+        shapes = ((4096, 2560), (4, rows, 2560), (4096, rows))
+        arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=whole) for shape in shapes]
+        lowered = jax.jit(gradient).trace(*arguments).lower(lowering_platforms=("cuda",))
+        return "dynamic-slice-fusion" in lowered.compile(compiler_options=deviceless.COMPILER_OPTIONS).as_text()
+
+    assert reads_in_place(4096) and not reads_in_place(1024)
 
 
 def test_without_the_plugin_it_says_what_to_install(monkeypatch):
