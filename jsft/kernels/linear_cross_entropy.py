@@ -151,8 +151,8 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
     # zeros.
     supervised = jnp.sum(weight != 0)
     place = jnp.arange(tokens + -tokens % chunk)
-    first_ones = jnp.pad(jnp.argsort(weight == 0, stable=True), (0, -tokens % chunk))
-    order = jnp.where(place < supervised, first_ones, tokens + place)
+    by_weight = jnp.pad(jnp.argsort(weight == 0, stable=True), (0, -tokens % chunk))
+    order = jnp.where(place < supervised, by_weight, tokens + place)
     trips = lax.pmax((supervised + chunk - 1) // chunk, _ROWS)  # the same everywhere: collectives inside
     first = lax.axis_index(_VOCABULARY) * width
     column = jnp.arange(width)

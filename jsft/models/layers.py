@@ -256,12 +256,16 @@ def _embed_backward(dtype, divided, parts, ordered, residuals, g):
 
 
 def _rows_added(table: jax.Array, index: jax.Array, rows: jax.Array, ordered: bool) -> jax.Array:
-    """`table` [V, n] and the sums, float32 and then rounded to its dtype, of the `rows` [N, n] whose `index` is equal."""
-    V, at = table.shape[0], jnp.arange(index.shape[0])
+    """`table` [V, n] and the sums, float32 and then rounded to its dtype, of the `rows` [N, n] whose `index` is equal.
+
+    An index beyond V is left out.
+    """
+    V, N = table.shape[0], index.shape[0]
+    at = jnp.arange(N)
     if ordered:
         where, sums = _sums_in_order(rows, index, V)
     else:  # the rows of one index are summed where one of them stands, whichever
-        chosen = jnp.zeros((V,), index.dtype).at[index].set(at)[index]
+        chosen = jnp.zeros((V,), at.dtype).at[index].set(at).at[index].get(mode="fill", fill_value=N)
         sums = jnp.zeros(rows.shape, jnp.float32).at[chosen].add(rows.astype(jnp.float32))
         where = jnp.where(chosen == at, index, V + at)
     old = table.at[where].get(mode="fill", fill_value=0, unique_indices=True)

@@ -12,10 +12,10 @@ import pytest
 from jsft.errors import ConfigError
 from jsft.hf.load import load_parameters
 from jsft.mesh import make_mesh, shard_batch
-from jsft.models.decoder import accumulates_in_place
 from jsft.models import Decoder, abstract_parameters, hidden_states, read_config, unembedding
+from jsft.models.decoder import accumulates_in_place
+from jsft.models.layers import _rows_added, linear, sum_rows_in_order, swiglu, swiglu_linear
 from jsft.models.remat import REMAT_NAMES, parse_remat
-from jsft.models.layers import linear, sum_rows_in_order, swiglu, swiglu_linear
 
 def one_device():
     return make_mesh(devices=jax.devices()[:1])
@@ -104,6 +104,15 @@ def test_rows_are_summed_in_order(highest):
     expected = np.zeros((310, 5))
     np.add.at(expected, index, rows)
     np.testing.assert_allclose(sum_rows_in_order(jnp.asarray(rows), jnp.asarray(index), 310), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_rows_are_added_to_those_they_name(ordered):
+    rng = np.random.default_rng(4)
+    index, rows, table = rng.integers(0, 33, 200), rng.normal(size=(200, 7)), rng.normal(size=(30, 7))
+    found = _rows_added(*(jnp.asarray(x, jnp.float32) if x.ndim == 2 else jnp.asarray(x) for x in (table, index, rows)), ordered)
+    np.add.at(table, index[index < 30], rows[index < 30])
+    np.testing.assert_allclose(found, table, atol=1e-5)
 
 
 @pytest.mark.parametrize(("family", "ordered"), [("qwen3", False), ("qwen3", True), ("internlm2", False)])
