@@ -162,13 +162,14 @@ def accumulates_in_place(config: ModelConfig, mesh: Mesh, reduce_later: bool = F
     """Nested dict of bool: the parameters whose gradient `hidden_states` adds to `accumulated` itself.
 
     The matrices of the layers, where no sum over devices follows the backward pass of a layer (it would add the
-    accumulated part once for each device); and on one device the embedding, of which a micro batch has few rows.
+    accumulated part once for each device); and on one device the embedding, of which a micro batch has few rows, unless
+    it is the unembedding too: a micro batch's gradient is rounded before it is added, the sum of both parts.
     """
     own = divided_matrices(config, mesh) if reduce_later else ()
 
     def in_place(path, spec: ParameterSpec) -> bool:
         if path == ("embedding",):
-            return mesh.size == 1
+            return mesh.size == 1 and not config.tied_embeddings
         divided = "fsdp" in partition_spec(spec.axes, spec.shape, mesh)
         matrix = spec.stacked and len(spec.layer_shape) == 2
         return path[-1] in own or matrix and mesh.shape["replica"] == 1 and (divided or mesh.shape["fsdp"] == 1)
