@@ -108,10 +108,13 @@ def hidden_states(
     anew_specs = {name: _manual_specs(table["layers"][name], value, mesh) for name, value in anew.items()}
     gathered = gathered or {}
     in_place = accumulates_in_place(config, mesh, reduce_later) if accumulated else {"layers": {}, "embedding": False}
-    sums = {name: accumulated["layers"][name] for name, here in in_place["layers"].items() if here}
-    sum_specs = {name: specs["layers"][name] for name in sums}
-    if in_place["embedding"]:
-        sums, sum_specs = sums | {"embedding": accumulated["embedding"]}, sum_specs | {"embedding": specs["embedding"]}
+
+    def summed(tree):
+        """The part of `tree` to whose values gradients are added in place."""
+        layers = {name: tree["layers"][name] for name, here in in_place["layers"].items() if here}
+        return {"layers": layers} | ({"embedding": tree["embedding"]} if in_place["embedding"] else {})
+
+    sums, sum_specs = summed(accumulated), summed(specs)
     whole_specs = {name: PartitionSpec() for name in gathered}
     in_specs = (specs, anew_specs, whole_specs, sum_specs, BATCH, BATCH, BATCH, BATCH)
     sharded = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=BATCH, check_vma=False)
@@ -228,8 +231,7 @@ def _decode(
     parts, remat, unroll, ordered, norms, attention,
 ):
     """One device's rows through the whole decoder; see `hidden_states`."""
-    sums, embedded = {name: value for name, value in sums.items() if name != "embedding"}, sums.get("embedding")
-    x = embed(parameters["embedding"], tokens, embedded, dtype, divided["embedding"], parts, ordered)
+    x = embed(parameters["embedding"], tokens, sums.get("embedding"), dtype, divided["embedding"], parts, ordered)
     cos_sin = rotary_tables(
         positions,
         doc_end - doc_start,
@@ -280,7 +282,7 @@ def _decode(
 
     anew, ahead, constants = remat != "none", Ahead(shards, gather_ahead), (cos_sin, doc_start, doc_end)
     stream = run_layers(
-        layer, unroll, anew, ahead, (x, None), parameters["layers"], stacked, gathered, sums, constants
+        layer, unroll, anew, ahead, (x, None), parameters["layers"], stacked, gathered, sums["layers"], constants
     )
     return rms_norm(*stream, parameters["final_norm"], config.rms_eps, norms)[1]
 

@@ -74,7 +74,9 @@ def test_the_way_back_keeps_no_copy_of_the_divided_weights(params, when):
 @needs_plugin
 @pytest.mark.parametrize("devices", [1, 2])
 def test_one_array_like_the_embedding_at_a_time(devices):
-    """The loss's gradient of its size is summed in float32; on several devices the embedding's own too, long after it."""
+    """The loss's gradient of its size is summed in float32; on several devices the embedding's own too, long after it.
+    (On one device its rows alone are, unless it is the unembedding too.)
+    """
     same = dict.fromkeys(("precision__params", "precision__moments", "precision__gradients"), "bfloat16")
     config = small_config(data__max_length=4096, data__pack_length=4096, **same)
 
