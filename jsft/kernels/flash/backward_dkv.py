@@ -4,9 +4,9 @@ A program is one tile of 128 keys of one key head. It walks the query blocks tha
 heads of its group in turn, so dk and dv stay in registers. It works transposed (keys are rows): p^T and ds^T
 then come out of the tensor cores as they go in again.
 
-Fused, the two warpgroups swap their halves of ds^T through shared memory, each multiplies one half of dq, and
-TMA adds it in float32 to the array in memory, in whatever order the tiles come: five products instead of
-seven, but the last bits of dq vary.
+Fused, the two warpgroups also leave ds^T in shared memory. The third one, which issues the copies, multiplies it with
+the keys, and TMA adds this part of dq in float32 to the array in memory, in whatever order the tiles come: five
+products instead of seven, but the last bits of dq vary.
 """
 
 import jax
@@ -20,6 +20,7 @@ from jsft.kernels.flash.plan import TILE, order_of_documents, order_of_keys, que
 from jsft.kernels.flash.primitives import HALF, LOG2E, columns, div, rem, zero
 from jsft.kernels.flash.tuned import KernelConfig
 
+_FUSED_REGISTERS = 216, 72  # of each thread of the compute warpgroups and of the one that makes dq; see primitives.py
 _ENOUGH_PROGRAMS = 264  # two for each multiprocessor
 _MANY_PROGRAMS = 792  # six: the last ones to end then cost little
 _LARGE_GROUP = 5  # query heads of a key head that are better split though programs are many (docs/performance.md)
@@ -84,8 +85,9 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
     one_by_one = fused and parts > 1  # heads
     dtype = q.dtype
     shape = (HALF, block)
-    dq_shape = (64, 64)  # a warpgroup's half of dq of a step
+    dq_shape = (64, 64)  # half of dq of a step
     simulated = interpret is not None
+    registers = _FUSED_REGISTERS if fused else (mgpu.COMPUTE_REGISTERS, mgpu.MEMORY_REGISTERS)
     if fused and block * h != 64 * 128:
         raise ValueError(
             f"config: a fused block of {block} with h = {h}; two halves of dq must make block x h"
@@ -97,7 +99,7 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
             dq_g, *refs = refs
         dk_g, dv_g, k_s, v_s, q_s, do_s, lse_s, delta_s, *refs = refs
         if fused:
-            ds_s, dq_s, swap, *refs = refs
+            ds_s, dq_s, ds_full, ds_free, *refs = refs
         kv_full, q_full, do_full, q_free, do_free, *pool = refs
         bt, piece, wg = order_g[lax.axis_index("rank")], lax.axis_index("head"), lax.axis_index("wg")
         b, t0 = div(bt, tiles), rem(bt, tiles) * TILE
@@ -114,8 +116,8 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
 
         @pl.when(wg < 2)
         def compute():
-            plgpu.set_max_registers(mgpu.COMPUTE_REGISTERS, action="increase")
-            pools = [[ref.at[wg]] for ref in pool] if pool else [None] * 5
+            plgpu.set_max_registers(registers[0], action="increase")
+            pools = [[ref.at[wg]] for ref in pool[:4]] if pool else [None] * 4
             base = t0 + wg * HALF
             own = pl.ds(wg * HALF, HALF)
             end = plgpu.load(end_g.at[b, pl.ds(base, HALF)], layout=mgpu.ROW, optimized=False)
@@ -127,14 +129,13 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
                 here = wg + zero(qi)
                 keys = pl.ds(here * HALF, HALF)
 
-                def load(ref):
-                    """A block's row sums. The barrier keeps the compiler from moving the load to where its
-                    value is wanted, behind a wait for products, when nothing is left to hide its latency.
-                    """
-                    return lax.optimization_barrier(plgpu.load(ref.at[slot], layout=mgpu.COLUMN))
+                def start_at(accumulator, ref, factor):
+                    """Sums begin at what would else be subtracted from them, and be kept in registers until then."""
+                    value = plgpu.load(ref.at[slot], layout=mgpu.COLUMN)
+                    accumulator[...] = columns(value * factor, shape)
 
-                def probabilities(s, lse):
-                    p = jnp.exp2(mgpu.read(s, in_flight=1) * (scale * LOG2E) - columns(lse, shape))
+                def probabilities(s, in_flight):
+                    p = jnp.exp2(mgpu.read(s, in_flight=in_flight) * (scale * LOG2E))
 
                     def mask():
                         first = mgpu.row_positions(base)
@@ -144,64 +145,41 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
 
                 plgpu.barrier_wait(q_full.at[slot])
                 plgpu.barrier_wait(do_full.at[slot])
-                lse = load(lse_s)
 
                 def products(s):
+                    start_at(s, lse_s, -1 / (scale * LOG2E))
                     mgpu.multiply(s, k_s.at[keys], q_s.at[slot].T)
 
-                    # Nested, which makes dp start when s is done: measured faster than both at once.
                     def beside(dp):
-                        mgpu.multiply(dp, v_s.at[keys], do_s.at[slot].T)
-                        p = probabilities(s, lse)
-                        # Before dp is awaited; beside blocks of 128 there are no registers for it.
-                        delta = load(delta_s) if block == HALF else None
-                        mgpu.multiply(dv, p.astype(dtype), do_s.at[slot])
-                        dp = mgpu.read(dp, in_flight=1)
-                        return p, dp, load(delta_s) if delta is None else delta
+                        def start():
+                            start_at(dp, delta_s, -1.0)
+                            mgpu.multiply(dp, v_s.at[keys], do_s.at[slot].T)
 
+                        # dp runs beside the exponentials. Fused, there are no registers for both, but then the other
+                        # warpgroups' products run there, for none waits for another.
+                        if not fused:
+                            start()
+                        p = probabilities(s, in_flight=0 if fused else 1)
+                        if fused:
+                            start()
+                        mgpu.multiply(dv, p.astype(dtype), do_s.at[slot])
+                        return p, mgpu.read(dp, in_flight=1)
+
+                    # Nested, which makes dp start when s is done: measured faster than both at once.
                     return mgpu.accumulate(beside, shape, pool=pools[1])
 
-                p, dp, delta = mgpu.accumulate(products, shape, pool=pools[0])
-                ds = (p * (dp - columns(delta, shape))).astype(dtype)
-                if not fused:
-                    mgpu.multiply(dk, ds, q_s.at[slot])
-                    mgpu.wait(simulated)
-                    plgpu.barrier_arrive(q_free.at[slot])
-                    plgpu.barrier_arrive(do_free.at[slot])
-                    return
-                # Two buffers, so that no warpgroup waits for the other's reading: it gives its next signal
-                # after it.
-                both = ds_s.at[rem(i, 2)]
-                both.at[own][...] = ds
-                mgpu.publish(simulated)
-                mgpu.tell(swap, rem(i, 2) * 2 + wg, simulated)
-                mgpu.await_signal(swap, rem(i, 2) * 2 + 1 - wg, simulated)
-                half = pl.ds(here * 64, 64)
-
-                # dq first: it leaves while dk's product runs.
-                def dq_product(dq):
-                    if h == 128:  # half the columns
-                        mgpu.multiply(dq, both.T, k_s.at[:, half])
-                    else:  # half the rows
-                        mgpu.multiply(dq, both.at[:, half].T, k_s)
-                    mgpu.multiply(dk, ds, q_s.at[slot])
-                    return mgpu.read(dq, in_flight=1)
-
-                dq = mgpu.accumulate(dq_product, dq_shape, pool=pools[2])
-                plgpu.barrier_arrive(do_free.at[slot])
-                if h == 128:
-                    target = dq_g.at[b, pl.ds(qi * block, block), head, pl.ds(wg * 64, 64)]
-                else:
-                    target = dq_g.at[b, pl.ds(qi * block + wg * 64, 64), head]
-                if simulated:  # the interpreter has no adding copy
-                    target[...] += dq
-                else:
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    dq_s.at[wg][...] = dq
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(dq_s.at[wg], target, reduction_op="add")
+                p, dp = mgpu.accumulate(products, shape, pool=pools[0])
+                ds = (p * dp).astype(dtype)
+                mgpu.multiply(dk, ds, q_s.at[slot])
+                if fused:
+                    place = rem(i, 2)
+                    pl.when(i >= 2)(lambda: plgpu.barrier_wait(ds_free.at[place]))
+                    ds_s.at[place, own][...] = ds
+                    mgpu.publish(simulated)
+                    plgpu.barrier_arrive(ds_full.at[place])
                 mgpu.wait(simulated)
                 plgpu.barrier_arrive(q_free.at[slot])
+                plgpu.barrier_arrive(do_free.at[slot])
 
             def walk_dk(dk):
                 def walk_dv(dv):
@@ -212,13 +190,12 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
                     lax.fori_loop(0, steps, one, start)
                     return mgpu.read(dv)
 
-                dv = mgpu.accumulate(walk_dv, (HALF, h), pool=pools[4])
+                dv = mgpu.accumulate(walk_dv, (HALF, h), pool=pools[3])
                 return mgpu.read(dk) * scale, dv
 
-            dk, dv = mgpu.accumulate(walk_dk, (HALF, h), pool=pools[3])
-            if fused:  # until the other warpgroup has read this one's keys too
-                mgpu.tell(swap, rem(steps, 2) * 2 + wg, simulated)
-                mgpu.await_signal(swap, rem(steps, 2) * 2 + 1 - wg, simulated)
+            dk, dv = mgpu.accumulate(walk_dk, (HALF, h), pool=pools[2])
+            if fused:  # until the keys have been read for dq too
+                mgpu.drain(ds_free, count=steps, stages=2)
             k_s.at[own][...] = dk.astype(dtype)
             v_s.at[own][...] = dv.astype(dtype)
             plgpu.commit_smem()
@@ -229,7 +206,7 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
 
         @pl.when(wg == 2)
         def memory():
-            plgpu.set_max_registers(mgpu.MEMORY_REGISTERS, action="decrease")
+            plgpu.set_max_registers(registers[1], action="decrease")
             at = (b, pl.ds(t0, TILE), kv_head)
             plgpu.copy_gmem_to_smem(k_g.at[at], k_s, kv_full)
             plgpu.copy_gmem_to_smem(v_g.at[at], v_s, kv_full)
@@ -244,9 +221,54 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
                 pl.when(i >= stages)(lambda: plgpu.barrier_wait(do_free.at[slot]))
                 plgpu.copy_gmem_to_smem(do_g.at[b, where, head], do_s.at[slot], do_full.at[slot])
                 plgpu.copy_gmem_to_smem(delta_g.at[b, head, where], delta_s.at[slot], do_full.at[slot])
+
+            def load_next(i, at):
+                load(i, at)
                 return following(at)
 
-            lax.fori_loop(0, steps, load, start)
+            def add_dq(i, at):
+                head, qi = at
+                place = rem(i, 2)
+                both = ds_s.at[place]
+                plgpu.barrier_wait(ds_full.at[place])
+                for half in range(2):
+                    part = pl.ds(half * 64, 64)
+                    if h == 128:  # half the columns
+                        factors = both.T, k_s.at[:, part]
+                        target = dq_g.at[b, pl.ds(qi * block, block), head, part]
+                    else:  # half the rows
+                        factors = both.at[:, part].T, k_s
+                        target = dq_g.at[b, pl.ds(qi * block + half * 64, 64), head]
+
+                    def product(dq):
+                        mgpu.multiply(dq, *factors)
+                        return mgpu.read(dq)
+
+                    dq = mgpu.accumulate(product, dq_shape, pool=pool[4:] or None)
+                    if half == 1:
+                        plgpu.barrier_arrive(ds_free.at[place])
+                    if simulated:  # the interpreter has no adding copy
+                        target[...] += dq
+                    else:
+                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the other half may still be leaving
+                        dq_s.at[half][...] = dq
+                        plgpu.commit_smem()
+                        plgpu.copy_smem_to_gmem(dq_s.at[half], target, reduction_op="add")
+
+            if fused:
+                ahead = lax.fori_loop(0, jnp.minimum(steps, stages), load_next, start)
+                plgpu.barrier_wait(kv_full)
+
+                def one(i, carry):
+                    at, ahead = carry
+                    add_dq(i, at)
+                    pl.when(i + stages < steps)(lambda: load(i + stages, ahead))
+                    return following(at), following(ahead)
+
+                lax.fori_loop(0, steps, one, (start, ahead))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            else:
+                lax.fori_loop(0, steps, load_next, start)
 
             mgpu.drain(q_free, do_free, count=steps, stages=stages)
 
@@ -262,7 +284,8 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
         scratch += [
             mgpu.tiled((2, TILE, block), dtype),
             mgpu.tiled((2, *dq_shape), jnp.float32),
-            plgpu.Barrier(num_barriers=4),
+            plgpu.Barrier(num_arrivals=2, num_barriers=2),
+            plgpu.Barrier(num_barriers=2),
         ]
     scratch += [
         plgpu.Barrier(num_arrivals=2),
@@ -272,7 +295,8 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
     ]
     if simulated:
-        scratch += [plgpu.SMEM((2, *s), jnp.float32) for s in (shape, shape, dq_shape, (HALF, h), (HALF, h))]
+        scratch += [plgpu.SMEM((2, *s), jnp.float32) for s in (shape, shape, (HALF, h), (HALF, h))]
+        scratch += [plgpu.SMEM(dq_shape, jnp.float32)]
     return plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct((B, T, K * parts, h), dtype)] * 2,
