@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
 
-from jsft.kernels.flash import flash_attention, tuned
-from jsft.kernels.flash.backward_dkv import backward_dkv, backward_fused
+from jsft.kernels.flash import flash_attention, primitives, tuned
+from jsft.kernels.flash.backward_dkv import _FUSED_REGISTERS, backward_dkv, backward_fused
 from jsft.kernels.flash.backward_dq import backward_dq
 from jsft.kernels.flash.forward import forward
 from jsft.kernels.flash.row_sums import row_sums_and_zeros
@@ -46,6 +46,14 @@ def test_every_shipped_configuration_lowers(h, group, configs, dtype):
         text = lower(functools.partial(kernel, scale=h**-0.5, config=config), *arguments)
         assert text.count("mosaic_gpu") >= 1
     assert "triton" in lower(row_sums_and_zeros, q, q)
+
+
+@pytest.mark.parametrize(
+    "compute, third", [(primitives.COMPUTE_REGISTERS, primitives.MEMORY_REGISTERS), _FUSED_REGISTERS]
+)
+def test_three_warpgroups_share_the_registers_of_a_launch(compute, third):
+    """That asks for 168 a thread. A kernel whose warpgroups then want more waits for itself, on a GPU alone."""
+    assert 2 * compute + third <= 3 * 168 and compute % 8 == third % 8 == 0
 
 
 @pytest.mark.parametrize("backward", ["deterministic", "fused"])
