@@ -112,9 +112,10 @@ def test_logits_far_above_a_rows_first(scale, above):
     assert above < (logits.max(-1) - logits[..., 0]).max() < above + above / 2
     sums, gradients = run(inputs, make_mesh(1, 4))
     want, *want_gradients = oracle(*inputs)
-    np.testing.assert_allclose(np.array(sums), want, rtol=1e-4, atol=1e-4)
+    rounding = 2**-23 * 12 * scale  # of two logits: they are up to 12 x scale
+    np.testing.assert_allclose(np.array(sums), want, rtol=1e-4, atol=rounding * want[4])
     for gradient, exact in zip(gradients, want_gradients):
-        assert relative(gradient, exact) < 2e-6 * max(scale, 10)  # of the logits' rounding: they are up to 12 x scale
+        assert relative(gradient, exact) < 2e-6 * max(scale, 10)  # likewise
 
 
 def test_devices_far_apart():
@@ -156,7 +157,7 @@ def test_one_pass_over_the_logits_in_the_program_for_a_gpu():
     loss = jax.jit(jax.grad(lambda *a: linear_cross_entropy(*a, mesh=mesh).loss, argnums=(0, 1)))
     with jax.sharding.use_abstract_mesh(mesh):
         text = loss.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("xla.gpu.triton") == 1
+    assert text.count("xla.gpu.triton") == 2  # of the first chunk, and of the loop over the others
 
 
 def test_unsupervised_tokens_are_neither_read_nor_computed():
