@@ -130,7 +130,7 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
                 keys = pl.ds(here * HALF, HALF)
 
                 def start_at(accumulator, ref, factor):
-                    """Sums begin at what would else be subtracted from them, and be kept in registers until then."""
+                    """Begins at what would else be kept in registers until it is subtracted from the sum."""
                     value = plgpu.load(ref.at[slot], layout=mgpu.COLUMN)
                     accumulator[...] = columns(value * factor, shape)
 
