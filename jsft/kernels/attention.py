@@ -112,10 +112,10 @@ def describe_attention(
     if settle_backward(backward, typical_length) != backward:
         text = f"backward in two kernels, faster on documents of {typical_length:,.0f} tokens"
     limits = "plain XLA for other than bfloat16 or float16, h 64 or 128"
-    return f"attention: Pallas flash kernels, {text} ({device}; {limits}){slow_assembly(jaxlib.__version__)}"
+    return f"attention: Pallas flash kernels, {text} ({device}; {limits}){_slow_assembly(jaxlib.__version__)}"
 
 
-def slow_assembly(version: str) -> str:
+def _slow_assembly(version: str) -> str:
     """What to add to that line for a jaxlib whose wheels assemble the kernels badly, or which nobody has tried.
 
     Those of 0.12 do it with nvJitLink, which ignores how a kernel's warpgroups divide the registers: they spill, and their

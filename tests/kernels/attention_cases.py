@@ -1,7 +1,30 @@
 """Inputs and a float64 oracle for the attention tests."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jsft.kernels.flash.backward_dkv import backward_dkv, backward_fused
+from jsft.kernels.flash.backward_dq import backward_dq
+from jsft.kernels.flash.forward import forward
+
+
+def kernels_to_compile(configs, H, K, h, dtype, sharding=None):
+    """(kernel in its configuration, shapes of its arguments) of each attention kernel, for a row of 16,384."""
+    S = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    T = 16384
+    q, k = S((1, T, H, h), dtype), S((1, T, K, h), dtype)
+    statistic, position = S((1, H, T), jnp.float32), S((1, T), jnp.int32)
+    of_dkv = (q, k, k, q, statistic, statistic, position)
+    for kernel, config, arguments in (
+        (forward, configs.forward, (q, k, k, position)),
+        (backward_dq, configs.dq, (q, k, k, q, q, statistic, position)),
+        (backward_dkv, configs.dkv, of_dkv),
+        (backward_fused, configs.dq_dkv, of_dkv),
+    ):
+        yield functools.partial(kernel, scale=h**-0.5, config=config), arguments
 
 
 def ranges(rows_of_lengths):

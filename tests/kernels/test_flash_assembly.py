@@ -16,33 +16,22 @@ from jsft.training import deviceless
 
 ROOT = Path(__file__).parents[2]
 COMPILE = """
-import functools
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jsft.training import deviceless
 everywhere = NamedSharding(Mesh(np.array(deviceless.gpus("h200", 1)), ("one",)), PartitionSpec())
-from jsft.kernels.flash.attention import backward_dkv, backward_dq, backward_fused, configs, forward
-T, H, K, h = 16384, 10, 2, 128
-S = functools.partial(jax.ShapeDtypeStruct, sharding=everywhere)
-q, k = (S((1, T, heads, h), jnp.bfloat16) for heads in (H, K))
-rows, places = S((1, H, T), jnp.float32), S((1, T), jnp.int32)
-chosen = configs(h, H // K, T)
-both = (q, k, k, q, rows, rows, places)
-for kernel, config, arguments in (
-    (forward, chosen.forward, (q, k, k, places)),
-    (backward_dq, chosen.dq, (q, k, k, q, q, rows, places)),
-    (backward_dkv, chosen.dkv, both),
-    (backward_fused, chosen.dq_dkv, both),
-):
-    lowered = jax.jit(functools.partial(kernel, scale=0.1, config=config)).lower(*arguments)
-    lowered.compile(compiler_options=deviceless.COMPILER_OPTIONS)
+from attention_cases import kernels_to_compile
+from jsft.kernels.flash import tuned
+for kernel, arguments in kernels_to_compile(tuned.configs(128, 5, 16384), 10, 2, 128, jnp.bfloat16, everywhere):
+    jax.jit(kernel).lower(*arguments).compile(compiler_options=deviceless.COMPILER_OPTIONS)
 """
 
 
 @pytest.mark.skipif(not deviceless.available(), reason="needs JAX's CUDA plugin: pip install jax[cuda13]")
-def test_kernels_keep_their_registers_and_products_run_on(tmp_path):
+def test_kernels_keep_their_registers_and_products_run_on():
     environment = os.environ | {"MOSAIC_GPU_DUMP_PTXAS": "1", "JAX_ENABLE_COMPILATION_CACHE": "0"}
-    ran = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, timeout=600)
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, Path(__file__).parent)))
+    ran = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, timeout=600)
     said = (ran.stdout + ran.stderr).decode(errors="replace")
     assert ran.returncode == 0, said[-2000:]
     assert not re.findall(r"\((C7504|C7507|C7508|C7512)\).*", said)  # registers not divided; products serialized
