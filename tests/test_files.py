@@ -1,7 +1,9 @@
 """jsft/files.py: the order in which bytes and names reach the disk, and what a refusing disk leaves."""
 
 import errno
+import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,50 @@ def test_a_file_system_that_cannot_sync_directories_is_no_error(tmp_path, monkey
     files.write_text(tmp_path / "file", "new")
     files.sync_tree(tmp_path)
     assert (tmp_path / "file").read_text() == "new"
+
+
+def test_what_need_not_survive_a_power_cut_is_renamed_without_a_sync(tmp_path, order):
+    files.write_json(tmp_path / "beat.json", {"x": "ü"}, durable=False)
+    assert order == [("rename", "beat.json")]
+    assert json.loads((tmp_path / "beat.json").read_text(encoding="ascii")) == {"x": "ü"}
+
+
+def test_a_lone_surrogate_is_written_as_an_escape(tmp_path):
+    files.write_text(tmp_path / "file", "half \ud835")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "half \\ud835"
+
+
+def test_a_new_directory_is_synced_into_the_one_above(tmp_path, order):
+    files.make_folder(tmp_path / "a" / "b")
+    assert order == [("sync", tmp_path.name), ("sync", "a")] and (tmp_path / "a" / "b").is_dir()
+    files.make_folder(tmp_path / "a" / "b")
+    assert len(order) == 2
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        files.make_folder(tmp_path / "file" / "b")
+
+
+def test_two_writers_of_one_path_do_not_disturb_each_other(tmp_path):
+    path, wrong = tmp_path / "file", []
+
+    def write(letter):
+        try:
+            for _ in range(50):
+                files.write_text(path, letter * 1000, durable=False)
+        except OSError as error:
+            wrong.append(error)
+
+    writers = [threading.Thread(target=write, args=(letter,)) for letter in "abc"]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        assert not path.exists() or len(set(path.read_text())) == 1
+    assert not wrong and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_killed_writers_left_is_known_by_its_name(tmp_path):
+    for name in ("status.json.tmp-123-4", "status.json", "mine.tmp-1"):
+        (tmp_path / name).write_text("")
+    files.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path / "nothing")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.tmp-1", "status.json"]
