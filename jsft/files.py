@@ -7,8 +7,17 @@ Standard library only, valid for Python 3.11: every room may use it.
 """
 
 import errno
+import itertools
+import json
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
+
+_COUNT = itertools.count()
+_LEFTOVER = re.compile(r".+\.tmp-\d+-\d+")  # what a killed writer leaves
 
 # What a file system says that cannot sync a directory (some network and FUSE mounts): there nothing more can be done.
 _NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
@@ -46,19 +55,65 @@ def rename(source: str | Path, target: str | Path) -> None:
     sync(Path(target).parent)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes UTF-8 text beside `path`, syncs it, and renames: readers and power cuts see the old file or the new one.
+def make_folder(path: str | Path) -> None:
+    """Makes a directory and its parents, and syncs the directory above each one that was made. Raises OSError."""
+    path = Path(path)
+    missing = []
+    while not path.is_dir() and path != path.parent:
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        with suppress(PermissionError):  # a parent that may be searched and not read
+            sync(folder.parent)
 
-    Raises OSError when the disk refuses; `path` is then as it was.
+
+@contextmanager
+def replacing(path: str | Path, durable: bool = True) -> Iterator[IO[bytes]]:
+    """A binary file that takes the place of `path` when the block ends, and is removed when the block raises.
+
+    Readers and power cuts see the old file or the new one. Each writer has a temporary name of its own, so that two
+    of them do not disturb each other: the last one wins. durable=False leaves out the syncs: for what need not survive
+    a power cut. Raises OSError when the disk refuses; `path` is then as it was.
     """
     path = Path(path)
-    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}-{next(_COUNT)}")
     try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        rename(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
+        with beside.open("xb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        if durable:
+            rename(beside, path)
+        else:
+            os.replace(beside, path)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise
+
+
+def write_bytes(path: str | Path, data: bytes, durable: bool = True) -> None:
+    """Writes a whole file, as `replacing` does. Raises OSError."""
+    with replacing(path, durable) as file:
+        file.write(data)
+
+
+def write_text(path: str | Path, text: str, durable: bool = True) -> None:
+    """Writes a whole file in UTF-8, as `replacing` does; a lone surrogate becomes an escape. Raises OSError."""
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"), durable)
+
+
+def write_json(path: str | Path, value: Any, durable: bool = True) -> None:
+    """Writes a value as JSON in ASCII, as `replacing` does. Raises OSError."""
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode("ascii"), durable)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Removes what killed writers left in a directory. Only for who knows that nobody else is writing there."""
+    with suppress(OSError):
+        for path in Path(folder).iterdir():
+            if _LEFTOVER.fullmatch(path.name):
+                with suppress(OSError):
+                    path.unlink()
