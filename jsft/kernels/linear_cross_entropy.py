@@ -169,37 +169,36 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
         logits = dot(xc, w, (((1,), (1,)), ((), ())))  # [C, V/N]
         if padded:
             logits = jnp.where(first + column < V, logits, -jnp.inf)
-        top, log_z, mean_logit, shift, exp = _statistics(logits, dtype, one_pass=grads)
+        # The target's logit is set apart, so that the sums are of the others alone: 1 - p of a confident token is lost
+        # in a sum that holds both. All reads of the whole logits come before, lest the compiler copy them.
         here = (tc >= 0) & (tc < width)
         at_target = jnp.take_along_axis(logits, jnp.clip(tc, 0, width - 1)[:, None], axis=1)[:, 0]
         at_target = jnp.where(here, at_target, 0)
-        if parts > 1:
-            local = jnp.stack([top, log_z, mean_logit, at_target])
-            top, log_zs, mean_logits, at_target = jnp.moveaxis(lax.all_gather(local, _VOCABULARY), 1, 0)
-            top, at_target = jnp.max(top, axis=0), jnp.sum(at_target, axis=0)
-            log_z = jax.nn.logsumexp(log_zs, axis=0)
-            mean_logit = jnp.sum(mean_logits * jnp.exp(log_zs - log_z), axis=0)
-        nll = log_z - at_target
-        on = wc != 0
-        entropy = log_z - mean_logit
+        first_logit, at_target, logits = lax.optimization_barrier((logits[:, 0], at_target, logits))
+        at = jnp.arange(tc.shape[0]), jnp.where(here, tc, width)
+        logits = logits.at[at].set(-jnp.inf, mode="drop", unique_indices=True)
+        shift, exp, *local = _statistics(logits, first_logit, dtype, one_pass=grads)
+        local = jnp.stack([*local, at_target])
+        gathered = lax.all_gather(local, _VOCABULARY) if parts > 1 else local[None]
+        top, z, log_z, others, mean, target_logit = _all_devices(jnp.moveaxis(gathered, 1, 0))
+        on, nll, entropy = wc != 0, log_z - target_logit, log_z - mean
         sums += jnp.stack(
             [
                 jnp.sum(wc * nll),
                 jnp.sum(jnp.where(on, nll, 0)),
                 jnp.sum(jnp.where(on, entropy, 0)),
-                jnp.sum(on & (at_target >= top)).astype(wide),
+                jnp.sum(on & (target_logit >= 0)).astype(wide),
                 jnp.sum(on).astype(wide),
                 jnp.sum(wc * entropy),
             ]
         )
         if grads:
-            # The gradient of the logits is wc * (p - 1 at the target) = factor * (exp - total at the target), with exp
-            # from the pass that made the sums; the factor is applied to hidden states and their gradient, which are
-            # narrow.
-            exp, shift = _within_reach(logits, log_z, shift, exp)
-            total, factor = jnp.exp(log_z - shift), (wc * jnp.exp(shift - log_z))[:, None]
-            at = jnp.arange(tc.shape[0]), jnp.where(here, tc, width)
-            difference = (jnp.exp(at_target - shift) - total).astype(dtype)
+            # The gradient of the logits is wc * p, at the target wc * (p - 1) = -wc * the others' p: factor * exp and
+            # -factor * the others' sum, with exp from the pass that made the sums; the factor is applied to hidden
+            # states and their gradient, which are narrow.
+            exp, shift = _within_reach(logits, top, log_z, shift, exp)
+            factor = (wc * jnp.exp(shift - top) / z)[:, None]
+            difference = (-others * jnp.exp(top - shift)).astype(dtype)
             exp = exp.at[at].set(difference, mode="drop", unique_indices=True)
             scaled = (xc * factor).astype(dtype)
             more = dot(exp, scaled, (((0,), (0,)), ((), ())))
@@ -220,49 +219,69 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
     return LossSums(*sums.astype(jnp.float32) if wide == jnp.float32 else sums), dx, dw
 
 
-def _statistics(logits, dtype, one_pass):
-    """The largest logit, log sum exp, the mean logit under p, a shift, all [C], and exp(logits - shift) in dtype,
-    [C, V/N]; logits: [C, V/N], -inf where padded.
+def _statistics(logits, first, dtype, one_pass):
+    """(a shift [C]; exp(logits - shift) in dtype, [C, V/N]; and of one device, for `_all_devices`, four of [C]: the
+    largest logit, the shift of the sums, the sum of the exponentials, and that weighted by logits - shift).
+    logits: [C, V/N], -inf where padded and at the target; first: [C], the first of each row before that.
 
     In one pass over the logits, a gigabyte or two (the exponentials too, with `one_pass`, on a GPU): exponentials
     relative to a row's first logit. Only where their sums overflow, because another logit is some 80 larger, a second
     pass takes the sums relative to the largest.
     """
     lowest = jnp.finfo(logits.dtype).min
-    first = jnp.maximum(logits[:, 0], lowest)
+    first = jnp.maximum(first, lowest)
     narrow = logits.dtype == jnp.float32 and dtype != jnp.float32
     kernel = one_pass and narrow and target_device().platform == "gpu"
     exp, top, total, weighted = (exponentials if kernel else _pass_in_xla)(logits, first, dtype=dtype)
     fits = jnp.all(jnp.isfinite(total) & jnp.isfinite(weighted))
     highest = jnp.maximum(top, lowest)
-    shift, total, weighted = lax.cond(
+    sums = lax.cond(
         fits,
         lambda: (first, total, weighted),
         lambda: (highest, *_pass_in_xla(logits, highest, dtype=dtype)[2:]),
     )
-    mean_logit = weighted / jnp.maximum(total, jnp.finfo(logits.dtype).tiny)
-    return top, shift + jnp.log(total), mean_logit, first, exp
+    return first, exp, top, *sums
+
+
+def _all_devices(statistics):
+    """Statistics of the others' logits and the target's, [5, N, C] (`_statistics`; the logit, or 0 where it is not) ->
+    six of [C]: the largest logit; relative to it z = sum exp, log z, the others' part of z, the mean logit under p, the
+    target's logit.
+
+    No logarithm or logit of full size enters: all are differences, exact where they matter.
+    """
+    tops, shifts, totals, weighted, at_target = statistics
+    at_target = jnp.sum(at_target, axis=0)
+    top = jnp.maximum(jnp.max(tops, axis=0), at_target)
+    apart, target = shifts - top, at_target - top
+    root = jnp.exp(apart / 2)  # twice: a sum near the largest float, of a shift as far below, is no zero
+    others = jnp.sum(totals * root * root, axis=0)
+    exp = jnp.exp(target)
+    z = others + exp
+    moments = jnp.sum((weighted * root + totals * root * apart) * root, axis=0)
+    return top, z, jnp.log1p(others + (exp - 1)), others, (moments + exp * target) / z, target
 
 
 def _pass_in_xla(logits, shift, *, dtype):
     """As `exponentials`, for any float dtypes."""
-    exp = jnp.exp(logits - shift[:, None])
-    weight = jnp.maximum(logits, jnp.finfo(logits.dtype).min)  # 0 * -inf is NaN
+    relative = logits - shift[:, None]
+    exp = jnp.exp(relative)
+    weight = jnp.maximum(relative, jnp.finfo(logits.dtype).min)  # 0 * -inf is NaN
     return exp.astype(dtype), jnp.max(logits, axis=-1), jnp.sum(exp, axis=-1), jnp.sum(exp * weight, axis=-1)
 
 
-def _within_reach(logits, log_z, shift, exp):
-    """(exp, shift): as given, or, where in some row the sum of the exponentials over all devices or its inverse might
-    take a product out of the dtype's range, made again with log_z for the shift.
+def _within_reach(logits, top, log_z, shift, exp):
+    """(exp, shift): as given, or, where in some row the sum of the exponentials over all devices, exp(top + log_z -
+    shift), or its inverse might take a product out of the dtype's range, recomputed with the largest logit for the shift.
     """
     reach = _REACH * np.log(float(jnp.finfo(exp.dtype).max))
-    far = ~jnp.all(jnp.abs(log_z - shift) < reach)
+    far = ~jnp.all(jnp.abs(top - shift + log_z) < reach)
 
-    def again(_):
-        return False, jnp.exp(logits - log_z[:, None]).astype(exp.dtype), log_z
+    def recompute(_):
+        return False, jnp.exp(logits - top[:, None]).astype(exp.dtype), top
 
     # A loop that runs once, for it writes where exp lies; a condition would copy it.
-    return lax.while_loop(lambda state: state[0], again, (far, exp, shift))[1:]
+    return lax.while_loop(lambda state: state[0], recompute, (far, exp, shift))[1:]
 
 
 def _check_arguments(hidden, unembedding, targets, weights, mesh) -> None:

@@ -19,7 +19,7 @@ def exponentials(
     logits: jax.Array, shift: jax.Array, *, dtype: jnp.dtype, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """(exp(logits - shift) in `dtype` [C, V]; over V: the largest logit, the sum of the exponentials before rounding,
-    their sum weighted by the logits; float32 [C]).
+    their sum weighted by logits - shift; float32 [C]).
 
     logits: float32 [C, V], finite or -inf; shift: float32 [C], finite.
     """
@@ -33,10 +33,11 @@ def exponentials(
         def block(i, sums, mask=None):
             at = row, pl.ds(i * _BLOCK, _BLOCK)
             values = plgpu.load(logits_ref.at[at], mask=mask, other=None if mask is None else -jnp.inf)
-            exp = jnp.exp(values - shift)
+            relative = values - shift
+            exp = jnp.exp(relative)
             plgpu.store(exp_ref.at[at], exp.astype(dtype), mask=mask)
             top, total, weighted = sums
-            weight = jnp.maximum(values, lowest)  # 0 * -inf is NaN
+            weight = jnp.maximum(relative, lowest)  # 0 * -inf is NaN
             return jnp.maximum(top, values), total + exp, weighted + exp * weight
 
         zeros = jnp.zeros((_BLOCK,), jnp.float32)

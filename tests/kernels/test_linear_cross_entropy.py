@@ -1,10 +1,14 @@
 """Linear cross-entropy against float64, over meshes, chunks, dtypes and odd vocabularies."""
 
+import functools
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jsft.kernels import linear_cross_entropy as module
 from jsft.kernels.linear_cross_entropy import linear_cross_entropy
 from jsft.kernels.logits_triton import exponentials
 
@@ -133,6 +137,60 @@ def test_devices_far_apart():
         assert relative(gradient, exact) < 1e-4
 
 
+LEFT = [1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7]  # 1 - p of the target
+
+
+def confident_tokens(level, dtype, V=64, each=8):
+    """Logits [1, len(LEFT) * each, V], exact in dtype, near `level`, and targets with about 1 - p = LEFT."""
+    rng = np.random.default_rng(0)
+    left = np.repeat(LEFT, each)
+    logits, targets = rng.normal(size=(len(left), V)), rng.integers(0, V, len(left))
+    targets[:: each // 2] = 0  # also the logit that the exponentials are relative to
+    rows = np.arange(len(left))
+    logits[rows, targets] = -np.inf
+    logits[rows, targets] = np.log(np.exp(logits).sum(-1)) + np.log1p(-left) - np.log(left)
+    return np.asarray(jnp.asarray(logits + level, dtype), np.float64)[None], targets.astype(np.int32)[None]
+
+
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_gradients_of_confident_tokens_are_as_exact_as_those_of_log_softmax(fsdp):
+    """Hidden states that are logits: their gradient is the logits'. 1 - p must not come from a difference of two sums,
+    nor from a rounded logarithm.
+    """
+    cases = [confident_tokens(level, jnp.float32) for level in (0, 20, -300, 1000)]
+    logits, targets = (np.concatenate(arrays, axis=1) for arrays in zip(*cases))
+    inputs = np.repeat(logits, 8, 0), np.eye(64), np.repeat(targets, 8, 0), np.ones((8, targets.size))
+    _, want, _ = oracle(*inputs)
+
+    def plain(x):
+        return -jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(x), jnp.asarray(targets)[..., None], -1))
+
+    _, (ours, _) = run(inputs, make_mesh(1, fsdp))
+    theirs = jax.grad(plain)(jnp.asarray(logits, jnp.float32))
+    off, theirs_off = (
+        np.abs(np.asarray(a[:1], np.float64) / want[:1] - 1).reshape(len(cases), len(LEFT), -1).max(-1)
+        for a in (ours, theirs)
+    )
+    assert (off <= 2 * theirs_off).all()
+    assert off.max() < 2e-5  # at every 1 - p, where log-softmax's is 1 in the end
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
+def test_so_are_the_kernels_but_for_the_rounding_to_bfloat16(interpret, fsdp, monkeypatch):
+    if not interpret and fsdp > jax.device_count():
+        pytest.skip(f"needs {fsdp} devices")
+    monkeypatch.setattr(module, "exponentials", functools.partial(exponentials, interpret=interpret))
+    monkeypatch.setattr(module, "target_device", lambda: SimpleNamespace(platform="gpu"))
+    logits, targets = confident_tokens(20, jnp.bfloat16)
+    inputs = np.repeat(logits, 4, 0), np.eye(64), np.repeat(targets, 4, 0), np.ones((4, targets.size))
+    sums, (ours, _) = run(inputs, make_mesh(1, fsdp), jnp.bfloat16)
+    want_sums, want, _ = oracle(*inputs)
+    np.testing.assert_allclose(np.array(sums), want_sums, rtol=1e-5)
+    at_target = [np.take_along_axis(np.asarray(g, np.float64), inputs[2][..., None], -1) for g in (ours, want)]
+    np.testing.assert_allclose(*at_target, rtol=3 * 2**-8)
+
+
 @pytest.mark.parametrize("V", [4096, 8192, 10_000])
 @pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
 def test_kernel_of_the_exponentials(V, interpret):
@@ -141,10 +199,11 @@ def test_kernel_of_the_exponentials(V, interpret):
     shift = logits[:, 0]
     exp, *sums = exponentials(logits, shift, dtype=jnp.bfloat16, interpret=interpret)
     exact = np.asarray(logits, np.float64)
-    want = np.exp(exact - np.asarray(shift, np.float64)[:, None])
+    relative = exact - np.asarray(shift, np.float64)[:, None]
+    want = np.exp(relative)
     assert exp.dtype == jnp.bfloat16 and (np.asarray(exp)[1, -7:] == 0).all()
     np.testing.assert_allclose(np.asarray(exp, np.float64), want, rtol=4e-3, atol=1e-38)
-    weighted = np.sum(want * np.where(np.isfinite(exact), exact, 0), -1)
+    weighted = np.sum(want * np.where(np.isfinite(exact), relative, 0), -1)
     for got, exactly in zip(sums, (exact.max(-1), want.sum(-1), weighted)):
         np.testing.assert_allclose(got, exactly, rtol=1e-5)
 
