@@ -13,14 +13,14 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from jsft.errors import ConfigError, JsftError, PeerLostError
-from jsft.peers import PeerLink
+from jsft.peers import PeerLink, check_port_is_free
 
 DEFAULT_PORT = 29400
 _JAX_SILENCE = 100  # seconds without a heartbeat after which JAX's own client aborts; ours must be shorter
@@ -142,18 +142,21 @@ def _checked(cluster: Cluster) -> Cluster | None:
         raise ConfigError(
             f"process {cluster.index} of {cluster.count} ({cluster.source}): numbers go from 0 to count - 1"
         )
+    if not 0 < cluster.port < 65535:
+        raise ConfigError(f"port {cluster.port} ({cluster.source}): it and the next one must lie in 1 to 65535")
     return cluster if cluster.count > 1 else None
 
 
 @contextmanager
 def session(
-    cluster: Cluster | None, *, start_seconds: float, silence_seconds: float
+    cluster: Cluster | None, *, start_seconds: float, silence_seconds: float, facts: Mapping[str, Any]
 ) -> Iterator[PeerLink | None]:
     """A run of `cluster`'s processes, from meeting to parting; yields the link to the others, None for a
     single one.
 
-    Inside, an error of this process ends the others with its exit code; a lost process ends this one. Raises
-    PeerLostError naming who did not come within `start_seconds`.
+    facts: JSON values that must be the same on all processes before any of them starts. Inside, an error of
+    this process ends the others with its exit code; a lost process ends this one. Raises PeerLostError naming
+    who did not come within `start_seconds`, ConfigError where facts differ or a port is in use.
     """
     if cluster is None:
         yield None
@@ -162,6 +165,8 @@ def session(
         raise ConfigError(
             f"train.peer_seconds={silence_seconds:g}: must be below {_JAX_SILENCE}, where JAX itself aborts"
         )
+    if cluster.index == 0:
+        check_port_is_free(cluster.host, cluster.port)  # JAX's service would crash on one that is in use
     link = PeerLink.open(
         cluster.index,
         cluster.count,
@@ -169,6 +174,7 @@ def session(
         cluster.port + 1,
         timeout=start_seconds,
         silence=silence_seconds,
+        facts=facts,
     )
     link.on_loss = lambda rank, why, code, state: _end(code, why)
     _on_abort(link)

@@ -4,19 +4,27 @@ Process 0 listens and the others connect to it, which is also how a start learns
 each side sends a beat every few seconds. A connection that closes, or stays silent for too long, is a lost
 process; process 0 tells the others which. A process that leaves by itself says so, with its exit code and
 why, so that the others end with the same code and sentence. Messages are lines of JSON.
+
+The processes also compare over this link what must be the same on all of them: what is known before the start
+(`open`), and what each finds out while it builds the run (`agree`).
 """
 
 import json
+import queue
 import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from typing import Any
 
 from jsft.errors import ConfigError, PeerLostError
 
 _LINE_LIMIT = 65536
+_GREETING_SECONDS = 5.0  # within which a connection must have said who it is
 _LATE_COMERS = 1.0  # seconds that process 0 waits for others whom to tell why the run does not begin
+_PATIENCE = 30.0  # seconds of waiting for the others' facts before the first line that says so
 
 
 class PeerLink:
@@ -33,6 +41,10 @@ class PeerLink:
         self._buffers: dict[int, bytes] = {}
         self._heard: dict[int, float] = {}
         self._left: set[int] = set()
+        self._values: dict[int, dict[int, Any]] = {}  # of each round of `exchange`, by rank
+        self._round = 0
+        self._arrived = threading.Condition()
+        self._disagreement: str | None = None  # every process finds it, and ends by itself
         self._verdict = threading.Event()
         self._closing = threading.Event()
         self._lock = threading.Lock()
@@ -40,80 +52,109 @@ class PeerLink:
 
     @classmethod
     def open(
-        cls, rank: int, count: int, host: str, port: int, *, timeout: float, silence: float
+        cls,
+        rank: int,
+        count: int,
+        host: str,
+        port: int,
+        *,
+        timeout: float,
+        silence: float,
+        facts: Mapping[str, Any] | None = None,
     ) -> "PeerLink":
         """Meets the other processes at `host:port`. Raises PeerLostError naming those that did not come in
-        time.
+        time, and ConfigError, on every process, naming the first of `facts` that differs.
 
-        timeout: seconds to wait for them; silence: seconds without a beat after which one counts as lost.
+        timeout: seconds to wait for them; silence: seconds without a beat after which one counts as lost;
+        facts: JSON values that must be the same on all processes.
         """
         link = cls(rank, count, silence)
+        facts = _as_json(facts or {})
         if rank == 0:
-            link._gather(host, port, timeout)
+            link._gather(host, port, timeout, facts)
         else:
-            link._join(host, port, timeout)
+            link._join(host, port, timeout, facts)
         link._thread.start()
         return link
 
-    def _gather(self, host: str, port: int, timeout: float) -> None:
-        """Process 0: waits until all others are here, then lets them go on."""
-        try:
-            server = socket.create_server(("", port), backlog=self.count)
-        except OSError as error:
-            raise ConfigError(
-                f"process 0 cannot listen on port {port} of {host} ({error.strerror}); is another run "
-                f"using it? choose another port in --coordinator or MASTER_PORT"
-            ) from error
+    def agree(self, facts: Mapping[str, Any], waiting_for: str = "") -> None:
+        """Compares `facts` (JSON values) on all processes; all must call it at the same point.
+
+        Raises ConfigError, on every process, naming the first fact that differs and both values.
+        waiting_for: what the others may still be doing, for the line printed after half a minute.
+        """
+        self._gather_values(dict(facts), waiting_for, must_agree=True)
+        if self._disagreement:
+            raise ConfigError(self._disagreement)
+
+    def exchange(self, value: Any) -> list[Any]:
+        """The JSON `value` of every process, by rank; all must call it at the same point. Waits for them all."""
+        return self._gather_values(value)
+
+    def _gather_values(self, value: Any, waiting_for: str = "", must_agree: bool = False) -> list[Any]:
+        """An all-gather through process 0. A process that is lost meanwhile ends this one by `on_loss`."""
+        self._round += 1
+        own = {self.rank: _as_json(value)}
+        self._put({"round": self._round, "values": own, "must_agree": must_agree})
+        warn_at = time.monotonic() + _PATIENCE
+        with self._arrived:
+            while len(values := self._values[self._round]) < self.count:
+                self._arrived.wait(0.5)
+                if waiting_for and self.rank == 0 and time.monotonic() > warn_at:
+                    missing = sorted(set(range(self.count)) - set(values))
+                    print(f"waiting for {_names(missing)}: {waiting_for}", flush=True)
+                    warn_at = float("inf")
+            del self._values[self._round]
+        return [values[rank] for rank in range(self.count)]
+
+    def _put(self, message: dict) -> None:
+        """Takes in values of a round. Process 0 sends them to all once it has all; the others send theirs to it."""
+        with self._arrived:
+            values = self._values.setdefault(message["round"], {})
+            values |= {int(rank): value for rank, value in message["values"].items()}
+            complete = len(values) == self.count
+            if complete and message["must_agree"]:  # found out here, before the others' end can be read
+                found = (_difference(values[0], values[rank], rank) for rank in range(1, self.count))
+                self._disagreement = next(filter(None, found), None)
+            self._arrived.notify_all()
+        if complete if self.rank == 0 else list(values) == [self.rank]:
+            self._tell_all(message | {"values": values})
+
+    def _gather(self, host: str, port: int, timeout: float, facts: dict) -> None:
+        """Process 0: waits until all others are here, then lets them start."""
         end = time.monotonic() + timeout
-        others = set(range(1, self.count))
-        with server:
-            while others - set(self._sockets):
-                left = end - time.monotonic()
-                if left <= 0:
-                    missing = sorted(others - set(self._sockets))
-                    why = (
-                        f"process{'es' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of "
-                        f"{self.count} did not reach {host}:{port} within {timeout:.0f} s; look at the log "
-                        f"there, start {'them' if len(missing) > 1 else 'it'}, or raise train.start_seconds"
-                    )
-                    self._tell_all({"refused": why, "code": PeerLostError.exit_code})
-                    raise PeerLostError(why)
-                server.settimeout(left)
+        arrivals: queue.Queue[tuple[socket.socket, bytes]] = queue.Queue()
+        with _listen(host, port, self.count) as server, ExitStack() as stack:
+            stack.callback(server.shutdown, socket.SHUT_RDWR)  # wakes the thread that waits in accept
+            threading.Thread(target=_accept, args=(server, arrivals), daemon=True).start()
+            while others := set(range(1, self.count)) - set(self._sockets):
                 try:
-                    connection, _ = server.accept()
-                except TimeoutError:
-                    continue
+                    connection, greeting = arrivals.get(timeout=max(end - time.monotonic(), 0))
+                except queue.Empty:
+                    self._give_up(sorted(others), f"{host}:{port}", timeout)
                 try:
-                    self._greet(connection)
+                    self._greet(connection, greeting, facts)
                 except ConfigError as error:
-                    self._refuse_the_rest(server, str(error))
+                    _refuse_the_rest(arrivals, str(error), self.count)
                     raise
         self._tell_all({"go": True})
 
-    def _refuse_the_rest(self, server: socket.socket, why: str) -> None:
-        """Tells those on their way too, who would else see no more than a connection reset."""
-        server.settimeout(_LATE_COMERS)
-        for _ in range(self.count):
-            try:
-                connection, _ = server.accept()
-            except OSError:  # no more have come
-                return
-            with connection:
-                connection.settimeout(_LATE_COMERS)
-                try:
-                    _read_line(connection)  # else closing would reset the connection before the word has arrived
-                    connection.sendall(_encode({"refused": why, "code": ConfigError.exit_code}))
-                except (OSError, ValueError):  # gone again, or a stranger
-                    pass
+    def _give_up(self, missing: list[int], where: str, timeout: float) -> None:
+        why = (
+            f"{_names(missing)} of {self.count} did not reach {where} within {timeout:.0f} s; look at the log "
+            f"there, start {'them' if len(missing) > 1 else 'it'}, or raise train.start_seconds"
+        )
+        self._tell_all({"refused": why, "code": PeerLostError.exit_code})
+        raise PeerLostError(why)
 
-    def _greet(self, connection: socket.socket) -> None:
-        connection.settimeout(5)
+    def _greet(self, connection: socket.socket, greeting: bytes, facts: dict) -> None:
         try:
-            hello = json.loads(_read_line(connection))
-            rank, count = int(hello["rank"]), int(hello["count"])
-        except (OSError, ValueError, KeyError, TypeError):  # a stranger on our port
+            hello = json.loads(greeting)
+            rank, count, theirs = int(hello["rank"]), int(hello["count"]), dict(hello["facts"])
+        except (ValueError, KeyError, TypeError):  # a stranger on our port
             connection.close()
             return
+        connection.settimeout(_GREETING_SECONDS)
         why = None
         if count != self.count:
             why = (
@@ -122,12 +163,14 @@ class PeerLink:
             )
         elif not 0 < rank < self.count or rank in self._sockets:
             why = f"two processes were started as process {rank} of {self.count}; give each its own number"
+        else:
+            why = _difference(facts, theirs, rank)
         self._add(rank if why is None else -1, connection)
         if why:
             self._tell_all({"refused": why, "code": ConfigError.exit_code})
             raise ConfigError(why)
 
-    def _join(self, host: str, port: int, timeout: float) -> None:
+    def _join(self, host: str, port: int, timeout: float, facts: dict) -> None:
         """The others: connects to process 0 and waits for its word."""
         end = time.monotonic() + timeout
         reason = "no answer"
@@ -145,10 +188,9 @@ class PeerLink:
                 reason = error.strerror or str(error)
                 time.sleep(min(0.2, max(left, 0)))
         self._add(0, connection)
-        connection.settimeout(timeout + 10)  # process 0 may have begun to wait only now
         try:
-            connection.sendall(_encode({"rank": self.rank, "count": self.count}))
-            word = json.loads(_read_line(connection))
+            connection.sendall(_encode({"rank": self.rank, "count": self.count, "facts": facts}))
+            word = json.loads(_read_line(connection, timeout + 10))  # process 0 may have begun to wait only now
         except (OSError, ValueError) as error:
             raise PeerLostError(f"process 0 at {host}:{port} left before the run began ({error})") from error
         if "refused" in word:
@@ -232,11 +274,13 @@ class PeerLink:
             self._left.add(rank)
             if state != "done":
                 self._lost(rank, f"process {rank} of {self.count} ended: {message['why']}", code, state)
+        elif "round" in message:
+            self._put(message)
         elif "lost" in message:
             self._lost(message["lost"], message["why"], message["code"], message["state"])
 
     def _lost(self, rank: int, why: str, code: int = PeerLostError.exit_code, state: str = "failed") -> None:
-        if self._verdict.is_set():
+        if self._verdict.is_set() or self._disagreement:
             return
         self._left.add(rank)
         self._verdict.set()
@@ -254,14 +298,90 @@ class PeerLink:
                         pass
 
 
+def check_port_is_free(host: str, port: int) -> None:
+    """Raises ConfigError where nobody can listen on `port` of this machine, which `host` names."""
+    _listen(host, port, 1).close()
+
+
+def _listen(host: str, port: int, backlog: int) -> socket.socket:
+    """A listening socket on every address of this machine, as JAX's own service has. Raises ConfigError."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        return socket.create_server(("", port), family=family, backlog=backlog, dualstack_ipv6=both)
+    except OSError as error:
+        raise ConfigError(
+            f"process 0 cannot listen on port {port} of {host} ({error.strerror}); is another run using it? "
+            f"choose another port in --coordinator or MASTER_PORT (it and the next one must be free)"
+        ) from error
+
+
+def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], rank: int) -> str | None:
+    """The first fact in which process 0 and process `rank` differ, in words; None where they agree."""
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        here, there = ours.get(name), theirs.get(name)
+        if here != there:
+            return (
+                f"the processes disagree on {name}: {_shown(here)} on process 0, {_shown(there)} on process "
+                f"{rank}; start all with the same command, code and files"
+            )
+    return None
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _names(ranks: list[int]) -> str:
+    return f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _accept(server: socket.socket, arrivals: queue.Queue) -> None:
+    """Puts each connection and its greeting in `arrivals`, until the server is closed.
+
+    Each is read on a thread of its own: one that says nothing, or drips bytes, holds up nobody.
+    """
+
+    def read(connection: socket.socket) -> None:
+        try:
+            arrivals.put((connection, _read_line(connection, _GREETING_SECONDS)))
+        except (OSError, ValueError):  # a stranger on our port
+            connection.close()
+
+    while True:
+        try:
+            connection, _ = server.accept()
+        except OSError:
+            return
+        threading.Thread(target=read, args=(connection,), daemon=True).start()
+
+
+def _refuse_the_rest(arrivals: queue.Queue, why: str, count: int) -> None:
+    """Tells those on their way too, who would else see no more than a connection reset."""
+    for _ in range(count):
+        try:
+            connection, _ = arrivals.get(timeout=_LATE_COMERS)
+        except queue.Empty:  # no more have come
+            return
+        with connection, suppress(OSError):
+            connection.sendall(_encode({"refused": why, "code": ConfigError.exit_code}))
+
+
+def _as_json(value: Any) -> Any:
+    """`value` as the other processes will read it: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
 def _encode(message: dict) -> bytes:
     return json.dumps(message).encode() + b"\n"
 
 
-def _read_line(connection: socket.socket) -> bytes:
-    """One line, read byte by byte: nothing after it is taken."""
-    line = b""
+def _read_line(connection: socket.socket, seconds: float) -> bytes:
+    """One line, read byte by byte within `seconds` in all: nothing after it is taken."""
+    line, end = b"", time.monotonic() + seconds
     while len(line) < _LINE_LIMIT:
+        connection.settimeout(max(end - time.monotonic(), 1e-3))
         byte = connection.recv(1)
         if not byte:
             raise ConnectionError("the connection closed")

@@ -72,13 +72,13 @@ def main(argv: list[str] | None = None) -> int:
     cluster = distributed.find_cluster(
         os.environ, flags.coordinator, flags.process_count, flags.process_index
     )
-    from jsft.training import profiling, run
+    from jsft.training import agreement, profiling, run
 
     profile = profiling.parse_window(flags.profile_steps) if flags.profile_steps else None
     if flags.dry_run:
         return run.dry_run(config, name, flags.ignore_plan)
     limits = {"start_seconds": config.train.start_seconds, "silence_seconds": config.train.peer_seconds}
-    with distributed.session(cluster, **limits) as link:
+    with distributed.session(cluster, **limits, facts=agreement.start_facts(config)) as link:
         return run.train(
             config, name, workdir, frozenset(flags.allow_changed), link, flags.ignore_plan, profile
         )

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from jsft.errors import ConfigError, PeerLostError
-from jsft.peers import PeerLink
+from jsft.peers import PeerLink, check_port_is_free
 from tests.training.processes import free_port
 
 
@@ -24,14 +24,19 @@ class Losses:
         self.event.set()
 
 
-def open_all(count, silence=2.0, timeout=10.0, given=None):
-    """Opens the links of `count` processes at once. Returns a list of PeerLink or the error of each."""
+def open_all(count, silence=2.0, timeout=10.0, given=None, facts=None):
+    """Opens the links of `count` processes at once. Returns a list of PeerLink or the error of each.
+
+    given: (rank, count) of each, where they are not right; facts: of each.
+    """
     port, results = free_port(), [None] * count
     ranks = given or [(rank, count) for rank in range(count)]
 
     def one(i):
         try:
-            results[i] = PeerLink.open(*ranks[i], "127.0.0.1", port, timeout=timeout, silence=silence)
+            results[i] = PeerLink.open(
+                *ranks[i], "127.0.0.1", port, timeout=timeout, silence=silence, facts=facts and facts[i]
+            )
         except Exception as error:
             results[i] = error
 
@@ -161,3 +166,96 @@ def test_a_port_in_use_and_a_stranger():
     assert len(links) == 2
     stranger.close()
     close_all(links)
+
+
+def together(links, call):
+    """`call(link)` on a thread for each link. Returns what each returned or raised."""
+    results = [None] * len(links)
+
+    def one(i):
+        try:
+            results[i] = call(links[i])
+        except Exception as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(len(links))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    return results
+
+
+def test_facts_that_differ_are_named_on_every_process_before_the_start():
+    same = {"train.seed": 1, "log.wandb": None, "checkpoint.milestones": (10, 20)}
+    close_all(open_all(3, facts=[same, dict(same), dict(same)]))
+    for name, value, shown in [
+        ("train.seed", 2, "train.seed: 1 on process 0, 2 on process 2"),
+        ("checkpoint.milestones", (10,), "checkpoint.milestones: [10, 20] on process 0, [10] on process 2"),
+        ("a new field", 0.5, "a new field: null on process 0, 0.5 on process 2"),
+    ]:
+        results = open_all(3, facts=[same, same, same | {name: value}])
+        assert all(isinstance(r, ConfigError) and shown in str(r) for r in results), results
+
+
+def test_processes_exchange_values_and_agree_while_they_run():
+    links = open_all(3)
+    assert together(links, lambda link: link.exchange({"rank": link.rank, "pair": (1, 2)})) == [
+        [{"rank": rank, "pair": [1, 2]} for rank in range(3)]
+    ] * 3
+    assert together(links, lambda link: link.agree({"data": "abc"})) == [None] * 3
+    results = together(links, lambda link: link.agree({"data": "abc", "model": "x" if link.rank < 2 else "y"}))
+    message = 'the processes disagree on model: "x" on process 0, "y" on process 2'
+    assert all(isinstance(r, ConfigError) and message in str(r) for r in results), results
+    close_all(links)
+
+
+def test_a_process_that_is_late_to_agree_is_named(capsys, monkeypatch):
+    monkeypatch.setattr("jsft.peers._PATIENCE", 0.1)
+    links = open_all(3)
+
+    def agree(link):
+        if link.rank == 2:
+            time.sleep(1.5)
+        return link.agree({}, waiting_for="it may still be preparing its data")
+
+    assert together(links, agree) == [None] * 3
+    assert capsys.readouterr().out == "waiting for process 2: it may still be preparing its data\n"
+    close_all(links)
+
+
+def test_strangers_that_drip_bytes_hold_up_nobody():
+    """Nor does their number: the missing process is named after the time given, the others meet at once."""
+    port, results = free_port(), []
+
+    def open_first():
+        try:
+            results.append(PeerLink.open(0, 3, "127.0.0.1", port, timeout=4, silence=2))
+        except PeerLostError as error:
+            results.append(str(error))
+
+    began = time.monotonic()
+    thread = threading.Thread(target=open_first)
+    thread.start()
+    strangers = []
+    while thread.is_alive() and time.monotonic() - began < 20:
+        try:
+            if len(strangers) < 20:
+                strangers.append(socket.create_connection(("127.0.0.1", port), timeout=1))
+            for stranger in strangers:
+                stranger.sendall(b"x")
+        except OSError:
+            pass
+        time.sleep(0.05)
+    for stranger in strangers:
+        stranger.close()
+    assert "processes 1, 2 of 3 did not reach" in results[0] and time.monotonic() - began < 7
+
+
+def test_a_port_that_somebody_listens_on_is_refused_before_jax_takes_it():
+    for address in ("", "127.0.0.1"):
+        with socket.create_server((address, 0)) as taken:
+            port = taken.getsockname()[1]
+            with pytest.raises(ConfigError, match=f"cannot listen on port {port} of node0.*MASTER_PORT"):
+                check_port_is_free("node0", port)
+    check_port_is_free("node0", port)

@@ -159,6 +159,15 @@ def open_eval_data(
     return sets
 
 
+def eval_fingerprints(config, model_dir: str | Path) -> dict[str, str]:
+    """Fingerprint of each held-out set of data.eval by name: changes with its documents, not with its path."""
+    chat = make_chat(config, model_dir)
+    return {
+        name: Documents(_open(config, spec, chat), config.data.max_length, config.data.truncation).fingerprint()
+        for name, spec in eval_specs(config.data.eval).items()
+    }
+
+
 def eval_specs(value: Any) -> dict[str, str]:
     """data.eval as {name: path}: from a mapping, a list, or comma-separated paths; a path is named by its
     stem."""

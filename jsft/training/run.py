@@ -17,6 +17,7 @@ from jsft.hf.load import load_parameters
 from jsft.peers import PeerLink
 from jsft.planning.startup import check_memory
 from jsft.training import checkpoint, platform
+from jsft.training.agreement import check_agreement, check_workdir
 from jsft.training.ahead import compile_ahead
 from jsft.training.ending import GO_ON, Ending
 from jsft.training.flops import matmul_parameters, peak_flops, step_flops
@@ -56,12 +57,16 @@ def train(
     try:
         with _device_errors():
             parts = build(config)
+        if link:
+            check_agreement(link, parts)
         directory = RunDirectory(workdir) if primary else None
         if directory:
             directory.enter(config, name, allow_changed, parts.data.fingerprint)
             ending.status = lambda state, reason: directory.status(state, directory.last_step, reason)
             directory.keep_base_files(parts.model_dir)
             directory.point_latest()
+        if link:
+            check_workdir(link, workdir, directory.owner if directory else "")
         log = RunLog(workdir / "log.txt" if primary else None, quiet=not primary)
         watchdog = Watchdog(workdir, jax.process_index(), 60 * config.train.hang_minutes, ending)
         try:

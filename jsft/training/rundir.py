@@ -79,8 +79,9 @@ class RunDirectory:
                 f"--workdir {self.path} is in use by {owner or 'another process'}; wait for it, stop it, "
                 f"or choose another --workdir (if it is surely gone: rm {self.path / 'lock'})"
             )
+        self.owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}"
         self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}")
+        self._lock.write(self.owner)
         self._lock.flush()
 
     def enter(
