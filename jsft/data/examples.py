@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from jsft.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
-_NOT_READ = ("reasoning_content", "reasoning", "thinking", "tool_calls")  # parts of a turn beside its content
+TURN_KEYS = ("role", "content", "name")  # all that a turn may hold; a name is not shown to the model
+_OF_CONTENT = ("reasoning_content", "reasoning", "thinking", "tool_calls")  # what the model is to produce
 _MAY_FOLLOW = {  # role -> the roles it may come after; None: it may open the conversation
     "system": (None,),
     "user": (None, "system", "assistant"),
@@ -78,9 +79,10 @@ def parse_row(row: dict[str, Any], keys: Keys, columns: Sequence[str], where: st
                 f"{where}, field '{keys.prompt}': ends with an assistant turn; "
                 f"it must end with the turn that '{keys.response}' answers"
             )
-        messages.append(
-            {"role": "assistant", "content": _text(row[keys.response], f"'{keys.response}'", where)}
-        )
+        response = row[keys.response]
+        if isinstance(response, dict):
+            check_keys(response, f"{where}, field '{keys.response}'")
+        messages.append({"role": "assistant", "content": _text(response, f"'{keys.response}'", where)})
     _check_order(messages, field, where)
     return Example(messages, _advantage(row.get(keys.advantage, 1.0), keys.advantage, where))
 
@@ -96,12 +98,7 @@ def _turns(value: Any, field: str, where: str) -> list[dict[str, str]]:
         name = f"'{field}[{index}]'"
         if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
             raise DataError(f"{where}, field {name}: expected {{role, content}}, found {str(turn)[:60]!r}")
-        for key in _NOT_READ:
-            if turn.get(key):
-                raise DataError(
-                    f"{where}, field {name}: its '{key}' would be lost; write it into the content, as the "
-                    "model is to produce it"
-                )
+        check_keys(turn, f"{where}, field {name}")
         if turn["role"] not in ROLES:
             raise DataError(
                 f"{where}, field {name}: unknown role {turn['role']!r}; use one of {', '.join(ROLES)}"
@@ -109,6 +106,29 @@ def _turns(value: Any, field: str, where: str) -> list[dict[str, str]]:
         content = _text(turn["content"], name, where, may_be_blank=turn["role"] in ("system", "tool"))
         turns.append({"role": turn["role"], "content": content})
     return turns
+
+
+def check_keys(turn: dict[str, Any], where: str) -> None:
+    """Raises DataError naming `where` when a turn says more than its role, content and name, such as a weight:
+    it would be lost. Keys that say nothing pass (null, empty, or holding nothing else; a parquet struct has
+    every key of every row)."""
+    for key, value in turn.items():
+        if key in TURN_KEYS or _says_nothing(value):
+            continue
+        if key in _OF_CONTENT:
+            fix = "write it into the content, as the model is to produce it"
+        else:
+            fix = (
+                f"a turn may hold {', '.join(TURN_KEYS)}; remove the key, and the whole row where it marks a "
+                "turn that is not to be learnt"
+            )
+        raise DataError(f"{where}: its '{key}' would be lost; {fix}")
+
+
+def _says_nothing(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return all(map(_says_nothing, value)) if isinstance(value, list) else value is None or value == ""
 
 
 def _prompt(value: str, field: str, where: str) -> str:
@@ -123,7 +143,12 @@ def _prompt(value: str, field: str, where: str) -> str:
 def _text(value: Any, field: str, where: str, may_be_blank: bool = False) -> str:
     if not isinstance(value, str):
         kind = "null" if value is None else f"a {type(value).__name__}"
-        raise DataError(f"{where}, field {field}: is {kind} where text is expected; mend or remove the row")
+        fix = "fix or remove the row"
+        if isinstance(value, dict) and "content" in value:
+            fix = "write the text of its 'content' in its place, or whole conversations with data.messages_key"
+        elif isinstance(value, list):
+            fix = "join the texts of its parts into one"
+        raise DataError(f"{where}, field {field}: is {kind} where text is expected; {fix}")
     if not value.strip() and not may_be_blank:
         raise DataError(f"{where}, field {field}: is {'blank' if value else 'empty'}; mend or remove the row")
     try:

@@ -93,6 +93,36 @@ def test_conversations():
         parse_it([*turns("user"), {"role": "assistant", "content": " "}])
 
 
+@pytest.mark.parametrize(
+    "key, value", [("weight", 0), ("train", False), ("loss", 0.0), ("trainable", False), ("weight", 1), ("id", "x"),
+                   ("tool_calls", [{"id": None, "type": "function"}]), ("reasoning_content", "hm")]
+)  # fmt: skip
+def test_a_turn_that_says_more_than_its_text_is_refused_by_name(key, value):
+    marked = {"role": "assistant", "content": "5", key: value}
+    said = f"x row 0, field '{{}}': its '{key}' would be lost; "
+    with pytest.raises(DataError) as error:
+        parse_row({"messages": [*turns("user"), marked]}, Keys(messages="messages"), ["messages"], "x row 0")
+    assert str(error.value).startswith(said.format("'messages[1]'").replace("''", "'"))
+    with pytest.raises(DataError, match=f"field 'message.1.': its '{key}' would be lost"):
+        parse(message=[*turns("user"), marked, *turns("user")])
+    with pytest.raises(DataError, match=f"field 'response': its '{key}' would be lost"):
+        parse(response=marked)
+
+
+def test_keys_that_say_nothing_pass():
+    nothing = {"weight": None, "reasoning_content": "", "tool_calls": [], "function_call": {"name": None}, "name": "Ada"}
+    assert parse(message=[turn | nothing for turn in turns("user")]) == parse(message=turns("user"))
+
+
+def test_a_response_that_is_no_text_says_what_to_write():
+    with pytest.raises(DataError, match="field 'response': is a dict .*write the text of its 'content'"):
+        parse(response={"role": "assistant", "content": "4", "weight": None})
+    with pytest.raises(DataError, match="field 'response': is a list .*join the texts of its parts"):
+        parse(response=[{"type": "text", "text": "4"}])
+    with pytest.raises(DataError, match=r"field 'message\[0\]': is a list .*join the texts of its parts"):
+        parse(message=[{"role": "user", "content": [{"type": "text", "text": "2+2?"}]}])
+
+
 def test_a_row_without_a_column():
     with pytest.raises(DataError, match=r"x row 0: no field 'response' \(has message\)"):
         parse_row({"message": "hi"}, KEYS, ["message", "response"], "x row 0")
