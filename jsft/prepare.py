@@ -117,7 +117,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--no_verify", action="store_true", help="do not check answers with math-verify")
     sub.add_argument("--max_tokens", type=int, help="longest response in tokens of --model")
     sub.add_argument("--min_tokens", type=int, default=1, help="shortest response in tokens of --model [1]")
-    sub.add_argument("--model", metavar="DIR", help="model directory or hub id whose tokenizer counts")
+    sub.add_argument(
+        "--model",
+        metavar="DIR",
+        help="model directory or hub id: its tokenizer counts; where its chat template opens thinking, a response "
+        "that does not close it never passes",
+    )
     _add_output(sub)
 
     sub = command("match", _match, "Take another data set's solutions to the same problems.")
@@ -266,13 +271,14 @@ def _match(args) -> None:
 
 
 def _select(args) -> None:
-    from jsft.data.chat import load_tokenizer, tokenizer_dir
+    from jsft.data.chat import Chat, load_tokenizer, tokenizer_dir
     from jsft.data.select import select
 
     options = _arguments(args)
     model, shortest, longest = options.pop("model"), options.pop("min_tokens"), options.pop("max_tokens")
     if model:
-        tokenizer = load_tokenizer(tokenizer_dir(model)).backend_tokenizer
+        options["chat"] = Chat(load_tokenizer(tokenizer_dir(model)))
+        tokenizer = options["chat"].tokenizer.backend_tokenizer
         most = longest or sys.maxsize
         options["fits"] = lambda text: (
             shortest <= len(tokenizer.encode(text, add_special_tokens=False).ids) <= most

@@ -12,7 +12,7 @@ import pytest
 
 from jsft.errors import ConfigError, DataError, ModelError
 from jsft.prepare import main
-from tests.data.helpers import rows_of, write_rows, write_tokenizer
+from tests.data.helpers import CHATML, rows_of, write_rows, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -315,6 +315,51 @@ def test_select(tmp_path, model, as_list, capsys):
         main(["select", path, "--out", str(tmp_path / "x.parquet"), "--rows", "8"])
     with pytest.raises(ConfigError, match="need --model"):
         main(["select", path, "--out", str(tmp_path / "x.parquet"), "--max_tokens", "8"])
+
+
+def write_selectable(path, *responses):
+    """A problem with the answer 2 for each response."""
+    rows = [{"message": f"{i}: 1+1?", "response": text, "answer": "2"} for i, text in enumerate(responses)]
+    return str(write_rows(path, rows))
+
+
+@pytest.mark.parametrize("verify", [[], ["--no_verify"]])
+def test_select_never_takes_a_response_cut_inside_its_thinking(tmp_path, capsys, verify):
+    cut = ["<think> it is \\boxed{2}, but", "<think>a</think> \\boxed{2} <think> \\boxed{2}, but"]
+    path = write_selectable(tmp_path / "raw.jsonl", *cut, "<think> easy </think> \\boxed{2}", "\\boxed{2}")
+    main(["select", path, "--out", str(tmp_path / "out.jsonl"), *verify])
+    assert "2 of 4 problems" in capsys.readouterr().out
+    assert not any("but" in row["response"] for row in read(tmp_path / "out.jsonl"))
+
+
+def test_select_sees_a_cut_where_the_prompt_opened_the_thinking(tmp_path, capsys):
+    closed, cut = "easy </think> \\boxed{2}", "it is \\boxed{2}, but"
+    path = write_selectable(tmp_path / "raw.jsonl", closed, cut)
+    main(["select", path, "--out", str(tmp_path / "seen.jsonl")])  # the other response shows it
+    assert "1 of 2 problems" in capsys.readouterr().out
+    path = write_selectable(tmp_path / "cut.jsonl", cut)
+    main(["select", path, "--out", str(tmp_path / "unknown.jsonl")])
+    assert "1 of 1 problems" in capsys.readouterr().out
+    opens = write_tokenizer(tmp_path / "m", CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}"))
+    with pytest.raises(DataError, match="none of 1 problems has a response that passes"):
+        main(["select", path, "--out", str(tmp_path / "known.jsonl"), "--model", str(opens)])
+
+
+def test_select_refuses_a_response_with_a_weight(tmp_path):
+    path = write_selectable(tmp_path / "raw.jsonl", {"role": "assistant", "content": "\\boxed{2}", "weight": 0})
+    with pytest.raises(DataError, match="raw.jsonl row 0, a response: its 'weight' would be lost"):
+        main(["select", path, "--out", str(tmp_path / "x.jsonl")])
+
+
+def test_validate_and_preview_count_thinking_that_may_be_meant(tmp_path, model, capsys):
+    rows = [{"message": "a?", "response": "<think>hm</think>b"}, {"message": "a?", "response": "hm</think>b"}]
+    path = str(write_rows(tmp_path / "x.jsonl", rows))
+    assert main(["validate", path, "--model", model]) == 0
+    said = capsys.readouterr().out
+    assert "2 rows, all good" in said and "warning: of 1 rows the response closes thinking that neither" in said
+    for _ in range(2):  # built, then read again
+        main(["preview", path, "--model", model, "--enable_thinking", "false"])
+        assert "warning: of 2 rows the response thinks, though" in capsys.readouterr().out
 
 
 def test_select_draws_by_seed(tmp_path):

@@ -43,12 +43,14 @@ class TokenCache:
 
     rows: int64 [N] row of the source; lengths: int64 [N] tokens; advantages: float64 [N]; control_text: int32
     [N]; spans: int32 [S, 2] trained ranges of all documents, those of document i at span_starts[i] :
-    span_starts[i + 1]. bad: (row, message) of each row left out."""
+    span_starts[i + 1]. bad: (row, message) of each row left out. thinking: (row, name in `thinking.MISMATCHES`) of
+    each row whose thinking does not fit its prompt's."""
 
-    def __init__(
-        self, directory: Path, source: Source, bad: list[tuple[int, str]], parts: list[pa.RecordBatch]
-    ):
-        self.directory, self.source, self.bad = directory, source, bad
+    def __init__(self, directory: Path, source: Source, parts: list[tuple[pa.RecordBatch, dict]]):
+        self.directory, self.source = directory, source
+        self.bad: list[tuple[int, str]] = [tuple(one) for _, meta in parts for one in meta["bad"]]
+        self.thinking: list[tuple[int, str]] = [tuple(one) for _, meta in parts for one in meta.get("thinking", [])]
+        parts = [batch for batch, _ in parts]
         self.key = directory.name
         self.ignored_columns: list[str] = []
         join = lambda name, dtype: np.concatenate(  # noqa: E731
@@ -184,23 +186,25 @@ def _build(
 
 
 def _rendered_parts(source, chat, keys, columns, start, on_bad_row) -> Iterator[tuple[int, int, dict, list]]:
-    """Yields (first row, end row, {rows, advantages, bad}, rendered conversations) part by part."""
+    """Yields (first row, end row, {rows, advantages, bad, thinking}, rendered conversations) part by part."""
     first = end = start
-    meta, rendered, characters = {"rows": [], "advantages": [], "bad": []}, [], 0
+    meta, rendered, characters = _no_rows(), [], 0
     for row, value in source.rows(start, columns):
         try:
             if isinstance(value, DataError):
                 raise value
             where = source.where(row)
             example = parse_row(value, keys, columns, where)
-            pieces = chat.pieces(example, where)
-            if not any(piece.text for piece in pieces[0] if not piece.trained):
+            conversation = chat.pieces(example, where)
+            if not any(piece.text for piece in conversation.pieces if not piece.trained):
                 raise DataError(
                     f"{where}: the chat template renders no prompt, so every token would be trained"
                 )
             meta["rows"].append(row)
             meta["advantages"].append(example.advantage)
-            rendered.append(pieces)
+            rendered.append(conversation)
+            if conversation.mismatch:
+                meta["thinking"].append((row, conversation.mismatch))
             characters += sum(len(turn["content"]) for turn in example.messages)
         except DataError as error:
             if on_bad_row == "error":
@@ -210,12 +214,17 @@ def _rendered_parts(source, chat, keys, columns, start, on_bad_row) -> Iterator[
         if end - first >= PART_ROWS or characters >= PART_CHARACTERS:
             yield first, end, meta, rendered
             first = end
-            meta, rendered, characters = {"rows": [], "advantages": [], "bad": []}, [], 0
+            meta, rendered, characters = _no_rows(), [], 0
     if end > first:
         yield first, end, meta, rendered
 
 
+def _no_rows() -> dict[str, list]:
+    return {"rows": [], "advantages": [], "bad": [], "thinking": []}
+
+
 def _write_part(directory: Path, first: int, end: int, meta: dict, documents: list[Document]) -> str:
+    about = {"first": first, "end": end, "bad": meta["bad"], "thinking": meta["thinking"]}
     batch = pa.record_batch(
         {
             "row": pa.array(meta["rows"], pa.int64()),
@@ -224,7 +233,7 @@ def _write_part(directory: Path, first: int, end: int, meta: dict, documents: li
             "advantage": pa.array(meta["advantages"], pa.float64()),
             "control_text": pa.array([document.control_text for document in documents], pa.int32()),
         },
-        schema=_SCHEMA.with_metadata({"part": json.dumps({"first": first, "end": end, "bad": meta["bad"]})}),
+        schema=_SCHEMA.with_metadata({"part": json.dumps(about)}),
     )
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
@@ -264,8 +273,7 @@ def _load(directory: Path, source: Source) -> TokenCache:
         parts = [_read_part(directory / name) for name in index["parts"]]
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise DataError(f"{directory}: the token cache is damaged ({error}); delete this folder") from error
-    bad = [(row, message) for _, meta in parts for row, message in meta["bad"]]
-    return TokenCache(directory, source, bad, [batch for batch, _ in parts])
+    return TokenCache(directory, source, parts)
 
 
 def _ragged(parts: list[pa.RecordBatch], name: str) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jsft.data.examples import Example
+from jsft.data.thinking import MISMATCHES, mismatch, prompt_thinking
 from jsft.errors import ConfigError, DataError, ModelError
 
 TOKENIZER_FILES = (
@@ -40,6 +41,14 @@ class _Piece(NamedTuple):
     text: str
     trained: bool  # an assistant turn's content; else text of the template, with the other turns in it
     guard: str  # the character that marks control-token text of the data; '' where there is none
+
+
+class Rendered(NamedTuple):
+    """A conversation cut into template text and assistant turns."""
+
+    pieces: list[_Piece]
+    control_text: int  # control-token strings in the data's text
+    mismatch: str | None  # name in `thinking.MISMATCHES` of what does not fit; the first trained turn's that has one
 
 
 def tokenizer_dir(model: str | Path, revision: str | None = None) -> Path:
@@ -111,7 +120,8 @@ class Chat:
 
     strip_default_system: remove the system turn a ChatML template adds by itself when the data has none.
     train_turns: 'all' assistant turns of a conversation, or only the 'last'.
-    enable_thinking: passed to the template when not None.
+    enable_thinking: passed to the template when not None. Then a response that thinks against the template is
+    taken as meant: `pieces` names the mismatch and does not refuse it.
     """
 
     def __init__(
@@ -156,8 +166,11 @@ class Chat:
         it."""
         return self.tokenise(self.pieces(example, where))
 
-    def pieces(self, example: Example, where: str) -> tuple[list[_Piece], int]:
-        """The conversation cut into template text and assistant turns, and the count of control-token texts.
+    def pieces(self, example: Example, where: str) -> Rendered:
+        """The conversation cut into template text and assistant turns.
+
+        Raises DataError naming `where` when the template refuses the turns or rewrites earlier ones, and when
+        a trained turn opens thinking again or thinks after the template closed it.
 
         Control-token text inside the data is guarded by a private-use character while the template renders,
         so that afterwards it can be told from the template's own control tokens."""
@@ -173,7 +186,7 @@ class Chat:
         turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
         if self.train_turns == "last":
             turns = turns[-1:]
-        pieces, done = [], ""
+        pieces, done, found = [], "", None
         for turn in turns:
             rendered = self._render(messages[:turn], where)
             if not rendered.startswith(done):
@@ -182,25 +195,31 @@ class Chat:
                     f"{where}: the chat template rewrites assistant turn {earlier} once later turns follow "
                     "(templates of thinking models drop the thinking); train with data.train_turns=last"
                 )
+            found = found or self._mismatch(rendered, example.messages, turn, where)
             content = messages[turn]["content"]
             pieces.append(_Piece(rendered[len(done) :], False, guard))
             pieces.append(_Piece(content, True, guard))
             done = rendered + content
-        return pieces, count
+        return Rendered(pieces, count, found)
 
-    def tokenise(self, rendered: tuple[list[_Piece], int]) -> Document:
+    def prompt_thinking(self, prompt: str | list[dict[str, str]], where: str) -> str:
+        """How the thinking stands at the end of a rendered prompt (`thinking.prompt_thinking`); a prompt that is
+        a string is one user turn. Raises DataError naming `where` when the template refuses it."""
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return prompt_thinking(self._render(messages, where))
+
+    def tokenise(self, rendered: Rendered) -> Document:
         """Token ids and spans of `pieces`. Spends its time in the tokenizers library, without Python's
         lock."""
-        pieces, count = rendered
         ids, spans, length = [], [], 0
-        for piece in pieces:
+        for piece in rendered.pieces:
             tokens = self._ids(piece)
             if piece.trained:  # through the token that comes next: the template's end of turn, or EOS
                 spans.append((length, length + len(tokens) + 1))
             ids.append(tokens)
             length += len(tokens)
         ids.append(np.array([self.eos_id], np.int32))
-        return Document(np.concatenate(ids), np.array(spans, np.int32).reshape(-1, 2), count)
+        return Document(np.concatenate(ids), np.array(spans, np.int32).reshape(-1, 2), rendered.control_text)
 
     def tokenise_all(self, rendered: Sequence, pool: ThreadPoolExecutor) -> list[Document]:
         """`tokenise` over a sequence, on the pool's threads; order kept."""
@@ -209,6 +228,15 @@ class Chat:
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, control tokens shown."""
         return self.tokenizer.decode(list(map(int, tokens)), skip_special_tokens=False)
+
+    def _mismatch(self, prompt: str, messages: list[dict[str, str]], turn: int, where: str) -> str | None:
+        """What does not fit between the thinking of a turn and of the prompt before it, where it is not
+        refused."""
+        name = mismatch(prompt_thinking(prompt), messages[turn]["content"])
+        if name and MISMATCHES[name].refused and "enable_thinking" not in self._options:
+            which = "the response" if turn == len(messages) - 1 else f"assistant turn {turn}"
+            raise DataError(f"{where}: {which} {MISMATCHES[name].what}; {MISMATCHES[name].fix}")
+        return name
 
     def _ids(self, piece: _Piece) -> np.ndarray:
         if piece.trained:

@@ -8,6 +8,8 @@ import re
 from collections import Counter
 from fractions import Fraction
 
+from jsft.data.thinking import final_answer
+
 MAX_EXPRESSION = 500  # characters; keeps a runaway answer from costing time
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _LATEX = {
@@ -22,10 +24,7 @@ def extract_answer(response: str) -> str | None:
 
     A response whose `<think>` is never closed has no answer; one without any thinking is searched whole.
     """
-    if "</think>" in response:
-        response = response.rpartition("</think>")[2]
-    elif "<think>" in response:
-        return None
+    response = final_answer(response)
     start = response.rfind("\\boxed{")
     if start < 0:
         return None

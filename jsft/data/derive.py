@@ -105,8 +105,8 @@ def match(
     solutions: dict[str, list[str]] = defaultdict(list)
     pairs = [
         (prompt_text(value[other_prompt_key]), response)
-        for _, value in good_rows(theirs, [other_prompt_key, other_response_key])
-        for response in responses(value[other_response_key])
+        for row, value in good_rows(theirs, [other_prompt_key, other_response_key])
+        for response in responses(value[other_response_key], theirs.where(row))
     ]
     for problem, (_, response) in zip(_problems([prompt for prompt, _ in pairs]), pairs):
         solutions[problem].append(response)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jsft.data.cache import TokenCache
+from jsft.data.thinking import thinking_lines
 from jsft.errors import DataError
 
 
@@ -78,6 +79,7 @@ class Documents:
             "first_bad_row": self.cache.bad[0][1] if self.cache.bad else None,
             "ignored_columns": self.cache.ignored_columns,
             "control_text": int(self.cache.control_text.sum()),
+            "thinking": thinking_lines(self.cache.thinking, self.cache.source.where),
         }
 
     @staticmethod

@@ -18,6 +18,7 @@ from jsft.data.preview import heading, marked_text
 from jsft.data.progress import track
 from jsft.data.sources import Source, open_source, split_paths
 from jsft.data.steps import Recipe, StepSource, packing_report
+from jsft.data.thinking import thinking_lines
 from jsft.errors import DataError
 
 SHOWN = 20  # bad rows of a file that validate prints
@@ -48,6 +49,8 @@ def preview(config, model_dir: str | Path, rows: int | Sequence[int], *, full: b
         console.print(heading(documents, place[row]), style="bold")
         console.print(marked_text(chat, documents, place[row], width=None if full else 1200))
     console.rule(style="dim")
+    for line in documents.report()["thinking"]:
+        print(f"warning: {line}")
     trained = documents.supervised.sum() / documents.lengths.sum()
     print(f"{len(documents)} rows: {trained:.1%} of their tokens are trained, of no row none or all")
 
@@ -78,6 +81,8 @@ def stats(config, model_dir: str | Path, devices: int, png: Path | None, as_json
     print("\n".join(statistics.histogram_lines(lengths)))
     for name, value in numbers.items():
         print(f"{name:30} {value:,}" if isinstance(value, int) else f"{name:30} {_short(value)}")
+    for line in documents.report()["thinking"]:
+        print(f"warning: {line}")
     if len(documents) < batch:
         print(f"packing: fewer rows than train.global_batch={batch}, no step to plan")
     if png is not None:
@@ -94,8 +99,8 @@ def validate(files: Sequence[str], keys: Keys, chat: Chat | None, *, need_advant
         try:
             source = open_source(name)
             columns = columns_to_read(source.columns, keys, where=str(name), need_advantage=need_advantage)
-            wrong = 0
-            for message in _problems(source, keys, columns, chat):
+            wrong, odd = 0, []
+            for message in _problems(source, keys, columns, chat, odd):
                 wrong += 1
                 if wrong <= SHOWN:
                     print(message)
@@ -108,11 +113,17 @@ def validate(files: Sequence[str], keys: Keys, chat: Chat | None, *, need_advant
         print(
             f"{name}: {len(source)} rows, {wrong} bad" if wrong else f"{name}: {len(source)} rows, all good"
         )
+        for line in thinking_lines(odd, source.where):
+            print(f"warning: {line}")
         bad += bool(wrong)
     return DataError.exit_code if bad else 0
 
 
-def _problems(source: Source, keys: Keys, columns: list[str], chat: Chat | None) -> Iterator[str]:
+def _problems(
+    source: Source, keys: Keys, columns: list[str], chat: Chat | None, odd: list[tuple[int, str]]
+) -> Iterator[str]:
+    """What is wrong with the rows, a line each. `odd` is given (row, name of the mismatch) of rows that are
+    good, but whose thinking may not be what was meant."""
     puzzle = ["numbers", "target"] if {"numbers", "target"} <= set(source.columns) else []
     for row, value in track(source.rows(columns=[*columns, *puzzle]), "checking", "rows", len(source)):
         try:
@@ -121,7 +132,9 @@ def _problems(source: Source, keys: Keys, columns: list[str], chat: Chat | None)
             where = source.where(row)
             example = parse_row(value, keys, columns, where)
             if chat is not None:
-                chat.pieces(example, where)
+                name = chat.pieces(example, where).mismatch
+                if name:
+                    odd.append((row, name))
             if puzzle and not _solved(example, value):
                 raise DataError(
                     f"{where}: its boxed answer does not make {value['target']} from {value['numbers']}"

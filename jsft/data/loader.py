@@ -85,6 +85,7 @@ class TrainingData:
             lines.append(f"{r['bad_rows']} bad rows left out; the first: {r['first_bad_row']}")
         if r["control_text"]:
             lines.append(f"{r['control_text']} texts of control tokens in the data, tokenised as plain text")
+        lines += [f"warning: {line}" for line in r["thinking"]]
         if r["ignored_columns"]:
             lines.append(f"columns not used: {', '.join(r['ignored_columns'])}")
         return lines

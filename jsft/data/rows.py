@@ -5,6 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from jsft.data.examples import check_keys
 from jsft.data.progress import track
 from jsft.data.sources import Source
 from jsft.errors import DataError
@@ -20,17 +21,24 @@ def prompt_text(value: Any) -> str:
     raise DataError(f"a prompt is neither a string nor a list of {{role, content}}: {str(value)[:60]!r}")
 
 
-def responses(value: Any) -> list[str]:
+def responses(value: Any, where: str) -> list[str]:
     """One or several responses: a string, a list of strings, or conversations whose last turn is the
-    response."""
+    response. Raises DataError naming `where` when that turn says more than its text, which would be lost."""
     if isinstance(value, str):
         return [value] if value.strip() else []
     if isinstance(value, dict):
-        return responses(value.get("content") or "")
+        check_keys(value, f"{where}, a response")
+        content = value.get("content") or ""
+        if not isinstance(content, str):
+            raise DataError(
+                f"{where}, a response: its content is a {type(content).__name__} where text is expected; join the "
+                "texts of its parts into one"
+            )
+        return responses(content, where)
     if isinstance(value, list) and value:
         if all(isinstance(turn, dict) for turn in value):
-            return responses(value[-1])
-        return [response for one in value for response in responses(one)]
+            return responses(value[-1], where)
+        return [response for one in value for response in responses(one, where)]
     return []
 
 

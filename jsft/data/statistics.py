@@ -11,6 +11,7 @@ import numpy as np
 
 from jsft.data.documents import Documents
 from jsft.data.examples import Example
+from jsft.data.thinking import ends_inside
 
 BINS = 24
 
@@ -46,7 +47,7 @@ def text_statistics(examples: Iterable[Example]) -> dict[str, int]:
         prompts[hashlib.sha256(prompt).digest()] += 1
         rows[hashlib.sha256(prompt + b"\0" + response.encode()).digest()] += 1
         found["without_think"] += "<think>" not in response
-        found["unclosed_think"] += "<think>" in response and "</think>" not in response
+        found["unclosed_think"] += ends_inside(response)
         found["without_boxed"] += "\\boxed" not in response.rpartition("</think>")[2]
     found["duplicate_prompts"] = sum(count - 1 for count in prompts.values())
     found["duplicate_rows"] = sum(count - 1 for count in rows.values())

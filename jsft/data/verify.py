@@ -2,6 +2,7 @@
 
 import logging
 
+from jsft.data.thinking import final_answer
 from jsft.errors import ConfigError
 
 
@@ -16,14 +17,15 @@ def require_math_verify() -> None:
 
 
 def same_answer(response: str, answer: str) -> bool:
-    """True when the answer after the thinking of `response` equals `answer` mathematically.
+    """True when the answer after the thinking of `response` equals `answer` mathematically. A response cut
+    inside its thinking has no answer.
 
     Runs in a process's main thread only: math-verify limits its time by a signal. What it cannot parse is not
     equal."""
     import math_verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    said = response.rpartition("</think>")[2]
+    said = final_answer(response)
     gold = math_verify.parse(answer if "\\" in answer and "$" in answer else f"${answer}$")
     return bool(gold) and bool(math_verify.verify(gold, math_verify.parse(said)))
 
