@@ -27,7 +27,12 @@ def sync(path: str | Path) -> None:
     """Puts a file's bytes, or a directory's list of names, on the disk. Raises OSError when the disk refuses."""
     path = Path(path)
     is_directory = path.is_dir()
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if is_directory:  # it may be written and not read: the disk is not to be asked, then
+            return
+        raise
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -64,8 +69,7 @@ def make_folder(path: str | Path) -> None:
         path = path.parent
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
-        with suppress(PermissionError):  # a parent that may be searched and not read
-            sync(folder.parent)
+        sync(folder.parent)
 
 
 @contextmanager

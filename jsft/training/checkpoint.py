@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from jsft import files
 from jsft.distributed import any_process
 from jsft.errors import CheckpointError
 from jsft.training.manifest import (
@@ -26,6 +28,7 @@ from jsft.training.manifest import (
     check_arrays,
     checkpoint_folder,
     describe_arrays,
+    is_step,
     list_steps,
     read_manifest,
     reading,
@@ -34,6 +37,7 @@ from jsft.training.manifest import (
     write_manifest,
 )
 from jsft.training.optimizer import TrainState
+from jsft.training.orbax_io import check_readable, one_line, orbax_path, quiet
 
 __all__ = ["Policy", "Saver", "list_steps", "read_manifest", "restore", "restore_parameters", "verify"]
 
@@ -41,6 +45,7 @@ _SPACE_MARGIN = 1.05  # metadata and file-system overhead beside the arrays
 _TIMEOUT_SECONDS = 1800  # that processes wait for each other at the end of a save
 _PATIENCE_SECONDS = 10  # that training waits for the save before; then the new one is left out
 _SPLIT_BYTES = 64 * 2**20  # replicated arrays above this are written in parts by their replicas
+_DISCARD_TRIES = 10  # of a tenth of a second: Orbax's other threads may still be writing
 _UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's name for a checkpoint not yet committed
 _DAMAGED = ".damaged"
 _REMOVED = ".removed"
@@ -68,7 +73,7 @@ def tidy(workdir: Path, say: Say) -> None:
     for path in sorted(folder.iterdir() if folder.is_dir() else ()):
         for rest in path.glob(f"*{_REMOVED}") if path.is_dir() else ():
             shutil.rmtree(rest, ignore_errors=True)
-        unsealed = path.name.isdigit() and not (path / MANIFEST).is_file()
+        unsealed = is_step(path.name) and not (path / MANIFEST).is_file()
         if unsealed or _UNFINISHED in path.name:
             say(f"checkpoint {path.name.split('.')[0]} was not finished and is removed")
             shutil.rmtree(path, ignore_errors=True)
@@ -83,12 +88,12 @@ def newest_whole(workdir: Path, say: Say) -> int | None:
     folder = checkpoint_folder(workdir)
     damaged = []
     for step in reversed(list_steps(workdir, full=True)):
-        problem = verify(workdir, step)
+        problem = verify(workdir, step) or _unreadable(workdir, step)
         if problem is None:
             for bad in damaged:
                 aside = folder / f"{bad}{_DAMAGED}"
                 shutil.rmtree(aside, ignore_errors=True)
-                (folder / str(bad)).rename(aside)
+                files.rename(folder / str(bad), aside)
             return step
         damaged.append(step)
         say(f"checkpoint {step} is damaged ({problem}); trying the one before")
@@ -97,6 +102,15 @@ def newest_whole(workdir: Path, say: Say) -> int | None:
             f"none of the checkpoints in {folder} is whole ({', '.join(map(str, sorted(damaged)))}); move "
             f"the folder away to start anew"
         )
+    return None
+
+
+def _unreadable(workdir: Path, step: int) -> str | None:
+    """What keeps Orbax from reading a checkpoint whose files are whole; None where nothing does."""
+    try:
+        check_readable(checkpoint_folder(workdir) / str(step), read_manifest(workdir, step).get("arrays", {}))
+    except CheckpointError as error:
+        return str(error)
     return None
 
 
@@ -138,7 +152,8 @@ def restore_parameters(workdir: Path, step: int, abstract: Any) -> Any:
 def _load(workdir: Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     check_arrays(workdir, step, abstract)
     try:
-        return ocp.load_checkpointables(str(checkpoint_folder(workdir) / str(step)), abstract)
+        with orbax_path(checkpoint_folder(workdir) / str(step)) as path:
+            return ocp.load_checkpointables(path, abstract)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"checkpoint {step} in {workdir} does not fit this model: {str(error)[:300]}; use another "
@@ -160,18 +175,25 @@ class Saver:
 
     `save` returns once the arrays are off the device. A save that fails (a full disk) is reported through
     `say`; the run goes on with the checkpoints it has, and `failed` holds the reason until a later save
-    succeeds. `facts` go into each manifest.
+    succeeds. `facts` go into each manifest. `before_seal` is called, in the background, before a checkpoint
+    counts as whole: it puts on the disk what a resumed run will not write again.
     """
 
-    def __init__(self, workdir: Path, policy: Policy, facts: dict, say: Say):
+    def __init__(
+        self, workdir: Path, policy: Policy, facts: dict, say: Say, before_seal: Callable[[], None] = lambda: None
+    ):
         self._folder = checkpoint_folder(workdir)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self._folder)
         except OSError as error:
             raise CheckpointError(
                 f"{self._folder} cannot be written: {error.strerror}; choose another --workdir"
             ) from error
+        with orbax_path(self._folder / "0"):  # refuses, before the first step, what could not be read back
+            pass
+        quiet()
         self._workdir, self._policy, self._facts, self._say = Path(workdir), policy, facts, say
+        self._before_seal = before_seal
         self._thread: threading.Thread | None = None
         self._last = time.monotonic()
         self._skipped = 0
@@ -218,15 +240,20 @@ class Saver:
             self._fail(step, problem)
             return
         manifest = {"step": step, **self._facts, "arrays": describe_arrays(_split(state))}
-        try:
-            with _orbax():
-                response = ocp.save_checkpointables_async(str(path), _split(state), overwrite=True)
-        except OSError as error:
-            self._fail(step, str(error))
-            self._discard(step)
-            return
+        with ExitStack() as opened:
+            try:
+                name = opened.enter_context(orbax_path(path))
+                with _orbax():
+                    response = ocp.save_checkpointables_async(name, _split(state), overwrite=True)
+            except jax.errors.JaxRuntimeError:  # of the device, not of the disk
+                raise
+            except (OSError, ValueError, RuntimeError) as error:
+                self._fail(step, one_line(error))
+                self._discard(step)
+                return
+            opened = opened.pop_all()  # the background closes it
         self._thread = threading.Thread(
-            target=self._finish, args=(step, path, response, manifest), name=f"checkpoint-{step}"
+            target=self._finish, args=(step, path, response, manifest, opened), name=f"checkpoint-{step}"
         )
         self._thread.start()
 
@@ -244,23 +271,43 @@ class Saver:
             f"runs away"
         )
 
-    def _finish(self, step: int, path: Path, response, manifest: dict) -> None:
+    def _finish(self, step: int, path: Path, response, manifest: dict, opened: ExitStack) -> None:
         try:
-            response.result()
+            with opened:
+                response.result()
             if jax.process_index() == 0:
+                check_readable(path, manifest["arrays"])
+                self._before_seal()
                 write_manifest(path, manifest)
-                self._prune(step)
             self.failed = None
         except Exception as error:  # a background thread: whatever happens must reach the run, not end it
-            self._fail(step, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            self._fail(step, one_line(error))
             self._discard(step)
+            return
+        if jax.process_index() == 0:  # only now, with the new one on the disk
+            try:
+                self._prune(step)
+            except (OSError, CheckpointError) as error:
+                self._say(f"warning: an old checkpoint in {self._folder} could not be removed: {one_line(error)}")
 
     def _discard(self, step: int) -> None:
         """Removes what a failed save left behind."""
-        if jax.process_index() == 0:
-            for path in self._folder.iterdir():
-                if path.name == str(step) or path.name.startswith(f"{step}{_UNFINISHED}"):
-                    shutil.rmtree(path, ignore_errors=True)
+        if jax.process_index() != 0:
+            return
+        for attempt in range(_DISCARD_TRIES):
+            if attempt:
+                time.sleep(0.1)
+            left = [
+                path
+                for path in self._folder.iterdir()
+                if path.name == str(step) or path.name.startswith(f"{step}{_UNFINISHED}")
+            ]
+            if attempt and not left:
+                return
+            for path in left:
+                with suppress(OSError):  # first: what is half removed must not look whole
+                    (path / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True)
 
     def _prune(self, newest: int) -> None:
         """Removes full checkpoints past the `keep` up to `newest`; a milestone loses only its optimizer
@@ -276,10 +323,11 @@ class Saver:
                     continue
                 if step in self._policy.milestones:
                     gone = path / f"{OPTIMIZER}{_REMOVED}"
-                    (path / OPTIMIZER).rename(gone)
+                    files.rename(path / OPTIMIZER, gone)
                     shutil.rmtree(gone)
                 else:
                     (path / MANIFEST).unlink()  # first: a half-removed checkpoint must not look whole
+                    files.sync(path)
                     shutil.rmtree(path)
         for path in self._folder.glob(f"*{_DAMAGED}"):
             shutil.rmtree(path, ignore_errors=True)

@@ -1,12 +1,13 @@
 """Which checkpoints are whole: a manifest with a checksum of every file, written after everything else.
 
 A checkpoint without a manifest was never finished; one whose files disagree with it is damaged (Orbax itself
-does not notice a flipped byte in its array data).
+does not notice a flipped byte in its array data). The manifest ends with a checksum of its own bytes.
 """
 
 import fcntl
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +17,16 @@ from typing import Any
 
 import jax
 
+from jsft import files
 from jsft.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2  # 1 had no checksum of the manifest itself
+_UNSUMMED = 1  # the newest format without it
 MANIFEST = "manifest.json"
 PARAMETERS, OPTIMIZER = "parameters", "optimizer"  # the two Orbax items of a checkpoint
 _READ_BYTES = 16 * 2**20
 _THREADS = 8
+_SEALED = re.compile(rb'(.*),\n "checksum": "([0-9a-f]{8})"\n}\n', re.DOTALL)
 
 
 class FormatError(CheckpointError):
@@ -34,42 +38,69 @@ def checkpoint_folder(workdir: Path) -> Path:
     return Path(workdir).absolute() / "checkpoints"
 
 
+def is_step(name: str) -> bool:
+    """Whether a directory of this name holds a checkpoint: '0', '10', not '010' or '10.damaged'."""
+    return name.isascii() and name.isdigit() and str(int(name)) == name
+
+
 def list_steps(workdir: Path, full: bool = False) -> list[int]:
     """Steps of finished checkpoints, ascending; with `full`, only those that training can go on from."""
     folder = checkpoint_folder(workdir)
     steps = []
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name.isdigit() and (path / MANIFEST).is_file() and (not full or (path / OPTIMIZER).is_dir()):
+        if is_step(path.name) and (path / MANIFEST).is_file() and (not full or (path / OPTIMIZER).is_dir()):
             steps.append(int(path.name))
     return sorted(steps)
 
 
 def read_manifest(workdir: Path, step: int) -> dict[str, Any]:
-    """The manifest of a finished checkpoint. Raises CheckpointError."""
+    """The manifest of a finished checkpoint.
+
+    Raises CheckpointError: damaged, or of another step than its directory's; FormatError: of a newer format.
+    """
     path = checkpoint_folder(workdir) / str(step) / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        manifest = json.loads(data)
         if not isinstance(manifest, dict):
             raise ValueError("not an object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path.parent} has no readable {MANIFEST} ({error})") from error
-    if manifest.get("format") != FORMAT:
+    sealed = _SEALED.fullmatch(data)
+    if sealed and int(sealed[2], 16) != zlib.crc32(sealed[1]):
+        raise CheckpointError(f"{path} does not match its own checksum")
+    number = manifest.get("format")
+    if not sealed and ("checksum" in manifest or number == FORMAT):
+        raise CheckpointError(f"{path} was changed: its own checksum is not at its end")
+    if number not in range(_UNSUMMED, FORMAT + 1):
         raise FormatError(
-            f"checkpoint {path.parent} has format {manifest.get('format')}, this jsft reads {FORMAT}; use "
-            f"the version that wrote it ({manifest.get('code', 'unknown')})"
+            f"checkpoint {path.parent} has format {number}, this jsft reads {FORMAT}; use the version that wrote it "
+            f"({manifest.get('code', 'unknown')})"
         )
+    if manifest.get("step", step) != step:
+        raise CheckpointError(f"{path.parent} holds the checkpoint of step {manifest['step']}; rename it back")
     return manifest
 
 
+def manifest_bytes(facts: dict[str, Any]) -> bytes:
+    """A manifest as it lies on the disk: JSON whose last entry is the CRC-32 of all bytes before that entry."""
+    body = json.dumps({"format": FORMAT, **facts}, indent=1).removesuffix("\n}").encode("ascii")
+    return body + f',\n "checksum": "{zlib.crc32(body):08x}"\n}}\n'.encode("ascii")
+
+
 def write_manifest(path: Path, facts: dict[str, Any]) -> None:
-    """Seals the checkpoint at `path`: `facts` and the size and checksum of each of its files."""
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(MANIFEST))
+    """Seals the checkpoint at `path`: `facts` and the size and checksum of each of its files.
+
+    Everything the manifest speaks of is on the disk before the manifest is: the files, their directories, and the name
+    of the checkpoint. Raises OSError.
+    """
+    files.sync_tree(path)
+    files.sync(path.parent)
+    names = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(MANIFEST))
     with ThreadPoolExecutor(_THREADS) as pool:
-        sums = list(pool.map(checksum, files))
-    listed = {str(p.relative_to(path)): [p.stat().st_size, s] for p, s in zip(files, sums)}
-    beside = path / f"{MANIFEST}.tmp"
-    beside.write_text(json.dumps({"format": FORMAT, **facts, "files": listed}, indent=1), encoding="utf-8")
-    beside.replace(path / MANIFEST)
+        sums = list(pool.map(checksum, names))
+    listed = {str(p.relative_to(path)): [p.stat().st_size, s] for p, s in zip(names, sums)}
+    files.write_bytes(path / MANIFEST, manifest_bytes({**facts, "files": listed}))
 
 
 def verify(workdir: Path, step: int, items: tuple[str, ...] = (PARAMETERS, OPTIMIZER)) -> str | None:
@@ -79,10 +110,13 @@ def verify(workdir: Path, step: int, items: tuple[str, ...] = (PARAMETERS, OPTIM
     """
     root = checkpoint_folder(workdir) / str(step)
     try:
-        files = read_manifest(workdir, step)["files"]
+        listed = read_manifest(workdir, step)["files"]
+        for name in listed:
+            if "/" in name and name.split("/")[0] not in (PARAMETERS, OPTIMIZER):
+                return f"its {MANIFEST} lists {name!r}, which no checkpoint has"
         wanted = {
             n: (int(size), int(crc))
-            for n, (size, crc) in files.items()
+            for n, (size, crc) in listed.items()
             if "/" not in n or n.split("/")[0] in items
         }
     except FormatError:

@@ -1,9 +1,11 @@
 """Checkpoints: what is saved comes back, what is damaged is found, what is kept and what is removed."""
 
 import json
+import os
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jsft.errors import CheckpointError
 from jsft.mesh import make_mesh
-from jsft.training import checkpoint
+from jsft.training import checkpoint, orbax_io
 from jsft.training.checkpoint import (
     Policy,
     Saver,
@@ -22,7 +24,7 @@ from jsft.training.checkpoint import (
     restore_parameters,
     verify,
 )
-from jsft.training.manifest import reading
+from jsft.training.manifest import manifest_bytes, reading
 from jsft.training.optimizer import TrainState
 
 
@@ -113,12 +115,41 @@ def empty_the_manifest(root):
     (root / "manifest.json").write_text('{"format": 1}')
 
 
+def reseal(workdir, step, **facts):
+    """Another manifest, with the right checksum of its own."""
+    path = workdir / "checkpoints" / str(step) / "manifest.json"
+    there = json.loads(path.read_text())
+    del there["checksum"]
+    path.write_bytes(manifest_bytes(there | facts))
+
+
+def another_name_in_the_manifest(root):
+    (root / "manifest.json").write_text((root / "manifest.json").read_text().replace('"parameters/d', '"qarameters/d', 1))
+
+
+def no_checksum_of_the_manifest(root):
+    there = json.loads((root / "manifest.json").read_text())
+    del there["checksum"]
+    (root / "manifest.json").write_text(json.dumps(there))
+
+
+def a_manifest_of_before_that_names_another_file(root):
+    """Format 1 had no checksum of its own."""
+    there = json.loads((root / "manifest.json").read_text())
+    del there["checksum"]
+    there["files"] = {name.replace("parameters", "parametert"): facts for name, facts in there["files"].items()}
+    (root / "manifest.json").write_text(json.dumps(there | {"format": 1}))
+
+
 DAMAGES = [
     (flip_a_byte, "does not match its checksum"),
     (remove_a_file, "is missing"),
     (truncate_a_file, "bytes instead of"),
     (spoil_the_manifest, "no readable manifest.json"),
     (empty_the_manifest, "lists no files"),
+    (another_name_in_the_manifest, "does not match its own checksum"),
+    (no_checksum_of_the_manifest, "its own checksum is not at its end"),
+    (a_manifest_of_before_that_names_another_file, "which no checkpoint has"),
 ]
 
 
@@ -137,6 +168,107 @@ def test_damaged_is_named_and_the_one_before_is_used(tmp_path, said, damage, pro
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"], (
         "set aside until one is whole"
     )
+
+
+def test_any_changed_byte_of_a_manifest_is_found(tmp_path):
+    """None stops the run and none goes by: the checkpoint before is tried."""
+    whole = manifest_bytes({"step": 1, "arrays": {"parameters/a": [[2], "float32", 8]}, "files": {"parameters/d/x": [3, 4]}})
+    path = tmp_path / "checkpoints" / "1" / "manifest.json"
+    path.parent.mkdir(parents=True)
+    for i in range(len(whole)):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ (1 << i % 8)]) + whole[i + 1 :])
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.read_manifest(tmp_path, 1)
+        assert type(caught.value) is CheckpointError, f"byte {i}: {caught.value}"
+    for i in range(len(whole)):
+        path.write_bytes(whole[:i])
+        with pytest.raises(CheckpointError, match="manifest"):
+            checkpoint.read_manifest(tmp_path, 1)
+
+
+def test_a_checkpoint_of_before_the_manifest_had_a_checksum_is_read(tmp_path, said):
+    save_steps(tmp_path, said, [1])
+    path = tmp_path / "checkpoints" / "1" / "manifest.json"
+    there = json.loads(path.read_text())
+    del there["checksum"]
+    path.write_text(json.dumps(there | {"format": 1}, indent=1))
+    assert_equal(restore(tmp_path, abstract(make_state()), said.append), make_state(1))
+    assert said == []
+
+
+def test_exchanged_directories_are_found(tmp_path, said):
+    save_steps(tmp_path, said, [1, 2, 3], keep=3)
+    folder = tmp_path / "checkpoints"
+    for old, new in (("2", "x"), ("3", "2"), ("x", "3")):
+        (folder / old).rename(folder / new)
+    with pytest.raises(CheckpointError, match="3 holds the checkpoint of step 2; rename it back"):
+        restore_parameters(tmp_path, 3, abstract(make_state()).parameters)
+    assert_equal(restore(tmp_path, abstract(make_state()), said.append), make_state(1))
+    assert len(said) == 2 and "holds the checkpoint of step 2" in said[0]
+
+
+@pytest.mark.parametrize("name", ["a[bc]", "[!a]", "a\\b", "a*b", "a**b", "a?b", "a\udcffb", "a{b}", "ü b\n"])
+def test_a_name_that_orbax_takes_for_a_pattern_loses_nothing(tmp_path, said, name):
+    workdir = tmp_path / name
+    (tmp_path / "axb" / "checkpoints" / "1.orbax-checkpoint-tmp" / "parameters" / "ocdbt.process_0").mkdir(parents=True)
+    save_steps(workdir, said, [1, 2], keep=1)
+    assert_equal(restore(workdir, abstract(make_state()), said.append), make_state(2))
+    assert_equal(restore_parameters(workdir, 2, abstract(make_state()).parameters), make_state(2).parameters)
+    assert said == [] and [p.name for p in (workdir / "checkpoints").iterdir()] == ["2"]
+
+
+def test_what_cannot_be_read_back_is_never_sealed(tmp_path, said, monkeypatch):
+    """As Orbax leaves it where it finds nothing to merge: every file is whole, and no array is there."""
+    monkeypatch.setattr(orbax_io, "needs_alias", lambda path: False)
+    workdir = tmp_path / "a[bc]"
+    saver = save_steps(workdir, said, [1])
+    assert "what was written cannot be read back: optimizer/first_moment/a is missing" in saver.failed
+    assert list((workdir / "checkpoints").iterdir()) == [] and said[0].endswith("there is no earlier one")
+
+
+def test_a_system_without_descriptors_as_paths_refuses_such_a_name(tmp_path, said, monkeypatch):
+    monkeypatch.setattr(orbax_io.os.path, "isdir", lambda path: not str(path).startswith("/proc"))
+    with pytest.raises(CheckpointError, match="no /proc; choose another --workdir"):
+        Saver(tmp_path / "a[b]", Policy(), {}, said.append)
+
+
+def test_everything_is_on_the_disk_before_a_checkpoint_counts_and_before_an_old_one_goes(tmp_path, said, monkeypatch):
+    """The order: metrics; each file, its directories, the checkpoint's name; the manifest, its name; then the removal."""
+    calls, fsync, replace, rmtree = [], os.fsync, os.replace, shutil.rmtree
+    saver = Saver(tmp_path, Policy(keep=1), {}, said.append, before_seal=lambda: calls.append(("metrics", "")))
+    saver.save(1, make_state(1))
+    saver.wait()
+    calls.clear()
+
+    def path_of(descriptor):
+        return Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", lambda d: (calls.append(("sync", path_of(d))), fsync(d))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("rename", Path(b))), replace(a, b))[1])
+    monkeypatch.setattr(shutil, "rmtree", lambda p, **k: (calls.append(("remove", Path(p))), rmtree(p, **k))[1])
+    saver.save(2, make_state(2))
+    saver.wait()
+    folder = tmp_path / "checkpoints"
+    root, removal = folder / "2", calls.index(("remove", folder / "1"))
+    seal = calls.index(("rename", root / "manifest.json"))
+    before, between = calls[:seal], calls[seal + 1 : removal]
+    files = {p for p in root.rglob("*") if p.is_file() and p.name != "manifest.json"}
+    folders = {p for p in root.rglob("*") if p.is_dir()} | {root, folder}
+    assert {("sync", p) for p in files | folders} <= set(before) and len(files) > 5
+    assert before[0] == ("metrics", "") and before[-1][1].name.startswith("manifest.json.tmp-")
+    order = [before.index(("sync", p)) for p in (max(files, key=lambda p: len(p.parts)), root, folder)]
+    assert order == sorted(order)
+    assert between == [("sync", root), ("sync", folder / "1")], "the manifest's name, and that the old one has none"
+
+
+def test_an_old_one_that_cannot_be_removed_does_not_cost_the_new(tmp_path, said, monkeypatch):
+    saver = save_steps(tmp_path, said, [1], keep=1)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **k: (_ for _ in ()).throw(OSError(5, "I/O error")))
+    saver.save(2, make_state(2))
+    saver.wait()
+    monkeypatch.undo()
+    assert saver.failed is None and list_steps(tmp_path) == [2]
+    assert said == [f"warning: an old checkpoint in {tmp_path / 'checkpoints'} could not be removed: OSError: [Errno 5] I/O error"]
 
 
 def test_all_damaged_is_an_error_that_removes_nothing(tmp_path, said):
@@ -174,10 +306,9 @@ def test_other_model_format_or_place(tmp_path, said):
         restore_parameters(tmp_path, 1, abstract(make_state(names=("a", "b", "c"))).parameters)
     with pytest.raises(CheckpointError, match="no finished checkpoint of step 7 in .*; there are: 1"):
         restore_parameters(tmp_path, 7, None)
-    path = tmp_path / "checkpoints" / "1" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    reseal(tmp_path, 1, format=99)
     with pytest.raises(
-        CheckpointError, match=r"has format 99, this jsft reads 1; use the version that wrote it \(1\)"
+        CheckpointError, match=r"has format 99, this jsft reads 2; use the version that wrote it \(1\)"
     ):
         restore(tmp_path, abstract(make_state()), said.append)
     assert restore(tmp_path / "nothing", abstract(make_state()), said.append) is None
