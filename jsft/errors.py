@@ -3,9 +3,14 @@
 Valid for Python 3.11 and free of JAX, so that every room can use it.
 """
 
+import csv
+import errno
 import os
 import sys
-from collections.abc import Callable
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class JsftError(Exception):
@@ -62,19 +67,104 @@ class PeerLostError(JsftError):
     exit_code = 9
 
 
-def run_command(main: Callable[[], int | None]) -> None:
-    """Runs `main` and ends the process: 0, or the exit code of a `JsftError` whose message goes to stderr as one line."""
+_FIXES = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space, or raise the quota",
+    errno.EROFS: "choose another place, or mount it for writing",
+    errno.EACCES: "choose another place, or change its permissions",
+    errno.EPERM: "choose another place, or change its permissions",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the limit of open files",
+    errno.EIO: "the disk may be failing: look into the kernel's log",
+    errno.ESTALE: "mount the file system again",
+}
+
+
+@contextmanager
+def explained(kind: type[JsftError], what: str, fix: str = "") -> Iterator[None]:
+    """Turns what disks, encodings, numbers, CSV and Arrow raise in the block into one `kind`: "what (cause); fix".
+
+    what: what could not be done, with its file or directory. fix: where the error itself does not tell one. A
+    JsftError passes as it is; so does every other exception, which is a fault of ours.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_foreseen(error):
+            raise
+        mend = _fix(error) or fix
+        raise kind(f"{what} ({describe(error, what)}){mend and '; '}{mend}") from error
+
+
+def _fix(error: BaseException) -> str:
+    return _FIXES.get(error.errno, "") if isinstance(error, OSError) else ""
+
+
+def describe(error: BaseException, said: str = "") -> str:
+    """The cause in a few words, with the file where the error names one that `said` does not."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start + 1} is not UTF-8"
+    if isinstance(error, UnicodeEncodeError):
+        return f"character {error.object[error.start]!r} cannot be written as {error.encoding}"
+    if isinstance(error, OSError) and error.strerror:
+        file = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+        return f"{error.strerror}: {file}" if file and file not in said else error.strerror
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _is_foreseen(error: BaseException) -> bool:
+    """Whether a disk, an encoding or a table is to blame. Arrow's errors are known by their home, lest it be imported."""
+    if isinstance(error, BrokenPipeError):
+        return False  # whoever reads our output is gone: see run_command
+    arrow = any(kind.__module__ == "pyarrow.lib" for kind in type(error).__mro__)
+    return arrow or isinstance(error, (OSError, UnicodeError, OverflowError, csv.Error))
+
+
+def run_command(main: Callable[[], int | None], otherwise: type[JsftError] = JsftError) -> None:
+    """Runs `main` and ends the process: 0, or the exit code of a `JsftError` whose message goes to stderr as one line.
+
+    otherwise: the kind of an error of disk, encoding or table that nobody explained. Of such an error, and of any other
+    exception, the traceback goes to a file, and the line says where.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # a file's name may hold what the terminal's encoding does not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
         sys.stdout.flush()
     except JsftError as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        code = error.exit_code
+        code = _fail(error.exit_code, str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
     except BrokenPipeError:  # whoever read the output wants no more of it, as in "... --help | head -1"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at its end
         code = 141  # as a shell has it for SIGPIPE
+    except Exception as error:
+        where = f"the traceback is in {_keep_traceback(error)}"
+        if _is_foreseen(error):
+            fix = _fix(error)
+            code = _fail(otherwise.exit_code, f"{describe(error)}{fix and '; '}{fix}; {where}")
+        else:
+            code = _fail(1, f"a fault of jsft ({describe(error)}); please report it: {where}")
     sys.exit(code)
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _keep_traceback(error: BaseException) -> str:
+    """Writes the traceback of `error` to a file of its own; returns its name, or where it is instead."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="jsft-traceback-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write(text)
+        return file.name
+    except OSError:
+        print(text, file=sys.stderr, flush=True)
+        return "the lines above, because no file could be written"

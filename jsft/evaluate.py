@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from jsft.errors import ConfigError, JsftError, run_command
+from jsft.errors import CheckpointError, ConfigError, JsftError, run_command
 from jsft.evaluation.judges import ROLES, parse_judges
 from jsft.evaluation.models import Target, find_targets, model_digest
 from jsft.evaluation.openai_engine import OpenAIEngine
@@ -197,4 +197,4 @@ def _say(target: Target, outcome: Outcome) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that vLLM's process is ended too
-    run_command(main)
+    run_command(main, CheckpointError)

@@ -103,4 +103,4 @@ def _write(path: Path, data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, CheckpointError)

@@ -86,4 +86,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    errors.run_command(main)
+    errors.run_command(main, errors.CheckpointError)
