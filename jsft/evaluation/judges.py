@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from jsft.data.thinking import final_answer
 from jsft.errors import ConfigError
 from jsft.evaluation.openai_client import OpenAIClient, api_key, message_text
 
@@ -82,9 +83,10 @@ class Judge:
         return self.model
 
     def chat(self, prompt: str, max_tokens: int) -> str:
-        """Answer to one user message, temperature 0. Raises ServerError."""
+        """Answer to one user message, without the judge's own thinking, temperature 0. Raises ServerError."""
         body = {"messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": max_tokens}
-        return message_text(self._client.post("chat/completions", {"model": self._model(), **body}))
+        said = message_text(self._client.post("chat/completions", {"model": self._model(), **body}))
+        return final_answer(said)
 
     def complete(self, prompt: str, max_tokens: int, prompt_tokens: int | None = None) -> str:
         """Continuation of plain text, temperature 0; of the prompt only its last `prompt_tokens` (vLLM)."""

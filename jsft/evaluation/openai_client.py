@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+from jsft.data.thinking import CLOSE, OPEN
 from jsft.errors import ConfigError, JsftError
 
 ATTEMPTS = 6
@@ -113,11 +114,14 @@ def api_key(role: str | None = None) -> str | None:
 
 
 def message_text(answer: dict[str, Any]) -> str:
-    """Text of the first choice of a chat completion; thinking split off by the server is put back."""
+    """Text of the first choice of a chat completion; thinking split off by the server is put back. Where nothing
+    follows it, it was never closed: a server that found its end gives an answer too."""
     try:
         message = answer["choices"][0]["message"]
         text = message.get("content") or ""
         thoughts = message.get("reasoning") or message.get("reasoning_content")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ServerError(f"a chat completion without choices[0].message ({error})") from None
-    return f"<think>{thoughts}</think>{text}" if thoughts else text
+    if not thoughts:
+        return text
+    return f"{OPEN}{thoughts}{CLOSE}{text}" if text.strip() else f"{OPEN}{thoughts}"

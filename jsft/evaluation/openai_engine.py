@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jsft.data.thinking import prompt_thinking
 from jsft.errors import ModelError
 from jsft.evaluation.openai_client import OpenAIClient, ServerError, api_key, message_text
 from jsft.evaluation.sampling import Completion, Request
 
 TEMPLATE_TOKENS = 256  # more than any chat template adds to a prompt
+TAIL_TOKENS = 32  # more than a generation prompt has, in any tokenizer
 
 
 class OpenAIEngine:
@@ -34,6 +36,7 @@ class OpenAIEngine:
         entry = next(m for m in served if m["id"] == self.model)
         self.context: int | None = entry.get("max_model_len")  # vLLM says it
         self.concurrency = concurrency
+        self._prompt_thinking = PromptThinking(self._client, self.model, entry.get("owned_by"))
         self.facts: dict[str, Any] = {
             "kind": self.kind, "url": self._client.url, "model": self.model, "max_model_len": self.context,
             "root": entry.get("root"), "version": None,
@@ -140,4 +143,37 @@ class OpenAIEngine:
         text = message_text(answer)
         tokens = (answer.get("usage") or {}).get("completion_tokens") or 0
         finish = "length" if answer["choices"][0].get("finish_reason") == "length" else "stop"
-        return Completion(*name, text, tokens, finish)
+        return Completion(*name, text, tokens, finish, self._prompt_thinking.of(request.messages))
+
+
+class PromptThinking:
+    """How the prompts end that a server renders from messages. vLLM and llama.cpp are asked, once for each
+    prompt; other servers do not tell."""
+
+    def __init__(self, client: OpenAIClient, model: str, server: str | None):
+        """server: who serves, by /v1/models' `owned_by`."""
+        self._client, self._model = client, model
+        self._ask = {"vllm": self._of_vllm, "llamacpp": self._of_llamacpp}.get(server or "")
+        self._known: dict[str, str] = {}
+
+    def of(self, messages: list[dict[str, str]]) -> str | None:
+        """A result of `prompt_thinking`, or None where the server does not tell. Thread-safe: two threads may at
+        worst ask the same."""
+        if self._ask is None:
+            return None
+        key = json.dumps(messages)
+        try:
+            if key not in self._known:
+                self._known[key] = prompt_thinking(self._ask(messages))
+        except (ServerError, KeyError, TypeError, AttributeError):  # an old version, or a proxy that passes /v1 only
+            self._ask = None
+            return None
+        return self._known[key]
+
+    def _of_vllm(self, messages: list[dict[str, str]]) -> str:
+        tokens = self._client.post_root("tokenize", {"model": self._model, "messages": messages})["tokens"]
+        answer = self._client.post_root("detokenize", {"model": self._model, "tokens": tokens[-TAIL_TOKENS:]})
+        return answer["prompt"]
+
+    def _of_llamacpp(self, messages: list[dict[str, str]]) -> str:
+        return self._client.post_root("apply-template", {"messages": messages})["prompt"]

@@ -1,5 +1,6 @@
 """Results of a task from its graded samples: the content of results.json."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,8 @@ def summarise(
 
 
 def _response(rows: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Lengths in generated tokens, and shares of responses that are cut, unclosed or empty."""
+    """Lengths in generated tokens, shares of responses that are cut, unclosed or empty, and how many prompts
+    ended how (a server may not tell)."""
     lengths = np.asarray([sample["tokens"] for row in rows for sample in row], np.float64)
 
     def share(condition) -> float:
@@ -72,8 +74,7 @@ def _response(rows: list[list[dict[str, Any]]]) -> dict[str, Any]:
         "tokens_total": int(lengths.sum()),
         "share_cut": share(lambda s: s["finish"] == "length"),
         "share_without_think_end": share(lambda s: thinking.CLOSE not in s["response"]),
-        "share_unclosed_think": share(
-            lambda s: thinking.OPEN in s["response"] and thinking.CLOSE not in s["response"]
-        ),
+        "share_unclosed_think": share(lambda s: thinking.ends_inside(thinking.as_graded(s))),
         "share_empty": share(lambda s: not s["response"].strip()),
+        "prompt_thinking": dict(Counter(s.get("prompt_thinking") or "unknown" for row in rows for s in row)),
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jsft.errors import ConfigError, DataError, JsftError
-from jsft.evaluation import data
+from jsft.evaluation import data, thinking
 from jsft.evaluation.grading import GradingPool
 from jsft.evaluation.progress import SampleProgress
 from jsft.evaluation.results import summarise
@@ -98,6 +98,7 @@ def run_tasks(
                 engine_facts["tokens_per_second"] = round(progress.tokens / max(progress.seconds, 1e-6), 1)
         finally:
             engine.close()  # frees the GPU for a reward model
+    thinking.settle(sample for run in runs for sample in run.folder.samples.values())
     for run in runs:
         finish(run)
     return [outcomes[task.name] for task in tasks]
@@ -154,22 +155,24 @@ class _TaskRun:
             )
             for p in self.problems
             for j in range(self.samples)
-            if "response" not in self.folder.samples.get((p.id, j), {})
+            if not thinking.is_drawn(self.folder.samples.get((p.id, j), {}))
         ]  # fmt: skip
 
     def take(self, completion: Completion) -> None:
         if completion.error is not None:
             self.errors.append(completion.error)
             return
-        self.folder.add(
-            {
-                "problem": completion.problem,
-                "sample": completion.sample,
-                "response": completion.text,
-                "tokens": completion.tokens,
-                "finish": completion.finish,
-            }
-        )
+        entry = {
+            "problem": completion.problem,
+            "sample": completion.sample,
+            "response": completion.text,
+            "tokens": completion.tokens,
+            "finish": completion.finish,
+            "prompt_thinking": completion.prompt_thinking,
+        }
+        if "verdict" in self.folder.samples.get((completion.problem, completion.sample), {}):
+            entry["verdict"] = None  # it was about another response
+        self.folder.add(entry)
 
     def finish(self, engine: dict[str, Any]) -> dict[str, Any]:
         """Grades, asks the judges, writes samples and results; returns the results."""
@@ -185,7 +188,7 @@ class _TaskRun:
         else:
             with SampleProgress(f"{self.task.name}: grading", len(keys), "responses") as progress:
                 with GradingPool(self.task) as pool:
-                    items = [(gold[problem], samples[problem, j]["response"]) for problem, j in keys]
+                    items = [(gold[key[0]], thinking.as_graded(samples[key])) for key in keys]
                     grades = pool.grade(items, progress.add_sample)
         prompts = {p.id: p.messages for p in self.problems}
         for key, grade in zip(keys, grades, strict=True):
@@ -219,7 +222,7 @@ class _TaskRun:
             return verdict if verdict and verdict["judges"] == names else None
 
         def ask(key: tuple[str, int]) -> tuple[tuple[str, int], Grade]:
-            response = self.folder.samples[key]["response"]
+            response = thinking.as_graded(self.folder.samples[key])
             return key, self.task.judge(gold[key[0]], response, self.options.judges)
 
         missing = [key for key in keys if known(key) is None]

@@ -37,7 +37,8 @@ class Request:
 class Completion:
     """The answer to a request: the text, its length in tokens, and why it ended ('stop' or 'length').
 
-    `error` holds the reason of a request the model could not take (a prompt longer than its context); then
+    `prompt_thinking` says how the rendered prompt ended (`jsft.data.thinking.prompt_thinking`); None: the server
+    does not tell. `error` holds the reason of a request the model could not take (a prompt longer than its context); then
     there is no text.
     """
 
@@ -47,6 +48,7 @@ class Completion:
     text: str = ""
     tokens: int = 0
     finish: str = "stop"
+    prompt_thinking: str | None = None
     error: str | None = None
 
 

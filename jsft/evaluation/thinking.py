@@ -1,12 +1,19 @@
 """The thinking part of a response: `<think> ... </think>` before the answer.
 
-The reference takes what follows the last `</think>`; a response without one is taken whole.
+The reference takes what follows the last `</think>`; a response without one is taken whole. A `<think>` that the
+chat template puts at the end of the prompt counts as part of the response (`as_graded`).
 """
 
-OPEN, CLOSE = "<think>", "</think>"
+from collections.abc import Iterable
+from typing import Any
+
+from jsft.data.thinking import CLOSE, OPEN, ends_inside, final_answer, prompt_opened, with_opening
+
+__all__ = ["CLOSE", "OPEN", "ends_inside", "final_answer"]  # of jsft.data.thinking, for the tasks
+
 HOW = (
     "answer = text after the last </think>; without one the whole response, "
-    "but for strict scores an unclosed <think> has no answer"
+    "but for strict scores an unclosed <think> has no answer; a <think> that ends the prompt counts as the response's"
 )
 
 
@@ -15,8 +22,23 @@ def after_thinking(response: str) -> str:
     return response.rpartition(CLOSE)[2].strip()
 
 
-def final_answer(response: str) -> str:
-    """The stricter rule: as above, but thinking that is never closed leaves no answer ('')."""
-    if CLOSE not in response and OPEN in response:
-        return ""
-    return after_thinking(response)
+def as_graded(sample: dict[str, Any]) -> str:
+    """The response of a sample as graders and judges read it: with the `<think>` that its prompt opened."""
+    return with_opening(sample["response"], sample.get("prompt_thinking"))
+
+
+def is_drawn(sample: dict[str, Any]) -> bool:
+    """Whether nothing about a sample is missing. One of an earlier version does not say how its prompt ended;
+    that is missed only where the response has no tag that tells."""
+    if "response" not in sample:
+        return False
+    return "prompt_thinking" in sample or OPEN in sample["response"] or CLOSE in sample["response"]
+
+
+def settle(samples: Iterable[dict[str, Any]]) -> None:
+    """Notes in samples of one model, whose server does not tell how prompts end, that they open the thinking,
+    where the responses show it (`prompt_opened`)."""
+    unknown = [sample for sample in samples if "response" in sample and sample.get("prompt_thinking") is None]
+    if prompt_opened(sample["response"] for sample in unknown):
+        for sample in unknown:
+            sample["prompt_thinking"] = "open"

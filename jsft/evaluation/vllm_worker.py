@@ -12,6 +12,8 @@ import sys
 import time
 from typing import Any
 
+from jsft.data.thinking import prompt_thinking
+
 PROGRESS_SECONDS = 0.5
 
 
@@ -81,11 +83,13 @@ class Engine:
 
         engine = self.llm.llm_engine
         texts: dict[str, list[str]] = {}
+        endings: list[str] = []
         counts: dict[str, int] = {}
         for number, request in enumerate(batch):
             prompt = self.tokenizer.apply_chat_template(
                 request["messages"], tokenize=False, add_generation_prompt=True
             )
+            endings.append(prompt_thinking(prompt))
             ids = self.tokenizer.encode(prompt, add_special_tokens=False)
             room = self.max_model_len - len(ids)
             if room <= 0:
@@ -118,7 +122,9 @@ class Engine:
                 fresh += len(piece.token_ids)
                 if output.finished:
                     finish = "length" if piece.finish_reason == "length" else "stop"
-                    say(done=int(name), text="".join(texts.pop(name)), tokens=counts.pop(name), finish=finish)
+                    text, tokens = "".join(texts.pop(name)), counts.pop(name)
+                    ending = endings[int(name)]
+                    say(done=int(name), text=text, tokens=tokens, finish=finish, prompt_thinking=ending)
             if time.monotonic() - said > PROGRESS_SECONDS:
                 say(tokens=fresh)
                 fresh, said = 0, time.monotonic()

@@ -24,6 +24,8 @@ class FakeOpenAI:
         self.requests: list[tuple[str, dict]] = []
         self.finish = "stop"
         self.device = "cuda"
+        self.owner = None  # 'vllm' and 'llamacpp' say how a prompt is rendered
+        self.opening = "<think>\n"  # what such a server's chat template ends with
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -33,6 +35,8 @@ class FakeOpenAI:
                 if self.path == "/server_info":
                     return self.reply(200, {"vllm_config": f"device_config={fake.device}, seed=0"})
                 models = [{"id": fake.model, "root": "weights", "max_model_len": fake.context}]
+                if fake.owner:
+                    models[0]["owned_by"] = fake.owner
                 self.reply(200, {"object": "list", "data": models})
 
             def do_POST(self):
@@ -67,6 +71,13 @@ class FakeOpenAI:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def complete(self, path, body):
+        if path == "/apply-template" and self.owner == "llamacpp":
+            return {"prompt": f"user\n{body['messages'][-1]['content']}\nassistant\n{self.opening}"}
+        if path == "/tokenize" and self.owner == "vllm":
+            text = f"user\n{body['messages'][-1]['content']}\nassistant\n{self.opening}"
+            return {"tokens": [ord(character) for character in text]}
+        if path == "/detokenize" and self.owner == "vllm":
+            return {"prompt": "".join(map(chr, body["tokens"]))}
         said = self.answer(body)
         if path == "/pooling":
             return {"data": [{"data": said}]}
