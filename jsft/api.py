@@ -30,6 +30,7 @@ from jsft.data.chat import Chat, Document, load_tokenizer
 from jsft.data.examples import Keys, columns_to_read, parse_row
 from jsft.data.objective import token_weights
 from jsft.data.preview import CLOSE, OPEN
+from jsft.data.vocabulary import Embedding
 from jsft.errors import ConfigError, DataError
 from jsft.hf.load import load_parameters
 from jsft.hf.resolve import resolve_model
@@ -50,7 +51,8 @@ class Model:
         """path: a directory or hub id; dtype: of the weights; chat: choices of `jsft.data.chat.Chat`, e.g.
         eos_token.
 
-        Raises ModelError, or ConfigError for an unknown dtype.
+        Raises ModelError, also when a token of the template has no row in the embedding; ConfigError for an unknown
+        dtype.
         """
         for name, value in (("dtype", dtype), ("compute_dtype", compute_dtype)):
             if value not in ("float32", "bfloat16"):
@@ -58,17 +60,21 @@ class Model:
         self.path = resolve_model(str(path), None)
         self.config = read_config(self.path)
         self.chat = Chat(load_tokenizer(self.path), **chat)
+        self._embedding = Embedding(self.path, self.config.vocab_size)
+        self._embedding.check_tokenizer(self.chat)
         self.mesh = meshes.make_mesh()
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.parameters = load_parameters(self.path, self.config, self.mesh, jnp.dtype(dtype))
 
     def tokenize(self, rows: Sequence[Row]) -> list[Document]:
         """Tokens int32 [L] and trained spans int32 [S, 2] of each row, as training sees them. Raises
-        DataError."""
+        DataError, and ModelError for a token that has no row in the embedding."""
         keys, documents = Keys(), []
         for i, row in enumerate(rows):
             columns = columns_to_read(list(row), keys, where=f"row {i}")
-            documents.append(self.chat.encode(parse_row(dict(row), keys, columns, f"row {i}"), f"row {i}"))
+            document = self.chat.encode(parse_row(dict(row), keys, columns, f"row {i}"), f"row {i}")
+            self._embedding.check_tokens(document.tokens, self.chat, f"row {i}")
+            documents.append(document)
         if not documents:
             raise DataError("no rows given; give at least one {message, response}")
         return documents

@@ -2,24 +2,29 @@
 
 A cache is a folder `<key>` of parts and, once complete, an index. A part holds the tokens of consecutive rows
 and says which; it is written beside its place and renamed, so a part that is there is whole. A build that was
-killed goes on after its last part. A file lock lets one process build while others wait for it."""
+killed goes on after its last part. A file lock lets one process build while others wait for it. Opening a cache checks
+every part; from the first damaged one on it is built again."""
 
 import hashlib
 import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from jsft.data.chat import Chat, Document
+from jsft import files
+from jsft.data.cache_parts import DamagedPart, Part, part_name, read_part, write_part
+from jsft.data.chat import Chat
 from jsft.data.examples import Keys, columns_to_read, parse_row
 from jsft.data.progress import progress_bar
 from jsft.data.sources import Source
+from jsft.data.vocabulary import Embedding
 from jsft.errors import DataError
 
 FORMAT = 1  # raise when the same inputs would give other contents
@@ -27,15 +32,6 @@ PART_ROWS = 1024
 PART_CHARACTERS = 16 << 20  # a part ends after whichever comes first
 INDEX = "index.json"
 SAY_SECONDS = 30  # between lines about a long build, where there is no progress bar
-_SCHEMA = pa.schema(
-    {
-        "row": pa.int64(),
-        "tokens": pa.list_(pa.int32()),
-        "spans": pa.list_(pa.int32()),  # start, end, start, end, ...
-        "advantage": pa.float64(),
-        "control_text": pa.int32(),
-    }
-)
 
 
 class TokenCache:
@@ -46,11 +42,11 @@ class TokenCache:
     span_starts[i + 1]. bad: (row, message) of each row left out. thinking: (row, name in `thinking.MISMATCHES`) of
     each row whose thinking does not fit its prompt's."""
 
-    def __init__(self, directory: Path, source: Source, parts: list[tuple[pa.RecordBatch, dict]]):
+    def __init__(self, directory: Path, source: Source, checked: Sequence[Part]):
         self.directory, self.source = directory, source
-        self.bad: list[tuple[int, str]] = [tuple(one) for _, meta in parts for one in meta["bad"]]
-        self.thinking: list[tuple[int, str]] = [tuple(one) for _, meta in parts for one in meta.get("thinking", [])]
-        parts = [batch for batch, _ in parts]
+        self.bad = [one for part in checked for one in part.bad]
+        self.thinking = [one for part in checked for one in part.thinking]
+        parts = [part.batch for part in checked]
         self.key = directory.name
         self.ignored_columns: list[str] = []
         join = lambda name, dtype: np.concatenate(  # noqa: E731
@@ -69,7 +65,7 @@ class TokenCache:
         return len(self.rows)
 
     def __reduce__(self):
-        return _load, (self.directory, self.source)  # a worker process maps the files itself
+        return _load_again, (self.directory, self.source)  # a worker process maps the files itself
 
     def tokens(self, index: int) -> np.ndarray:
         """int32 tokens of document `index`: a view of the mapped file."""
@@ -77,6 +73,12 @@ class TokenCache:
         offsets = self._offsets[part]
         local = index - int(self._part_starts[part])
         return self._tokens[part][offsets[local] : offsets[local + 1]]
+
+    def largest_token(self) -> int:
+        """The largest id of all documents; DataError where an id is negative, so that the cache is damaged."""
+        if min((int(values.min(initial=0)) for values in self._tokens), default=0) < 0:
+            raise DataError(f"{self.directory}: the token cache holds negative token ids; delete this folder")
+        return max((int(values.max(initial=-1)) for values in self._tokens), default=-1)
 
     def where(self, index: int) -> str:
         """`FILE row N` of document `index`."""
@@ -95,32 +97,26 @@ def open_cache(
     cache_dir: str | None = None,
     on_bad_row: str = "error",
     need_advantage: bool = False,
+    embedding: Embedding | None = None,
     threads: int | None = None,
     say: Callable[[str], None] = print,
 ) -> TokenCache:
     """Opens the cache of `source` tokenised by `chat`, building what of it is missing.
 
-    threads: tokenising threads; default the processor cores this process may use. Raises DataError for a bad
-    row (`on_bad_row='error'`) and when nothing can be written."""
-    from filelock import FileLock
-
+    threads: tokenising threads; default the processor cores this process may use. embedding: where given, every token
+    must have a row in it. Raises DataError for a bad row (`on_bad_row='error'`), when nothing can be written, and for
+    a cache that stays damaged; ModelError for a token without a row."""
     columns = columns_to_read(source.columns, keys, where=str(source.files[0]), need_advantage=need_advantage)
     key = hashlib.sha256(
         repr((FORMAT, source.content_key(), chat.key(), tuple(columns))).encode()
     ).hexdigest()[:32]
     directory = _writable(cache_dir, source) / key
-    if not (directory / INDEX).is_file():
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with FileLock(directory / ".lock"):
-                if not (directory / INDEX).is_file():
-                    _build(source, chat, keys, columns, directory, on_bad_row, threads, say)
-        except OSError as error:
-            raise DataError(
-                f"{directory}: the token cache cannot be written ({error.strerror or error}); "
-                "make room, or set data.cache_dir to another disk; a build goes on where it stopped"
-            ) from error
-    cache = _load(directory, source)
+    job = _Job(source, chat, keys, columns, directory, on_bad_row, embedding, say)
+    cache = TokenCache(directory, source, _whole_parts(job, threads or len(os.sched_getaffinity(0))))
+    largest = cache.largest_token()
+    if embedding is not None and largest >= embedding.rows:
+        for index in range(len(cache)):
+            embedding.check_tokens(cache.tokens(index), chat, cache.where(index))
     cache.ignored_columns = [column for column in source.columns if column not in (*columns, keys.answer)]
     if cache.bad and on_bad_row == "error":
         raise DataError(cache.bad[0][1] + _SKIP)
@@ -134,22 +130,58 @@ def open_cache(
 _SKIP = "; or leave such rows out with data.on_bad_row=skip"
 
 
-def _build(
-    source: Source,
-    chat: Chat,
-    keys: Keys,
-    columns: list[str],
-    directory: Path,
-    on_bad_row: str,
-    threads: int | None,
-    say: Callable[[str], None],
-) -> None:
-    for leftover in directory.glob(".part-*"):  # of a build that was killed while it wrote; we hold the lock
-        leftover.unlink()
+class _Job(NamedTuple):
+    """What a cache is made from, and how."""
+
+    source: Source
+    chat: Chat
+    keys: Keys
+    columns: list[str]
+    directory: Path
+    on_bad_row: str
+    embedding: Embedding | None
+    say: Callable[[str], None]
+
+
+def _whole_parts(job: _Job, threads: int) -> list[Part]:
+    """The checked parts of the cache, built where they are missing, and built again from the first damaged one on."""
+    from filelock import FileLock
+
+    directory = job.directory
+    if (directory / INDEX).is_file():
+        try:
+            return _checked_parts(directory, len(job.source), threads)
+        except DamagedPart:
+            pass  # said once the lock is ours: another process may be building it already
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with FileLock(directory / ".lock"):
+            if (directory / INDEX).is_file():
+                try:
+                    return _checked_parts(directory, len(job.source), threads)
+                except DamagedPart as damage:
+                    job.say(f"data: the token cache {directory} is damaged ({damage}); building it again")
+                    (directory / INDEX).unlink()
+            _build(job, threads)
+            return _checked_parts(directory, len(job.source), threads)
+    except DamagedPart as damage:
+        raise DataError(
+            f"{directory}: the token cache was just written and is damaged ({damage}); does this disk keep what is "
+            "written? set data.cache_dir to another"
+        ) from damage
+    except OSError as error:
+        raise DataError(
+            f"{directory}: the token cache cannot be written ({error.strerror or error}); "
+            "make room, or set data.cache_dir to another disk; a build goes on where it stopped"
+        ) from error
+
+
+def _build(job: _Job, threads: int) -> None:
+    source, chat, directory, say = job.source, job.chat, job.directory, job.say
+    files.remove_leftovers(directory)  # of a build that was killed while it wrote; we hold the lock
     names, start = _finished_parts(directory)
     if start:
         say(f"data: going on with the token cache at row {start} of {len(source)}")
-    threads = threads or len(os.sched_getaffinity(0))
     began = said = time.monotonic()
     tokens = 0
     with ThreadPoolExecutor(threads) as pool, progress_bar("tokenising", "rows") as bar:
@@ -160,7 +192,10 @@ def _build(
             nonlocal tokens, said
             first, end, meta, futures = waiting.popleft()
             documents = [future.result() for future in futures]
-            names.append(_write_part(directory, first, end, meta, documents))
+            if job.embedding is not None:
+                for row, document in zip(meta["rows"], documents):
+                    job.embedding.check_tokens(document.tokens, chat, source.where(row))
+            names.append(write_part(directory, first, end, meta, documents))
             tokens += sum(len(document.tokens) for document in documents)
             rate = f"{tokens / (time.monotonic() - began) / 1e6:.2f} M tokens/s"
             bar.update(task, completed=end, note=rate)
@@ -169,7 +204,7 @@ def _build(
                 said = time.monotonic()
 
         try:
-            for first, end, meta, rendered in _rendered_parts(source, chat, keys, columns, start, on_bad_row):
+            for first, end, meta, rendered in _rendered_parts(job, start):
                 waiting.append((first, end, meta, [pool.submit(chat.tokenise, one) for one in rendered]))
                 if len(waiting) > 1:  # one part is tokenised while the next is read and rendered
                     finish()
@@ -177,7 +212,8 @@ def _build(
                 finish()
         finally:
             pool.shutdown(cancel_futures=True)
-    _write_atomically(directory / INDEX, json.dumps({"rows": len(source), "parts": names}).encode())
+    index = {"rows": len(source), "parts": names}
+    files.write_bytes(directory / INDEX, json.dumps(index).encode())
     seconds = time.monotonic() - began
     say(
         f"data: {len(source) - start:,} rows tokenised in {seconds:.1f} s "
@@ -185,8 +221,8 @@ def _build(
     )
 
 
-def _rendered_parts(source, chat, keys, columns, start, on_bad_row) -> Iterator[tuple[int, int, dict, list]]:
     """Yields (first row, end row, {rows, advantages, bad, thinking}, rendered conversations) part by part."""
+    source, chat, keys, columns = job.source, job.chat, job.keys, job.columns
     first = end = start
     meta, rendered, characters = _no_rows(), [], 0
     for row, value in source.rows(start, columns):
@@ -207,7 +243,7 @@ def _rendered_parts(source, chat, keys, columns, start, on_bad_row) -> Iterator[
                 meta["thinking"].append((row, conversation.mismatch))
             characters += sum(len(turn["content"]) for turn in example.messages)
         except DataError as error:
-            if on_bad_row == "error":
+            if job.on_bad_row == "error":
                 raise DataError(f"{error}{_SKIP}") from error
             meta["bad"].append((row, str(error)))
         end = row + 1
@@ -219,60 +255,50 @@ def _rendered_parts(source, chat, keys, columns, start, on_bad_row) -> Iterator[
         yield first, end, meta, rendered
 
 
-def _no_rows() -> dict[str, list]:
-    return {"rows": [], "advantages": [], "bad": [], "thinking": []}
-
-
-def _write_part(directory: Path, first: int, end: int, meta: dict, documents: list[Document]) -> str:
-    about = {"first": first, "end": end, "bad": meta["bad"], "thinking": meta["thinking"]}
-    batch = pa.record_batch(
-        {
-            "row": pa.array(meta["rows"], pa.int64()),
-            "tokens": _list_array([document.tokens for document in documents]),
-            "spans": _list_array([document.spans.ravel() for document in documents]),
-            "advantage": pa.array(meta["advantages"], pa.float64()),
-            "control_text": pa.array([document.control_text for document in documents], pa.int32()),
-        },
-        schema=_SCHEMA.with_metadata({"part": json.dumps(about)}),
-    )
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    name = f"part-{first:09d}.arrow"
-    _write_atomically(directory / name, sink.getvalue())
-    return name
-
-
-def _list_array(arrays: list[np.ndarray]) -> pa.ListArray:
-    offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)
-    values = np.concatenate([np.zeros(0, np.int32), *arrays])
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
-
-
 def _finished_parts(directory: Path) -> tuple[list[str], int]:
-    """Names of the parts that follow each other without a gap from row 0, and the row after them."""
+    """Names of the undamaged parts that follow each other without a gap from row 0, and the row after them."""
     names, row = [], 0
     while True:
-        path = directory / f"part-{row:09d}.arrow"
         try:
-            _, meta = _read_part(path)
-        except (OSError, pa.ArrowException, KeyError, ValueError):
+            part = read_part(directory / part_name(row))
+        except DamagedPart:
             return names, row
-        names.append(path.name)
-        row = meta["end"]
+        if part.first != row:
+            return names, row
+        names.append(part_name(row))
+        row = part.end
 
 
-def _read_part(path: Path) -> tuple[pa.RecordBatch, dict]:
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    return reader.get_batch(0), json.loads(reader.schema.metadata[b"part"])
+def _checked_parts(directory: Path, rows: int, threads: int) -> list[Part]:
+    """All parts that the index names, each held against its checksum, over all `rows`. Raises DamagedPart."""
+    with ThreadPoolExecutor(threads) as pool:  # zlib's checksum lets other threads run
+        parts = list(pool.map(lambda name: read_part(directory / name), _index(directory)))
+    for part, first in zip(parts, [0, *(part.end for part in parts)]):
+        if part.first != first:
+            raise DamagedPart(f"rows {first} to {part.first} are missing")
+    if parts and parts[-1].end != rows:
+        raise DamagedPart(f"{INDEX} names parts of {parts[-1].end} rows, and the data has {rows}")
+    return parts
 
 
-def _load(directory: Path, source: Source) -> TokenCache:
+def _index(directory: Path) -> list[str]:
     try:
-        index = json.loads((directory / INDEX).read_bytes())
-        parts = [_read_part(directory / name) for name in index["parts"]]
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise DataError(f"{directory}: the token cache is damaged ({error}); delete this folder") from error
+        names = json.loads((directory / INDEX).read_bytes())["parts"]
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("names no parts")
+        return names
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise DamagedPart(f"{INDEX} cannot be read: {' '.join(str(error).split())[:160]}") from error
+
+
+def _load_again(directory: Path, source: Source) -> TokenCache:
+    """The cache as a worker process maps it: what it was pickled from has been checked."""
+    try:
+        parts = [read_part(directory / name, check=False) for name in _index(directory)]
+    except DamagedPart as damage:
+        raise DataError(
+            f"{directory}: the token cache changed during the run ({damage}); start again"
+        ) from damage
     return TokenCache(directory, source, parts)
 
 
@@ -295,15 +321,3 @@ def _writable(cache_dir: str | None, source: Source) -> Path:
     ):  # root may write anywhere, and should not
         return beside / ".jsft_cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jsft" / "tokens"
-
-
-def _write_atomically(path: Path, content) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

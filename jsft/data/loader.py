@@ -20,6 +20,7 @@ from jsft.data.examples import Keys
 from jsft.data.objective import token_weights
 from jsft.data.sources import open_source, split_paths
 from jsft.data.steps import Recipe, StepSource, assemble, local_rows, packing_report
+from jsft.data.vocabulary import Embedding
 from jsft.errors import ConfigError, DataError
 
 EVAL_CHUNK = 4096  # held-out documents packed together
@@ -128,8 +129,8 @@ def open_training_data(
         reference_ranks=recipe.reference_ranks,
         reference_micro_batch=recipe.reference_micro_batch,
     )
-    chat = make_chat(config, model_dir)
-    cache = _open(config, data.train, chat, need_advantage=recipe.use_advantage)
+    chat, embedding = make_chat(config, model_dir), Embedding.of(model_dir)
+    cache = _open(config, data.train, chat, embedding, need_advantage=recipe.use_advantage)
     documents = Documents(cache, data.max_length, data.truncation)
     layout = make_layout(config, documents, rows_per_micro_batch, attention_cost)
     per_epoch = planning.steps_per_epoch(len(documents), recipe.global_batch)
@@ -145,12 +146,12 @@ def open_eval_data(
 ) -> dict[str, list[Batch]]:
     """Held-out sets of data.eval by name, each packed in batches of [rows, data.pack_length] with weight 1
     per supervised token. `objective.document_mean_weights` makes the weights of a loss per document."""
-    chat = make_chat(config, model_dir)
+    chat, embedding = make_chat(config, model_dir), Embedding.of(model_dir)
     layout = planning.Layout(rows, rows, config.data.pack_length, align=config.data.align)
     local = local_rows(rows, process_index, process_count)
     sets = {}
     for name, spec in eval_specs(config.data.eval).items():
-        documents = Documents(_open(config, spec, chat), config.data.max_length, config.data.truncation)
+        documents = Documents(_open(config, spec, chat, embedding), config.data.max_length, config.data.truncation)
         _check_fits(documents, config.data.pack_length)
         sets[name] = []
         for start in range(0, len(documents), EVAL_CHUNK):
@@ -186,15 +187,20 @@ def eval_specs(value: Any) -> dict[str, str]:
 
 
 def make_chat(config, model_dir: str | Path) -> Chat:
-    """The chat template and tokenizer of a model directory with the choices of `config.data`."""
+    """The chat template and tokenizer of a model directory with the choices of `config.data`.
+
+    Raises ModelError when the EOS token or a token of the template has no row in the model's embedding."""
     data = config.data
-    return Chat(
+    chat = Chat(
         load_tokenizer(model_dir),
         eos_token=data.eos_token,
         strip_default_system=data.strip_default_system,
         enable_thinking=data.enable_thinking,
         train_turns=data.train_turns,
     )
+    if embedding := Embedding.of(model_dir):
+        embedding.check_tokenizer(chat)
+    return chat
 
 
 def make_keys(config) -> Keys:
@@ -225,7 +231,14 @@ def make_layout(
     )
 
 
-def _open(config, spec: str | Sequence[str], chat: Chat, *, need_advantage: bool = False) -> TokenCache:
+def _open(
+    config,
+    spec: str | Sequence[str],
+    chat: Chat,
+    embedding: Embedding | None,
+    *,
+    need_advantage: bool = False,
+) -> TokenCache:
     data = config.data
     return open_cache(
         open_source(split_paths(spec)),
@@ -234,6 +247,7 @@ def _open(config, spec: str | Sequence[str], chat: Chat, *, need_advantage: bool
         cache_dir=data.cache_dir,
         on_bad_row=data.on_bad_row,
         need_advantage=need_advantage,
+        embedding=embedding,
     )
 
 

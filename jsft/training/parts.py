@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsft import mesh as meshes
-from jsft.data.loader import TrainingData, open_training_data
+from jsft.data.batch import Batch
+from jsft.data.loader import TrainingData, open_eval_data, open_training_data
 from jsft.data.plan import attention_cost
 from jsft.errors import ConfigError
 from jsft.hf.resolve import resolve_model
@@ -34,6 +35,7 @@ class Parts(NamedTuple):
     shardings: Any  # tree of NamedSharding of the parameters
     data: TrainingData
     rows: int  # packed rows of a micro batch, over all devices
+    held_out: dict[str, list[Batch]] = {}  # data.eval by name, where eval.every asks for it
 
 
 def build(config: ConfigDict) -> Parts:
@@ -55,9 +57,15 @@ def build(config: ConfigDict) -> Parts:
             f"{given} ({data.steps_per_epoch} an epoch); use the recipe's data and epochs, or set train.expect_steps=-1"
         )
     learning_rate_schedule(config, data.total_steps)  # refuses a warm-up that fills the run
+    held_out = {}
+    if config.eval.every:  # here, so that what is wrong with it is known before the run's directory is made
+        held_out = open_eval_data(
+            config, model_dir, rows=rows, process_index=jax.process_index(), process_count=jax.process_count()
+        )
     abstract = initial_state(parameters, config)
     return Parts(
-        config, model_dir, model, mesh, abstract, jax.tree.map(lambda p: p.sharding, parameters), data, rows
+        config, model_dir, model, mesh, abstract, jax.tree.map(lambda p: p.sharding, parameters), data, rows,
+        held_out,
     )
 
 

@@ -9,7 +9,6 @@ import jax
 from ml_collections import ConfigDict
 
 from jsft import config as schema
-from jsft.data.loader import open_eval_data
 from jsft.data.objective import document_mean_weights
 from jsft.distributed import any_process
 from jsft.errors import CheckpointError, OutOfMemoryError
@@ -225,15 +224,9 @@ def dry_run(config: ConfigDict, name: str, ignore_plan: bool = False) -> int:
 
 
 def _eval_data(parts: Parts):
-    if not (parts.config.eval.every and parts.config.data.eval):
-        return {}
-    sets = open_eval_data(
-        parts.config, parts.model_dir, rows=parts.rows, process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
     return {
         name: [batch._replace(loss_weights=document_mean_weights(batch)) for batch in batches]
-        for name, batches in sets.items()
+        for name, batches in parts.held_out.items()
     }
 
 

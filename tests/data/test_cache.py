@@ -33,7 +33,7 @@ def open_it(path, chat, **options):
 
 
 def fold(directory):
-    return {path.name: path.stat().st_mtime_ns for path in directory.glob("part-*")}
+    return {path.name: path.stat().st_mtime_ns for path in directory.glob("part-*.arrow")}
 
 
 def test_documents_come_back_as_encoded(tmp_path, chat, small_parts):
@@ -156,11 +156,114 @@ def test_damaged_part_is_made_again(tmp_path, chat, small_parts):
     assert all((again.tokens(i) == whole.tokens(i)).all() for i in range(32)) and len(again) == 70
 
 
-def test_complete_cache_that_lost_a_part_is_named(tmp_path, chat, small_parts):
+def lose_a_part(directory):
+    (directory / "part-000000032.arrow").unlink()
+
+
+def flip_a_token(directory):
+    path = directory / "part-000000032.arrow"
+    batch = caching.read_part(path).batch
+    place = path.read_bytes().index(batch["tokens"].values.to_numpy()[:40].tobytes())
+    content = bytearray(path.read_bytes())
+    content[place + 4] ^= 1
+    path.write_bytes(content)
+
+
+def huge_token(directory):
+    path = directory / "part-000000032.arrow"
+    values = caching.read_part(path).batch["tokens"].values.to_numpy()[:40].tobytes()
+    path.write_bytes(path.read_bytes().replace(values, values[:8] + b"\0\0\0\x40" + values[12:], 1))
+
+
+def flip_an_advantage(directory):
+    path = directory / "part-000000016.arrow"
+    ones = np.ones(16).tobytes()
+    assert path.read_bytes().count(ones) == 1
+    path.write_bytes(path.read_bytes().replace(ones, np.full(16, 2.0).tobytes()))
+
+
+def spoil_the_index(directory):
+    (directory / caching.INDEX).write_text('{"rows": 70, "parts": ["part-000000000.arrow", "part-000')
+
+
+def shorten_the_index(directory):
+    index = json.loads((directory / caching.INDEX).read_text())
+    (directory / caching.INDEX).write_text(json.dumps(index | {"parts": index["parts"][:-1]}))
+
+
+def swap_two_parts(directory):
+    one, other = (directory / f"part-0000000{row}.arrow" for row in (16, 32))
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def cut_a_part(directory):
+    path = directory / "part-000000048.arrow"
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lose_a_part, flip_a_token, huge_token, flip_an_advantage, spoil_the_index, shorten_the_index, swap_two_parts,
+     cut_a_part],
+)  # fmt: skip
+def test_damaged_cache_is_said_and_built_again(tmp_path, chat, small_parts, damage):
     path = write_rows(tmp_path / "x.parquet", rows_of(range(5, 75)))
-    (open_it(path, chat).directory / "part-000000032.arrow").unlink()
-    with pytest.raises(DataError, match="the token cache is damaged .*delete this folder"):
+    fresh = open_it(path, chat, cache_dir=str(tmp_path / "fresh"), say=lambda line: None)
+    directory = open_it(path, chat, say=lambda line: None).directory
+    damage(directory)
+    said = []
+    again = open_it(path, chat, say=said.append)
+    assert "is damaged (" in said[0] and "building it again" in said[0] and str(directory) in said[0]
+    assert len(again) == 70 and (again.advantages == fresh.advantages).all()
+    assert all((again.tokens(i) == fresh.tokens(i)).all() for i in range(70))
+    assert (again.spans == fresh.spans).all()
+    said.clear()
+    open_it(path, chat, say=said.append)
+    assert not said
+
+
+def test_cache_without_checksums_is_built_again(tmp_path, chat, small_parts):
+    """As an older version wrote it: the same parts, no checksum in them."""
+    path = write_rows(tmp_path / "x.parquet", rows_of(range(5, 75)))
+    directory = open_it(path, chat, say=lambda line: None).directory
+    for part in directory.glob("part-*.arrow"):
+        part.write_bytes(part.read_bytes().replace(b"crc32", b"other"))
+    said = []
+    again = open_it(path, chat, say=said.append)
+    assert "has no checksum, an older version wrote it" in said[0] and len(again) == 70
+    assert again.directory == directory  # the same key: a run that began before goes on
+
+
+def test_cache_that_stays_damaged_is_refused(tmp_path, chat, small_parts, monkeypatch):
+    path = write_rows(tmp_path / "x.parquet", rows_of(range(5, 75)))
+    write = caching.write_part
+
+    def lying_disk(directory, first, *rest):
+        name = write(directory, first, *rest)
+        if first == 32:
+            flip_a_token(directory)
+        return name
+
+    monkeypatch.setattr(caching, "write_part", lying_disk)
+    with pytest.raises(DataError, match="was just written and is damaged .*set data.cache_dir to another"):
         open_it(path, chat)
+
+
+def test_opening_checks_a_gigabyte_in_about_a_second(tmp_path):
+    """CRC-32 of the parts, and the bounds: on one core, measured on 64 MB."""
+    from jsft.data.cache_parts import read_part, write_part
+    from jsft.data.chat import Document
+
+    tokens = np.random.default_rng(0).integers(0, 150_000, 1 << 24, dtype=np.int32)
+    documents = [Document(one, np.array([[1, len(one)]], np.int32), 0) for one in np.split(tokens, 1024)]
+    meta = {"rows": list(range(1024)), "advantages": [1.0] * 1024, "bad": [], "thinking": []}
+    name = write_part(tmp_path, 0, 1024, meta, documents)
+    began = time.perf_counter()
+    part = read_part(tmp_path / name)
+    assert int(part.batch["tokens"].values.to_numpy().max()) == tokens.max()
+    assert time.perf_counter() - began < 1.0  # 0.03 s on an idle core; the bound is for a busy one
 
 
 def test_long_build_says_how_far_it_is_without_a_terminal(tmp_path, chat, small_parts, monkeypatch):
@@ -178,11 +281,11 @@ from jsft.data.chat import Chat, load_tokenizer
 from jsft.data.examples import Keys
 from jsft.data.sources import open_source
 caching.PART_ROWS = 16
-write, delay = caching._write_part, float(sys.argv[3])
+write, delay = caching.write_part, float(sys.argv[3])
 def slowly(*a):
     time.sleep(delay)
     return write(*a)
-caching._write_part = slowly
+caching.write_part = slowly
 silent = lambda line: None
 cache = caching.open_cache(open_source(sys.argv[1]), Chat(load_tokenizer(sys.argv[2])), Keys(), say=silent)
 print(len(cache), int(cache.lengths.sum()))
@@ -199,17 +302,17 @@ def test_kill_9_then_go_on(tmp_path, chat, tiny_model, small_parts):
     path = write_rows(tmp_path / "x.parquet", rows_of(range(5, 165)))
     process = builder(path, tiny_model, 0.3)
     deadline = time.time() + 60
-    parts = lambda: sorted((tmp_path / ".jsft_cache").glob("*/part-*"))  # noqa: E731
+    parts = lambda: sorted((tmp_path / ".jsft_cache").glob("*/part-*.arrow"))  # noqa: E731
     while len(parts()) < 3 and time.time() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = fold(parts()[0].parent)
-    (parts()[0].parent / ".part-000000048.arrow.12345").write_bytes(b"half")  # killed while it wrote
+    (parts()[0].parent / "part-000000048.arrow.tmp-12345-0").write_bytes(b"half")  # killed while it wrote
     assert 3 <= len(kept) < 10 and not (parts()[0].parent / caching.INDEX).exists()
     cache = open_it(path, chat)
     assert len(cache) == 160
-    assert not list(cache.directory.glob(".part-*"))
+    assert not list(cache.directory.glob("*.tmp-*"))
     assert {name: fold(cache.directory)[name] for name in kept} == kept  # what was done is not done again
     fresh = open_it(path, chat, cache_dir=str(tmp_path / "fresh"))
     assert all((cache.tokens(i) == fresh.tokens(i)).all() for i in range(160))

@@ -66,7 +66,7 @@ def install() -> None:
     if "least" in FAULTS:
         watchdog.Watchdog.__init__.__kwdefaults__["least_seconds"] = float(FAULTS["least"])
 
-    update, write_manifest, write_part = loop.Loop._update, checkpoint.write_manifest, cache._write_part
+    update, write_manifest, write_part = loop.Loop._update, checkpoint.write_manifest, cache.write_part
     save_async, rmtree, iterate = (
         checkpoint.ocp.save_checkpointables_async,
         checkpoint.shutil.rmtree,
@@ -152,7 +152,7 @@ def install() -> None:
         faulty_manifest,
     )
     checkpoint.ocp.save_checkpointables_async, checkpoint.shutil.rmtree = faulty_save, faulty_rmtree
-    cache._write_part, loader.TrainingData.iterate = faulty_part, faulty_iterate
+    cache.write_part, loader.TrainingData.iterate = faulty_part, faulty_iterate
 
 
 if __name__ == "__main__":
