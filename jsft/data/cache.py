@@ -221,6 +221,7 @@ def _build(job: _Job, threads: int) -> None:
     )
 
 
+def _rendered_parts(job: _Job, start: int) -> Iterator[tuple[int, int, dict, list]]:
     """Yields (first row, end row, {rows, advantages, bad, thinking}, rendered conversations) part by part."""
     source, chat, keys, columns = job.source, job.chat, job.keys, job.columns
     first = end = start
@@ -253,6 +254,10 @@ def _build(job: _Job, threads: int) -> None:
             meta, rendered, characters = _no_rows(), [], 0
     if end > first:
         yield first, end, meta, rendered
+
+
+def _no_rows() -> dict[str, list]:
+    return {"rows": [], "advantages": [], "bad": [], "thinking": []}
 
 
 def _finished_parts(directory: Path) -> tuple[list[str], int]:
