@@ -1,25 +1,32 @@
-"""Runs code that a model wrote: in a process of its own, without network, files, or more memory and time than
-given.
+"""Runs code that a model wrote: in processes of its own, without network, files, or more memory and time than
+given, and ends all of them with it.
 
 `sandbox_launcher` (a script of the standard library only) builds the room: its own user, mount, process,
 network and IPC namespaces, a root directory that holds nothing but read-only system libraries and Python, a
-small writable /room, resource limits, another user id, no capabilities. Where the kernel allows no user
-namespaces, `why_not` says so.
+small writable /room, resource limits, another user id, no capabilities, few system calls. Where the kernel
+allows no user namespaces, `why_not` says so; `weaknesses` names what else it does not allow.
 """
 
 import dataclasses
 import functools
-import json
+import marshal
 import os
 import selectors
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from jsft.evaluation import sandbox_cgroup, sandbox_filter
+
 LAUNCHER = Path(__file__).with_name("sandbox_launcher.py")
 OUTPUT_BYTES = 8 << 20  # of stdout; a program that prints more is stopped
+BUILD_SECONDS = 60.0  # for the room; the program's own time begins after it
+END_SECONDS = 10.0  # for the kernel to end all in the room
+MISSING = {
+    "filter": "judged programs may make any system call: install libseccomp2 (or the kernel has no seccomp)",
+    "memory": "the memory of judged programs is limited for each process only: /proc shows none of them",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,54 +34,58 @@ class Limits:
     """What a program may use. `seconds` is wall time; CPU time may be a second more."""
 
     seconds: float = 6.0
-    memory_mb: int = 2048  # address space of each process
+    memory_mb: int = 2048  # address space of each process, and memory of all together
     processes: int = 16
     disk_mb: int = 32  # of /room, the only place that can be written
 
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """How a program ended. state: 'ok' (code 0), 'failed', 'timeout', 'flood' (printed too much) or 'broken'
-    (the sandbox itself could not start; `stderr` says why)."""
+    """How a program ended.
+
+    state: 'ok' (code 0), 'failed', 'timeout', 'flood' (printed too much), 'memory' (its processes used too much
+    together) or 'broken' (the sandbox itself could not start; `stderr` says why). A program cannot choose
+    'broken': the room's keeper says it, over a pipe that the program does not hold.
+    """
 
     state: str
     code: int | None
     stdout: bytes
     stderr: str  # its last 4,000 characters
     seconds: float
+    missing: tuple[str, ...] = ()  # keys of MISSING
 
 
 def run(source: str, stdin: bytes = b"", limits: Limits = Limits()) -> Finished:  # noqa: B008 (frozen)
-    """Runs Python `source` with `stdin` and waits for its end or its limits."""
-    job = json.dumps(
-        {"source": source, "prefixes": _prefixes(), "python": sys.executable, **dataclasses.asdict(limits)}
-    )
-    started = time.monotonic()
-    reader, writer = os.pipe()
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", str(LAUNCHER), str(reader)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        pass_fds=(reader,), start_new_session=True, env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
-    )  # fmt: skip
-    os.close(reader)
-    try:
-        state, out, errors = _converse(
-            process, {process.stdin.fileno(): stdin, writer: job.encode()}, started + limits.seconds
-        )
-    finally:
+    """Runs Python `source` with `stdin` (a file, also /dev/stdin) and waits for its end or its limits.
+
+    When it returns, no process that the program started is alive. The same holds after the death of the caller.
+    """
+    with sandbox_cgroup.fresh(limits.memory_mb, limits.processes) as group:
+        job = {
+            "source": source.encode("utf-8", "surrogatepass"), "stdin": stdin, "prefixes": _prefixes(), "python": sys.executable,
+            "filter": sandbox_filter.compiled(), "cgroup": group, **dataclasses.asdict(limits),
+        }  # fmt: skip
+        reader, writer = os.pipe()
+        listener, teller = os.pipe()
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), str(reader), str(teller)],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            pass_fds=(reader, teller), start_new_session=True, env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+        )  # fmt: skip
+        os.close(reader), os.close(teller)
+        talk = _Conversation(process, writer, listener, marshal.dumps(job))
         try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        code = process.wait()
-        for stream in (process.stdin, process.stdout, process.stderr):
-            stream.close()
-    text = errors.decode("utf-8", "replace")[-4000:]
-    if state == "ended":
-        state = "ok" if code == 0 else "broken" if code == 125 else "failed"
-    return Finished(
-        state, code if state in ("ok", "failed") else None, bytes(out), text, time.monotonic() - started
-    )
+            state = talk.hold(limits.seconds)
+        finally:
+            process.terminate()  # the launcher ends the keeper and all in the room, then itself
+            try:
+                process.wait(timeout=END_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            talk.close()
+    return talk.finished(state)
 
 
 @functools.cache
@@ -82,11 +93,21 @@ def why_not() -> str | None:
     """Why code cannot be run safely here, in one line; None when it can."""
     if not sys.platform.startswith("linux"):
         return "running a model's code safely needs Linux"
-    finished = run("print(6 * 7)", limits=Limits(seconds=20))
+    finished = _probe()
     if finished.state == "ok" and finished.stdout == b"42\n":
         return None
     reason = finished.stderr.strip().splitlines()[-1:] or [finished.state]
     return f"a model's code cannot be run safely here: {reason[0]}"
+
+
+def weaknesses() -> list[str]:
+    """What this machine does not allow the sandbox to forbid, a line each; call it where `why_not` is None."""
+    return [MISSING[name] for name in _probe().missing]
+
+
+@functools.cache
+def _probe() -> Finished:
+    return run("print(6 * 7)", limits=Limits(seconds=20))
 
 
 def _prefixes() -> list[str]:
@@ -95,56 +116,83 @@ def _prefixes() -> list[str]:
     return sorted(found)
 
 
-def _converse(
-    process: subprocess.Popen, inputs: dict[int, bytes], end: float
-) -> tuple[str, bytearray, bytearray]:
-    """Feeds the inputs and collects the outputs until they close, time is over, or too much is printed."""
-    out, errors = bytearray(), bytearray()
-    left = {fd: memoryview(data) for fd, data in inputs.items()}
-    keep = process.stdin.fileno()
-    with selectors.DefaultSelector() as selector:
+class _Conversation:
+    """What the judge and the room say to each other."""
 
-        def close(fd: int) -> None:
-            selector.unregister(fd)
-            process.stdin.close() if fd == keep else os.close(fd)
+    def __init__(self, process: subprocess.Popen, writer: int, listener: int, job: bytes):
+        self.process, self.writer, self.listener = process, writer, listener
+        self.job = memoryview(job)
+        self.out, self.errors, self.told = bytearray(), bytearray(), bytearray()
+        self.started = self.ended = time.monotonic()
+        self.selector = selectors.DefaultSelector()
+        os.set_blocking(writer, False)
+        self.selector.register(writer, selectors.EVENT_WRITE)
+        for descriptor, buffer in (
+            (process.stdout.fileno(), self.out), (process.stderr.fileno(), self.errors), (listener, self.told),
+        ):  # fmt: skip
+            self.selector.register(descriptor, selectors.EVENT_READ, buffer)
 
-        for fd in left:
-            os.set_blocking(fd, False)
-            selector.register(fd, selectors.EVENT_WRITE)
-        for stream, buffer in ((process.stdout, out), (process.stderr, errors)):
-            selector.register(stream.fileno(), selectors.EVENT_READ, buffer)
-        reading = 2
-        state = "ended"
-        while reading:
+    def hold(self, seconds: float) -> str:
+        """Sends the job and reads all until the room is closed ('ended'), time is over, or too much is printed."""
+        end, running = self.started + BUILD_SECONDS, False
+        while self.selector.get_map():
             wait = end - time.monotonic()
             if wait <= 0:
-                state = "timeout"
-                break
-            for key, _ in selector.select(wait):
-                if key.data is None:
-                    try:
-                        done = os.write(key.fd, left[key.fd][: 1 << 16]) if left[key.fd] else 0
-                        left[key.fd] = left[key.fd][done:]
-                    except BrokenPipeError:
-                        left[key.fd] = memoryview(b"")
-                    if not left[key.fd]:
-                        close(key.fd)
-                    continue
-                piece = os.read(key.fd, 1 << 16)
-                if not piece:
-                    selector.unregister(key.fd)
-                    reading -= 1
-                key.data.extend(piece)
-            if len(errors) > 1 << 16:
-                del errors[:-4000]
-            if len(out) > OUTPUT_BYTES:
-                state = "flood"
-                break
-        for fd in [f for f in left if f in selector.get_map()]:
-            close(fd)
-    if state == "ended":
-        try:  # both outputs are closed, but the program may live on
-            process.wait(timeout=max(0.05, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            state = "timeout"
-    return state, out, errors
+                return "timeout"
+            for key, _ in self.selector.select(wait):
+                self._send() if key.data is None else self._receive(key.fd, key.data)
+            if not running and b"started" in self.told:
+                running, self.started = True, time.monotonic()
+                end = self.started + seconds
+            if len(self.out) > OUTPUT_BYTES:
+                return "flood"
+        return "ended"
+
+    def _send(self) -> None:
+        try:
+            self.job = self.job[os.write(self.writer, self.job[: 1 << 16]) :]
+        except BrokenPipeError:
+            self.job = self.job[:0]
+        if not self.job:
+            self._close_writer()
+
+    def _close_writer(self) -> None:
+        self.selector.unregister(self.writer)
+        os.close(self.writer)
+        self.writer = None
+
+    def _receive(self, descriptor: int, buffer: bytearray) -> None:
+        piece = os.read(descriptor, 1 << 16)
+        if not piece:
+            self.selector.unregister(descriptor)
+        buffer.extend(piece)
+        if buffer is self.errors and len(buffer) > 1 << 16:
+            del buffer[:-16000]
+
+    def close(self) -> None:
+        """To be called when the launcher is dead."""
+        self.ended = time.monotonic()
+        if self.writer is not None:
+            self._close_writer()
+        self.selector.close()
+        for stream in (self.process.stdout, self.process.stderr):
+            stream.close()
+        os.close(self.listener)
+
+    def finished(self, state: str) -> Finished:
+        """How it ended, by the keeper's word before ours."""
+        words = [line.split(" ", 1) for line in self.told.decode("utf-8", "replace").splitlines()]
+        said = {line[0]: line[1] if len(line) > 1 else "" for line in words}
+        errors, code = self.errors.decode("utf-8", "replace")[-4000:], None
+        if "broken" in said or "started" not in said:
+            why = said.get("broken") or ("it took too long" if state == "timeout" else "its launcher died")
+            state, errors = "broken", f"{errors}the sandbox could not be built: {why}\n"
+        elif "memory" in said:
+            state = "memory"
+        elif "ended" in said and state != "flood":
+            code = int(said["ended"])
+            state = "failed" if code else "ok"
+        elif state == "ended":
+            state = "failed"  # the keeper was killed
+        missing = tuple(said.get("started", "").split())
+        return Finished(state, code, bytes(self.out), errors, self.ended - self.started, missing)

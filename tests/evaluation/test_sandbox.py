@@ -46,10 +46,8 @@ def test_who_and_where_it_is():
     told = run(
         "import os\nprint(os.getpid(), os.getuid() == 0, sorted(os.listdir('/')), os.listdir('.'))"
     ).stdout.decode()
-    assert told.startswith("1 ")  # alone in its process namespace
+    assert told.startswith("2 False")  # process 1 of the namespace is ours, and nobody is root
     assert "proc" not in told and "program.py" in told
-    if os.geteuid() == 0:
-        assert told.startswith("1 False")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +120,8 @@ def test_programs_are_judged_by_their_tests():
     solution = "class Solution:\n    def f(self, a: List[int], b: int):\n        print(a)\n        return {}"
     assert graded(solution.format("tuple(sorted(a)) + (b,)"), calls, "f").scores["solved"] == 1
     assert graded(solution.format("a"), calls, "f").note == "wrong output"
-    assert graded("def f(a, b): pass", calls, "f").note == "crashed"
+    assert graded("def f(a, b): pass", calls, "f").note == "wrong output"
+    assert graded("class Solution: pass", calls, "f").note == "crashed"
 
 
 def test_private_tests_are_read_without_running_them():

@@ -14,7 +14,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from jsft.errors import DataError
-from jsft.evaluation import answers, sandbox, thinking
+from jsft.evaluation import answers, contest_program, sandbox, thinking
 from jsft.evaluation.data import Source, check_row
 from jsft.evaluation.sampling import Sampling
 from jsft.evaluation.tasks.base import OUT_OF_DOMAIN, Grade, Problem, Task
@@ -33,28 +33,8 @@ WITH_FUNCTION = (
     "{question}\n\nComplete this starter code and put the whole program into one fenced block:\n"
     "```python\n{starter}\n```"
 )
-# What solutions on the contest sites may use without importing it.
-PRELUDE = """import sys, os, re, math, random, string, itertools, functools, operator, collections
-import heapq, bisect, copy, datetime
-from typing import *
-from collections import *
-from itertools import *
-from functools import *
-from heapq import *
-from bisect import *
-from math import *
-sys.setrecursionlimit(50000)
-"""
-# The result goes to a descriptor of its own: what the solution prints does not mix with it.
-CALL = """
-import json as _json, os as _os, sys as _sys
-_out = _os.fdopen(_os.dup(1), "w")
-_os.dup2(2, 1)
-_arguments = [_json.loads(line) for line in _sys.stdin.read().split("\\n") if line.strip()]
-_result = getattr(Solution(), {name!r})(*_arguments)
-print(_json.dumps(list(_result) if isinstance(_result, tuple) else _result), file=_out, flush=True)
-"""
 SECONDS = 6.0  # per test, as in the reference
+NOTES = {"timeout": "too slow", "flood": "printed too much", "memory": "used too much memory"}
 
 
 class LiveCodeBenchV2(Task):
@@ -118,7 +98,7 @@ class LiveCodeBenchV2(Task):
 
 def passes(code: str, gold: dict[str, Any]) -> tuple[bool, str | None]:
     """Whether a program passes all tests; else how the first failing one ended, in a word."""
-    source = PRELUDE + code + (CALL.format(name=gold["function"]) if gold["function"] else "")
+    source = contest_program.source(code, gold["function"])
     for test in gold["tests"]:
         finished = sandbox.run(
             source, test["input"].encode(), sandbox.Limits(seconds=SECONDS, memory_mb=4096)
@@ -126,7 +106,7 @@ def passes(code: str, gold: dict[str, Any]) -> tuple[bool, str | None]:
         if finished.state == "broken":
             raise RuntimeError(finished.stderr.strip() or "the sandbox could not be built")
         if finished.state != "ok":
-            return False, {"timeout": "too slow", "flood": "printed too much"}.get(finished.state, "crashed")
+            return False, NOTES.get(finished.state, "crashed")
         shown = finished.stdout.decode("utf-8", "replace")
         if gold["function"]:
             right = same_value(shown, test["output"])

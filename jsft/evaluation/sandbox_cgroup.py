@@ -1,0 +1,81 @@
+"""A control group for the processes of one judged program, where this machine lets us make one.
+
+Version 2 only. A group is made below the nearest of our own groups that hands its children the memory controller
+and that we may write to: so as root of a machine, in a delegated systemd unit, in a privileged container. No
+process of ours is moved. Elsewhere the room's keeper alone watches the memory.
+"""
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path("/sys/fs/cgroup")
+KEEPERS_MB = 64  # beyond the program's limit: page tables, pipes, what the kernel keeps for it
+_count = 0
+
+
+@contextlib.contextmanager
+def fresh(memory_mb: int, processes: int) -> Iterator[str | None]:
+    """A group with these limits; yields its `cgroup.procs`, None where there is none. All in it dies at the end."""
+    global _count
+    parent = parent_group()
+    group = None
+    if parent is not None:
+        _count += 1
+        group = parent / f"jsft-{os.getpid()}-{_count}"
+        try:
+            group.mkdir()
+            (group / "memory.max").write_text(str((memory_mb + KEEPERS_MB) << 20))
+            for name, value in (("memory.swap.max", "0"), ("pids.max", str(processes))):
+                if (group / name).exists():
+                    (group / name).write_text(value)
+        except OSError:
+            _remove(group)
+            group = None
+    try:
+        yield str(group / "cgroup.procs") if group else None
+    finally:
+        if group:
+            _remove(group)
+
+
+@functools.cache
+def parent_group(root: Path = ROOT, own: Path = Path("/proc/self/cgroup")) -> Path | None:
+    """The nearest group, from ours upwards, in which a process of ours can be limited; None where there is none."""
+    try:
+        line = next((x for x in own.read_text().splitlines() if x.startswith("0::/")), None)
+    except OSError:
+        return None
+    if line is None or not (root / "cgroup.controllers").exists():
+        return None
+    group = root / line[len("0::/") :]
+    # Moving a process from our group to a child of `group` needs its cgroup.procs too.
+    for candidate in (group, *group.parents):
+        if _usable(candidate):
+            return candidate
+        if candidate == root:
+            return None
+    return None
+
+
+def _usable(group: Path) -> bool:
+    try:
+        handed = (group / "cgroup.subtree_control").read_text().split()
+    except OSError:
+        return False
+    return "memory" in handed and os.access(group, os.W_OK) and os.access(group / "cgroup.procs", os.W_OK)
+
+
+def _remove(group: Path) -> None:
+    with contextlib.suppress(OSError):
+        (group / "cgroup.kill").write_text("1")
+    for _ in range(100):
+        try:
+            return group.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError:  # its processes are still dying
+            time.sleep(0.01)
