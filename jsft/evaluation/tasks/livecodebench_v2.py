@@ -39,6 +39,7 @@ NOTES = {"timeout": "too slow", "flood": "printed too much", "memory": "used too
 
 class LiveCodeBenchV2(Task):
     name, title, group = "livecodebench_v2", "LiveCodeBench v2", OUT_OF_DOMAIN
+    version = 2
     source = Source(
         "livecodebench/code_generation_lite",
         ("test.jsonl", "test2.jsonl"),  # release_v2 is the first two files
