@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jsft.data.thinking import prompt_thinking
+from jsft.data.thinking import CLOSE, prompt_thinking
 from jsft.errors import ModelError
 from jsft.evaluation.openai_client import OpenAIClient, ServerError, api_key, message_text
 from jsft.evaluation.sampling import Completion, Request
@@ -140,10 +140,12 @@ class OpenAIEngine:
             ):  # this request is at fault, not the server
                 return Completion(*name, error=str(error))
             raise
-        text = message_text(answer)
+        text, ending = message_text(answer), self._prompt_thinking.of(request.messages)
+        if ending == "open" and text and answer["choices"][0]["message"].get("reasoning") == "":
+            text = CLOSE + text  # vLLM's parser took the tag of thinking that was closed at once
         tokens = (answer.get("usage") or {}).get("completion_tokens") or 0
         finish = "length" if answer["choices"][0].get("finish_reason") == "length" else "stop"
-        return Completion(*name, text, tokens, finish, self._prompt_thinking.of(request.messages))
+        return Completion(*name, text, tokens, finish, ending)
 
 
 class PromptThinking:

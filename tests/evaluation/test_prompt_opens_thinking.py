@@ -108,6 +108,24 @@ def test_a_judge_sees_the_opened_thinking_and_its_own_does_not_count(fake_openai
     assert found["metrics"]["invalid"]["avg"]["mean"] == 1.0
 
 
+def test_thinking_closed_at_once_is_closed_where_the_server_takes_the_tag(
+    fake_openai, problems, tmp_path, monkeypatch
+):
+    fake = fake_openai(lambda body: "\\boxed{2}")
+    fake.owner = "vllm"
+    plain = fake.complete
+
+    def split(path, body):
+        answer = plain(path, body)
+        if "choices" in answer:
+            answer["choices"][0]["message"]["reasoning"] = ""
+        return answer
+
+    fake.complete = split
+    found = evaluated(monkeypatch, fake, problems, tmp_path / "out")
+    assert strict(found) == 1.0 and found["response"]["share_unclosed_think"] == 0.0
+
+
 def test_thinking_that_a_server_split_off_and_nothing_follows_was_never_closed():
     answer = {"choices": [{"message": {"content": None, "reasoning": "a"}, "finish_reason": "length"}]}
     assert message_text(answer) == "<think>a"
