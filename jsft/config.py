@@ -75,7 +75,8 @@ FIELDS: tuple[Field, ...] = (
     Field("data.shuffle", bool, None, "Shuffle rows each epoch by train.seed; off keeps the file's order."),
     Field("data.strip_default_system", bool, False, "Remove the system turn that Qwen2.5's chat template adds by "
           "itself."),
-    Field("data.enable_thinking", bool, None, "Passed to the chat template when set."),
+    Field("data.enable_thinking", bool, None, "Passed to the chat template when set; responses that think against the "
+          "template are then counted, not refused."),
     Field("data.eos_token", str, None, "Token appended to every response; default: the tokenizer's EOS."),
     Field("data.cache_dir", str, None, "Where tokenised data is cached; default: beside the data file."),
     Field("data.on_bad_row", str, "error", "A row that cannot be used: stop, or leave it out and count it.",
