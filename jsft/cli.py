@@ -6,8 +6,12 @@ module turns its tracebacks into one line with the nearest names.
 
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -30,9 +34,11 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None], usage
         _print_help(usage, values)
         sys.exit(0 if argv else 2)
     file, recipe = _check_names(list(argv))
-    root = str(file.resolve().parent.parent)
-    if root not in sys.path:  # config files share modules: from configs import recipes
-        sys.path.insert(0, root)
+    module = _load(file)
+    with _blamed(file):  # ml_collections calls it again, and pastes what it raises
+        config = module.get_config(recipe) if recipe else module.get_config()
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"{file}: get_config() must return an ml_collections.ConfigDict, not {type(config).__name__}")
     try:
         rest = values(["jsft", *argv])[1:]
     except JsftError:
@@ -41,10 +47,7 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None], usage
         raise ConfigError(str(error)) from error
     if rest:
         raise ConfigError(f"argument not understood: {rest[0]} (fields are set as --config.NAME=VALUE)")
-    config = holder.value
-    if not isinstance(config, ConfigDict):
-        raise ConfigError(f"{file}: get_config() must return an ml_collections.ConfigDict, not {type(config).__name__}")
-    return config, f"{file.stem}-{recipe}" if recipe else file.stem, values
+    return holder.value, f"{file.stem}-{recipe}" if recipe else file.stem, values
 
 
 def _check_names(argv: list[str]) -> tuple[Path, str | None]:
@@ -64,7 +67,7 @@ def _check_names(argv: list[str]) -> tuple[Path, str | None]:
     file = Path(name)
     if not file.is_file():
         near = schema.nearest(file.name, [p.name for p in (file.parent.glob("*.py") if file.parent.is_dir() else [])])
-        raise ConfigError(f"config file {file} does not exist{near}")
+        raise ConfigError(f"config file {file} does not exist{near}" if not file.is_dir() else f"{file} is a directory")
     recipes = recipes_of(file)
     if recipe and recipes and recipe not in recipes:
         near = schema.nearest(recipe, recipes)
@@ -74,20 +77,49 @@ def _check_names(argv: list[str]) -> tuple[Path, str | None]:
 
 def recipes_of(file: Path) -> tuple[str, ...]:
     """The names in the config file's RECIPES, or () where it declares none. Raises ConfigError."""
+    recipes = getattr(_load(file), "RECIPES", ())
+    if isinstance(recipes, str) or not all(isinstance(name, str) for name in _listed(recipes)):
+        raise ConfigError(f"{file}: RECIPES must be a list of names, not {recipes!r}")
+    return tuple(recipes)
+
+
+def _listed(value: Any) -> tuple:
+    return tuple(value) if isinstance(value, Iterable) else (None,)
+
+
+def _load(file: Path) -> ModuleType:
+    """The config file as a module with a get_config function. Raises ConfigError."""
     root = str(file.resolve().parent.parent)
-    if root not in sys.path:
+    if root not in sys.path:  # config files share modules: from configs import recipes
         sys.path.insert(0, root)
     spec = importlib.util.spec_from_file_location(f"jsft_config_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _blamed(file):
         spec.loader.exec_module(module)
+    if not callable(getattr(module, "get_config", None)):
+        raise ConfigError(f"{file} has no get_config(recipe=None) function")
+    return module
+
+
+@contextmanager
+def _blamed(file: Path) -> Iterator[None]:
+    """Whatever a user's Python file raises in the block becomes a ConfigError with the file's name and line."""
+    try:
+        yield
     except JsftError:
         raise
-    except Exception as error:  # whatever a user's Python file may raise
-        raise ConfigError(f"{file} cannot be loaded: {type(error).__name__}: {error}") from error
-    if not hasattr(module, "get_config"):
-        raise ConfigError(f"{file} has no get_config(recipe=None) function")
-    return tuple(getattr(module, "RECIPES", ()))
+    except (Exception, SystemExit) as error:
+        place, line = file, None
+        if isinstance(error, SyntaxError):
+            place, line = Path(error.filename or file), error.lineno
+        else:
+            for frame in traceback.extract_tb(error.__traceback__):  # the innermost of the file or its neighbours
+                if Path(frame.filename).resolve().parent == file.resolve().parent and Path(frame.filename).is_file():
+                    place, line = Path(frame.filename), frame.lineno
+        place = file if place.resolve() == file.resolve() else place
+        said = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())[:300]
+        where = f"{place}, line {line}" if line else str(place)
+        raise ConfigError(f"{where}: {type(error).__name__}{said and ': '}{said}; correct the config file") from error
 
 
 def _print_help(usage: str, values: flags.FlagValues) -> None:

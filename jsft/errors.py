@@ -83,7 +83,7 @@ _FIXES = {
 
 @contextmanager
 def explained(kind: type[JsftError], what: str, fix: str = "") -> Iterator[None]:
-    """Turns what disks, encodings, numbers, CSV and Arrow raise in the block into one `kind`: "what (cause); fix".
+    """Turns what disks, encodings, numbers, CSV and Arrow raise in the block into one `kind`: "what: cause; fix".
 
     what: what could not be done, with its file or directory. fix: where the error itself does not tell one. A
     JsftError passes as it is; so does every other exception, which is a fault of ours.
@@ -94,7 +94,7 @@ def explained(kind: type[JsftError], what: str, fix: str = "") -> Iterator[None]
         if not _is_foreseen(error):
             raise
         mend = _fix(error) or fix
-        raise kind(f"{what} ({describe(error, what)}){mend and '; '}{mend}") from error
+        raise kind(f"{what}: {describe(error, what)}{mend and '; '}{mend}") from error
 
 
 def _fix(error: BaseException) -> str:

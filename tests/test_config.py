@@ -79,11 +79,34 @@ def test_bad_input_is_one_line(arguments, expected):
     assert "\n" not in str(caught.value)
 
 
-def test_a_config_file_that_fails_is_named(tmp_path):
+FAILING = {
+    "import nothing_like_this": "line 1: ModuleNotFoundError: No module named 'nothing_like_this'",
+    "def get_config(recipe=None)\n    return 1": "line 1: SyntaxError: expected ':'",
+    "x = '\udcff'": "SyntaxError: ",
+    "x = 1\0": "SyntaxError: source code string cannot contain null bytes",
+    "def get_config(recipe=None):\n    return {}['lr']": "line 2: KeyError: 'lr'",
+    "def get_config(recipe=None):\n    return one(recipe)\ndef one(r):\n    return 1 / 0": "line 4: ZeroDivisionError",
+    "def get_config(recipe=None):\n    raise ValueError('one\\n two')": "line 2: ValueError: one two; correct the config file",
+    "def get_config(recipe=None):\n    raise SystemExit('no')": "line 2: SystemExit: no",
+    "def get_config(recipe=None):\n    assert recipe": "line 2: AssertionError; correct",
+    "def get_config(recipe=None):\n    return get_config(recipe)": "line 2: RecursionError",
+    "def get_config(recipe=None):\n    import beside": "beside.py, line 2: ZeroDivisionError",
+    "def get_config(recipe=None):\n    return 3": "must return an ml_collections.ConfigDict, not int",
+    "get_config = 3": "has no get_config(recipe=None) function",
+    "RECIPES = 5\nget_config = print": "RECIPES must be a list of names, not 5",
+}
+
+
+@pytest.mark.parametrize("text", FAILING)
+def test_what_a_config_file_raises_is_one_line_with_its_place(tmp_path, monkeypatch, text):
     file = tmp_path / "mine.py"
-    file.write_text("import nothing_like_this\n")
-    with pytest.raises(ConfigError, match="mine.py cannot be loaded: ModuleNotFoundError"):
+    file.write_text(text, encoding="utf-8", errors="surrogateescape")
+    (tmp_path / "beside.py").write_text("\nx = 1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError) as caught:
         parse("--config", str(file))
+    assert FAILING[text] in str(caught.value) and "Traceback" not in str(caught.value)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(str(tmp_path))
 
 
 def test_a_reader_that_goes_away_ends_the_command_without_a_traceback():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jsft import files
 from jsft.training.histograms import EDGES
 
 
@@ -38,7 +40,7 @@ class MetricsWriter:
         self._files = {}
         for name in ("metrics", "heldout", "generated"):
             path = workdir / f"{name}.jsonl"
-            _drop_steps_after(path, first_step)
+            _drop_steps_after(path, first_step, say)
             self._files[name] = path.open("a", encoding="utf-8")
         self._board = EventFileWriter(str(workdir / "tensorboard"))
 
@@ -108,6 +110,12 @@ class MetricsWriter:
         )
         self._board.flush()
 
+    def sync(self) -> None:
+        """Puts on the disk what was written so far: a run that resumes from a checkpoint does not write it again."""
+        for file in self._files.values():
+            with suppress(OSError, ValueError):  # full, which was said; or closed
+                os.fsync(file.fileno())
+
     def close(self) -> None:
         self._end()
         for part in (*self._files.values(), self._board):
@@ -135,16 +143,14 @@ def histogram_proto(counts: np.ndarray, edges: np.ndarray, total: float, squares
 def has_heldout(workdir: Path, step: int) -> bool:
     """Whether `heldout.jsonl` has the losses after `step` updates."""
     path = workdir / "heldout.jsonl"
-    if not path.exists():
-        return False
-    return any(_step_of(line) == step for line in path.read_text(encoding="utf-8").splitlines())
+    return path.exists() and any(_step_of(line) == step for line in path.read_bytes().split(b"\n"))
 
 
-def _step_of(line: str) -> int | None:
-    """The step of a record; None for a line that is none, as a killed process leaves."""
+def _step_of(line: bytes) -> int | None:
+    """The step of a record; None for a line that is none, as a killed process or a bad disk leaves."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -154,22 +160,27 @@ def _json_number(value: Any) -> Any:
     return value
 
 
-def _drop_steps_after(path: Path, step: int) -> None:
-    """Keeps the lines of steps up to `step`; a half-written last line goes too."""
+def _drop_steps_after(path: Path, step: int, say: Callable[[str], None]) -> None:
+    """Keeps the lines of steps up to `step`. What is no record goes: a half-written last line, and a damaged one."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if (found := _step_of(line)) is not None and found <= step]
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    beside.replace(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = []
+    for number, line in enumerate(lines, 1):
+        found = _step_of(line) if line.endswith(b"\n") else None
+        if found is None and line.endswith(b"\n"):
+            say(f"warning: {path}, line {number} is damaged and is left out")
+        elif found is not None and found <= step:
+            kept.append(line)
+    if kept != lines:
+        files.write_bytes(path, b"".join(kept))
 
 
 class RunLog:
     """Prints lines and, on a terminal, a progress bar; the same lines go to `log.txt`."""
 
     def __init__(self, log: Path | None, quiet: bool = False):
-        self._log = log.open("a", encoding="utf-8") if log else None
+        self._log = log.open("a", encoding="utf-8", errors="backslashreplace") if log else None
         self._quiet = quiet
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None

@@ -85,7 +85,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     text = " ".join(str(error).split())
     for known in ("No space left on device", "Disk quota exceeded", "Read-only file system"):
         if known in text:
-            return f"{known}; free space" if "space" in known else known
+            return known
     name = type(error).__name__
     return f"{name}: {text[:limit]}" if text else name
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from jsft import config as schema
 from jsft.data.objective import document_mean_weights
 from jsft.distributed import any_process
-from jsft.errors import CheckpointError, OutOfMemoryError
+from jsft.errors import CheckpointError, OutOfMemoryError, explained
 from jsft.hf.load import load_parameters
 from jsft.peers import PeerLink
 from jsft.planning.startup import check_memory
@@ -61,25 +61,28 @@ def train(
         directory = RunDirectory(workdir) if primary else None
         if directory:
             directory.enter(config, name, allow_changed, parts.data.fingerprint)
-            ending.status = lambda state, reason: directory.status(state, directory.last_step, reason)
+            ending.status = lambda state, reason: directory.status(state, directory.last_step, reason, final=True)
             directory.keep_base_files(parts.model_dir)
             directory.point_latest()
         if link:
             check_workdir(link, workdir, directory.owner if directory else "")
-        log = RunLog(workdir / "log.txt" if primary else None, quiet=not primary)
+        with explained(CheckpointError, f"--workdir {workdir} cannot be written", "choose another"):
+            log = RunLog(workdir / "log.txt" if primary else None, quiet=not primary)
         watchdog = Watchdog(workdir, jax.process_index(), 60 * config.train.hang_minutes, ending)
         try:
-            with _device_errors():
+            with _device_errors(), explained(CheckpointError, f"the run in {workdir} had to end", GO_ON):
                 check_memory(parts, log.line, ignore_plan)
                 _train(parts, name, workdir, directory, log, stop, watchdog, profile)
         except Exception as error:
-            ending.status("failed", " ".join(str(error).split())[:500])
+            if directory:
+                directory.status("failed", directory.last_step, " ".join(str(error).split())[:500])
             raise
     except Stopped as request:
         reason = f"stopped by {request} before there was anything new to save; {GO_ON}"
         if link:  # the others cannot be asked: they may be waiting for this one
             ending.now(0, "preempted", reason)
-        ending.status("preempted", reason)
+        if directory:
+            directory.status("preempted", directory.last_step, reason)
         print(reason, flush=True)
     finally:
         stop.close()
@@ -124,8 +127,8 @@ def _train(
     policy = checkpoint.Policy(
         config.checkpoint.every, config.checkpoint.minutes, config.checkpoint.keep, tuple(config.checkpoint.milestones)
     )
-    saver = checkpoint.Saver(workdir, policy, facts, log.line)
     writer = MetricsWriter(workdir, step, log.line, open_wandb(config, name, workdir, log.line)) if directory else None
+    saver = checkpoint.Saver(workdir, policy, facts, log.line, writer.sync if writer else lambda: None)
     if writer:
         writer.write_histogram("data/tokens", parts.data.lengths)
     generation = open_generation(config, workdir, writer, log.line) if directory else None

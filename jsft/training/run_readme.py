@@ -11,8 +11,8 @@ from typing import Any
 import jax
 
 import jsft
+from jsft import files
 from jsft import mesh as meshes
-from jsft.training.rundir import write_json
 from jsft.training.version import code_version
 
 _PACKAGES = (
@@ -85,7 +85,7 @@ def write_run_readme(parts, name: str, workdir: Path) -> None:
     """Writes README.md and environment.json into `workdir`. parts: `jsft.training.parts.Parts`."""
     facts = environment()
     with suppress(OSError):  # a full disk must not end the run
-        write_json(workdir / "environment.json", facts)
+        files.write_json(workdir / "environment.json", facts)
         _write_readme(parts, name, workdir, facts)
 
 
@@ -116,6 +116,4 @@ def _write_readme(parts, name: str, workdir: Path, facts: dict[str, Any]) -> Non
         "",
         _FILES,
     ]
-    beside = workdir / "README.md.tmp"
-    beside.write_text("\n".join(lines), encoding="utf-8")
-    beside.replace(workdir / "README.md")
+    files.write_text(workdir / "README.md", "\n".join(lines))

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,8 +21,11 @@ from ml_collections import ConfigDict
 
 import jsft
 from jsft import config as schema
+from jsft import files
+from jsft.errors import CheckpointError, ConfigError, explained
 from jsft.hf.base_files import copy_base_files
-from jsft.errors import CheckpointError, ConfigError
+
+_STATUS_SECONDS = 5.0  # that one writer of status.json waits for another, whose disk may hang
 
 # Fields that may differ when a run goes on: they change where and how fast it runs, not what it computes
 # (another mesh changes the order of additions only).
@@ -51,14 +55,18 @@ class RunDirectory:
     def __init__(self, path: Path):
         self.path = Path(path)
         self.last_step = 0  # updates done, for the status of a run that fails
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / "lock").open("a+")
-        except OSError as error:
-            raise CheckpointError(
-                f"--workdir {path} cannot be written: {error.strerror}; choose another"
-            ) from error
-        self._take_lock()
+        self._writing_status, self._ended = threading.Lock(), False
+        with self._explained():
+            files.make_folder(self.path)
+            # Whatever bytes lie there: a damaged lock is nobody's.
+            self._lock = (self.path / "lock").open("a+", encoding="utf-8", errors="backslashreplace")
+            self._take_lock()
+        for folder in (self.path, self.path / "heartbeats"):  # nobody else writes there now
+            files.remove_leftovers(folder)
+
+    def _explained(self):
+        """Errors of the disk in the block become a CheckpointError that names the directory."""
+        return explained(CheckpointError, f"--workdir {self.path} cannot be written", "choose another")
 
     def _take_lock(self) -> None:
         """Raises CheckpointError naming the owner when another process has the lock.
@@ -99,7 +107,7 @@ class RunDirectory:
             try:
                 there = json.loads(path.read_text(encoding="utf-8"))
                 old, old_data = dict(there["config"]), there.get("data", "")
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 raise CheckpointError(
                     f"{path} cannot be read ({error}); is {self.path} a run's directory?"
                 ) from error
@@ -119,7 +127,8 @@ class RunDirectory:
                     f"--workdir {self.path} holds a run with another config ({shown}); choose another "
                     f"--workdir, or go on all the same with --allow_changed={','.join(differ)}"
                 )
-        write_json(path, {"name": name, "version": jsft.__version__, "data": data, "config": flat})
+        with self._explained():
+            files.write_json(path, {"name": name, "version": jsft.__version__, "data": data, "config": flat})
         return exists
 
     def keep_base_files(self, model_dir: Path) -> None:
@@ -129,30 +138,46 @@ class RunDirectory:
             return
         beside = self.path / "base.tmp"
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        copy_base_files(model_dir, beside)
-        beside.rename(base)
+        with self._explained():
+            beside.mkdir()
+            copy_base_files(model_dir, beside)
+            files.sync_tree(beside)
+            files.rename(beside, base)
 
     def set_step(self, step: int) -> None:
         """Notes that `step` updates are done."""
         self.last_step = step
 
-    def status(self, state: str, step: int, reason: str = "") -> None:
-        """state: running, done, preempted or failed; step: updates done; reason: why, for the last two."""
+    def status(self, state: str, step: int, reason: str = "", final: bool = False) -> None:
+        """state: running, done, preempted or failed; step: updates done; reason: why, for the last two.
+
+        final: the process ends now; whatever other threads still have to say is not written any more.
+        """
         self.last_step = step
         facts = {"state": state, "step": step, "reason": reason, "time": time.time()}
-        with suppress(OSError):  # a full disk must not end the run
-            write_json(self.path / "status.json", facts | {"pid": os.getpid(), "host": socket.gethostname()})
+        mine = self._writing_status.acquire(timeout=_STATUS_SECONDS)
+        try:
+            if self._ended and not final:
+                return
+            self._ended = self._ended or final
+            with suppress(OSError):  # a full disk must not end the run
+                files.write_json(
+                    self.path / "status.json", facts | {"pid": os.getpid(), "host": socket.gethostname()}
+                )
+        finally:
+            if mine:
+                self._writing_status.release()
 
     def point_latest(self) -> None:
-        """Makes the symlink `latest` beside the run follow it."""
-        link = self.path.parent / "latest"
-        beside = self.path.parent / f".latest-{os.getpid()}"
-        if link.exists() and not link.is_symlink():
+        """Makes the symlink `latest` beside the run follow it, where the directory above may be written."""
+        path = Path(os.path.abspath(self.path))  # not resolved: the run's own name may be a symlink
+        link, beside = path.parent / "latest", path.parent / f".latest-{os.getpid()}"
+        if link == path or (link.exists() and not link.is_symlink()):
             return
-        beside.unlink(missing_ok=True)
-        beside.symlink_to(self.path.resolve().name)
-        beside.replace(link)
+        with suppress(OSError):  # a mounted volume, say, whose mount point is another's
+            beside.unlink(missing_ok=True)
+            beside.symlink_to(path.name)
+            beside.replace(link)
 
     def release(self) -> None:
         self._lock.close()
@@ -166,10 +191,3 @@ def _alive(owner: str) -> bool:
     if words[3] != socket.gethostname():
         return True
     return Path(f"/proc/{words[1]}").exists()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes beside and renames: a reader never sees half a file."""
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)

@@ -11,9 +11,9 @@ from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
+from jsft import files
 from jsft.errors import HangError
 from jsft.training.ending import GO_ON, Ending
-from jsft.training.rundir import write_json
 
 _FACTOR = 10  # times the median step
 _LEAST_SECONDS = 60  # shorter steps than this vary too much
@@ -100,7 +100,7 @@ class Watchdog:
             "time": time.time(),
         }
         with suppress(OSError):  # a full disk must not end the run
-            write_json(self._workdir / "heartbeats" / f"{self._process}.json", beat)
+            files.write_json(self._workdir / "heartbeats" / f"{self._process}.json", beat, durable=False)
 
     def _end(self, silent: float) -> None:
         doing, path = self._doing, self._workdir / f"hang-{self._process}.txt"

@@ -5,6 +5,8 @@ import fcntl
 import json
 import os
 import socket
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -134,7 +136,7 @@ def test_status_is_whole_and_survives_a_full_disk(tmp_path, monkeypatch):
     def full(path, value):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(rundir, "write_json", full)
+    monkeypatch.setattr(rundir.files, "write_json", full)
     directory.status("done", 5)
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed", "the old one stays whole"
 
@@ -149,3 +151,117 @@ def test_latest_follows_the_run_last_started(tmp_path):
     (tmp_path / "latest").mkdir()  # somebody's own: left alone
     RunDirectory(tmp_path / "a").point_latest()
     assert not (tmp_path / "latest").is_symlink()
+
+
+def test_latest_follows_a_run_that_is_a_symlink_and_one_named_latest(tmp_path):
+    elsewhere = tmp_path / "disk" / "other-name"
+    elsewhere.mkdir(parents=True)
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / "mine").symlink_to(elsewhere)
+    RunDirectory(runs / "mine").point_latest()
+    assert os.readlink(runs / "latest") == "mine" and (runs / "latest").resolve() == elsewhere
+    RunDirectory(runs / "latest").point_latest()
+    assert os.readlink(runs / "latest") == "mine", "the same run by its other name"
+
+
+def test_a_directory_whose_parent_cannot_be_written(tmp_path, monkeypatch):
+    """A mounted volume: there is no `latest`, and the run goes on."""
+    workdir = tmp_path / "volume"
+    workdir.mkdir()
+    symlink = Path.symlink_to
+
+    def refused(link, target, **options):
+        if link.parent == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        symlink(link, target, **options)
+
+    monkeypatch.setattr(Path, "symlink_to", refused)
+    directory = RunDirectory(workdir)
+    directory.point_latest()
+    assert directory.enter(make_config(), "run") is False and not (tmp_path / "latest").exists()
+
+
+def test_a_lock_of_any_bytes_is_read(tmp_path):
+    (tmp_path / "lock").write_bytes(b"process \xff\xfe")
+    first = RunDirectory(tmp_path)
+    assert "\\xff" not in (tmp_path / "lock").read_text()
+    (tmp_path / "lock").write_bytes(b"process \xff\xfe")
+    with pytest.raises(CheckpointError, match=r"in use by process \\xff\\xfe; wait for it"):
+        RunDirectory(tmp_path)
+    first.release()
+
+
+@pytest.mark.parametrize("write", ["config", "base"])
+def test_a_disk_that_is_full_at_the_start_is_one_line(tmp_path, monkeypatch, write):
+    directory = RunDirectory(tmp_path / "run")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(rundir, "copy_base_files", full)
+    with pytest.raises(CheckpointError, match=r"--workdir .*run cannot be written: No space left on device; free space$"):
+        directory.enter(make_config(), "run") if write == "config" else directory.keep_base_files(tmp_path)
+    assert not (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "base").exists()
+
+
+def test_config_and_base_are_on_the_disk_when_they_are_there(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+    name = lambda d: Path(os.readlink(f"/proc/self/fd/{d}")).name  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda d: (calls.append(("sync", name(d))), fsync(d))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("rename", Path(b).name)), replace(a, b))[1])
+    monkeypatch.setattr(rundir, "copy_base_files", lambda model, to: (to / "config.json").write_text("{}"))
+    directory = RunDirectory(tmp_path / "run")
+    directory.enter(make_config(), "run")
+    directory.keep_base_files(tmp_path)
+    directory.status("running", 0)
+    shown = [(what, "beside" if ".tmp-" in name else name) for what, name in calls]
+    made = lambda name: [("sync", "beside"), ("rename", name), ("sync", "run")]  # noqa: E731
+    base = [("sync", "config.json"), ("sync", "base.tmp"), ("rename", "base"), ("sync", "run")]
+    assert shown == [("sync", tmp_path.name), *made("config.json"), *base, *made("status.json")]
+
+
+def test_the_last_word_of_a_process_that_ends_stays(tmp_path, monkeypatch):
+    """Ctrl-C twice in a compilation: the main thread and the one that ends the process both write the status."""
+    directory, write = RunDirectory(tmp_path), rundir.files.write_json
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(path, facts):
+        if facts["state"] == "preempted":
+            begun.set()
+            go_on.wait(10)
+        write(path, facts)
+
+    monkeypatch.setattr(rundir.files, "write_json", slow)
+    main = threading.Thread(target=directory.status, args=("preempted", 0, "by the first"))
+    main.start()
+    begun.wait(10)
+    threading.Timer(0.1, go_on.set).start()
+    directory.status("failed", 0, "stopped at once", final=True)
+    main.join()
+    directory.status("preempted", 0, "too late")
+    there = json.loads((tmp_path / "status.json").read_text())
+    assert (there["state"], there["reason"]) == ("failed", "stopped at once")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lock", "status.json"]
+
+
+def test_a_disk_that_hangs_under_one_writer_does_not_hold_the_end(tmp_path, monkeypatch):
+    directory, write, hangs = RunDirectory(tmp_path), rundir.files.write_json, threading.Event()
+    monkeypatch.setattr(rundir, "_STATUS_SECONDS", 0.05)
+    monkeypatch.setattr(rundir.files, "write_json", lambda *a: hangs.wait(10))
+    main = threading.Thread(target=directory.status, args=("running", 0))
+    main.start()
+    monkeypatch.setattr(rundir.files, "write_json", write)
+    directory.status("failed", 3, "stopped at once", final=True)
+    assert json.loads((tmp_path / "status.json").read_text())["step"] == 3
+    hangs.set()
+    main.join()
+
+
+def test_what_a_killed_writer_left_goes_at_the_next_start(tmp_path):
+    (tmp_path / "heartbeats").mkdir()
+    for name in ("status.json.tmp-1-2", "heartbeats/0.json.tmp-1-3"):
+        (tmp_path / name).write_text("{")
+    RunDirectory(tmp_path)
+    assert [p.name for p in tmp_path.rglob("*") if ".tmp-" in p.name] == []

@@ -1,0 +1,62 @@
+"""What a run keeps of its numbers when it is resumed, and what it leaves out."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from jsft.training.metrics import MetricsWriter, RunLog, has_heldout
+
+
+def line(step, **values):
+    return json.dumps({"step": step} | values).encode() + b"\n"
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+def test_lines_of_steps_that_are_run_again_go(tmp_path, said):
+    (tmp_path / "metrics.jsonl").write_bytes(line(1) + line(2) + line(3) + b'{"step": 4')
+    writer = MetricsWriter(tmp_path, 2, said.append)
+    writer.write(3, {"loss": 1.0})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == line(1) + line(2) + line(3, loss=1.0)
+    assert said == [], "a torn last line is what a killed process leaves"
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 2, "x": "\xff"}', b"{", b"[2]", b'{"step": null}', b'{"step": 1e999}'])
+def test_a_damaged_line_is_left_out_and_said(tmp_path, said, damage):
+    for name in ("metrics", "heldout"):
+        (tmp_path / f"{name}.jsonl").write_bytes(line(1) + damage + b"\n" + line(3))
+    assert has_heldout(tmp_path, 3) and not has_heldout(tmp_path, 2)
+    MetricsWriter(tmp_path, 3, said.append).close()
+    for name, text in zip(("metrics", "heldout"), said, strict=True):
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == line(1) + line(3)
+        assert text == f"warning: {tmp_path}/{name}.jsonl, line 2 is damaged and is left out"
+
+
+def test_a_file_with_nothing_to_leave_out_is_not_written_again(tmp_path, said, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_bytes(line(1))
+    monkeypatch.setattr(os, "replace", None)
+    MetricsWriter(tmp_path, 1, said.append).close()
+
+
+def test_lines_are_on_the_disk_before_a_checkpoint_counts(tmp_path, said, monkeypatch):
+    synced, fsync = [], os.fsync
+    writer = MetricsWriter(tmp_path, 0, said.append)
+    writer.write(1, {"loss": 1.0})
+    monkeypatch.setattr(os, "fsync", lambda d: (synced.append(Path(os.readlink(f"/proc/self/fd/{d}")).name), fsync(d))[1])
+    writer.sync()
+    assert synced == ["metrics.jsonl", "heldout.jsonl", "generated.jsonl"]
+    writer.close()
+    writer.sync()
+
+
+def test_the_log_takes_any_name(tmp_path, capsys):
+    log = RunLog(tmp_path / "log.txt", quiet=True)
+    log.line("run in a\udcff")
+    log.close()
+    assert (tmp_path / "log.txt").read_text() == "run in a\\udcff\n"
