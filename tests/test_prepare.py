@@ -356,10 +356,10 @@ def test_validate_and_preview_count_thinking_that_may_be_meant(tmp_path, model, 
     path = str(write_rows(tmp_path / "x.jsonl", rows))
     assert main(["validate", path, "--model", model]) == 0
     said = capsys.readouterr().out
-    assert "2 rows, all good" in said and "warning: of 1 rows the response closes thinking that neither" in said
+    assert "2 rows, all good" in said and "warning: 1 rows whose response closes thinking that neither" in said
     for _ in range(2):  # built, then read again
         main(["preview", path, "--model", model, "--enable_thinking", "false"])
-        assert "warning: of 2 rows the response thinks, though" in capsys.readouterr().out
+        assert "warning: 2 rows whose response thinks, though" in capsys.readouterr().out
 
 
 def test_select_draws_by_seed(tmp_path):

@@ -99,7 +99,7 @@ def thinking_lines(found: Sequence[tuple[int, str]], where: Callable[[int], str]
     where: `FILE row N` of a row."""
     first = dict(reversed([(name, row) for row, name in found]))
     return [
-        f"of {count:,} rows the response {MISMATCHES[name].what}; the first: {where(first[name])}; "
+        f"{count:,} rows whose response {MISMATCHES[name].what}; the first: {where(first[name])}; "
         f"{MISMATCHES[name].fix}"
         for name, count in Counter(name for _, name in found).items()
     ]

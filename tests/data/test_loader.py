@@ -256,6 +256,16 @@ def test_bad_rows_and_ignored_columns_are_reported(make_config):
     assert "padding" in lines and "device imbalance" in lines
 
 
+def test_each_start_says_how_many_rows_think_though_the_template_closed_it(make_config):
+    rows = rows_of(LENGTHS)
+    for row in (rows[4], rows[7]):
+        row["response"] = "<think>hm</think>" + row["response"]
+    config = make_config(rows, data__enable_thinking=False)
+    for _ in range(2):  # tokenised, then read from the cache
+        (line,) = [line for line in open_it(config).report_lines() if "thinks" in line]
+        assert line.startswith("warning: 2 rows whose response thinks") and "row 4; set data.enable_thinking" in line
+
+
 def test_preview_marks_what_is_trained(make_config):
     preview = open_it(make_config(rows_of(LENGTHS))).preview()
     assert "row 0: " in preview and "⟦0:abc<|im_end|>⟧" in preview and "question 0" in preview

@@ -74,4 +74,4 @@ def test_responses_show_whether_their_prompts_opened_the_thinking():
 def test_mismatches_are_said_by_kind_with_their_count_and_the_first():
     lines = thinking.thinking_lines([(4, "never_closed"), (5, "never_opened"), (7, "never_closed")], "row {}".format)
     assert len(lines) == 2
-    assert lines[0].startswith("of 2 rows the response never closes") and "the first: row 4; write" in lines[0]
+    assert lines[0].startswith("2 rows whose response never closes") and "the first: row 4; write" in lines[0]
