@@ -345,6 +345,16 @@ def test_select_sees_a_cut_where_the_prompt_opened_the_thinking(tmp_path, capsys
         main(["select", path, "--out", str(tmp_path / "known.jsonl"), "--model", str(opens)])
 
 
+@pytest.mark.parametrize("cut", ["<think> it is 2, but", "it is 2, but"])
+def test_match_never_takes_a_solution_cut_inside_its_thinking(tmp_path, capsys, cut):
+    whole = "<think>easy</think> 2" if cut.startswith("<think>") else "easy</think> 2"
+    path = write_selectable(tmp_path / "mine.jsonl", "x", "x")
+    other = write_selectable(tmp_path / "other.jsonl", whole, cut)
+    keys = ["--other_prompt_key", "message", "--other_response_key", "response"]
+    main(["match", path, "--with", other, "--out", str(tmp_path / "out.jsonl"), *keys])
+    assert "1 rows matched, 1 of 2 have no solution there" in capsys.readouterr().out
+
+
 def test_select_refuses_a_response_with_a_weight(tmp_path):
     path = write_selectable(tmp_path / "raw.jsonl", {"role": "assistant", "content": "\\boxed{2}", "weight": 0})
     with pytest.raises(DataError, match="raw.jsonl row 0, a response: its 'weight' would be lost"):

@@ -11,6 +11,7 @@ from jsft.data.progress import track
 from jsft.data.rows import good_rows, pick, prompt_text, responses, row_columns, schema_of
 from jsft.data.sources import open_source, split_paths
 from jsft.data.tables import check_output, write_rows
+from jsft.data.thinking import ends_inside, prompt_opened, with_opening
 from jsft.errors import ConfigError, DataError
 
 EMPTY_THINKING = "<think>\n\n</think>\n\n"
@@ -91,7 +92,7 @@ def match(
     """Writes the rows of `data` whose problem `other` has too, with `other`'s response in place of their own.
 
     Problems are compared without white space, and without the lines that all prompts of a set end with
-    ("Please reason step by step ..."). Of several responses one is chosen by `seed`; with `verify` one that
+    ("Please reason step by step ..."). A response cut inside its thinking is no solution (as in `select`). Of several responses one is chosen by `seed`; with `verify` one that
     math-verify finds equal to the row's answer."""
     path = check_output(out, overwrite=overwrite)
     source, theirs = open_source(split_paths(data)), open_source(split_paths(other))
@@ -108,8 +109,10 @@ def match(
         for row, value in good_rows(theirs, [other_prompt_key, other_response_key])
         for response in responses(value[other_response_key], theirs.where(row))
     ]
+    ending = "open" if prompt_opened(response for _, response in pairs) else "none"
     for problem, (_, response) in zip(_problems([prompt for prompt, _ in pairs]), pairs):
-        solutions[problem].append(response)
+        if not ends_inside(with_opening(response, ending)):
+            solutions[problem].append(response)
     prompts = [prompt_text(value[prompt_key]) for _, value in good_rows(source, [prompt_key])]
     problems = _problems(prompts)
     if not solutions.keys() & set(problems):

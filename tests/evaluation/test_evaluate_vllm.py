@@ -75,6 +75,11 @@ def test_step_of_a_run_interrupted_and_gone_on(serve_python, tiny_model, tmp_pat
     run = tmp_path / "run"
     (run / "checkpoints" / "2").mkdir(parents=True)
     shutil.copytree(tiny_model, run / "hf" / "step_2")
+    tokenizer = run / "hf" / "step_2" / "tokenizer_config.json"
+    text = tokenizer.read_text()
+    opens = text.replace("assistant\\\\n' }}{% endif", "assistant\\\\n<think>\\\\n' }}{% endif")
+    assert opens != text
+    tokenizer.write_text(opens)
     (run / "config.json").write_text(json.dumps({"name": "r", "config": {"model.path": str(tiny_model)}}))
     command = [
         str(ROOT / "scripts" / "eval_vllm.sh"), str(run), "--samples", "2", "--max_tokens", "300",
@@ -104,6 +109,8 @@ def test_step_of_a_run_interrupted_and_gone_on(serve_python, tiny_model, tmp_pat
         "step": 2,
         "where": str(run / "hf" / "step_2"),
     }
+    assert found["response"]["prompt_thinking"] == {"open": 16}
+    assert found["response"]["share_unclosed_think"] == 1.0  # before and after the interruption
     after = {
         (s["problem"], s["sample"]): s
         for s in map(json.loads, (folder / "samples.jsonl").read_text().splitlines())
