@@ -120,16 +120,19 @@ def _steps(text: str, available: list[int], workdir: Path) -> list[int]:
 def _export(workdir: Path, run: dict[str, Any], step: int, out: Path, dtype: str, check: bool) -> None:
     from jsft.data.chat import eos_id, load_tokenizer
     from jsft.hf.base_files import read_template, trained_template
+    from jsft.hf.digest import model_digest
     from jsft.hf.write import check_output, write_model
     from jsft.mesh import make_mesh
     from jsft.models.families import read_config
-    from jsft.training.manifest import read_manifest
+    from jsft.training.manifest import check_base, read_manifest
 
     started = time.monotonic()
     config, base = run["config"], workdir / "base"
     if not base.is_dir():
         raise CheckpointError(f"{workdir} has no base/ with the base model's files; was the run started at all?")
     check_output(out)
+    manifest = read_manifest(workdir, step)
+    check_base(workdir, manifest, model_digest(base))
     model = read_config(base)
     mesh = make_mesh()
     checkpoint = _CheckpointParameters(workdir, step, model, mesh)
@@ -138,7 +141,7 @@ def _export(workdir: Path, run: dict[str, Any], step: int, out: Path, dtype: str
     if template is not None:
         options = config.get("data.strip_default_system", False), config.get("data.enable_thinking")
         template = trained_template(template, *options)
-    trained_by = read_manifest(workdir, step).get("code", jsft.__version__)
+    trained_by = manifest.get("code", jsft.__version__)
     facts = {"run": run.get("name"), "step": step, "base_model": config.get("model.path"), "code": trained_by}
     card = _model_card(run, trained_by, step, dtype, stop)
     write_model(

@@ -17,11 +17,13 @@ from jsft import export
 from jsft.errors import CheckpointError, ConfigError, ModelError
 from jsft.hf import verify
 from jsft.hf.base_files import copy_base_files
+from jsft.hf.digest import model_digest
 from jsft.hf.load import load_parameters
 from jsft.hf.random_model import write_random_model
 from jsft.mesh import make_mesh
 from jsft.models import read_config
 from jsft.training.checkpoint import Policy, Saver
+from jsft.training.manifest import manifest_bytes
 from jsft.training.optimizer import initial_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,6 +166,17 @@ def test_a_base_of_another_model(broken):
     refused(CheckpointError, "config.json cannot be read", "--step", "5", "--workdir", str(broken))
     (broken / "config.json").unlink()
     refused(CheckpointError, "has no config.json", "--step", "5", "--workdir", str(broken))
+
+
+def test_a_base_that_was_changed_after_the_training(broken):
+    manifest = broken / "checkpoints" / "5" / "manifest.json"
+    facts = json.loads(manifest.read_text()) | {"model": model_digest(broken / "base")}
+    facts.pop("checksum")
+    manifest.write_bytes(manifest_bytes(facts))
+    file = broken / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_theta": 12345.0}))
+    refused(CheckpointError, "rope_theta is 12345.0, was 1000000.0", "--step", "5", "--workdir", str(broken))
+    assert not (broken / "hf").exists()
 
 
 def test_memory_is_one_parameter_not_the_model(runs, monkeypatch, tmp_path, no_serving):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +89,28 @@ def test_train_kill_restart_export(inputs, tmp_path):
     assert "config.json" in names and "tokenizer.json" in names and any(n.endswith(".safetensors") for n in names)
     for path in one.glob("*.safetensors"):
         assert path.read_bytes() == (two / path.name).read_bytes()
+
+    model = shutil.copytree(inputs / "model", tmp_path / "model")
+    moved = f"--config.model.path={model}", "--allow_changed=model.path"
+    assert train.main(arguments(inputs, killed, *moved)) == 0  # another place, the same config and tokenizer
+    (killed / "base" / "config.json").write_text(changed := (model / "config.json").read_text().replace("1000000.0", "1.0"))
+    with pytest.raises(CheckpointError, match="base is not what checkpoint 4 was trained with: config.json: rope_theta"):
+        export.main(["--step", "4", "--workdir", str(killed)])
+    (model / "config.json").write_text(changed)
+    with pytest.raises(ModelError, match="not the one this run began with: config.json: rope_theta is 1.0, was 1000000.0"):
+        train.main(arguments(inputs, killed, *moved))
+
+
+@pytest.mark.parametrize("option", ["--dry_run", "--ignore_plan"])
+def test_weights_that_do_not_fit_are_refused_before_anything_is_made(inputs, tmp_path, option):
+    model = shutil.copytree(inputs / "model", tmp_path / "model")
+    (model / "model.safetensors").write_bytes((inputs / "model" / "model.safetensors").read_bytes()[:-2])
+    with pytest.raises(ModelError, match="model.safetensors is truncated"):
+        train.main(arguments(inputs, tmp_path / "run", f"--config.model.path={model}", option))
+    (model / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="has no weights"):
+        train.main(arguments(inputs, tmp_path / "run", f"--config.model.path={model}", option))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.vllm

@@ -17,19 +17,51 @@ _NAMES = ("LICENSE", "NOTICE", "COPYING")  # with or without a suffix
 _DTYPE = re.compile(r'("(?:torch_)?dtype"\s*:\s*)"[^"]*"')
 
 
+def base_files(model_dir: str | Path) -> list[Path]:
+    """The files that go with an export: all of the directory's own but weights, model card and hidden files.
+
+    A link is followed only to a file of the same directory or to a blob of a hub cache: the content of any other would
+    leave with the export, and a link to nothing would be left out of it. Raises ModelError for such a link.
+    """
+    model_dir = Path(model_dir)
+    found = []
+    for file in sorted(model_dir.iterdir()):
+        named = file.stem.upper().startswith(_NAMES)
+        if file.name.startswith(".") or file.name.endswith(".index.json") or not (file.suffix in _SUFFIXES or named):
+            continue
+        if file.is_symlink():
+            _check_link(file)
+        if file.is_file():
+            found.append(file)
+    return found
+
+
+def _check_link(link: Path) -> None:
+    """Raises ModelError unless the link leads to a file beside it or to a blob of a hub cache."""
+    try:
+        target = link.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise ModelError(f"{link} is a link to {link.readlink()}, which is not there; download the file again") from error
+    blob = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
+    beside = target.parent == link.parent.resolve() and not target.name.startswith(".")
+    if not target.is_file() or not (blob or beside):
+        raise ModelError(
+            f"{link} is a link to {target}, which is no file of this model; its content would go into every export: "
+            f"put a copy of the file in its place, or remove the link"
+        )
+
+
 def copy_base_files(base_dir: str | Path, out_dir: str | Path) -> None:
     """Copies all that is not weights or a model card from `base_dir` to the existing `out_dir`.
 
     A directory with only a sentencepiece tokenizer.model gets a tokenizer.json made from it. Raises ModelError when
-    config.json or the tokenizer is missing, OSError when the disk refuses.
+    config.json or the tokenizer is missing or a link leads elsewhere, OSError when the disk refuses.
     """
     base_dir, out_dir = Path(base_dir), Path(out_dir)
     if not (base_dir / "config.json").is_file():
         raise ModelError(f"{base_dir} has no config.json to export with the weights")
-    for file in sorted(base_dir.iterdir()):
-        named = file.stem.upper().startswith(_NAMES)
-        if file.is_file() and (file.suffix in _SUFFIXES or named) and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, out_dir / file.name)
+    for file in base_files(base_dir):
+        shutil.copyfile(file, out_dir / file.name)
     add_fast_tokenizer(out_dir)
 
 

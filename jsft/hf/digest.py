@@ -1,17 +1,68 @@
-"""What a model directory's weights are, in one short string: to tell two models apart without reading them whole."""
+"""Digests of a model directory: of config and tokenizer, which tie a run to it, and of the weights."""
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from jsft.errors import ModelError
 from jsft.hf.safetensors_files import TensorFiles
+from jsft.models.config import ConfigJson
 
+# What decides token ids and rendered text.
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja",
+)  # fmt: skip
+# Fields of config.json that say who wrote the file, not what the model is.
+_IDLE_FIELDS = ("transformers_version", "_name_or_path")
+_SHOWN = 60  # characters of a value in a message
 _SAMPLE = 4096  # bytes, at the beginning and in the middle of each tensor
+
+Digest = dict[str, Any]  # "config.json: FIELD" -> its value; "FILE" -> SHA-256 of its bytes. JSON as it is
+
+
+def model_digest(model_dir: str | Path) -> Digest:
+    """Config and tokenizer of a Hugging Face directory, small enough to be kept and compared name by name.
+
+    A config.json that is only written in another order or layout has the same digest. Raises ModelError when a file
+    cannot be read.
+    """
+    model_dir = Path(model_dir)
+    raw = ConfigJson(model_dir / "config.json").raw
+    digest = {f"config.json: {field}": raw[field] for field in sorted(raw) if field not in _IDLE_FIELDS}
+    for name in _TOKENIZER_FILES:
+        file = model_dir / name
+        try:
+            digest[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ModelError(f"{file} cannot be read: {error.strerror}") from error
+    return digest
+
+
+def difference(there: Digest, here: Digest) -> str | None:
+    """None where both are of the same config and tokenizer, else the first name that differs, with both values."""
+    for name in sorted(there.keys() | here.keys()):
+        old, new = (digest.get(name, "absent") for digest in (there, here))
+        if old != new:
+            more = sum(there.get(n, "absent") != here.get(n, "absent") for n in there.keys() | here.keys()) - 1
+            return f"{name} is {_shown(new)}, was {_shown(old)}" + (f", and {more} more" if more else "")
+    return None
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str) and len(value) == 64:  # a digest
+        return value[:8]
+    text = value if value == "absent" else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def weights_digest(model_dir: str | Path) -> str:
-    """Changes with the name, dtype and shape of any tensor, and with sampled bytes of each: about 8 KiB,
+    """One short string that changes with the name, dtype and shape of any tensor, and with sampled bytes of each: about 8 KiB,
     or two rows where a row is longer.
 
     Training changes every tensor, so two checkpoints of one model differ. How the tensors are split into files does
@@ -20,7 +71,9 @@ def weights_digest(model_dir: str | Path) -> str:
     digest = hashlib.sha256()
     with TensorFiles(model_dir) as files:
         for name, tensor in sorted(files.tensors.items()):
-            digest.update(repr((name, tensor.dtype.name, tensor.shape)).encode())
+            digest.update(repr((name, tensor.kind, tensor.shape)).encode())
+            if tensor.dtype is None:  # not trained
+                continue
             row_bytes = tensor.dtype.itemsize * int(np.prod(tensor.shape[1:], dtype=np.int64))
             rows = tensor.shape[0] if tensor.shape else 1
             count = min(rows, max(1, _SAMPLE // max(row_bytes, 1)))

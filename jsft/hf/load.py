@@ -1,5 +1,7 @@
 """From a Hugging Face directory to sharded arrays: each process reads only the rows its devices own, leaf by leaf."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jsft.errors import ModelError
-from jsft.hf.safetensors_files import TensorFiles
+from jsft.hf.safetensors_files import DTYPES, TensorFiles
 from jsft.mesh import parameter_sharding
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
@@ -20,6 +22,7 @@ from jsft.models.parameters import ParameterSpec, RowBlocks, Table, disk_tensors
 from jsft.models.parameters import Path as LeafPath
 
 _READERS = 8  # threads; reading a layer's rows releases the interpreter lock
+_COMPARED_BYTES = 2**26  # of a tensor at a time
 
 # Buffers that old exports carry beside the weights; they are computed, not learnt.
 _IGNORED = (".rotary_emb.inv_freq",)
@@ -50,13 +53,29 @@ def open_parameters(
         yield lambda path: _load_leaf(files, get_leaf(table, path), mesh, dtype and jnp.dtype(dtype), pool.map)
 
 
-def check_tensors(files: TensorFiles, table: Table, config: ModelConfig) -> None:
-    """Raises ModelError unless the files hold exactly the tensors of the table, in its shapes.
+def check_weights(model_dir: str | Path, config: ModelConfig) -> list[str]:
+    """Reads the headers of all weights and checks them as `load_parameters` would, which it then does not refuse.
 
-    A tied model may carry its unembedding as well, if the file's author kept a copy: it is not read.
+    Returns what should be known of the directory, in a line each. Raises ModelError.
+    """
+    with TensorFiles(model_dir) as files:
+        check_tensors(files, parameter_table(config), config)
+    return files.notes
+
+
+def check_tensors(files: TensorFiles, table: Table, config: ModelConfig) -> None:
+    """Raises ModelError unless the files hold exactly the tensors of the table, in its shapes, in a dtype of ours.
+
+    A tied model may carry its unembedding as well, if it is a copy of the embedding: it is not read otherwise.
     """
     wanted = disk_tensors(table)
     where = files.model_dir
+    for name, tensor in files.tensors.items():
+        if tensor.dtype is None and not name.endswith(_IGNORED):
+            raise ModelError(
+                f"{tensor.file}: {name} has dtype {tensor.kind}; quantised or integer weights cannot be trained, use "
+                f"the original model (supported: {', '.join(DTYPES)})"
+            )
     for name, tensor in wanted.items():
         found = files.tensors.get(name)
         if found is None:
@@ -65,14 +84,41 @@ def check_tensors(files: TensorFiles, table: Table, config: ModelConfig) -> None
             raise ModelError(
                 f"{where}: tensor {name} has shape {list(found.shape)}, but config.json asks for {list(tensor.shape)}"
             )
-    extra = [name for name in files.tensors if name not in wanted and not name.endswith(_IGNORED)]
-    if config.tied_embeddings:
-        extra = [name for name in extra if name != "lm_head.weight"]
+    head = _tied_head(config)
+    extra = [name for name in files.tensors if name not in wanted and name != head and not name.endswith(_IGNORED)]
     if extra:
         raise ModelError(
             f"{where} has a tensor that {config.family} does not know: {extra[0]} ({len(extra)} in all); config.json "
             f"does not describe these weights"
         )
+    if head in files.tensors and not _equal(files, head, table["embedding"].tensor):
+        raise ModelError(
+            f"{where}: config.json says tie_word_embeddings, but {head} is not the embedding; set "
+            f"tie_word_embeddings to false to train it, or remove the tensor"
+        )
+
+
+def _tied_head(config: ModelConfig) -> str | None:
+    """Name of the unembedding that a tied model need not have; None for a model that is not tied."""
+    if not config.tied_embeddings:
+        return None
+    return parameter_table(dataclasses.replace(config, tied_embeddings=False))["unembedding"].tensor
+
+
+def _equal(files: TensorFiles, a: str, b: str) -> bool:
+    """Whether two tensors hold the same values, whatever their dtypes. Reads both, some rows at a time."""
+    one, other = files.tensors[a], files.tensors[b]
+    if one.shape != other.shape:
+        return False
+    rows, width = one.shape[0], one.shape[1:]
+    step = max(1, _COMPARED_BYTES * rows // max(1, one.dtype.itemsize * math.prod(one.shape)))
+    for first in range(0, rows, step):
+        parts = [np.empty((min(step, rows - first), *width), tensor.dtype) for tensor in (one, other)]
+        for name, part in zip((a, b), parts):
+            files.read_rows(name, first, part)
+        if not np.array_equal(*(part.astype(np.float32) for part in parts)):
+            return False
+    return True
 
 
 def _load_leaf(

@@ -5,6 +5,7 @@ memory, and a node that loads a 40 GB model would look as if it held it twice.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,8 @@ class StoredTensor(NamedTuple):
     """Where one tensor lies."""
 
     file: Path
-    dtype: np.dtype
+    kind: str  # the format's name of the dtype
+    dtype: np.dtype | None  # None where jsft has none for it
     shape: tuple[int, ...]
     offset: int  # of its first byte in the file
 
@@ -35,8 +37,12 @@ class TensorFiles:
     """All tensors of a Hugging Face model directory, by name. Only headers are read until rows are asked for."""
 
     def __init__(self, model_dir: str | Path):
-        """Raises ModelError when weights are missing, truncated, quantised or not safetensors."""
+        """Raises ModelError when weights are missing, truncated or not safetensors.
+
+        notes: what a reader should know of the directory, in a line each.
+        """
         self.model_dir = Path(model_dir)
+        self.notes: list[str] = []
         self.tensors: dict[str, StoredTensor] = {}
         for file, names in _weight_files(self.model_dir).items():
             found = read_header(file)
@@ -47,6 +53,9 @@ class TensorFiles:
                     )
                 found = {name: tensor for name, tensor in found.items() if name in names}
             self.tensors |= found
+        single = self.model_dir / SINGLE
+        if single.exists() and self.tensors and all(tensor.file != single for tensor in self.tensors.values()):
+            self.notes.append(f"{single} is not read: {INDEX} beside it names other files")
         self._open: dict[Path, int] = {}
 
     def read_rows(self, name: str, first: int, into: np.ndarray) -> None:
@@ -84,13 +93,7 @@ def _weight_files(model_dir: Path) -> dict[Path, set[str] | None]:
     """File -> names its index promises (None: whatever the single file holds)."""
     index = model_dir / INDEX
     if index.exists():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files: dict[Path, set[str] | None] = {}
-            for name, file in weight_map.items():
-                files.setdefault(model_dir / file, set()).add(name)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{index} cannot be read ({type(error).__name__}: {error}); download it again") from error
+        files = _indexed_files(index)
         for file in files:
             if not file.is_file():
                 count = len(files)
@@ -105,34 +108,82 @@ def _weight_files(model_dir: Path) -> dict[Path, set[str] | None]:
     raise ModelError(f"{model_dir} has no weights: neither {SINGLE} nor {INDEX}")
 
 
+def _indexed_files(index: Path) -> dict[Path, set[str]]:
+    """Shard -> names of its tensors. A shard is a file of the index's own directory: no path leads out of it."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files: dict[Path, set[str]] = {}
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\0" in file:
+                raise ModelError(f"{index}: {name} lies in {file!r}, which is no file name; download the index again")
+            files.setdefault(index.parent / file, set()).add(name)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ModelError(f"{index} cannot be read ({type(error).__name__}: {error}); download it again") from error
+    if not files:
+        raise ModelError(f"{index} names no tensors; download it again")
+    return files
+
+
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file. Raises ModelError when it is broken, truncated or quantised."""
+    """The tensors of one safetensors file, which they must fill without a gap, as the format has it.
+
+    Raises ModelError when the file is broken or truncated.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > min(size - 8, _HEADER_LIMIT):
                 raise ModelError(f"{file} is not a whole safetensors file ({size:,} bytes); download it again")
-            entries = json.loads(handle.read(length))
+            entries = json.loads(handle.read(length), object_pairs_hook=_without_repeats)
         entries.pop("__metadata__", None)
-        tensors = {name: _stored(file, name, entry, 8 + length) for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = type(error).__name__
+        spans = {name: _span(entry) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = str(error) if isinstance(error, _HeaderError) else type(error).__name__
         raise ModelError(f"{file} has no readable safetensors header ({why}); download it again") from error
-    ends = [t.offset + t.dtype.itemsize * int(np.prod(t.shape, dtype=np.int64)) for t in tensors.values()]
-    end = max(ends, default=0)
-    if end > size:
-        raise ModelError(f"{file} is truncated: {size:,} bytes, its header needs {end:,}; download it again")
-    return tensors
-
-
-def _stored(file: Path, name: str, entry: dict, base: int) -> StoredTensor:
-    kind, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if kind not in DTYPES:
+    end = 0
+    for name, (first, last) in sorted(spans.items(), key=lambda item: item[1]):
+        if first != end:
+            raise ModelError(
+                f"{file}: {name} begins at byte {first:,} of the data, where {end:,} is next; download it again"
+            )
+        end = last
+    if 8 + length + end != size:
         raise ModelError(
-            f"{file}: {name} has dtype {kind}; quantised or integer weights cannot be trained, use the original model "
-            f"(supported: {', '.join(DTYPES)})"
+            f"{file} is {'truncated' if 8 + length + end > size else 'too long'}: {size:,} bytes, its header needs "
+            f"{8 + length + end:,}; download it again"
         )
-    if last - first != DTYPES[kind].itemsize * int(np.prod(shape, dtype=np.int64)):
+    return {name: _stored(file, name, entries[name], span, 8 + length) for name, span in spans.items()}
+
+
+class _HeaderError(ValueError):
+    """A header that is JSON but not the format's."""
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object as a dict; a name that comes twice would otherwise hide the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _HeaderError("a name comes twice")
+    return found
+
+
+def _span(entry: dict) -> tuple[int, int]:
+    """(first, last) byte of a tensor within the data; all that the entry says is checked to be of the right kind."""
+    first, last = entry["data_offsets"]
+    if not isinstance(entry["dtype"], str):
+        raise _HeaderError(f"{entry['dtype']!r} is no dtype")
+    for number in (first, last, *entry["shape"]):
+        if type(number) is not int or number < 0:
+            raise _HeaderError(f"{number!r} is no size")
+    if last < first:
+        raise _HeaderError(f"a tensor ends at {last}, before it begins")
+    return first, last
+
+
+def _stored(file: Path, name: str, entry: dict, span: tuple[int, int], base: int) -> StoredTensor:
+    kind, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), span
+    dtype = DTYPES.get(kind)
+    if dtype and last - first != dtype.itemsize * math.prod(shape):
         raise ModelError(f"{file}: {name} has {last - first} bytes, which is not {kind} {shape}; download it again")
-    return StoredTensor(file, DTYPES[kind], shape, base + first)
+    return StoredTensor(file, kind, dtype, shape, base + first)

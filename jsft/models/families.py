@@ -35,6 +35,11 @@ def read_config(model_dir: str | Path) -> ModelConfig:
     for family in FAMILIES.values():
         known_by_name = family.architecture == architectures[0] if architectures else family.model_type == model_type
         if known_by_name:
+            if model_type not in (None, family.model_type):
+                raise source.wrong(
+                    f"architectures says {architectures[0]} and model_type says {model_type!r}, which is another model; "
+                    f"take the base model's file"
+                )
             return family.read(source)
     known = ", ".join(family.architecture for family in FAMILIES.values())
     raise source.wrong(

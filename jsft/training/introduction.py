@@ -36,6 +36,8 @@ def introduce(parts, name: str, workdir: Path | None, remat: str, step: int, say
         "model",
         f"{parts.model_dir}: {model.family}, {count / 1e6:,.1f} M parameters, {model.num_layers} layers",
     )
+    for note in parts.notes:
+        line("", note)
     line("mesh", meshes.describe(parts.mesh))
     backward = "deterministic" if config.train.deterministic else config.attention.backward
     say(describe_attention(config.attention.implementation, backward, typical_length(parts.data)))

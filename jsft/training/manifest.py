@@ -19,6 +19,7 @@ import jax
 
 from jsft import files
 from jsft.errors import CheckpointError
+from jsft.hf.digest import Digest, difference
 
 FORMAT = 2  # 1 had no checksum of the manifest itself
 _UNSUMMED = 1  # the newest format without it
@@ -179,6 +180,17 @@ def check_arrays(workdir: Path, step: int, tree: Any) -> None:
             f"checkpoint {step} in {workdir} is of another model: {first} is {shape(saved, first)} there "
             f"and {shape(wanted, first)} in this one{more}; use another --workdir, or the model the run "
             f"began with"
+        )
+
+
+def check_base(workdir: Path, manifest: dict[str, Any], base: Digest) -> None:
+    """Raises CheckpointError when `base`, the digest of the run's base/, is not what the manifest's checkpoint was trained
+    with. A checkpoint older than digests passes.
+    """
+    if (there := manifest.get("model")) and (differs := difference(there, base)):
+        raise CheckpointError(
+            f"{Path(workdir) / 'base'} is not what checkpoint {manifest.get('step')} was trained with: {differs}; put "
+            f"the file back"
         )
 
 

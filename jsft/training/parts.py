@@ -14,6 +14,8 @@ from jsft.data.batch import Batch
 from jsft.data.loader import TrainingData, open_eval_data, open_training_data
 from jsft.data.plan import attention_cost
 from jsft.errors import ConfigError
+from jsft.hf.base_files import base_files
+from jsft.hf.load import check_weights
 from jsft.hf.resolve import resolve_model
 from jsft.models.config import ModelConfig
 from jsft.models.families import read_config
@@ -36,13 +38,19 @@ class Parts(NamedTuple):
     data: TrainingData
     rows: int  # packed rows of a micro batch, over all devices
     held_out: dict[str, list[Batch]] = {}  # data.eval by name, where eval.every asks for it
+    notes: tuple[str, ...] = ()  # what should be known of the model directory
 
 
-def build(config: ConfigDict) -> Parts:
-    """Mesh, model and data of a run; reads no weights. Raises the JsftError of whatever is wrong."""
+def build(config: ConfigDict, weights: bool = True) -> Parts:
+    """Mesh, model and data of a run; of the weights only headers are read, and not even those without `weights`.
+
+    Raises the JsftError of whatever is wrong.
+    """
     mesh = meshes.make_mesh(config.mesh.replica, config.mesh.fsdp)
     model_dir = resolve_model(config.model.path, config.model.revision)
+    base_files(model_dir)  # refuses links out of the directory before anything is read through them
     model = read_config(model_dir)
+    notes = check_weights(model_dir, model) if weights else ()
     parameters = abstract_parameters(model, mesh, parameter_dtype(config))
     rows = mesh.size * config.data.rows_per_device
     data = open_training_data(
@@ -65,7 +73,7 @@ def build(config: ConfigDict) -> Parts:
     abstract = initial_state(parameters, config)
     return Parts(
         config, model_dir, model, mesh, abstract, jax.tree.map(lambda p: p.sharding, parameters), data, rows,
-        held_out,
+        held_out, tuple(notes),
     )
 
 

@@ -12,6 +12,7 @@ from jsft import config as schema
 from jsft.data.objective import document_mean_weights
 from jsft.distributed import any_process
 from jsft.errors import CheckpointError, OutOfMemoryError, explained
+from jsft.hf.digest import model_digest
 from jsft.hf.load import load_parameters
 from jsft.peers import PeerLink
 from jsft.planning.startup import check_memory
@@ -24,6 +25,7 @@ from jsft.training.generation import open_generation
 from jsft.training.histograms import make_histograms
 from jsft.training.introduction import introduce
 from jsft.training.loop import Loop
+from jsft.training.manifest import check_base, list_steps
 from jsft.training.metrics import MetricsWriter, RunLog, has_heldout
 from jsft.training.optimizer import initial_state, parameter_dtype
 from jsft.training.parts import Parts, build, compile_gradients, programs
@@ -55,12 +57,12 @@ def train(
     directory = log = watchdog = None
     try:
         with _device_errors():
-            parts = build(config)
+            parts = build(config, weights=not list_steps(workdir, full=True))
         if link:
             check_agreement(link, parts)
         directory = RunDirectory(workdir) if primary else None
         if directory:
-            directory.enter(config, name, allow_changed, parts.data.fingerprint)
+            directory.enter(config, name, allow_changed, parts.data.fingerprint, model_digest(parts.model_dir))
             ending.status = lambda state, reason: directory.status(state, directory.last_step, reason, final=True)
             directory.keep_base_files(parts.model_dir)
             directory.point_latest()
@@ -122,8 +124,12 @@ def _train(
         dtype = parameter_dtype(config)
         state = initial_state(load_parameters(parts.model_dir, parts.model, parts.mesh, dtype), config)
     facts = _facts(parts, name)
+    if directory:
+        facts["model"] = model_digest(workdir / "base")  # what an export of these checkpoints must say
     if step and directory:
-        _say_what_changed(checkpoint.read_manifest(workdir, step), facts, log.line)
+        there = checkpoint.read_manifest(workdir, step)
+        check_base(workdir, there, facts["model"])
+        _say_what_changed(there, facts, log.line)
     policy = checkpoint.Policy(
         config.checkpoint.every, config.checkpoint.minutes, config.checkpoint.keep, tuple(config.checkpoint.milestones)
     )

@@ -22,8 +22,10 @@ from ml_collections import ConfigDict
 import jsft
 from jsft import config as schema
 from jsft import files
-from jsft.errors import CheckpointError, ConfigError, explained
+from jsft.errors import CheckpointError, ConfigError, ModelError, explained
 from jsft.hf.base_files import copy_base_files
+from jsft.hf.digest import Digest, difference
+from jsft.training.manifest import list_steps
 
 _STATUS_SECONDS = 5.0  # that one writer of status.json waits for another, whose disk may hang
 
@@ -93,12 +95,14 @@ class RunDirectory:
         self._lock.flush()
 
     def enter(
-        self, config: ConfigDict, name: str, allow_changed: frozenset[str] = frozenset(), data: str = ""
+        self, config: ConfigDict, name: str, allow_changed: frozenset[str] = frozenset(), data: str = "",
+        model: Digest | None = None,
     ) -> bool:
         """Writes config.json, or checks that the one there is this run's. Returns whether the run existed.
 
-        data: fingerprint of the training data. What it says counts, not the path: a file may be moved. Raises
-        ConfigError naming the fields that differ.
+        data: fingerprint of the training data. What it says counts, not the path: a file may be moved. model: digest of
+        the model directory; another one is refused once there is a checkpoint. Raises ConfigError naming the fields
+        that differ, ModelError naming what differs in the model directory.
         """
         path = self.path / "config.json"
         flat = schema.flatten(config)
@@ -127,14 +131,29 @@ class RunDirectory:
                     f"--workdir {self.path} holds a run with another config ({shown}); choose another "
                     f"--workdir, or go on all the same with --allow_changed={','.join(differ)}"
                 )
+            if list_steps(self.path):
+                model = self._same_model(there.get("model"), model)
+        facts = {"name": name, "version": jsft.__version__, "data": data, "config": flat, "model": model}
         with self._explained():
-            files.write_json(path, {"name": name, "version": jsft.__version__, "data": data, "config": flat})
+            files.write_json(path, facts)
         return exists
 
+    def _same_model(self, there: Digest | None, here: Digest | None) -> Digest | None:
+        """The digest to keep: of the model that the checkpoints were trained from. None in runs older than digests."""
+        if there and here and (differs := difference(there, here)):
+            raise ModelError(
+                f"the model directory is not the one this run began with: {differs}; put its files back (a copy is in "
+                f"{self.path / 'base'}), or choose another --workdir"
+            )
+        return there
+
     def keep_base_files(self, model_dir: Path) -> None:
-        """Copies the base model's config, tokenizer, template and code files to `base/`: all but weights."""
+        """Copies the base model's config, tokenizer, template and code files to `base/`: all but weights.
+
+        What a checkpoint was trained with stays; until there is one, `base/` follows the model directory.
+        """
         base = self.path / "base"
-        if base.is_dir():
+        if base.is_dir() and list_steps(self.path):
             return
         beside = self.path / "base.tmp"
         shutil.rmtree(beside, ignore_errors=True)
@@ -142,6 +161,7 @@ class RunDirectory:
             beside.mkdir()
             copy_base_files(model_dir, beside)
             files.sync_tree(beside)
+            shutil.rmtree(base, ignore_errors=True)
             files.rename(beside, base)
 
     def set_step(self, step: int) -> None:

@@ -10,9 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jsft.errors import ModelError
-from jsft.hf.load import load_parameters
+from jsft.hf import load
+from jsft.hf.base_files import copy_base_files
+from jsft.hf.load import check_weights, load_parameters
 from jsft.hf.random_model import write_random_model
 from jsft.hf.resolve import resolve_model
+from jsft.hf.safetensors_files import TensorFiles
 from jsft.hf.write import write_model
 from jsft.mesh import make_mesh
 from jsft.models import read_config
@@ -47,6 +50,7 @@ def change(folder, edit):
 
 
 NAME = "model.layers.1.mlp.up_proj.weight"
+HEAD = "lm_head.weight"
 
 
 def test_no_weights(broken):
@@ -89,11 +93,81 @@ def test_wrong_shape(broken):
     refused(f"tensor {NAME} has shape [255, 128], but config.json asks for [256, 128]")
 
 
-@pytest.mark.parametrize(("dtype", "name"), [(ml_dtypes.float8_e4m3fn, "F8_E4M3"), (np.int8, "I8")])
-def test_quantised_weights(broken, dtype, name):
+@pytest.mark.parametrize(("dtype", "name"), [(ml_dtypes.float8_e4m3fn, "F8_E4M3"), (np.int8, "I8"), (np.float64, "F64")])
+def test_weights_of_a_dtype_that_is_not_trained(broken, dtype, name):
     folder, refused = broken
     change(folder, lambda tensors: tensors.update({NAME: tensors[NAME].astype(dtype)}))
     refused(f"{NAME} has dtype {name}")
+
+
+def test_quantised_weights_are_named_before_the_scales_beside_them(broken):
+    folder, refused = broken
+
+    def quantise(tensors):
+        tensors[NAME] = tensors[NAME].astype(ml_dtypes.float8_e4m3fn)
+        tensors[f"{NAME}_scale_inv"] = np.ones((2, 1), np.float32)
+
+    change(folder, quantise)
+    refused(f"{NAME} has dtype F8_E4M3; quantised")
+
+
+def test_a_computed_buffer_may_have_any_dtype(broken):
+    folder, _ = broken
+    change(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(16)}))
+    assert check_weights(folder, read_config(folder)) == []
+
+
+def rewrite(folder, edit, data=lambda d: d):
+    """Edits a file's header and data as they are, which save_file would refuse to write."""
+    file = folder / "model.safetensors"
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    entries = json.loads(raw[8 : 8 + length])
+    text = (edit(entries) or json.dumps(entries)).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data(raw[8 + length :]))
+
+
+def move(first, last):
+    return lambda entries: entries[NAME].update({"data_offsets": [first, last]})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (move(-65536, 0), "-65536 is no size"),  # would read the header as weights
+        (move(0, 65536), "next; download"),  # lies on another tensor
+        (move(0.0, 65536.0), "0.0 is no size"),
+        (move(10, 0), "a tensor ends at 0, before it begins"),
+        (move("0", "9"), "'0' is no size"),
+        (move(2**80, 2**80 + 65536), "of the data, where"),
+        (lambda entries: entries[NAME].update({"shape": [-256, -128]}), "-256 is no size"),
+        (lambda entries: entries[NAME].update({"shape": [True, 32768]}), "True is no size"),
+        (lambda entries: entries[NAME].update({"dtype": ["BF16"]}), "is no dtype"),
+        (lambda entries: entries[NAME].update({"dtype": "F32"}), "bytes, which is not F32"),
+        (lambda entries: entries.update({NAME: [1]}), "no readable safetensors header"),
+        (lambda entries: json.dumps(entries)[:-1] + f', "{NAME}": 1}}', "a name comes twice"),
+        (lambda entries: "[" * 100_000, "no readable safetensors header"),
+    ],
+)
+def test_a_header_that_lies(broken, edit, message):
+    folder, refused = broken
+    rewrite(folder, edit)
+    refused(message)
+
+
+def test_bytes_that_no_tensor_takes(broken):
+    folder, refused = broken
+    rewrite(folder, lambda entries: None, lambda data: data + b"x")
+    refused("is too long")
+
+
+def test_the_check_reads_headers_only(broken, monkeypatch):
+    folder, _ = broken
+    monkeypatch.setattr(TensorFiles, "read_rows", None)
+    assert check_weights(folder, read_config(folder)) == []
+    change(folder, lambda tensors: tensors.pop(NAME))
+    with pytest.raises(ModelError, match=f"lacks tensor {NAME}"):
+        check_weights(folder, read_config(folder))
 
 
 def test_config_of_another_size(broken):
@@ -124,10 +198,107 @@ def test_index_that_does_not_fit_the_shards(sharded):
         load_parameters(sharded, read_config(sharded), make_mesh(), jnp.float32)
 
 
-def test_a_tied_model_may_carry_a_copy_of_its_head(broken):
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
+def test_a_tied_model_may_carry_a_copy_of_its_head(broken, dtype, monkeypatch):
+    monkeypatch.setattr(load, "_COMPARED_BYTES", 10_000)  # in several pieces
     folder, _ = broken
-    change(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    copy = lambda tensors: tensors.update({HEAD: tensors["model.embed_tokens.weight"].astype(dtype)})  # noqa: E731
+    change(folder, copy)
     assert "unembedding" not in load_parameters(folder, read_config(folder), make_mesh(), jnp.float32)
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_a_tied_model_with_a_head_of_its_own_is_refused(broken, cut, monkeypatch):
+    monkeypatch.setattr(load, "_COMPARED_BYTES", 10_000)
+    folder, refused = broken
+
+    def own_head(tensors):
+        head = tensors["model.embed_tokens.weight"].copy()
+        head[-1, -1] += 1
+        tensors[HEAD] = head[cut:]
+
+    change(folder, own_head)
+    refused("config.json says tie_word_embeddings, but lm_head.weight is not the embedding")
+
+
+def test_a_model_type_of_another_architecture_is_refused(broken):
+    folder, refused = broken
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "qwen2"}))
+    refused("architectures says Qwen3ForCausalLM and model_type says 'qwen2'")
+
+
+def test_a_single_file_beside_an_index_is_said(sharded, random_model):
+    assert check_weights(sharded, read_config(sharded)) == []
+    shutil.copy(random_model("qwen3") / "model.safetensors", sharded)
+    (note,) = check_weights(sharded, read_config(sharded))
+    assert "model.safetensors is not read: model.safetensors.index.json beside it" in note
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/hostname", "sub/model.safetensors", "..", "", "a\0b", 3])
+def test_an_index_that_leads_out_of_its_directory(sharded, shard):
+    file = sharded / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"][NAME] = shard
+    file.write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="which is no file name; download the index again") as error:
+        check_weights(sharded, read_config(sharded))
+    assert NAME in str(error.value)
+
+
+def test_an_empty_index(sharded):
+    (sharded / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(ModelError, match="names no tensors"):
+        check_weights(sharded, read_config(sharded))
+
+
+def test_a_directory_of_the_hubs_cache_is_all_links(random_model, tmp_path):
+    """snapshots/<revision>/NAME -> ../../blobs/<hash>, weights too; another directory may link to the same blobs."""
+    repository = tmp_path / "hub" / "models--owner--name"
+    snapshot, mine = repository / "snapshots" / "0123abc", tmp_path / "mine"
+    for folder in (repository / "blobs", snapshot, mine):
+        folder.mkdir(parents=True)
+    for number, file in enumerate(sorted(random_model("qwen3").iterdir())):
+        blob = repository / "blobs" / f"{number:040x}"
+        shutil.copy(file, blob)
+        (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
+        (mine / file.name).symlink_to(blob)
+    for number, folder in enumerate((snapshot, mine)):
+        assert check_weights(folder, read_config(folder)) == []
+        out = tmp_path / f"out{number}"
+        out.mkdir()
+        copy_base_files(folder, out)
+        assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+        assert not any(file.is_symlink() for file in out.iterdir())
+
+
+def test_links_out_of_a_model_directory_are_refused(broken, tmp_path):
+    folder, _ = broken
+    (tmp_path / "secret").write_text("a key")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("a token")
+    (folder / ".token").write_text("a token")
+    (folder / "folder").mkdir()
+    for name, target, message in (
+        ("LICENSE", tmp_path / "secret", "no file of this model"),
+        ("notes.txt", "../secret", "no file of this model"),
+        ("notes.txt", ".git/config", "no file of this model"),
+        ("notes.txt", ".token", "no file of this model"),
+        ("notes.json", "folder", "no file of this model"),
+        ("generation.json", "nowhere", "nowhere, which is not there"),
+        ("circle.txt", "circle.txt", "which is not there"),
+    ):
+        (folder / name).symlink_to(target)
+        with pytest.raises(ModelError, match=message) as error:
+            copy_base_files(folder, tmp_path)
+        assert str(folder / name) in str(error.value) and "\n" not in str(error.value)
+        (folder / name).unlink()
+    (folder / "LICENSE.txt").write_text("free")
+    (folder / "LICENSE").symlink_to("LICENSE.txt")  # a link beside the file is one of the directory's own
+    (folder / "link").symlink_to(tmp_path / "secret")  # nothing of this name leaves
+    (tmp_path / "out").mkdir()
+    copy_base_files(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSE").read_text() == "free" and not (tmp_path / "out" / "link").exists()
 
 
 def test_layers_of_two_dtypes_load_as_float32(broken):

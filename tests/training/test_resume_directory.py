@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from jsft import config as schema
-from jsft.errors import CheckpointError, ConfigError
+from jsft.errors import CheckpointError, ConfigError, ModelError
+from jsft.hf.random_model import write_random_model
 from jsft.training import rundir
+from jsft.training.manifest import check_base
 from jsft.training.rundir import RunDirectory
 
 
@@ -75,6 +77,66 @@ def test_a_field_that_is_newer_than_the_run(tmp_path):
     path.write_text(json.dumps(there))
     with pytest.raises(ConfigError, match="optimizer.eps: 1e-08 there, 0.1 now"):
         enter(tmp_path, **{"optimizer.eps": 0.1})
+
+
+def with_checkpoint(path, model=None):
+    """A directory with the manifest of a finished checkpoint, which is all that counts here."""
+    folder = path / "checkpoints" / "4"
+    (folder / "optimizer").mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "step": 4, "model": model}))
+
+
+def enter_with(path, model):
+    directory = RunDirectory(path)
+    try:
+        return directory.enter(make_config(), "run", model=model)
+    finally:
+        directory.release()
+
+
+def test_another_model_directory_is_refused_once_there_is_a_checkpoint(tmp_path):
+    enter_with(tmp_path, {"config.json: rope_theta": 1e6})
+    enter_with(tmp_path, {"config.json: rope_theta": 2e6})  # nothing was trained yet: the newest counts
+    with_checkpoint(tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(ModelError, match="rope_theta is 1000000.0, was 2000000.0; put its files back .*/base") as error:
+        enter_with(tmp_path, {"config.json: rope_theta": 1e6})
+    assert "\n" not in str(error.value) and (tmp_path / "config.json").read_text() == before
+    assert enter_with(tmp_path, {"config.json: rope_theta": 2e6}) is True
+
+
+def test_a_run_older_than_digests_goes_on_as_before(tmp_path):
+    enter_with(tmp_path, None)
+    path = tmp_path / "config.json"
+    there = json.loads(path.read_text())
+    del there["model"]
+    path.write_text(json.dumps(there))
+    with_checkpoint(tmp_path)
+    for theta in (1e6, 2e6):  # not taken for what the checkpoints were trained with
+        assert enter_with(tmp_path, {"config.json: rope_theta": theta}) is True
+    check_base(tmp_path, {"step": 4}, {"config.json: rope_theta": 1e6})
+
+
+def test_a_base_that_was_changed_is_named(tmp_path):
+    manifest = {"step": 4, "model": {"config.json: rope_theta": 1e6}}
+    check_base(tmp_path, manifest, {"config.json: rope_theta": 1e6})
+    with pytest.raises(CheckpointError, match="base is not what checkpoint 4 was trained with: config.json: rope_theta"):
+        check_base(tmp_path, manifest, {"config.json: rope_theta": 5.0})
+
+
+def test_base_follows_the_model_directory_until_there_is_a_checkpoint(tmp_path):
+    model = write_random_model(tmp_path / "model", layers=1)
+    directory = RunDirectory(tmp_path / "run")
+    for theta in (1e6, 2e6, 3e6):
+        text = (model / "config.json").read_text()
+        (model / "config.json").write_text(json.dumps(json.loads(text) | {"rope_theta": theta}))
+        if theta == 3e6:
+            with_checkpoint(tmp_path / "run")
+        directory.keep_base_files(model)
+        kept = json.loads((tmp_path / "run" / "base" / "config.json").read_text())["rope_theta"]
+        assert kept == min(theta, 2e6)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["base", "checkpoints", "lock"]
+    directory.release()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"config": 3}', "null"])
