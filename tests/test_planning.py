@@ -5,17 +5,22 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh
 
 from jsft import cli, plan
 from jsft import config as schema
 from jsft.errors import ConfigError, DataError, OutOfMemoryError
+from jsft.mesh import MESH_AXES, make_mesh, shard_bytes
+from jsft.models.module import abstract_parameters
 from jsft.models.published import PUBLISHED
 from jsft.planning import fitting
 from jsft.training.compiled import compare
 from jsft.planning.devices import RATES, find_device
 from jsft.planning.inputs import find_model
-from jsft.planning.memory import HEADROOM, estimate, planned_mesh
+from jsft.planning.memory import HEADROOM, estimate, parameter_sizes, planned_mesh, sharded_layer_elements
 from jsft.planning.work import Lengths, plan_work
 from jsft.models.remat import LADDER
 
@@ -204,6 +209,33 @@ def test_every_base_model_is_on_record_and_fits():
         ]
         assert fitting, model
         assert all(r["total"] < fitting[0]["total"] for r in programs if r["program"] == "update")
+
+
+@pytest.mark.parametrize(
+    "base, changes, devices, elements",
+    [
+        ("qwen3_8b", {}, 8, 6_945_767_424),
+        ("qwen3_8b", {"vocab_size": 151_669}, 2, 6_945_767_424),  # its embedding is not sharded
+        ("qwen3_8b", {"vocab_size": 151_669}, 8, 6_945_767_424),
+        ("qwen3_1_7b", {}, 6, 704_643_072),  # gate and up alone
+        ("qwen3_1_7b", {}, 1, 0),
+    ],
+)
+def test_what_is_gathered_are_the_layers_sharded_matrices(base, changes, devices, elements):
+    model = dataclasses.replace(PUBLISHED[base], **changes)
+    assert sharded_layer_elements(model, AbstractMesh((1, devices), MESH_AXES)) == elements
+
+
+def test_sizes_of_the_plan_are_those_of_the_run():
+    """Against the shardings that the run's parameters get, of a model some of whose parameters are sharded."""
+    model = dataclasses.replace(PUBLISHED["qwen3_1_7b"], **TINY | {"intermediate_size": 384, "vocab_size": 301})
+    for mesh in (make_mesh(), make_mesh(replica=2), make_mesh(replica=4)):
+        arrays = jax.tree.leaves(abstract_parameters(model, mesh, jnp.float32))
+        local = sum(shard_bytes(array) // 4 for array in arrays)
+        matrices = [a for a in jax.tree.leaves(abstract_parameters(model, mesh, jnp.float32)["layers"]) if a.ndim > 2]
+        sharded = sum(a.size for a in matrices if shard_bytes(a) < 4 * a.size)
+        assert sum(size.local for size in parameter_sizes(model, mesh)) == local
+        assert 0 < sharded_layer_elements(model, mesh) == sharded
 
 
 def test_collectives_of_a_step():

@@ -43,8 +43,8 @@ class Workspace(NamedTuple):
 # Fitted to XLA's buffer assignment (memory_analysis of the compiled gradient program); tests/test_planning.py
 # holds it to 10 %. A CPU widens bfloat16 to float32 for every product, so that bfloat16 needs more units, of
 # half the bytes.
-CPU_BFLOAT16 = Workspace(mlp=7.0, residual=13.5, query=8.0, logits=2.0, loss=6.0, chunk=2.0, layer_full=0.0)
-CPU_FLOAT32 = Workspace(mlp=10.0, residual=7.0, query=6.0, logits=3.3, loss=4.0, chunk=2.0, layer_full=0.0)
+CPU_BFLOAT16 = Workspace(mlp=7.0, residual=13.5, query=8.0, logits=3.0, loss=6.0, chunk=2.0, layer_full=0.0)
+CPU_FLOAT32 = Workspace(mlp=10.0, residual=7.0, query=6.0, logits=3.8, loss=4.0, chunk=2.0, layer_full=0.0)
 # tests/recorded_memory.json holds it to 10 %: a GPU multiplies bfloat16 as it is and fuses elementwise work.
 GPU = Workspace(mlp=6.0, residual=8.0, query=4.0, logits=1.7, loss=6.0, chunk=2.0, layer_full=3.0)
 
@@ -84,21 +84,32 @@ def planned_mesh(config: ConfigDict, devices: int) -> AbstractMesh:
     return AbstractMesh(shape, meshes.MESH_AXES)
 
 
-def local_sizes(model: ModelConfig, mesh) -> list[tuple[int, int, bool]]:
-    """(elements of the whole parameter, elements on a device, whether it is a matrix) of every parameter."""
-    found = []
+class ParameterSize(NamedTuple):
+    """Elements of a parameter."""
+
+    full: int
+    local: int  # on one device
+    layer_matrix: bool  # a matrix of the layers, which is gathered before it is used
+
+    @property
+    def sharded(self) -> bool:
+        return self.local < self.full
+
+
+def parameter_sizes(model: ModelConfig, mesh) -> list[ParameterSize]:
+    """The size of every parameter in the table's order; mesh: anything with `shape`."""
+    sizes = []
     for _, spec in leaves(parameter_table(model)):
-        size = math.prod(spec.shape)
-        divided = "fsdp" in meshes.partition_spec(spec.axes, spec.shape, mesh)
-        found.append((size, size // mesh.shape["fsdp"] if divided else size, len(spec.layer_shape) > 1))
-    return found
+        full = math.prod(spec.shape)
+        sharded = "fsdp" in meshes.partition_spec(spec.axes, spec.shape, mesh)
+        local = full // mesh.shape["fsdp"] if sharded else full
+        sizes.append(ParameterSize(full, local, spec.stacked and len(spec.layer_shape) > 1))
+    return sizes
 
 
-def divided_layers(model: ModelConfig, mesh) -> int:
-    """Elements of the layers' matrices that `mesh` divides: what is gathered."""
-    divided = sum(size for size, here, matrix in local_sizes(model, mesh) if matrix and here < size)
-    embeddings = model.vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
-    return max(0, divided - embeddings)
+def sharded_layer_elements(model: ModelConfig, mesh) -> int:
+    """Elements of the layers' sharded matrices: what is gathered, and whose gradients are scattered."""
+    return sum(size.full for size in parameter_sizes(model, mesh) if size.layer_matrix and size.sharded)
 
 
 def gathers_once(config: ConfigDict, mesh) -> bool:
@@ -159,7 +170,7 @@ def estimate(model: ModelConfig, config: ConfigDict, mesh, remat: str, platform:
     work = GPU if platform != "cpu" else CPU_BFLOAT16 if compute == 2 else CPU_FLOAT32
     parts, length = mesh.shape["fsdp"], config.data.pack_length
     tokens = config.data.rows_per_device * length
-    local = sum(here for _, here, _ in local_sizes(model, mesh))
+    local = sum(size.local for size in parameter_sizes(model, mesh))
     D, F, V = model.hidden_size, model.intermediate_size, model.vocab_size
     kept = model.num_layers * kept_bytes(model, remat, tokens, compute, pallas)
     kept += travelling_bytes(model, remat, tokens, compute)
@@ -179,7 +190,7 @@ def estimate(model: ModelConfig, config: ConfigDict, mesh, remat: str, platform:
     in_place = (mesh.shape["replica"] == 1 and gradient == itemsize) or reduces_once(config, mesh)
     summed = local  # elements of a device's gradients
     if reduces_once(config, mesh):
-        summed += divided_layers(model, mesh) * (parts - 1) // parts
+        summed += sharded_layer_elements(model, mesh) * (parts - 1) // parts
     return Memory(
         parameters=local * itemsize,
         moments=2 * local * jnp.dtype(config.precision.moments).itemsize,
@@ -190,5 +201,5 @@ def estimate(model: ModelConfig, config: ConfigDict, mesh, remat: str, platform:
         layer=int(layer),
         loss=int(loss),
         gathered=gathered,
-        whole=divided_layers(model, mesh) * compute if once else 0,
+        whole=sharded_layer_elements(model, mesh) * compute if once else 0,
     )

@@ -10,9 +10,11 @@ from ml_collections import ConfigDict
 
 from jsft.errors import ConfigError
 from jsft.models.config import ModelConfig
+from jsft.models.families import parameter_table
+from jsft.models.parameters import count_parameters
 from jsft.models.remat import parse_remat
 from jsft.planning.devices import NETWORK, RATES, Device
-from jsft.planning.memory import divided_layers, gathers_once, local_sizes, reduces_once
+from jsft.planning.memory import gathers_once, parameter_sizes, reduces_once, sharded_layer_elements
 from jsft.training.flops import matmul_parameters, step_flops
 
 # Mean tokens of a document, and mean of squares / mean, of the published data sets (docs/recipes.md):
@@ -105,7 +107,7 @@ def plan_work(
     compute = share * (
         matmul / RATES.matmul / scale + attend / RATES.attention / scale + moved / RATES.elementwise
     )
-    state = sum(here for _, here, _ in local_sizes(model, mesh))
+    state = sum(size.local for size in parameter_sizes(model, mesh))
     moments = jnp.dtype(config.precision.moments).itemsize
     parameters = 4 if config.precision.params == "float32" else 2
     update_bytes = state * (2 * parameters + 4 * moments + 2 * jnp.dtype(config.precision.gradients).itemsize)
@@ -148,7 +150,7 @@ def _collectives(model, config, mesh, micro_batches, tokens) -> dict[str, tuple[
     parts, replica = mesh.shape["fsdp"], mesh.shape["replica"]
     compute = jnp.dtype(config.precision.compute).itemsize
     reduce = jnp.dtype(config.precision.reduce).itemsize
-    layers = divided_layers(model, mesh) if parts > 1 else 0
+    layers = sharded_layer_elements(model, mesh)
     found: dict[str, tuple[float, float]] = {}
     matrices = 7 * model.num_layers
     hidden = tokens / mesh.size * model.hidden_size
@@ -166,7 +168,7 @@ def _collectives(model, config, mesh, micro_batches, tokens) -> dict[str, tuple[
         exchanged = away * (table * (compute + 4) * micro_batches + 2 * hidden * compute)
         found["all-to-all"] = (4 * micro_batches, exchanged)
     if replica > 1:
-        local = sum(here for _, here, _ in local_sizes(model, mesh))
+        local = sum(size.local for size in parameter_sizes(model, mesh))
         found["all-reduce"] = (
             matrices * micro_batches,
             2 * (replica - 1) / replica * local * reduce * micro_batches,
@@ -176,17 +178,10 @@ def _collectives(model, config, mesh, micro_batches, tokens) -> dict[str, tuple[
 
 def checkpoint_bytes(model: ModelConfig, config: ConfigDict, steps: int) -> tuple[float, float, int]:
     """(bytes of a full checkpoint, of a milestone's parameters, number of milestones within `steps`)."""
-    count = sum(size for size, _, _ in _sizes(model))
+    count = count_parameters(parameter_table(model))
     parameters = count * (4 if config.precision.params == "float32" else 2)
     full = parameters + 2 * count * jnp.dtype(config.precision.moments).itemsize
     return float(full), float(parameters), sum(step <= steps for step in config.checkpoint.milestones)
-
-
-def _sizes(model: ModelConfig):
-    class One:
-        shape = {"replica": 1, "fsdp": 1}
-
-    return local_sizes(model, One)
 
 
 def updates(config: ConfigDict, documents: int) -> int:
