@@ -28,7 +28,10 @@ def _deep():
     before, mark = sys.getrecursionlimit(), 912_673
     sys.setrecursionlimit(mark)
     state = read()
-    found = [i for i in range(2, 64) if state[i] == mark and 0 < state[i - 1] <= mark and 0 < state[i + 1] < 1 << 16]
+    found = [
+        i for i in range(2, 64)
+        if state[i] == mark and 0 < state[i - 1] <= mark and 0 < state[i + 1] < 1 << 16
+    ]
     sys.setrecursionlimit(before)
     if len(found) != 1:
         return

@@ -63,8 +63,9 @@ def run(source: str, stdin: bytes = b"", limits: Limits = Limits()) -> Finished:
     """
     with sandbox_cgroup.fresh(limits.memory_mb, limits.processes) as group:
         job = {
-            "source": source.encode("utf-8", "surrogatepass"), "stdin": stdin, "prefixes": _prefixes(), "python": sys.executable,
-            "filter": sandbox_filter.compiled(), "cgroup": group, **dataclasses.asdict(limits),
+            "source": source.encode("utf-8", "surrogatepass"), "stdin": stdin, "prefixes": _prefixes(),
+            "python": sys.executable, "filter": sandbox_filter.compiled(), "cgroup": group,
+            **dataclasses.asdict(limits),
         }  # fmt: skip
         reader, writer = os.pipe()
         listener, teller = os.pipe()

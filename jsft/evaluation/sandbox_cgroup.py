@@ -19,7 +19,7 @@ _count = 0
 
 @contextlib.contextmanager
 def fresh(memory_mb: int, processes: int) -> Iterator[str | None]:
-    """A group with these limits; yields its `cgroup.procs`, None where there is none. All in it dies at the end."""
+    """A group with these limits: yields its `cgroup.procs`, or None. All in it dies at the end."""
     global _count
     parent = parent_group()
     group = None
@@ -44,7 +44,7 @@ def fresh(memory_mb: int, processes: int) -> Iterator[str | None]:
 
 @functools.cache
 def parent_group(root: Path = ROOT, own: Path = Path("/proc/self/cgroup")) -> Path | None:
-    """The nearest group, from ours upwards, in which a process of ours can be limited; None where there is none."""
+    """The nearest group, from ours upwards, below which a process of ours can be limited; or None."""
     try:
         line = next((x for x in own.read_text().splitlines() if x.startswith("0::/")), None)
     except OSError:

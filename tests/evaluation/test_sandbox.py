@@ -12,7 +12,7 @@ import pytest
 
 from jsft.errors import DataError
 from jsft.evaluation import sandbox
-from jsft.evaluation.tasks.livecodebench_v2 import LiveCodeBenchV2, decode_tests
+from jsft.evaluation.tasks.livecodebench_v2 import LiveCodeBenchV2, decode_tests, same_output, same_value
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = sandbox.Limits(seconds=2.0, memory_mb=512)
@@ -142,3 +142,39 @@ def test_private_tests_are_read_without_running_them():
     }
     with pytest.raises(DataError, match="the tests of problem x cannot be read: the pickle names"):
         LiveCodeBenchV2().problem(row, 0)
+
+
+def row(**columns):
+    tests = json.dumps([{"input": "1", "output": "2"}])
+    return {"question_content": "q", "public_test_cases": tests, "question_id": "x", **columns}
+
+
+def test_a_row_without_tests_is_refused_and_one_without_private_tests_is_said(capsys):
+    with pytest.raises(DataError, match=r"row 1 \(problem x\) has no tests, so any program would pass"):
+        LiveCodeBenchV2().problems([row(private_test_cases="[]"), row(public_test_cases="[]")])
+    LiveCodeBenchV2().problems([row(), row(private_test_cases="[]"), row(private_test_cases=row()["public_test_cases"])])
+    assert "2 of 3 problems have no private tests (column private_test_cases)" in capsys.readouterr().err
+    LiveCodeBenchV2().problems([row(private_test_cases=row()["public_test_cases"])])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "tests",
+    ["{", "3", '"a"', '{"input": "1"}', '["a"]', '[{"input": 1, "output": "2"}]', 7, [None], "[" * 9999, "null"],
+)
+def test_tests_of_another_shape_are_one_line(tests):
+    with pytest.raises(DataError, match="the tests of problem x cannot be read"):
+        LiveCodeBenchV2().problem(row(public_test_cases=tests), 0)
+
+
+def test_tests_may_be_a_list_already():
+    tests = [{"input": "1", "output": "2"}]
+    problem = LiveCodeBenchV2().problem(row(public_test_cases=tests, metadata={"func_name": "f"}), 0)
+    assert problem.gold["tests"] == tests and problem.gold["function"] == "f"
+
+
+@pytest.mark.parametrize(
+    "shown", ["[" * 100_000, "NaN", "sNaN", "1e" + "9" * 30, "9" * 5000, "{}", "", "\x00", "Infinity", "1_0 ", "\ud800"]
+)
+def test_no_output_passes_for_another(shown):
+    assert not same_value(shown, "1") and not same_output(shown, "1")

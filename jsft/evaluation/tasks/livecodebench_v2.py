@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import pickle
+import sys
 import zlib
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -35,6 +36,10 @@ WITH_FUNCTION = (
 )
 SECONDS = 6.0  # per test, as in the reference
 NOTES = {"timeout": "too slow", "flood": "printed too much", "memory": "used too much memory"}
+# What the tests of a row raise that are not what they should be.
+UNREADABLE = (
+    ValueError, TypeError, AttributeError, RecursionError, zlib.error, pickle.UnpicklingError, EOFError,
+)  # fmt: skip
 
 
 class LiveCodeBenchV2(Task):
@@ -57,7 +62,21 @@ class LiveCodeBenchV2(Task):
     grade_seconds = 900.0
 
     def requirement(self) -> str | None:
-        return sandbox.why_not()
+        missing = sandbox.why_not()
+        if missing is None:
+            for weakness in sandbox.weaknesses():
+                _note(weakness)
+        return missing
+
+    def problems(self, rows: list[dict[str, Any]]) -> list[Problem]:
+        problems = super().problems(rows)
+        public_only = sum(not p.gold["private"] for p in problems)
+        if public_only:
+            _note(
+                f"{public_only} of {len(rows)} problems have no private tests (column private_test_cases): "
+                "a program that passes the few public ones counts as solved"
+            )
+        return problems
 
     def problem(self, row: dict[str, Any], index: int) -> Problem:
         check_row(self.name, index, row, ("question_content", "public_test_cases"))
@@ -66,17 +85,23 @@ class LiveCodeBenchV2(Task):
         text = INSTRUCTION + template.format(question=row["question_content"], starter=starter)
         name = str(row.get("question_id") or index)
         try:
-            tests = decode_tests(row["public_test_cases"]) + decode_tests(
-                row.get("private_test_cases") or "[]"
-            )
-            metadata = json.loads(row.get("metadata") or "{}")
-        except (ValueError, KeyError, zlib.error, pickle.UnpicklingError, EOFError) as error:
+            public = decode_tests(row["public_test_cases"])
+            private = decode_tests(row.get("private_test_cases") or [])
+            metadata = row.get("metadata") or {}
+            function = (json.loads(metadata) if isinstance(metadata, str) else metadata).get("func_name")
+        except UNREADABLE as error:
             raise DataError(
                 f"livecodebench_v2: the tests of problem {name} cannot be read: {error}"
             ) from error
+        if not public and not private:
+            raise DataError(
+                f"livecodebench_v2: row {index} (problem {name}) has no tests, so any program would pass; "
+                "put them into public_test_cases or private_test_cases, or leave the row out"
+            )
         gold = {
-            "tests": tests,
-            "function": metadata.get("func_name"),
+            "tests": public + private,
+            "private": len(private),
+            "function": function,
             "difficulty": row.get("difficulty", "unknown"),
         }
         return Problem(name, [{"role": "user", "content": text}], gold)
@@ -122,7 +147,7 @@ def same_value(shown: str, expected: str) -> bool:
     """Whether two JSON texts hold the same value."""
     try:
         return json.loads(shown) == json.loads(expected)
-    except ValueError:
+    except (ValueError, RecursionError):  # a program may print anything
         return False
 
 
@@ -130,25 +155,32 @@ def same_output(shown: str, expected: str) -> bool:
     """Whether two outputs agree line by line: as text, or as numbers."""
     ours, theirs = ([line.strip() for line in text.strip().split("\n")] for text in (shown, expected))
     return len(ours) == len(theirs) and all(
-        a == b or _same_numbers(a, b) for a, b in zip(ours, theirs, strict=True)
+        a == b or _same_numbers(a.split(), b.split()) for a, b in zip(ours, theirs, strict=True)
     )
 
 
-def _same_numbers(a: str, b: str) -> bool:
+def _same_numbers(ours: list[str], theirs: list[str]) -> bool:
     try:
-        return [Decimal(x) for x in a.split()] == [Decimal(x) for x in b.split()]
+        return len(ours) == len(theirs) and [Decimal(x) for x in ours] == [Decimal(x) for x in theirs]
     except InvalidOperation:
         return False
 
 
-def decode_tests(text: str) -> list[dict[str, str]]:
-    """Tests of a row: JSON, or JSON in a pickle in zlib in base64, as the private ones are shipped."""
-    try:
-        tests = json.loads(text)
-    except ValueError:
-        data = zlib.decompress(base64.b64decode(text))
-        tests = json.loads(_PlainUnpickler(io.BytesIO(data)).load())
-    return [{"input": test["input"], "output": test["output"]} for test in tests]
+def decode_tests(tests: str | list) -> list[dict[str, str]]:
+    """Tests of a row: a list, or JSON, or JSON in a pickle in zlib in base64, as the private ones are shipped.
+
+    Raises ValueError where they are anything else, and what zlib and pickle raise.
+    """
+    if isinstance(tests, str):
+        try:
+            tests = json.loads(tests)
+        except ValueError:
+            data = zlib.decompress(base64.b64decode(tests))
+            tests = json.loads(_PlainUnpickler(io.BytesIO(data)).load())
+    pairs = [(t.get("input"), t.get("output")) if isinstance(t, dict) else (None, None) for t in tests]
+    if not isinstance(tests, list) or not all(isinstance(text, str) for pair in pairs for text in pair):
+        raise ValueError("a test is an object with the texts 'input' and 'output'")
+    return [{"input": given, "output": wanted} for given, wanted in pairs]
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -156,3 +188,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"the pickle names {module}.{name}; only text is expected")
+
+
+def _note(text: str) -> None:
+    print(f"note: livecodebench_v2: {text}", file=sys.stderr, flush=True)
