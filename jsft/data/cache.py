@@ -21,8 +21,9 @@ import pyarrow as pa
 from jsft import files
 from jsft.data.cache_parts import DamagedPart, Part, part_name, read_part, write_part
 from jsft.data.chat import Chat
-from jsft.data.examples import Keys, columns_to_read, parse_row
+from jsft.data.examples import Keys, parse_row
 from jsft.data.progress import progress_bar
+from jsft.data.rows import training_columns
 from jsft.data.sources import Source
 from jsft.data.vocabulary import Embedding
 from jsft.errors import DataError
@@ -106,7 +107,7 @@ def open_cache(
     threads: tokenising threads; default the processor cores this process may use. embedding: where given, every token
     must have a row in it. Raises DataError for a bad row (`on_bad_row='error'`), when nothing can be written, and for
     a cache that stays damaged; ModelError for a token without a row."""
-    columns = columns_to_read(source.columns, keys, where=str(source.files[0]), need_advantage=need_advantage)
+    columns = training_columns(source, keys, need_advantage=need_advantage)
     key = hashlib.sha256(
         repr((FORMAT, source.content_key(), chat.key(), tuple(columns))).encode()
     ).hexdigest()[:32]

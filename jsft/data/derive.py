@@ -96,13 +96,8 @@ def match(
     math-verify finds equal to the row's answer."""
     path = check_output(out, overwrite=overwrite)
     source, theirs = open_source(split_paths(data)), open_source(split_paths(other))
-    for where, one, keys in (
-        (data, source, (prompt_key,)),
-        (other, theirs, (other_prompt_key, other_response_key)),
-    ):
-        for key in (*keys, *([answer_key] if verify and one is source else [])):
-            if key not in one.columns:
-                raise DataError(f"{where}: no column '{key}' (has {', '.join(one.columns)})")
+    source.require(prompt_key, *([answer_key] if verify else []))
+    theirs.require(other_prompt_key, other_response_key)
     solutions: dict[str, list[str]] = defaultdict(list)
     pairs = [
         (prompt_text(value[other_prompt_key]), response)

@@ -68,6 +68,7 @@ class Documents:
     def report(self) -> dict[str, Any]:
         """Counts for the run's summary."""
         return {
+            "files": self.cache.source.listing(),
             "documents": len(self),
             "tokens": int(self.lengths.sum()),
             "supervised_tokens": int(self.supervised.sum()),

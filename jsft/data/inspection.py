@@ -11,11 +11,12 @@ from jsft.data.cache import open_cache
 from jsft.data.chat import Chat
 from jsft.data.countdown_check import check, extract_answer
 from jsft.data.documents import Documents
-from jsft.data.examples import Example, Keys, columns_to_read, parse_row
+from jsft.data.examples import Example, Keys, parse_row
 from jsft.data.loader import make_chat, make_keys, make_layout
 from jsft.data.plan import steps_per_epoch
 from jsft.data.preview import heading, marked_text
 from jsft.data.progress import track
+from jsft.data.rows import training_columns
 from jsft.data.sources import Source, open_source, split_paths
 from jsft.data.steps import Recipe, StepSource, packing_report
 from jsft.data.thinking import thinking_lines
@@ -98,7 +99,9 @@ def validate(files: Sequence[str], keys: Keys, chat: Chat | None, *, need_advant
     for name in files:
         try:
             source = open_source(name)
-            columns = columns_to_read(source.columns, keys, where=str(name), need_advantage=need_advantage)
+            columns = training_columns(source, keys, need_advantage=need_advantage)
+            for line in source.listing():
+                print(f"{name}: {line}")
             wrong, odd = 0, []
             for message in _problems(source, keys, columns, chat, odd):
                 wrong += 1
@@ -153,7 +156,7 @@ def _solved(example: Example, row: dict) -> bool:
 
 def _examples(source: Source, keys: Keys) -> Iterator[Example]:
     """The usable rows; the cache has judged the others."""
-    columns = columns_to_read(source.columns, keys, where=str(source.files[0]))
+    columns = training_columns(source, keys)
     for row, value in source.rows(columns=columns):
         try:
             if not isinstance(value, DataError):

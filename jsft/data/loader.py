@@ -17,6 +17,7 @@ from jsft.data.cache import TokenCache, open_cache
 from jsft.data.chat import Chat, load_tokenizer
 from jsft.data.documents import Documents
 from jsft.data.examples import Keys
+from jsft.data.folders import HELD_OUT, TRAIN
 from jsft.data.objective import token_weights
 from jsft.data.sources import open_source, split_paths
 from jsft.data.steps import Recipe, StepSource, assemble, local_rows, packing_report
@@ -74,6 +75,7 @@ class TrainingData:
         """The report in words, a line each."""
         r = self.report
         lines = [
+            *r["files"],
             f"{r['documents']:,} documents, {r['tokens']:,} tokens, {r['supervised_tokens']:,} trained "
             f"({r['supervised_tokens'] / r['tokens']:.1%}); longest {r['longest']:,}",
             f"{r['micro_batches']:.1f} micro batches of {r['shape']} a step; "
@@ -151,7 +153,10 @@ def open_eval_data(
     local = local_rows(rows, process_index, process_count)
     sets = {}
     for name, spec in eval_specs(config.data.eval).items():
-        documents = Documents(_open(config, spec, chat, embedding), config.data.max_length, config.data.truncation)
+        cache = _open(config, spec, chat, embedding, splits=HELD_OUT)
+        for line in cache.source.listing():
+            print(f"held out:  {name}: {line}")
+        documents = Documents(cache, config.data.max_length, config.data.truncation)
         _check_fits(documents, config.data.pack_length)
         sets[name] = []
         for start in range(0, len(documents), EVAL_CHUNK):
@@ -238,10 +243,11 @@ def _open(
     embedding: Embedding | None,
     *,
     need_advantage: bool = False,
+    splits: Sequence[str] = TRAIN,
 ) -> TokenCache:
     data = config.data
     return open_cache(
-        open_source(split_paths(spec)),
+        open_source(split_paths(spec), splits),
         chat,
         make_keys(config),
         cache_dir=data.cache_dir,

@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from jsft.data.examples import check_keys
+from jsft.data.examples import Keys, columns_to_read
 from jsft.data.progress import track
 from jsft.data.sources import Source
 from jsft.errors import DataError
@@ -49,6 +50,13 @@ def good_rows(source: Source, columns: Sequence[str] | None = None) -> Iterator[
         if isinstance(value, DataError):
             raise value
         yield row, value
+
+
+def training_columns(source: Source, keys: Keys, *, need_advantage: bool = False) -> list[str]:
+    """The columns that training reads (`examples.columns_to_read`); DataError naming the file that lacks one."""
+    for path, columns in source.columns_by_file():
+        columns_to_read(columns, keys, where=str(path), need_advantage=need_advantage)
+    return columns_to_read(source.columns, keys, where=str(source.files[0]), need_advantage=need_advantage)
 
 
 def row_columns(source: Source) -> list[str]:

@@ -39,9 +39,7 @@ def select(
     if verify:
         require_math_verify()
     path, source = check_output(out, overwrite=overwrite), open_source(split_paths(data))
-    for key in (prompt_key, response_key, *([answer_key] if verify else [])):
-        if key not in source.columns:
-            raise DataError(f"{data}: no column '{key}' (has {', '.join(source.columns)})")
+    source.require(prompt_key, response_key, *([answer_key] if verify else []))
     problems, opened = _problems(source, prompt_key, response_key)
     if opened:
         print(f"{data}: the responses close thinking that their prompts opened; one without </think> counts as cut")

@@ -54,9 +54,7 @@ def read_columns(spec: str | Path, columns: list[str]) -> Iterator[dict[str, Any
     """Rows of a data set with just these columns; DataError when one is missing or a row cannot be
     decoded."""
     source = open_source(spec)
-    missing = [column for column in columns if column not in source.columns]
-    if missing:
-        raise DataError(f"{spec}: no column '{missing[0]}' (has {', '.join(source.columns)})")
+    source.require(*columns)
     for _, row in source.rows(columns=columns):
         if isinstance(row, DataError):
             raise row

@@ -1,5 +1,6 @@
 """Rows from files: random access over several files and row groups; every damage named."""
 
+import gzip
 import json
 import os
 
@@ -7,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jsft.data.sources import open_source
-from jsft.errors import DataError
+from jsft.data.sources import open_source, split_paths
+from jsft.errors import ConfigError, DataError
 from tests.data.helpers import rows_of, write_rows
 
 
@@ -62,6 +63,142 @@ def test_columns_of_json_lines_are_those_of_the_first_good_row(tmp_path):
     assert open_source(tmp_path / "x.jsonl").columns == ["b", "c"]
 
 
+def test_blank_lines_of_any_white_space_are_not_rows(tmp_path):
+    rows = rows_of([20, 30, 40])
+    lines = [json.dumps(row).encode() for row in rows]
+    for name, ends in {"crlf": [b"\r\n", b"\r\n\r\n", b"\r\n\r\n"], "spaces": [b"\n", b"\n \t\n", b"\n    \n\f\n \r\n"]}.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_bytes(b"".join(line + end for line, end in zip(lines, ends)))
+        assert [row for _, row in open_source(path).rows()] == rows, name
+    (tmp_path / "indented.jsonl").write_bytes(b"\n".join(b"  " + line for line in lines))
+    assert [row for _, row in open_source(tmp_path / "indented.jsonl").rows()] == rows
+    (tmp_path / "blank.jsonl").write_bytes(b" \r\n\t\n\n")
+    with pytest.raises(DataError, match="blank.jsonl: holds no rows"):
+        open_source(tmp_path / "blank.jsonl")
+
+
+def test_byte_order_mark_is_passed_over(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a": 2}\n')
+    source = open_source(tmp_path / "x.jsonl")
+    assert source.columns == ["a"] and [row for _, row in source.rows()] == [{"a": 1}, {"a": 2}]
+
+
+ROWS = [{"message": "q", "response": f"r{i}"} for i in range(3)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+NOT_LINES = {  # content, what must be said
+    "array": (json.dumps(ROWS).encode(), "a JSON array where JSON lines are expected.*jq -c '.\\[\\]'"),
+    "pretty array": (json.dumps(ROWS, indent=2).encode(), "a JSON array where JSON lines are expected"),
+    "pretty objects": (
+        "\n".join(json.dumps(row, indent=2) for row in ROWS).encode(), "JSON written over several lines.*jq -c ."
+    ),
+    "one pretty object": (json.dumps({"data": ROWS}, indent=1).encode(), "JSON written over several lines"),
+    "commas": (LINES.replace("}\n", "},\n").encode(), "row 0: not valid JSON, the line ends with a comma.*first 3 rows"),
+    "words": (b"hello\nworld\n", "row 0: not valid JSON .*none of the first 2 rows is a JSON object"),
+    "numbers": (b"1\n2\n", "row 0: a int where a JSON object is expected"),
+    "utf-16": (LINES.encode("utf-16"), "is UTF-16; store it as UTF-8 .iconv -f UTF-16 "),
+    "utf-16 without a mark": (LINES.encode("utf-16-le"), "is UTF-16 or another binary format.*UTF-16LE"),
+    "utf-16 big": (LINES.encode("utf-16-be"), "UTF-16BE"),
+    "utf-32": (LINES.encode("utf-32"), "is UTF-32"),
+    "gzip": (gzip.compress(LINES.encode()), "is compressed .gzip.; unpack it"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer.*git lfs pull"),
+    "html": (b"<!DOCTYPE html><html>404</html>", "is an HTML or XML page"),
+    "parquet": (b"PAR1....PAR1", "is a parquet file; end its name in .parquet"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), NOT_LINES.values(), ids=NOT_LINES.keys())
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_file_that_is_no_json_lines_says_what_it_is(tmp_path, content, message, suffix):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"x{suffix}.*{message}") as caught:
+        open_source(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_bad_line_among_good_ones_stays_the_row_s_error(tmp_path):
+    (tmp_path / "x.jsonl").write_text('["a"]\n{"a": 1},\n{"b": 2}\n')
+    source = open_source(tmp_path / "x.jsonl")
+    rows = [row for _, row in source.rows()]
+    assert source.columns == ["b"] and rows[2] == {"b": 2}
+    assert "row 0: a list where" in str(rows[0]) and "row 1: not valid JSON, the line ends with a comma" in str(rows[1])
+
+
+def test_columns_of_json_lines_are_those_of_all_the_first_rows(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"a": 2, "b": 3}\n')
+    assert open_source(tmp_path / "x.jsonl").columns == ["a", "b"]
+
+
+def test_a_later_file_without_a_column_is_named(files, tmp_path):
+    from jsft.data.examples import Keys
+    from jsft.data.rows import training_columns
+
+    paths, rows = files
+    bare = str(write_rows(tmp_path / "bare.parquet", [{"message": "q"}]))
+    with pytest.raises(DataError, match="bare.parquet: no column 'response' .has message.; set data.response_key"):
+        training_columns(open_source([paths[0], bare]), Keys())
+    with pytest.raises(DataError, match="bare.parquet: no column 'answer'"):
+        open_source([paths[0], bare]).require("message", "answer")
+
+
+def test_unreadable_parquet_says_why(tmp_path):
+    (tmp_path / "lines.parquet").write_text(LINES)
+    (tmp_path / "zero.parquet").touch()
+    (tmp_path / "lfs.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
+    for name, message in {
+        "lines": "is JSON, not parquet; end its name in .jsonl",
+        "zero": r"is empty \(0 bytes\)",
+        "lfs": "is a Git LFS pointer",
+    }.items():
+        with pytest.raises(DataError, match=f"{name}.parquet: {message}"):
+            open_source(tmp_path / f"{name}.parquet")
+
+
+def test_row_group_that_arrow_cannot_convert_is_named(files, monkeypatch):
+    def refuse(*arguments, **options):
+        raise pa.ArrowNotImplementedError("Nested data conversions not implemented for chunked array outputs")
+
+    source = open_source(files[0])
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", refuse)
+    message = r"a.parquet: row group 1 \(10 rows from row 10\) is too large to convert.*row_group_size=1000"
+    with pytest.raises(DataError, match=message):
+        list(source.rows(12))
+    with pytest.raises(DataError, match=message):
+        source.row(12, ["response"])
+
+
+@pytest.mark.slow
+def test_row_group_of_more_than_two_gibibytes_is_read(tmp_path):
+    """Arrow converts a nested column of that size in blocks, and not in one piece."""
+    turn = lambda i: [{"role": "user", "content": chr(97 + i % 26) * (1 << 20)}]  # noqa: E731
+    chunks = [pa.array([turn(i + j) for j in range(50)]) for i in range(0, 2300, 50)]
+    path = tmp_path / "big.parquet"
+    pq.write_table(pa.table({"message": pa.chunked_array(chunks)}), path, row_group_size=10_000, use_dictionary=False)
+    source = open_source(path)
+    assert sum(1 for _ in source.rows()) == 2300
+    assert source.row(2222)["message"] == turn(2222)
+
+
+def test_value_that_python_cannot_hold_is_the_row_s_error(tmp_path):
+    days = pa.array([0, 2**31 - 1, 1], pa.int32()).view(pa.date32())
+    pq.write_table(pa.table({"response": ["a", "b", "c"], "day": days}), tmp_path / "x.parquet")
+    rows = [row for _, row in open_source(tmp_path / "x.parquet").rows()]
+    assert rows[0]["response"] == "a" and rows[2]["response"] == "c"
+    assert "x.parquet row 1: a value cannot be converted" in str(rows[1])
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".jsonl", "~nobody-of-that-name/x.jsonl"])
+def test_name_that_no_file_can_have(name):
+    with pytest.raises(DataError, match="not the name of a file"):
+        open_source(name)
+
+
+def test_data_train_that_is_no_path():
+    for spec in (5, {"a": "b"}, [["x"]]):
+        with pytest.raises(ConfigError, match="want a path, several with commas, or a list"):
+            split_paths(spec)
+
+
 def test_content_key_follows_the_bytes(tmp_path):
     path = write_rows(tmp_path / "x.jsonl", rows_of([20, 30]))
     before = open_source(path).content_key()
@@ -94,7 +231,7 @@ def test_missing_empty_and_foreign_files(tmp_path):
     for name, message in {
         "none.parquet": "no such data file",
         "empty.parquet": "holds no rows",
-        "empty.jsonl": "holds no rows",
+        "empty.jsonl": r"is empty \(0 bytes\) and holds no rows",
         "x.csv": "unknown data format",
         "folder": "holds no .parquet",
     }.items():

@@ -1,0 +1,146 @@
+"""Which files of a folder, or of a hub data set, are its data: one split, one format, nothing left out silently."""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jsft.errors import DataError, explained
+
+SUFFIXES = (".parquet", ".jsonl", ".json")
+TRAIN, HELD_OUT = ("train",), ("validation", "test")  # the splits that a run wants, the preferred first
+
+_WORDS = {  # words of a file's or folder's name -> its split
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "evaluation": "validation",
+    "heldout": "validation",
+    "held_out": "validation",
+    "held-out": "validation",
+    "holdout": "validation",
+    "test": "test",
+    "testing": "test",
+}
+_WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(_WORDS, key=len, reverse=True))})(?![a-z])")
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json")
+_OTHER_FORMATS = {  # what else holds data -> what to do about it
+    ".arrow": "write parquet, with datasets: Dataset.from_file(...).to_parquet(...)",
+    ".feather": "write parquet, with pandas: read_feather(...).to_parquet(...)",
+    ".csv": "write parquet, with pandas: read_csv(...).to_parquet(...)",
+    ".tsv": "write parquet, with pandas: read_csv(..., sep='\\t').to_parquet(...)",
+    ".ndjson": "end its name in .jsonl",
+    ".gz": "unpack it (gunzip)",
+    ".zst": "unpack it (unzstd)",
+    ".bz2": "unpack it (bunzip2)",
+    ".xz": "unpack it (unxz)",
+    ".zip": "unpack it (unzip)",
+    ".tar": "unpack it (tar -xf)",
+}
+
+
+class Chosen(NamedTuple):
+    """The data files of a folder, by name, and a line for each group of files that was left out."""
+
+    files: list[Path]
+    left_out: list[str]
+
+
+def choose_files(folder: Path, splits: Sequence[str] = TRAIN) -> Chosen:
+    """The files of the first of `splits` that the folder has, or all where their names tell no split.
+
+    A folder with one split alone is taken whatever it is called. Raises DataError for a folder that holds no data,
+    files of several formats, files of no split beside those of a split, or none of the wanted splits among several.
+    """
+    with explained(DataError, f"{folder}: cannot be listed"):
+        found = sorted(path for path in folder.rglob("*") if _is_visible(path, folder) and path.is_file())
+    _refuse_saved_to_disk(folder, found)
+    about = [path for path in found if path.name in _ABOUT]
+    data = [path for path in found if path not in about and path.suffix in (*SUFFIXES, *_OTHER_FORMATS)]
+    if not data:
+        raise DataError(f"{folder}: holds no {' or '.join(SUFFIXES)} file")
+    groups = defaultdict(list)
+    for path in data:
+        groups[_split_of(path.relative_to(folder))].append(path)
+    taken = _choose_split(folder, groups, splits)
+    _refuse_mixed(folder, groups[taken])
+    left_out = [
+        f"left out: {_names(folder, paths)} (split {name})" for name, paths in groups.items() if name != taken
+    ]
+    if about:
+        left_out.append(f"left out: {_names(folder, about)} (about the data)")
+    return Chosen(groups[taken], left_out)
+
+
+def how_to_read(path: Path) -> str:
+    """What to do about a file of a format that is not read."""
+    hint = _OTHER_FORMATS.get(path.suffix)
+    return f"{path}: {path.suffix or 'no suffix'} is an unknown data format; " + (
+        hint or f"use one of {', '.join(SUFFIXES)}"
+    )
+
+
+def _is_visible(path: Path, folder: Path) -> bool:
+    return not any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _refuse_saved_to_disk(folder: Path, found: Sequence[Path]) -> None:
+    names = {path.relative_to(folder).as_posix() for path in found}
+    for path in found:
+        sets = path.name == "dataset_dict.json"
+        parent = path.parent.relative_to(folder)
+        if sets or (path.name == "state.json" and (parent / "dataset_info.json").as_posix() in names):
+            one = "['train']" if sets else ""
+            raise DataError(
+                f"{path.parent}: was written by save_to_disk of datasets (Arrow files), which is not read; write "
+                f"parquet: datasets.load_from_disk('{path.parent}'){one}.to_parquet('train.parquet')"
+            )
+
+
+def _split_of(relative: Path) -> str:
+    """'train', 'validation', 'test', or '' where the name tells none, or several: the file's name before its
+    folders'."""
+    for part in (relative.name.partition(".")[0], *reversed(relative.parent.parts)):
+        splits = {_WORDS[word] for word in _WORD.findall(part.lower())}
+        if splits:
+            return splits.pop() if len(splits) == 1 else ""
+    return ""
+
+
+def _choose_split(folder: Path, groups: dict[str, list[Path]], splits: Sequence[str]) -> str:
+    if len(groups) == 1:
+        return next(iter(groups))
+    named = ", ".join(name for name in groups if name)
+    if "" in groups:
+        raise DataError(
+            f"{folder}: holds files of the split {named}, and files whose names tell no split "
+            f"({_names(folder, groups[''])}); name the files themselves"
+        )
+    for split in splits:
+        if split in groups:
+            return split
+    raise DataError(f"{folder}: holds the splits {named}, none of them {' or '.join(splits)}; name the files themselves")
+
+
+def _refuse_mixed(folder: Path, paths: Sequence[Path]) -> None:
+    formats = {}
+    for path in paths:
+        formats.setdefault(".jsonl" if path.suffix == ".json" else path.suffix, path)
+    if len(formats) > 1:
+        examples = ", ".join(str(path.relative_to(folder)) for path in formats.values())
+        raise DataError(
+            f"{folder}: mixes data files of several formats ({examples}); name the files themselves, or move those of "
+            "one format away"
+        )
+    if (suffix := next(iter(formats))) in _OTHER_FORMATS:
+        raise DataError(how_to_read(formats[suffix]))
+
+
+def _names(folder: Path, paths: Sequence[Path]) -> str:
+    first = ", ".join(str(path.relative_to(folder)) for path in paths[:3])
+    return f"{first} and {len(paths) - 3} more" if len(paths) > 3 else first

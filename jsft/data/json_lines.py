@@ -1,0 +1,105 @@
+"""A JSON-lines file: one JSON object a line, blank lines between them; found once, read anywhere."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jsft.data.file_kinds import refuse_foreign
+from jsft.errors import DataError, describe, explained
+
+_BOM = b"\xef\xbb\xbf"
+_SPACES = np.frombuffer(b" \t\r\v\f", np.uint8)
+_LOOKED_AT = 100  # first rows that tell the columns
+_PRETTY = 8 << 20  # bytes in which an object written over several lines is looked for
+
+
+class JsonLines:
+    """Rows of one file. rows: their number; columns: the keys of its first rows, in the order they come.
+
+    Raises DataError for a file that is no JSON lines at all: empty, UTF-16, compressed, an array, written over several
+    lines, or without a JSON object among its first rows. A byte-order mark is passed over."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        refuse_foreign(path)
+        with explained(DataError, f"{path}: cannot be read"):
+            content = np.memmap(path, np.uint8, mode="r")
+        self.starts, self.ends = _lines(content)
+        self.rows = len(self.starts)
+        del content
+        first = [self.row(index) for index in range(min(self.rows, _LOOKED_AT))]
+        good = [row for row in first if not isinstance(row, DataError)]
+        if first and not good:
+            self._refuse(first[0], len(first))
+        self.columns = list(dict.fromkeys(key for row in good for key in row))
+
+    def read(self, start: int, columns: Sequence[str]) -> Iterator[dict[str, Any] | DataError]:
+        """Rows from `start` on, with all their columns; a row that cannot be decoded comes as its DataError."""
+        with explained(DataError, f"{self.path}: cannot be read"), open(self.path, "rb") as file:
+            for index in range(start, self.rows):
+                yield self._decode(file, index)
+
+    def row(self, index: int, columns: Sequence[str] = ()) -> dict[str, Any] | DataError:
+        """One row with all its columns, or its DataError."""
+        with explained(DataError, f"{self.path}: cannot be read"), open(self.path, "rb") as file:
+            return self._decode(file, index)
+
+    def _decode(self, file, index: int) -> dict[str, Any] | DataError:
+        where = f"{self.path} row {index}"
+        file.seek(self.starts[index])
+        line = file.read(self.ends[index] - self.starts[index])
+        try:
+            value = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            return DataError(f"{where}: invalid UTF-8 ({describe(error)}); store the text as UTF-8")
+        except ValueError as error:
+            if line.rstrip().endswith(b","):
+                return DataError(f"{where}: not valid JSON, the line ends with a comma; one JSON object per line")
+            return DataError(f"{where}: not valid JSON ({' '.join(str(error).split())}); one JSON object per line")
+        except RecursionError:
+            return DataError(f"{where}: JSON nested too deeply")
+        if not isinstance(value, dict):
+            return DataError(f"{where}: a {type(value).__name__} where a JSON object is expected")
+        return value
+
+    def _refuse(self, error: DataError, count: int) -> None:
+        """Says what a file is of whose first `count` rows none is a JSON object."""
+        with explained(DataError, f"{self.path}: cannot be read"), open(self.path, "rb") as file:
+            file.seek(self.starts[0])
+            head = file.read(_PRETTY).decode("utf-8", errors="replace")
+        name = self.path.name
+        if head.startswith("["):
+            raise DataError(
+                f"{self.path}: a JSON array where JSON lines are expected, one JSON object per line; convert it: "
+                f"jq -c '.[]' {name} > {self.path.stem}.lines.jsonl"
+            )
+        try:
+            _, end = json.JSONDecoder().raw_decode(head)
+        except (ValueError, RecursionError):
+            end = 0
+        if "\n" in head[:end]:
+            raise DataError(
+                f"{self.path}: JSON written over several lines, where one JSON object per line is expected; convert "
+                f"it: jq -c . {name} > {self.path.stem}.lines.jsonl"
+            )
+        if count > 1:
+            raise DataError(f"{error}; none of the first {count} rows is a JSON object")
+        raise error
+
+
+def _lines(content: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int64 starts and ends of the lines of a file (uint8 [bytes]) that hold more than white space."""
+    ends = np.flatnonzero(content == ord("\n"))
+    if content[-1] != ord("\n"):
+        ends = np.append(ends, len(content))
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    if content[:3].tobytes() == _BOM:
+        starts[0] = 3
+    filled = ends > starts
+    starts, ends = starts[filled], ends[filled]
+    spaced = np.flatnonzero(np.isin(content[starts], _SPACES))  # perhaps nothing but spaces
+    blank = [i for i in spaced if not content[starts[i] : ends[i]].tobytes().strip()]
+    return np.delete(starts, blank), np.delete(ends, blank)
