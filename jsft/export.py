@@ -130,7 +130,7 @@ def _export(workdir: Path, run: dict[str, Any], step: int, out: Path, dtype: str
     config, base = run["config"], workdir / "base"
     if not base.is_dir():
         raise CheckpointError(f"{workdir} has no base/ with the base model's files; was the run started at all?")
-    check_output(out)
+    check_output(out, base)
     manifest = read_manifest(workdir, step)
     check_base(workdir, manifest, model_digest(base))
     model = read_config(base)

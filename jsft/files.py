@@ -6,6 +6,7 @@ always: sync the files, sync the directories that list them, rename, sync the di
 Standard library only, valid for Python 3.11: every room may use it.
 """
 
+import ctypes
 import errno
 import itertools
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 _COUNT = itertools.count()
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 _LEFTOVER = re.compile(r".+\.tmp-\d+-\d+")  # what a killed writer leaves
 
 # What a file system says that cannot sync a directory (some network and FUSE mounts): there nothing more can be done.
@@ -58,6 +60,24 @@ def rename(source: str | Path, target: str | Path) -> None:
     """Renames within one directory (an existing file at `target` is replaced) and syncs the directory. Raises OSError."""
     os.replace(source, target)
     sync(Path(target).parent)
+
+
+def exchange(a: str | Path, b: str | Path) -> bool:
+    """Swaps two names of one file system in one step, so that nobody ever sees one of them missing.
+
+    False where the system or the file system has no such step (Linux has it on local disks, not on NFS); then nothing
+    is changed. Raises OSError for any other refusal.
+    """
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # another system, or a C library without it
+        return False
+    if renameat2(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(a))
 
 
 def make_folder(path: str | Path) -> None:

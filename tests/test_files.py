@@ -1,10 +1,12 @@
 """jsft/files.py: the order in which bytes and names reach the disk, and what a refusing disk leaves."""
 
+import ctypes
 import errno
 import json
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,6 +45,28 @@ def test_a_tree_is_synced_from_the_inside_out(tmp_path, order):
     files.sync_tree(tmp_path)
     names = [name for _, name in order]
     assert sorted(names[:3]) == ["inner", "middle", "top"] and names[3:] == ["b", "a", tmp_path.name]
+
+
+def test_two_directories_swap_their_names(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    assert files.exchange(tmp_path / "a", tmp_path / "b") is True
+    assert [(tmp_path / name / "file").read_text() for name in ("a", "b")] == ["b", "a"]
+    with pytest.raises(FileNotFoundError):
+        files.exchange(tmp_path / "a", tmp_path / "none")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_without_a_swap_says_so(tmp_path, monkeypatch, number):
+    def refuses(*_):
+        ctypes.set_errno(number)
+        return -1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(renameat2=refuses))
+    assert files.exchange(tmp_path / "a", tmp_path / "b") is False
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace())  # a C library without it
+    assert files.exchange(tmp_path / "a", tmp_path / "b") is False
 
 
 def test_a_disk_that_refuses_leaves_the_old_file(tmp_path, monkeypatch):

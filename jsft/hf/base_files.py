@@ -51,6 +51,12 @@ def _check_link(link: Path) -> None:
         )
 
 
+def exported_names(model_dir: str | Path) -> set[str]:
+    """Names of the files, weights and model card apart, that an export with this base model may hold."""
+    made = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
+    return {file.name for file in base_files(model_dir)} | made
+
+
 def copy_base_files(base_dir: str | Path, out_dir: str | Path) -> None:
     """Copies all that is not weights or a model card from `base_dir` to the existing `out_dir`.
 

@@ -2,12 +2,13 @@
 
 The layout of every file is known before the first weight is there, so parameters may come in any order. They leave the
 devices a layer's rows at a time, a few such pieces at once, and the host holds no more than these. All is written beside
-the directory and renamed at the end.
+the directory, synced, and renamed at the end.
 """
 
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jsft import files as durable
 from jsft.errors import CheckpointError, ModelError
-from jsft.hf.base_files import copy_base_files, ensure_stop_token, read_template, set_dtype, write_template
+from jsft.hf.base_files import (
+    copy_base_files,
+    ensure_stop_token,
+    exported_names,
+    read_template,
+    set_dtype,
+    write_template,
+)
 from jsft.hf.safetensors_files import DTYPE_NAMES, INDEX, SINGLE
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
@@ -30,6 +39,8 @@ MAX_SHARD_BYTES = 5 * 10**9
 _WRITERS = 8  # threads; copying from a device and writing both release the interpreter lock
 _PIECE_BYTES = 2**28  # of a parameter, at most
 MANIFEST = "jsft_export.json"  # marks a directory as ours, and says what it is
+CARD = "README.md"
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 class _Place(NamedTuple):
@@ -60,7 +71,7 @@ def write_model(
       parameters: nested dict of arrays as the family's table has it, on any mesh of this process; or a function from
         a parameter's path to its array, which is then asked for one at a time.
       base_dir: where config.json, tokenizer and the rest are copied from.
-      out_dir: replaced if an export of ours lies there; anything else there is an error.
+      out_dir: replaced if an export of ours lies there, and nothing else; a file that no export wrote is an error.
       dtype: of the weights on disk; config.json is made to say so.
       eos_token_id: the token that ends the trained responses; made a stop token if it is none.
       chat_template: replaces the base's.
@@ -69,12 +80,13 @@ def write_model(
       say: told, in a line each, what differs from the base's files.
 
     Returns `out_dir`. Raises ModelError for a base that cannot be exported, CheckpointError when `out_dir` cannot be
-    written; then nothing is left of it.
+    written; then it is as it was. Killed or without power at any moment, it is as it was, or it is the new one.
     """
     out_dir, base_dir, dtype = Path(out_dir), Path(base_dir), jnp.dtype(dtype)
-    check_output(out_dir)
+    target = out_dir.resolve()  # a link stays a link
+    check_output(target, base_dir)
     files, places = _plan(config, dtype, max_shard_bytes)
-    beside = _fresh_directory_beside(out_dir)
+    beside = _fresh_directory_beside(target)
     try:
         _check_space(beside, sum(size for _, size in files.values()))
         _write_weights(parameters, config, beside, dtype, files, places)
@@ -86,10 +98,12 @@ def write_model(
             write_template(beside, chat_template)
             say("the chat template is the run's, not the base model's")
         if model_card is not None:
-            (beside / "README.md").write_text(model_card, encoding="utf-8")
+            (beside / CARD).write_text(model_card, encoding="utf-8")
         manifest = {"family": config.family, "dtype": dtype.name, **(facts or {})}
         (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        _replace(beside, out_dir)
+        durable.sync_tree(beside)
+        check_output(target, base_dir)  # again: writing took its time
+        _replace(beside, target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(f"the disk of {out_dir} is full; free space and export again") from error
@@ -99,10 +113,21 @@ def write_model(
     return out_dir
 
 
-def check_output(out_dir: Path) -> None:
-    """Raises CheckpointError unless `out_dir` is free or holds an export of ours."""
-    if out_dir.exists() and not (out_dir / MANIFEST).is_file():
+def check_output(out_dir: Path, base_dir: Path) -> None:
+    """Raises CheckpointError unless `out_dir` is free or holds an export of ours and nothing else.
+
+    base_dir: the base model's files, whose names an export may have.
+    """
+    if not out_dir.exists():
+        return
+    if not (out_dir / MANIFEST).is_file():
         raise CheckpointError(f"{out_dir} exists and is no export of jsft; choose another --out or move it away")
+    ours = exported_names(base_dir) | {MANIFEST, CARD}
+    for path in sorted(out_dir.iterdir()):
+        if path.is_dir() or not (path.name in ours or _SHARD.fullmatch(path.name)):
+            raise CheckpointError(
+                f"{path} is not part of an export, and exporting again would delete it; move it away or choose another --out"
+            )
 
 
 def _plan(
@@ -140,14 +165,25 @@ def _plan(
 def _fresh_directory_beside(out_dir: Path) -> Path:
     beside = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
     try:
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        for old in out_dir.parent.glob(f".{out_dir.name}.partial-*"):  # of exports that were killed
-            if not _alive(old.name.rpartition("-")[2]):
-                shutil.rmtree(old, ignore_errors=True)
+        durable.make_folder(out_dir.parent)
+        _tidy(out_dir)
         beside.mkdir()
     except OSError as error:
         raise CheckpointError(f"{out_dir} cannot be written: {error.strerror}; choose another --out") from error
     return beside
+
+
+def _tidy(out_dir: Path) -> None:
+    """Puts right what killed exports to `out_dir` left beside it: an older export set aside goes back, the rest goes."""
+    for path in list(out_dir.parent.iterdir()):
+        for mark in (".partial-", ".old-"):
+            head, found, process = path.name.rpartition(mark)
+            if not found or head != f".{out_dir.name}" or _alive(process):
+                continue
+            if mark == ".old-" and not out_dir.exists():
+                durable.rename(path, out_dir)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _alive(process: str) -> bool:
@@ -257,11 +293,21 @@ def _write_at(descriptor: int, data, offset: int) -> None:
 
 
 def _replace(beside: Path, out_dir: Path) -> None:
-    """Puts the finished directory in its place; an older export of ours goes only once the new one is whole."""
+    """Puts the finished directory in the place of an older export, if there is one, in one step.
+
+    Where the file system has no such step (NFS), a kill in the middle leaves the older one as `.NAME.old-*`, which the
+    next export puts back.
+    """
     if not out_dir.exists():
-        beside.rename(out_dir)
-        return
-    old = out_dir.with_name(f".{out_dir.name}.old-{os.getpid()}")
-    out_dir.rename(old)
-    beside.rename(out_dir)
-    shutil.rmtree(old)
+        durable.rename(beside, out_dir)
+    elif durable.exchange(beside, out_dir):
+        durable.sync(out_dir.parent)  # the older one now lies at `beside`
+    else:
+        old = out_dir.with_name(f".{out_dir.name}.old-{os.getpid()}")
+        durable.rename(out_dir, old)
+        try:
+            durable.rename(beside, out_dir)
+        except OSError:
+            durable.rename(old, out_dir)
+            raise
+        shutil.rmtree(old)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jsft import files
 from jsft.errors import CheckpointError, ModelError
 from jsft.hf import write as write_module
 from jsft.hf.base_files import read_template, trained_template
@@ -229,6 +230,103 @@ def test_our_own_older_export_is_replaced(random_model, export, tmp_path):
     assert json.loads((out / "jsft_export.json").read_text())["step"] == 2
     assert [file.name for file in out.glob("*.safetensors")] == ["model.safetensors"]
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "model.gguf", "cache/entry", "model-1.safetensors", ".hidden"])
+def test_an_older_export_that_holds_a_file_of_the_users_is_left_alone(random_model, export, name):
+    out = export(random_model("qwen3"), facts={"step": 1}, model_card="a card", eos_token_id=258)
+    extra = out / name
+    extra.parent.mkdir(exist_ok=True)
+    extra.write_text("mine")
+    with pytest.raises(CheckpointError, match=f"{out / name.partition('/')[0]} is not part of an export") as error:
+        export(random_model("qwen3"), facts={"step": 2})
+    assert "\n" not in str(error.value) and extra.read_text() == "mine"
+    assert json.loads((out / "jsft_export.json").read_text())["step"] == 1
+    assert [file.name for file in out.parent.iterdir()] == ["out"]
+
+
+def test_a_file_that_arrives_while_the_export_is_written_is_kept(random_model, export, monkeypatch):
+    out = export(random_model("qwen3"))
+    sync_tree = write_module.durable.sync_tree
+
+    def meanwhile(folder):
+        sync_tree(folder)
+        (out / "notes.txt").write_text("mine")
+
+    monkeypatch.setattr(write_module.durable, "sync_tree", meanwhile)
+    with pytest.raises(CheckpointError, match="notes.txt is not part of an export"):
+        export(random_model("qwen3"))
+    assert (out / "notes.txt").read_text() == "mine" and [file.name for file in out.parent.iterdir()] == ["out"]
+
+
+def test_an_export_through_a_link_keeps_the_link(random_model, export, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
+    for step in (1, 2):
+        export(random_model("qwen3"), facts={"step": step})
+        assert (tmp_path / "out").is_symlink()
+        assert json.loads((tmp_path / "disk" / "real" / "jsft_export.json").read_text())["step"] == step
+    assert [file.name for file in (tmp_path / "disk").iterdir()] == ["real"]
+
+
+def test_every_file_is_on_the_disk_before_the_export_takes_its_name(random_model, export, monkeypatch):
+    order, fsync, exchange = [], os.fsync, files.exchange
+
+    def synced(descriptor):
+        order.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def exchanged(a, b):
+        order.append("EXCHANGE")
+        return exchange(a, b)
+
+    out = export(random_model("qwen3"), max_shard_bytes=200_000)
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(files, "exchange", exchanged)
+    export(random_model("qwen3"), max_shard_bytes=200_000, facts={"step": 2})
+    before, after = order[: order.index("EXCHANGE")], order[order.index("EXCHANGE") + 1 :]
+    assert {file.name for file in out.iterdir()} <= set(before)
+    assert before[-1].startswith(".out.partial-"), "the directory, after its files"
+    assert after == [out.parent.name], "the directory of the name"
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+@pytest.mark.parametrize("killed_at", [0, 1, 2, 3, 4])
+def test_an_export_killed_between_renames_leaves_the_old_one_or_the_new_one(tmp_path, monkeypatch, swaps, killed_at):
+    """Before and after each step that changes a name; file systems without a swap need the next export's help."""
+    out, beside = tmp_path / "out", tmp_path / f".out.partial-{os.getpid()}"
+    for folder, text in ((out, "old"), (beside, "new")):
+        folder.mkdir()
+        (folder / "file").write_text(text)
+    steps = iter(range(100))
+
+    def step(function):
+        def run(*arguments):
+            if next(steps) == killed_at:
+                raise Killed
+            result = function(*arguments)
+            if next(steps) == killed_at:
+                raise Killed
+            return result
+
+        return run
+
+    monkeypatch.setattr(files, "exchange", step(files.exchange if swaps else lambda *_: False))
+    monkeypatch.setattr(os, "replace", step(os.replace))
+    try:
+        write_module._replace(beside, out)
+    except Killed:
+        pass
+    monkeypatch.undo()
+    if swaps:
+        assert (out / "file").read_text() in ("old", "new")
+    write_module._tidy(out)
+    assert (out / "file").read_text() in ("old", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_full_disk_leaves_nothing(random_model, export, tmp_path, monkeypatch):
