@@ -134,6 +134,12 @@ def write_json(path: str | Path, value: Any, durable: bool = True) -> None:
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode("ascii"), durable)
 
 
+def json_line(value: Any) -> bytes:
+    """A value as one line of a JSON-lines file, in UTF-8. A lone surrogate becomes its escape and reads back as it was.
+    Raises TypeError for a value that JSON does not have."""
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")
+
+
 def remove_leftovers(folder: str | Path) -> None:
     """Removes what killed writers left in a directory. Only for who knows that nobody else is writing there."""
     with suppress(OSError):

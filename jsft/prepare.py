@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsft.errors import ConfigError, run_command
+from jsft.errors import ConfigError, DataError, run_command
 
 _OF_KEYS = ("prompt_key", "response_key", "answer_key", "advantage_key", "messages_key")
 
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("preview", _preview, "Print rows as the model sees them, the trained span marked.")
     _add_data(sub)
-    sub.add_argument("--rows", type=int, default=3, help="how many rows, from the first [3]")
+    sub.add_argument("--rows", type=_positive, default=3, help="how many rows, from the first [3]")
     sub.add_argument("--row", type=int, action="append", metavar="N", help="this row; may be repeated")
     sub.add_argument("--full", action="store_true", help="do not shorten long rows")
 
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "stats", _stats, "Print lengths, truncation, packing efficiency, duplicates, missing parts."
     )
     _add_data(sub)
-    sub.add_argument("--devices", type=int, default=8, help="devices that rows are packed for [8]")
+    sub.add_argument("--devices", type=_positive, default=8, help="devices that rows are packed for [8]")
     sub.add_argument(
         "--png", type=Path, metavar="FILE", help="where the length histogram is drawn [DATA_lengths.png]"
     )
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "select", _select, "Choose one verified response per problem from a release with many of each."
     )
     sub.add_argument("data", metavar="DATA", help="a row per response, or a list of responses per row")
-    sub.add_argument("--rows", type=int, help="number of problems [all that have a response that passes]")
+    sub.add_argument("--rows", type=_positive, help="number of problems [all that have a response that passes]")
     sub.add_argument("--seed", type=int, default=0, help="draws responses and problems [0]")
     for key in ("prompt", "response", "answer"):
         default = {"prompt": "message"}.get(key, key)
@@ -272,6 +272,7 @@ def _match(args) -> None:
 
 def _select(args) -> None:
     from jsft.data.chat import Chat, load_tokenizer, tokenizer_dir
+    from jsft.data.rows import is_utf8
     from jsft.data.select import select
 
     options = _arguments(args)
@@ -280,8 +281,8 @@ def _select(args) -> None:
         options["chat"] = Chat(load_tokenizer(tokenizer_dir(model)))
         tokenizer = options["chat"].tokenizer.backend_tokenizer
         most = longest or sys.maxsize
-        options["fits"] = lambda text: (
-            shortest <= len(tokenizer.encode(text, add_special_tokens=False).ids) <= most
+        options["fits"] = lambda text: (  # a lone surrogate has no token
+            is_utf8(text) and shortest <= len(tokenizer.encode(text, add_special_tokens=False).ids) <= most
         )
     elif longest or shortest > 1:
         raise ConfigError("--max_tokens and --min_tokens need --model, whose tokenizer counts")
@@ -299,6 +300,12 @@ def number_or_range(text: str) -> tuple[int, int]:
     return int(first), int(last or first)
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a whole number of at least 1")
+    return int(text)
+
+
 def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r}: write true or false")
@@ -306,4 +313,4 @@ def _boolean(text: str) -> bool:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(sys.argv[1:]))
+    run_command(lambda: main(sys.argv[1:]), otherwise=DataError)

@@ -434,3 +434,112 @@ def test_null_first_rows_keep_their_type(tmp_path):
 def test_model_errors_have_their_kind(cot, tmp_path):
     with pytest.raises(ModelError, match="no chat template"):
         main(["preview", cot, "--model", str(write_tokenizer(tmp_path / "m", template=None))])
+
+
+# what data sets hold that they should not
+
+
+def test_integer_answers_are_matched_and_null_ones_counted(tmp_path, capsys):
+    solutions = [{"problem": f"What is {i}+{i}?", "solution": f"$\\boxed{{{2 * i}}}$"} for i in range(4)]
+    theirs = str(write_rows(tmp_path / "sol.jsonl", solutions))
+    ints = [{"message": f"What is {i}+{i}?", "response": "r", "answer": 2 * i} for i in range(4)]
+    for name in ("ints.jsonl", "ints.parquet"):
+        main(["match", str(write_rows(tmp_path / name, ints)), "--with", theirs, "--verify", "--out",
+              str(tmp_path / f"out-{name}")])  # fmt: skip
+        assert "4 rows matched, 0 of 4" in capsys.readouterr().out
+    nulls = [row | {"answer": None if i == 1 else float(2 * i)} for i, row in enumerate(ints)]
+    path = str(write_rows(tmp_path / "null.jsonl", nulls))
+    main(["match", path, "--with", theirs, "--verify", "--out", str(tmp_path / "n.jsonl")])
+    out = capsys.readouterr().out
+    assert "3 rows matched" in out and "1 of these have no 'answer' to verify with (null)" in out
+    main(["select", path, "--out", str(tmp_path / "s.jsonl"), "--no_verify"])
+    lists = str(write_rows(tmp_path / "lists.jsonl", [row | {"answer": ["8"]} for row in ints]))
+    for command in (["match", lists, "--with", theirs, "--verify"], ["select", lists]):
+        with pytest.raises(DataError, match="lists.jsonl row 0: the answer is a list where text or a number"):
+            main([*command, "--out", str(tmp_path / "l.jsonl")])
+
+
+WRONG = {  # a row's change, what must be said
+    "a prompt that is a number": ({"message": 5}, "row 2: a prompt is a int"),
+    "a prompt that is null": ({"message": None}, "row 2: a prompt is null"),
+    "content in parts": (
+        {"message": [{"role": "user", "content": [{"type": "text"}]}]}, "row 2: the content of a prompt's turn is a list"
+    ),
+    "a response that is a number": ({"response": 7}, "row 2: a response is a int"),
+    "a row without the prompt": ({"message": ...}, "row 2: no field 'message'"),
+    "a row without the response": ({"response": ...}, "row 2: no field 'response'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_types_name_the_row(tmp_path, change, message):
+    rows = cot_rows(4)
+    rows[2] = {key: value for key, value in (rows[2] | change).items() if value is not ...}
+    path = str(write_rows(tmp_path / "x.jsonl", rows))
+    good = str(write_rows(tmp_path / "good.jsonl", cot_rows(4)))
+    keys = ["--other_prompt_key", "message", "--other_response_key", "response"]
+    commands = [["select", path, "--no_verify"], ["match", good, "--with", path, *keys]]
+    for command in commands:
+        with pytest.raises(DataError, match=f"x.jsonl {message}"):
+            main([*command, "--out", str(tmp_path / "out.jsonl")])
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_half_of_a_surrogate_pair_survives_json_lines_and_is_named_for_parquet(tmp_path):
+    rows = cot_rows(4)
+    rows[2]["note"] = "half \ud83d of a pair"
+    path = str(write_rows(tmp_path / "x.jsonl", rows))
+    main(["subset", path, "--rows", "4", "--out", str(tmp_path / "o.jsonl")])
+    assert [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()] == rows
+    main(["nocot", path, "--out", str(tmp_path / "n.jsonl")])
+    with pytest.raises(DataError, match=r"x.jsonl row 2: .*half of a surrogate pair; write .jsonl"):
+        main(["nocot", path, "--out", str(tmp_path / "n.parquet")])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["n.jsonl", "o.jsonl", "x.jsonl"]
+
+
+def test_rows_that_fit_into_no_table_are_named(tmp_path):
+    for change, message in (
+        ({"answer": 5}, "row 3: does not fit into a parquet table"),
+        ({"advantage": 2**70}, "row 3: does not fit into a parquet table"),
+    ):
+        rows = cot_rows(6)
+        rows[3] |= change
+        path = str(write_rows(tmp_path / "x.jsonl", rows))
+        with pytest.raises(DataError, match=f"x.jsonl {message}.*write .jsonl"):
+            main(["subset", path, "--rows", "6", "--out", str(tmp_path / "o.parquet")])
+        main(["subset", path, "--rows", "6", "--out", str(tmp_path / "o.jsonl"), "--overwrite"])
+
+
+def test_columns_of_later_rows_are_not_lost_in_parquet(tmp_path, monkeypatch):
+    rows = cot_rows(6)
+    rows[3]["note"] = "n"
+    path = str(write_rows(tmp_path / "x.jsonl", rows))
+    main(["subset", path, "--rows", "6", "--out", str(tmp_path / "o.parquet")])
+    assert [row["note"] for row in read(tmp_path / "o.parquet")] == [None, None, None, "n", None, None]
+    monkeypatch.setattr("jsft.data.tables.GROUP_ROWS", 2)
+    with pytest.raises(DataError, match="row 3: has a column 'note' that the rows before it lack"):
+        main(["subset", path, "--rows", "6", "--out", str(tmp_path / "p.parquet")])
+
+
+def test_values_that_json_has_not_are_named(tmp_path):
+    import datetime
+
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"response": ["a"], "day": [datetime.date(2026, 1, 2)]}), path)
+    with pytest.raises(DataError, match="x.parquet row 0: cannot be written as JSON .*date.*; write .parquet"):
+        main(["subset", str(path), "--rows", "1", "--out", str(tmp_path / "o.jsonl")])
+
+
+def test_excluded_puzzles_that_are_none_are_named(tmp_path):
+    path = str(write_rows(tmp_path / "x.jsonl", [{"numbers": [1, "two"], "target": 3}]))
+    with pytest.raises(DataError, match="x.jsonl row 0: 'numbers' must be a list of whole numbers"):
+        main(["countdown", "--rows", "1", "--out", str(tmp_path / "o.jsonl"), "--exclude", path])
+
+
+def test_figure_that_cannot_be_written(tmp_path, cot, model):
+    for png in (tmp_path / "no" / "such" / "x.png", tmp_path / "x.nothing"):
+        with pytest.raises(ConfigError, match="cannot be written .*--no_png"):
+            main(["stats", cot, "--model", model, "--png", str(png)])
+    for arguments in (["stats", cot, "--model", model, "--devices", "0"], ["preview", cot, "--model", model, "--rows", "-1"]):
+        with pytest.raises(ConfigError, match="at least 1"):
+            main(arguments)

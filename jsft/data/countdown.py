@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from jsft.data.countdown_check import check
-from jsft.errors import ConfigError
+from jsft.errors import ConfigError, DataError
 
 OPERATIONS = ("+", "-", "*", "/")
 MAX_DRAWS = 2000  # puzzles drawn for one that is new, before giving up
@@ -110,13 +110,17 @@ def write(
         raise ConfigError(f"--rows {rows}: must be at least 1")
     difficulty.check()
     path = check_output(out, overwrite=overwrite)
-    known = {
-        identity(row["numbers"], row["target"])
-        for file in exclude
-        for row in read_columns(file, ["numbers", "target"])
-    }
+    known = set()
+    for file in exclude:
+        for where, row in read_columns(file, ["numbers", "target"]):
+            try:
+                known.add(identity(row["numbers"], row["target"]))
+            except (TypeError, ValueError, OverflowError) as error:
+                raise DataError(
+                    f"{where}: 'numbers' must be a list of whole numbers and 'target' a whole number ({error})"
+                ) from error
     puzzles = generate(rows, seed, difficulty, known, repeat=repeat)
-    count = write_rows(track(puzzles, "generating", "puzzles", rows), path)
+    count = write_rows((("a puzzle", one) for one in track(puzzles, "generating", "puzzles", rows)), path)
     print(f"{path}: {count} puzzles, each solution checked")
 
 

@@ -8,8 +8,8 @@ from os.path import commonprefix
 from typing import Any
 
 from jsft.data.progress import track
-from jsft.data.rows import good_rows, pick, prompt_text, responses, row_columns, schema_of
-from jsft.data.sources import open_source, split_paths
+from jsft.data.rows import answer_text, field, good_rows, pick, prompt_text, responses, row_columns, schema_of
+from jsft.data.sources import Source, open_source, split_paths
 from jsft.data.tables import check_output, write_rows
 from jsft.data.thinking import ends_inside, prompt_opened, with_opening
 from jsft.errors import ConfigError, DataError
@@ -33,22 +33,21 @@ def nocot(
     path, source = check_output(out, overwrite=overwrite), open_source(split_paths(data))
     columns, left_out = row_columns(source), 0
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
         nonlocal left_out
         for row, value in track(source.rows(columns=columns), "reading", "rows", len(source)):
+            where = source.where(row)
             try:
                 if isinstance(value, DataError):
                     raise value
-                value[response_key] = _without_thinking(
-                    value.get(response_key), response_key, source.where(row)
-                )
+                value[response_key] = _without_thinking(field(value, response_key, where), response_key, where)
             except DataError as error:
                 if on_bad_row == "error":
                     raise DataError(f"{error}; or leave such rows out with --on_bad_row=skip") from error
                 left_out += 1
                 continue
             value[response_key] = EMPTY_THINKING + value[response_key] if keep_tags else value[response_key]
-            yield pick(value, columns)
+            yield where, pick(value, columns)
 
     count = write_rows(rows(), path, schema_of(source, columns))
     print(f"{path}: {count} rows without thinking, {left_out} left out")
@@ -63,10 +62,10 @@ def subset(data: str, out: str, rows: int, *, seed: int | None = None, overwrite
         range(rows) if seed is None else random.Random(f"subset/{seed}").sample(range(len(source)), rows)
     )
 
-    def wanted() -> Iterator[dict[str, Any]]:
+    def wanted() -> Iterator[tuple[str, dict[str, Any]]]:
         for row, value in good_rows(source):
             if row in chosen:
-                yield value
+                yield source.where(row), value
             elif row > max(chosen):
                 return
 
@@ -100,40 +99,52 @@ def match(
     theirs.require(other_prompt_key, other_response_key)
     solutions: dict[str, list[str]] = defaultdict(list)
     pairs = [
-        (prompt_text(value[other_prompt_key]), response)
-        for row, value in good_rows(theirs, [other_prompt_key, other_response_key])
-        for response in responses(value[other_response_key], theirs.where(row))
+        (prompt_text(field(value, other_prompt_key, where), where), response)
+        for where, value in _placed(theirs, [other_prompt_key, other_response_key])
+        for response in responses(field(value, other_response_key, where), where)
     ]
     ending = "open" if prompt_opened(response for _, response in pairs) else "none"
     for problem, (_, response) in zip(_problems([prompt for prompt, _ in pairs]), pairs):
         if not ends_inside(with_opening(response, ending)):
             solutions[problem].append(response)
-    prompts = [prompt_text(value[prompt_key]) for _, value in good_rows(source, [prompt_key])]
+    prompts = [
+        prompt_text(field(value, prompt_key, where), where) for where, value in _placed(source, [prompt_key])
+    ]
     problems = _problems(prompts)
     if not solutions.keys() & set(problems):
         raise DataError(
             f"{other}: has none of the problems of {data}; is --other_prompt_key={other_prompt_key} right?"
         )
-    columns, left_out = row_columns(source), 0
+    columns, left_out, unanswered = row_columns(source), 0, 0
 
-    def rows() -> Iterator[dict[str, Any]]:
-        nonlocal left_out
+    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+        nonlocal left_out, unanswered
         for row, value in good_rows(source, columns):
+            where = source.where(row)
             candidates = solutions.get(problems[row], [])
             candidates = random.Random(f"match/{seed}/{row}").sample(candidates, len(candidates))
             if verify:
                 from jsft.data.verify import same_answer
 
-                candidates = (one for one in candidates if same_answer(one, value[answer_key]))
+                answer = answer_text(value.get(answer_key), where)
+                unanswered += answer is None
+                candidates = (one for one in candidates if answer is not None and same_answer(one, answer))
             response = next(iter(candidates), None)
             if response is None:
                 left_out += 1
                 continue
-            yield pick(value, columns) | {response_key: response}
+            yield where, pick(value, columns) | {response_key: response}
 
     count = write_rows(rows(), path, schema_of(source, columns) if response_key in columns else None)
     right = "right " if verify else ""
     print(f"{path}: {count} rows matched, {left_out} of {len(source)} have no {right}solution there")
+    if unanswered:
+        print(f"{data}: {unanswered} of these have no '{answer_key}' to verify with (null)")
+
+
+def _placed(source: Source, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(`FILE row N`, row) of the whole source."""
+    return ((source.where(row), value) for row, value in good_rows(source, columns))
 
 
 def _without_thinking(response: Any, field: str, where: str) -> str:

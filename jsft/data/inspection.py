@@ -150,7 +150,7 @@ def _solved(example: Example, row: dict) -> bool:
     answer = extract_answer(example.messages[-1]["content"])
     try:
         return answer is not None and check(answer, row["numbers"], int(row["target"]))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 

@@ -1,25 +1,59 @@
 """Rows as data sets write them: prompts and responses in their several shapes."""
 
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
 
-from jsft.data.examples import check_keys
-from jsft.data.examples import Keys, columns_to_read
+from jsft.data.examples import Keys, check_keys, columns_to_read
 from jsft.data.progress import track
 from jsft.data.sources import Source
 from jsft.errors import DataError
 
 
-def prompt_text(value: Any) -> str:
-    """The user's text of a prompt that is a string or a list of {role, content}."""
+def field(row: dict[str, Any], name: str, where: str) -> Any:
+    """row[name]; DataError naming `where` for a row of JSON lines that lacks it."""
+    if name not in row:
+        raise DataError(f"{where}: no field '{name}' (has {', '.join(row) or 'none'})")
+    return row[name]
+
+
+def prompt_text(value: Any, where: str) -> str:
+    """The user's text of a prompt that is a string or a list of {role, content}. Raises DataError naming `where`."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-        users = [turn.get("content") or "" for turn in value if turn.get("role") == "user"]
-        return "\n".join(users)
-    raise DataError(f"a prompt is neither a string nor a list of {{role, content}}: {str(value)[:60]!r}")
+        users = [turn.get("content") for turn in value if turn.get("role") == "user"]
+        for content in users:
+            if content is not None and not isinstance(content, str):
+                raise DataError(
+                    f"{where}: the content of a prompt's turn is a {type(content).__name__} where text is expected; join "
+                    "the texts of its parts into one"
+                )
+        return "\n".join(content or "" for content in users)
+    kind = "null" if value is None else f"a {type(value).__name__}"
+    raise DataError(f"{where}: a prompt is {kind}, neither a string nor a list of {{role, content}}: {str(value)[:60]!r}")
+
+
+def answer_text(value: Any, where: str) -> str | None:
+    """A reference answer as text: a string or a number; None where it is null. Raises DataError naming `where`."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        raise DataError(
+            f"{where}: the answer is a {type(value).__name__} where text or a number is expected; fix or remove the row"
+        )
+    return str(int(value)) if value == value and abs(value) != float("inf") and value == int(value) else str(value)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether the text can be encoded: half of a surrogate pair cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def responses(value: Any, where: str) -> list[str]:
@@ -40,7 +74,9 @@ def responses(value: Any, where: str) -> list[str]:
         if all(isinstance(turn, dict) for turn in value):
             return responses(value[-1], where)
         return [response for one in value for response in responses(one, where)]
-    return []
+    if value is None or value == []:
+        return []
+    raise DataError(f"{where}: a response is a {type(value).__name__} where text is expected; fix or remove the row")
 
 
 def good_rows(source: Source, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:

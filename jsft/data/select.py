@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from jsft.data.chat import Chat
 from jsft.data.progress import track
-from jsft.data.rows import good_rows, pick, prompt_text, responses, row_columns, schema_of
+from jsft.data.rows import answer_text, field, good_rows, pick, prompt_text, responses, row_columns, schema_of
 from jsft.data.sources import Source, open_source, split_paths
 from jsft.data.tables import check_output, write_rows
 from jsft.data.thinking import ends_inside, prompt_opened, with_opening
@@ -64,10 +64,10 @@ def select(
 
     columns = row_columns(source)
 
-    def picked() -> Iterator[dict[str, Any]]:
+    def picked() -> Iterator[tuple[str, dict[str, Any]]]:
         for row, index in chosen:
-            value = pick(source.row(row, columns), columns)
-            yield value | {response_key: responses(value[response_key], source.where(row))[index]}
+            value, where = pick(source.row(row, columns), columns), source.where(row)
+            yield where, value | {response_key: responses(value[response_key], where)[index]}
 
     schema = schema_of(source, columns)
     one_each = schema is not None and str(schema.field(response_key).type) in ("string", "large_string")
@@ -81,8 +81,9 @@ def _problems(source: Source, prompt_key: str, response_key: str) -> tuple[list[
 
     def read() -> Iterator[str]:
         for row, value in good_rows(source, [prompt_key, response_key]):
-            groups.setdefault(prompt_text(value[prompt_key]), []).append(row)
-            yield from responses(value[response_key], source.where(row))
+            where = source.where(row)
+            groups.setdefault(prompt_text(field(value, prompt_key, where), where), []).append(row)
+            yield from responses(field(value, response_key, where), where)
 
     opened = prompt_opened(read())
     return list(groups.values()), opened
@@ -105,14 +106,20 @@ class _Right(NamedTuple):
         values = {row: self.source.row(row, columns) for row in rows}
         texts = {row: responses(values[row][self.response_key], self.source.where(row)) for row in rows}
         prompt = self._prompt_thinking(values[rows[0]][self.prompt_key], self.source.where(rows[0]))
+        answers = {row: self._answer(values[row], self.source.where(row)) for row in rows}
         candidates = [(row, index) for row in rows for index in range(len(texts[row]))]
         for row, index in rng.sample(candidates, len(candidates)):
             whole = with_opening(texts[row][index], prompt)
             if ends_inside(whole) or not self.fits(texts[row][index]):
                 continue
-            if self.answer_key is None or same_answer(whole, str(values[row][self.answer_key])):
+            if self.answer_key is None:
+                return row, index
+            if answers[row] is not None and same_answer(whole, answers[row]):
                 return row, index
         return None
+
+    def _answer(self, row: dict[str, Any], where: str) -> str | None:
+        return answer_text(row.get(self.answer_key), where) if self.answer_key else None
 
     def _prompt_thinking(self, prompt: Any, where: str) -> str:
         if self.opened or self.chat is None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jsft.data.documents import Documents
 from jsft.data.examples import Example
+from jsft.errors import ConfigError, describe
 from jsft.data.thinking import ends_inside
 
 BINS = 24
@@ -72,7 +73,8 @@ def histogram_lines(lengths: np.ndarray, width: int = 50) -> list[str]:
 
 
 def write_histogram(lengths: np.ndarray, max_length: int, path: Path, title: str) -> None:
-    """The histogram as a PNG, with the truncation length where it lies within."""
+    """The histogram as a PNG (or what the suffix of `path` says), with the truncation length where it lies within.
+    Raises ConfigError for a path that cannot be written."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -82,4 +84,7 @@ def write_histogram(lengths: np.ndarray, max_length: int, path: Path, title: str
         axes.axvline(max_length, color="#c44e52", label=f"data.max_length = {max_length:,}")
         axes.legend()
     axes.set(xlabel="tokens of a document", ylabel="documents", title=title)
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:  # matplotlib refuses a suffix that it cannot write with a ValueError
+        raise ConfigError(f"--png {path}: cannot be written ({describe(error)}); name another, or --no_png") from error

@@ -1,17 +1,21 @@
 """Writing data sets: parquet or JSON lines by the file's suffix, beside its place first and then renamed."""
 
-import json
 import os
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jsft import files
+from jsft.data.rows import field
 from jsft.data.sources import open_source
-from jsft.errors import ConfigError, DataError
+from jsft.errors import ConfigError, DataError, describe, explained
 
+Row = dict[str, Any]
 GROUP_ROWS = 1024  # rows of a parquet row group: what random access reads at a time
 
 
@@ -25,56 +29,58 @@ def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
     return path
 
 
-def write_rows(rows: Iterable[dict[str, Any]], path: Path, schema: pa.Schema | None = None) -> int:
-    """Writes rows to `path` and returns their number. Columns and types are those of `schema` or the first
-    rows.
+def write_rows(rows: Iterable[tuple[str, Row]], path: Path, schema: pa.Schema | None = None) -> int:
+    """Writes (where it comes from, row) pairs to `path` and returns their number. Columns and types are those of
+    `schema`, or of the first `GROUP_ROWS` rows.
 
-    Raises DataError when nothing is to be written or the disk refuses; what was begun is removed.
+    Raises DataError when nothing is to be written, a row cannot be (naming where it comes from), or the disk refuses;
+    what was begun is removed.
     """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".parquet":
-            count = _write_parquet(rows, temporary, schema)
-        else:
-            count = _write_lines(rows, temporary)
-        if not count:
-            raise DataError(f"{path}: no row to write")
-        os.replace(temporary, path)
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: rows differ in type ({' '.join(str(error).split())[:160]})") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
+        with explained(DataError, f"{path}: cannot be written"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".parquet":
+                count = _write_parquet(rows, temporary, schema)
+            else:
+                count = _write_lines(rows, temporary)
+            if not count:
+                raise DataError(f"{path}: no row to write")
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return count
 
 
-def read_columns(spec: str | Path, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """Rows of a data set with just these columns; DataError when one is missing or a row cannot be
+def read_columns(spec: str | Path, columns: list[str]) -> Iterator[tuple[str, Row]]:
+    """(`FILE row N`, row) of a data set whose rows have these columns; DataError when one is missing or a row cannot be
     decoded."""
     source = open_source(spec)
     source.require(*columns)
-    for _, row in source.rows(columns=columns):
+    for number, row in source.rows(columns=columns):
+        where = source.where(number)
         if isinstance(row, DataError):
             raise row
-        yield row
+        for column in columns:
+            field(row, column, where)
+        yield where, row
 
 
-def _write_parquet(rows: Iterable[dict[str, Any]], path: Path, schema: pa.Schema | None) -> int:
+def _write_parquet(rows: Iterable[tuple[str, Row]], path: Path, schema: pa.Schema | None) -> int:
     writer, group, count = None, [], 0
 
     def flush():
         nonlocal writer, count
-        table = pa.Table.from_pylist(group, schema=writer.schema if writer else schema)
+        table = _table(group, writer.schema if writer else schema)
         writer = writer or pq.ParquetWriter(path, table.schema)
         writer.write_table(table)
         count += len(group)
         group.clear()
 
     try:
-        for row in rows:
-            group.append(row)
+        for pair in rows:
+            group.append(pair)
             if len(group) == GROUP_ROWS:
                 flush()
         if group:
@@ -85,10 +91,52 @@ def _write_parquet(rows: Iterable[dict[str, Any]], path: Path, schema: pa.Schema
     return count
 
 
-def _write_lines(rows: Iterable[dict[str, Any]], path: Path) -> int:
+def _table(group: Sequence[tuple[str, Row]], schema: pa.Schema | None) -> pa.Table:
+    """Rows as a table. Raises DataError for the first row that has another type, or a column that the table has not."""
+    names = schema.names if schema is not None else list(dict.fromkeys(name for _, row in group for name in row))
+    for where, row in group:
+        if further := [name for name in row if name not in names]:
+            raise DataError(
+                f"{where}: has a column '{further[0]}' that the rows before it lack; write .jsonl, whose rows may differ"
+            )
+
+    def convert(count: int) -> pa.Table:
+        rows = [{name: row.get(name) for name in names} for _, row in group[:count]]
+        return pa.Table.from_pylist(rows, schema=schema)
+
+    try:
+        return convert(len(group))
+    except (pa.ArrowException, UnicodeError, OverflowError, TypeError, ValueError):
+        first = bisect_left(range(len(group)), True, key=lambda i: not _works(convert, i + 1))
+        try:
+            return convert(first + 1)
+        except UnicodeError as error:
+            raise DataError(
+                f"{group[first][0]}: {describe(error)}, half of a surrogate pair; write .jsonl, which keeps it, or remove "
+                "the row"
+            ) from error
+        except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{group[first][0]}: does not fit into a parquet table of the rows before it ({describe(error)}); give "
+                "all rows the same types, or write .jsonl"
+            ) from error
+
+
+def _works(convert: Callable[[int], pa.Table], count: int) -> bool:
+    try:
+        convert(count)
+    except (pa.ArrowException, UnicodeError, OverflowError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _write_lines(rows: Iterable[tuple[str, Row]], path: Path) -> int:
     count = 0
-    with open(path, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with open(path, "wb") as file:
+        for where, row in rows:
+            try:
+                file.write(files.json_line(row))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise DataError(f"{where}: cannot be written as JSON ({describe(error)}); write .parquet") from error
             count += 1
     return count

@@ -74,7 +74,7 @@ def main() -> int:
     random.Random(0).shuffle(rows)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, part in (("heldout", rows[: args.heldout]), ("train", rows[args.heldout :])):
-        write_rows(iter(part), args.out / f"{name}.parquet")
+        write_rows(((f"{name} row {i}", row) for i, row in enumerate(part)), args.out / f"{name}.parquet")
         print(f"{args.out / name}.parquet: {len(part)} rows")
     test = read(args.folder / "test.jsonl")
     random.Random(0).shuffle(test)
