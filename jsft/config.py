@@ -109,7 +109,8 @@ FIELDS: tuple[Field, ...] = (
     Field("optimizer.learning_rate", float, 5e-5, "Peak learning rate.", minimum=0),
     Field("optimizer.schedule", str, "cosine", "After warm-up: cosine to 0, constant, or warm-up-stable-decay.",
           choices=("cosine", "constant", "wsd")),
-    Field("optimizer.warmup_ratio", float, 0.1, "Share of all updates that warm up; the first update has rate 0.",
+    Field("optimizer.warmup_ratio", float, 0.1, "Share of all updates that warm up, rounded down; where one does, the first "
+          "update has rate 0.",
           minimum=0, maximum=1),
     Field("optimizer.decay_ratio", float, 0.1, "wsd only: share of all updates in the final linear decay.",
           minimum=0, maximum=1),

@@ -9,9 +9,10 @@ import pytest
 
 from jsft import config as schema
 from jsft import train
-from jsft.errors import ConfigError, DataError, ModelError
+from jsft.errors import ConfigError, DataError
 from jsft.hf.random_model import write_random_model
 from jsft.planning.work import ASSUMED_LENGTHS
+from jsft.training import run
 
 ROOT = Path(__file__).parents[1]
 MATH, NOCOT, NUMINA = "jasonrqh/Math-CoT-20k", "jasonrqh/Math-NoCoT-20k", "jasonrqh/NuminaMath-20k"
@@ -160,10 +161,9 @@ def test_best_changes_what_it_says_and_nothing_else():
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A recipe on a model directory without weights and on 64 rows: 2 updates an epoch, 16 in all."""
+    """A recipe on a tiny model directory and on 64 rows: 2 updates an epoch, 16 in all."""
     folder = tmp_path_factory.mktemp("recipe")
     write_random_model(folder / "model", hidden_size=64, heads=2, kv_heads=1, intermediate_size=64)
-    (folder / "model" / "model.safetensors").unlink()
     row = {"message": [{"role": "user", "content": "1 + 1?"}], "response": "2", "advantage": 1.0}
     (folder / "data.jsonl").write_text((json.dumps(row) + "\n") * 64)
     fields = {"model.path": folder / "model", "data.train": folder / "data.jsonl", "data.max_length": 128,
@@ -177,6 +177,7 @@ def inputs(tmp_path_factory):
     [
         ("", ConfigError, "expects 640 updates, but this data and train.epochs=8 give 16 (2 an epoch)"),
         ("train.expect_steps=16 train.epochs=4", ConfigError, "but this data and train.epochs=4 give 8"),
+        ("train.expect_steps=20 train.epochs=9.000000000001", ConfigError, "give 18 (2 an epoch)"),
         ("train.global_batch=48", ConfigError, "train.global_batch=48 is not a multiple of"),
         ("train.global_batch=96", DataError, "has 64 usable rows, fewer than train.global_batch=96"),
         ("objective.name=refrence", ConfigError, "nearest: reference"),
@@ -196,7 +197,15 @@ def test_wrong_recipe_is_one_line_before_any_weight_is_read(inputs, tmp_path, fi
     assert not (tmp_path / "run").exists()
 
 
-def test_a_right_recipe_goes_on_to_the_weights(inputs, tmp_path):
+class Reached(Exception):
+    pass
+
+
+def test_a_right_recipe_goes_on_to_the_runs_directory(inputs, tmp_path, monkeypatch):
+    def reached(*_):
+        raise Reached
+
+    monkeypatch.setattr(run, "RunDirectory", reached)
     fields = ["--config.train.expect_steps=16", "--config.train.max_steps=4"]  # max_steps changes no epochs
-    with pytest.raises(ModelError, match="safetensors"):
+    with pytest.raises(Reached):
         train.main([*inputs, f"--workdir={tmp_path / 'run'}", *fields])

@@ -4,7 +4,6 @@ A step's data is a function of its number, so the loader is random access and re
 step."""
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,7 +135,7 @@ def open_training_data(
     documents = Documents(cache, data.max_length, data.truncation)
     layout = make_layout(config, documents, rows_per_micro_batch, attention_cost)
     per_epoch = planning.steps_per_epoch(len(documents), recipe.global_batch)
-    steps = math.ceil(round(train.epochs * per_epoch, 6))  # 1.1 * 10 is a little more than 11
+    steps = planning.updates_of(train.epochs, per_epoch)
     if train.max_steps:
         steps = min(steps, train.max_steps)
     source = StepSource(documents, recipe, layout, steps, process_index, process_count)

@@ -3,6 +3,7 @@
 A pure function of lengths, recipe and step: no state, nothing to store, the same on every process.
 """
 
+import math
 import zlib
 from collections.abc import Iterator
 from functools import lru_cache
@@ -58,6 +59,11 @@ def steps_per_epoch(rows: int, global_batch: int) -> int:
             "add data or lower train.global_batch"
         )
     return rows // global_batch
+
+
+def updates_of(epochs: float, per_epoch: int) -> int:
+    """Updates of `epochs` passes, a fraction of one rounded up. The one rule of loader, plan and checks."""
+    return max(1, math.ceil(round(epochs * per_epoch, 6)))  # 1.1 * 10 is a little more than 11
 
 
 def step_rows(step: int, rows: int, global_batch: int, *, shuffle: bool = False, seed: int = 0) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Work, traffic and time of a step, from the lengths of its documents and the measured rates."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from jsft.data.plan import updates_of
 from jsft.errors import ConfigError
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
@@ -193,7 +193,7 @@ def updates(config: ConfigDict, documents: int) -> int:
             f"the data has {documents:,} documents, fewer than train.global_batch={train.global_batch:,}; lower it, or "
             f"say with --documents how many there are"
         )
-    steps = math.ceil(round(train.epochs * per_epoch, 6))
+    steps = updates_of(train.epochs, per_epoch)
     if train.expect_steps not in (None, -1, steps):
         raise ConfigError(
             f"the recipe expects {train.expect_steps} updates, but {documents:,} documents and train.epochs="

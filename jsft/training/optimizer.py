@@ -58,7 +58,7 @@ def initial_state(parameters: Tree, config: ConfigDict) -> TrainState:
 def learning_rate_schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
     """Rate of update s (from 0) of `total_steps` T, W = int(warmup_ratio T) of them warm-up, as published.
 
-    Warm-up: lr s/W (the first update has rate 0). Then cosine: lr (1 + cos(pi (s-W)/(T-W)))/2; constant: lr;
+    Warm-up: lr s/W (the first update has rate 0, where W > 0). Then cosine: lr (1 + cos(pi (s-W)/(T-W)))/2; constant: lr;
     wsd: lr, then linear to 0 over the last decay_ratio T updates. Raises ConfigError when warm-up fills the run.
     """
     optimizer = config.optimizer

@@ -1,6 +1,5 @@
 """What a run is built from: mesh, model, data and programs, on shapes alone."""
 
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from ml_collections import ConfigDict
 from jsft import mesh as meshes
 from jsft.data.batch import Batch
 from jsft.data.loader import TrainingData, open_eval_data, open_training_data
-from jsft.data.plan import attention_cost
+from jsft.data.plan import attention_cost, updates_of
 from jsft.errors import ConfigError
 from jsft.hf.base_files import base_files
 from jsft.hf.load import check_weights
@@ -58,7 +57,7 @@ def build(config: ConfigDict, weights: bool = True) -> Parts:
         process_count=jax.process_count(),
         attention_cost=attention_cost(model.num_layers, model.num_heads, model.head_dim, matmul_parameters(model)),
     )
-    expected, given = config.train.expect_steps, math.ceil(config.train.epochs * data.steps_per_epoch)
+    expected, given = config.train.expect_steps, updates_of(config.train.epochs, data.steps_per_epoch)
     if expected not in (None, -1, given):
         raise ConfigError(
             f"the recipe expects {expected} updates, but this data and train.epochs={config.train.epochs:g} give "

@@ -16,6 +16,7 @@ from jsft.data.plan import (
     plan_step,
     step_rows,
     steps_per_epoch,
+    updates_of,
 )
 from jsft.errors import DataError
 
@@ -133,6 +134,13 @@ def measure(lengths, devices, batch):
     layout = Layout(devices, devices, 20_480, last)
     steps = [lengths[step_rows(k, len(lengths), batch)] for k in range(len(lengths) // batch)]
     return np.mean([padding_and_imbalance(step, plan_step(step, layout), layout) for step in steps], axis=0)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "per_epoch", "updates"), [(1.1, 10, 11), (1.0, 7, 7), (0.5, 7, 4), (2.3, 100, 230), (1e-9, 5, 1)]
+)
+def test_fractions_of_an_epoch_are_rounded_up_but_not_for_what_a_float_adds(epochs, per_epoch, updates):
+    assert updates_of(epochs, per_epoch) == updates
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -175,6 +175,21 @@ def test_gradients_of_confident_tokens_are_as_exact_as_those_of_log_softmax(fsdp
     assert off.max() < 2e-5  # at every 1 - p, where log-softmax's is 1 in the end
 
 
+@pytest.mark.parametrize("fsdp", [1, 8])
+@pytest.mark.parametrize("level", [965, -965])
+def test_entropies_of_large_logits_are_those_of_float64(level, fsdp):
+    """log z and the mean logit are each near `level`, where a float32 is exact to 3e-5: their difference must not be
+    taken from the two. Hidden states are the logits, exact in float32.
+    """
+    rng = np.random.default_rng(0)
+    logits = (level + rng.normal(size=(8, 16, 64)) * rng.uniform(0.1, 4, (8, 16, 1))).astype(np.float32)
+    logits[..., 8:16] -= 30  # devices that are far apart
+    targets = rng.integers(0, 64, (8, 16)).astype(np.int32)
+    inputs = logits.astype(np.float64), np.eye(64), targets, rng.uniform(0.5, 1.5, (8, 16))
+    (want, *_), (sums, _) = oracle(*inputs), run(inputs, make_mesh(1, fsdp))
+    np.testing.assert_allclose(np.array(sums), want, rtol=1e-6)
+
+
 @pytest.mark.parametrize("fsdp", [1, 4])
 @pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
 def test_so_are_the_kernels_but_for_the_rounding_to_bfloat16(interpret, fsdp, monkeypatch):
