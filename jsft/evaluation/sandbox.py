@@ -188,8 +188,8 @@ class _Conversation:
         if "broken" in said or "started" not in said:
             why = said.get("broken") or ("it took too long" if state == "timeout" else "its launcher died")
             state, errors = "broken", f"{errors}the sandbox could not be built: {why}\n"
-        elif "memory" in said:
-            state = "memory"
+        elif "memory" in said or "timeout" in said:
+            state = "memory" if "memory" in said else "timeout"
         elif "ended" in said and state != "flood":
             code = int(said["ended"])
             state = "failed" if code else "ok"

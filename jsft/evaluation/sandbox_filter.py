@@ -14,7 +14,7 @@ import os
 
 ALLOWED = """
     read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 open openat creat close close_range
-    lseek dup dup2 dup3 fcntl flock fsync fdatasync sync_file_range truncate ftruncate fallocate fadvise64
+    lseek dup dup2 dup3 flock fsync fdatasync sync_file_range truncate ftruncate fallocate fadvise64
     sendfile copy_file_range pipe pipe2 stat fstat lstat newfstatat fstatat64 statx access faccessat faccessat2
     readlink readlinkat getdents getdents64 mkdir mkdirat rmdir rename renameat renameat2 link linkat symlink
     symlinkat unlink unlinkat chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat umask chdir fchdir
@@ -32,15 +32,17 @@ ALLOWED = """
     tgkill alarm setitimer getitimer pause restart_syscall
     clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time getrandom
     bind listen accept accept4 connect getsockname getpeername sendto recvfrom sendmsg recvmsg sendmmsg recvmmsg
-    shutdown setsockopt getsockopt
+    shutdown getsockopt
 """.split()
 
 EQUAL, MASKED_EQUAL = 4, 7  # libseccomp's comparisons
 UNIX = 1
 NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
-TERMINAL_SIZE, TERMINAL_MODE, READABLE, NON_BLOCKING, CLOSE_ON_EXEC, KEEP_ON_EXEC = (
-    0x5413, 0x5401, 0x541B, 0x5421, 0x5451, 0x5450,
-)  # fmt: skip
+# TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIOCLEX, FIONCLEX: sizes, modes and flags; nothing types into a terminal.
+IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5451, 0x5450)
+# F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ: no locks and no larger pipes, whose
+# memory no process shows.
+FCNTLS = (0, 1, 2, 3, 4, 1030, 1032)
 # Allowed where one argument has a certain value: (call, argument, comparison, a, b).
 CONDITIONAL = [
     ("socket", 0, EQUAL, UNIX, 0),
@@ -48,10 +50,8 @@ CONDITIONAL = [
     ("clone", 0, MASKED_EQUAL, NEW_NAMESPACES, 0),  # clone3 hides its flags; without it, clone is used
     ("prlimit64", 0, EQUAL, 0, 0),  # the caller's own limits
     ("sched_setaffinity", 0, EQUAL, 0, 0),
-    *(
-        ("ioctl", 1, EQUAL, number, 0)
-        for number in (TERMINAL_SIZE, TERMINAL_MODE, READABLE, NON_BLOCKING, CLOSE_ON_EXEC, KEEP_ON_EXEC)
-    ),
+    *(("ioctl", 1, EQUAL, number, 0) for number in IOCTLS),
+    *(("fcntl", 1, EQUAL, number, 0) for number in FCNTLS),
 ]
 ALLOW, ERROR = 0x7FFF0000, 0x00050000
 OPTIMIZE, BINARY_TREE = 8, 2

@@ -9,7 +9,7 @@ everything in the room; no process can leave it. The judge's death ends the laun
 Arguments: the judge's process id, a descriptor to read the job from (marshalled: source, stdin, python,
 prefixes, filter, cgroup, limits), a descriptor to tell the judge on, which the program never holds. Messages,
 a line each: 'broken WHY' (the room could not be built), 'started MISSING...', 'ended CODE' (128 + signal
-where one killed it), 'memory' (the room used more than it may).
+where one killed it), 'memory' (the room used more than it may), 'timeout' (the judge did not end it in time).
 """
 
 import _signal as signal  # `signal` itself imports enum: 3 ms for each program
@@ -19,11 +19,13 @@ import marshal
 import os
 import resource
 import sys
+import time
 
 NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
     0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000,
 )  # fmt: skip
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+MOUNT_FLAGS = {b"nodev": 4, b"noexec": 8, b"noatime": 1024, b"nodiratime": 2048, b"relatime": 1 << 21}
 MNT_DETACH = 2
 PIVOT_ROOT, KEYCTL = {"x86_64": (155, 250), "aarch64": (41, 219)}[os.uname().machine]
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000
@@ -35,7 +37,8 @@ ROOM = "/tmp"  # covered by the new root; only this process sees it
 SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/bin")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 MEGABYTE = 1 << 20
-FILL_RATE = 4 << 30  # bytes a second that programs are taken to fill at most between two looks
+FILL_RATE = 4 << 30  # bytes a second that a processor is taken to fill at most
+JUDGES_DELAY = 1.0  # seconds after which the keeper ends what the judge should have ended
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -60,11 +63,23 @@ class MountAttributes(ctypes.Structure):
 
 
 def make_read_only(target: str) -> None:
+    """Makes a mount and all below it read-only."""
     wanted = MountAttributes(set=MS_RDONLY | MS_NOSUID)
     number = libc.syscall(
         MOUNT_SETATTR, AT_FDCWD, target.encode(), AT_RECURSIVE, ctypes.byref(wanted), ctypes.sizeof(wanted)
     )
-    check(number, f"mount_setattr {target}")
+    if number == 0 or ctypes.get_errno() != errno.ENOSYS:
+        return check(number, f"mount_setattr {target}")
+    inside = os.fsencode(target)
+    with open("/proc/self/mountinfo", "rb") as stream:  # Linux before 5.12: one by one
+        mounts = [line.split(b" ")[4:6] for line in stream]
+    for place, options in mounts:
+        for escape in (b"\\040", b"\\011", b"\\012", b"\\134"):
+            place = place.replace(escape, bytes([int(escape[1:], 8)]))
+        if place == inside or place.startswith(inside + b"/"):
+            kept = sum(flag for name, flag in MOUNT_FLAGS.items() if name in options.split(b","))
+            flags = MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | kept  # flags of the outside are locked
+            check(libc.mount(None, place, None, ctypes.c_ulong(flags), None), f"remount {target}")
 
 
 def write(path: str, text: str) -> None:
@@ -81,6 +96,10 @@ class Teller:
 
     def tell(self, *words: object) -> None:
         os.write(self.descriptor, (" ".join(map(str, words)) + "\n").encode())
+
+    def tell_broken(self, error: Exception) -> None:
+        reason = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
+        self.tell("broken", " ".join(reason.split()))
 
 
 # The launcher: outside the room.
@@ -185,9 +204,9 @@ def keep(job: dict, teller: Teller, alive: int) -> None:
             become_program(job, teller, [] if processes else ["memory"])
         for descriptor in (0, 1, 2):
             os.close(descriptor)
-        watch(program, job["memory_mb"] * MEGABYTE, processes, teller)
-    except OSError as error:
-        teller.tell("broken", error.strerror)
+        watch(program, job, processes, teller)
+    except Exception as error:
+        teller.tell_broken(error)
     finally:
         os._exit(1)
 
@@ -312,22 +331,22 @@ class Processes:
             os.close(descriptor)
 
 
-def watch(program: int, limit: int, processes: Processes | None, teller: Teller) -> None:
+def watch(program: int, job: dict, processes: Processes | None, teller: Teller) -> None:
     """Reaps what ends until the program does; looks at the memory more often the less is left."""
-    wait = 0.02
-    while True:
+    limit, end = job["memory_mb"] * MEGABYTE, time.monotonic() + job["seconds"] + JUDGES_DELAY
+    rate = FILL_RATE * min(job["processes"], len(os.sched_getaffinity(0)))
+    wait = 0.01
+    while time.monotonic() < end:
         signal.sigtimedwait({signal.SIGCHLD}, wait)
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             if ended[0] == program:
                 code = os.waitstatus_to_exitcode(ended[1])
                 return teller.tell("ended", code if code >= 0 else 128 - code)
-        if processes is None:
-            wait = 1.0
-            continue
-        used = processes.used(limit)
+        used = processes.used(limit) if processes else 0
         if used > limit:
             return teller.tell("memory")
-        wait = min(0.1, max(0.005, (limit - used) / FILL_RATE))
+        wait = min(0.1, max(0.005, (limit - used) / rate))
+    return teller.tell("timeout")
 
 
 # The program.
@@ -356,8 +375,8 @@ def become_program(job: dict, teller: Teller, missing: list[str]) -> None:
             missing.append("filter")
         teller.tell("started", *missing)
         os.execve(job["python"], [job["python"], "-I", "-B", "/room/program.py"], environment)
-    except OSError as error:
-        teller.tell("broken", error.strerror)
+    except Exception as error:
+        teller.tell_broken(error)
     finally:
         os._exit(1)
 
@@ -370,6 +389,7 @@ def limit(job: dict) -> None:
         (resource.RLIMIT_CPU, cpu),
         (resource.RLIMIT_NPROC, job["processes"]),
         (resource.RLIMIT_NOFILE, 64),
+        (resource.RLIMIT_SIGPENDING, 64),
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(kind, (value, value))
@@ -397,8 +417,8 @@ def main() -> None:
         with open(reader, "rb") as stream:
             job = marshal.load(stream)
         launch(job, teller, judge)
-    except OSError as error:
-        teller.tell("broken", error.strerror)
+    except Exception as error:
+        teller.tell_broken(error)
     os._exit(0)
 
 

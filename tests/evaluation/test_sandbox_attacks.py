@@ -236,3 +236,32 @@ def test_the_program_joins_its_control_group(tmp_path, monkeypatch):
     (made,) = made
     read = {name: (made / name).read_text() for name in ("cgroup.procs", "memory.max", "memory.swap.max", "pids.max")}
     assert read == {"cgroup.procs": "0", "memory.max": str(164 << 20), "memory.swap.max": "0", "pids.max": "16"}
+
+
+def test_a_judge_that_stands_still_does_not_keep_a_program_alive():
+    code = f"from jsft.evaluation import sandbox as s\nprint(s.run({attacks.DAEMON + attacks.SURVIVORS['another program']!r}"
+    code += ", limits=s.Limits(seconds=0.5)).state)"
+    judge = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+    )
+    watcher = attacks.Watcher(judge.pid)
+    watcher.start()
+    try:
+        wait_for(lambda: inside(watcher.rooms))
+        judge.send_signal(signal.SIGSTOP)
+        wait_for(lambda: not inside(watcher.rooms))  # the keeper's own clock
+    finally:
+        judge.send_signal(signal.SIGCONT)
+    assert judge.communicate(timeout=30)[0] in ("timeout\n", "broken\n")  # broken: stopped while it was built
+
+
+def test_mounts_are_read_only_one_by_one_on_older_kernels(tmp_path, monkeypatch):
+    text = sandbox.LAUNCHER.read_text()
+    assert "MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442," in text
+    launcher = tmp_path / "sandbox_launcher.py"
+    launcher.write_text(text.replace("AT_RECURSIVE = 442,", "AT_RECURSIVE = -1,"))  # no such call
+    monkeypatch.setattr(sandbox, "LAUNCHER", launcher)
+    source = "import os\nfor place in ('/usr', '/usr/lib', os.path.dirname(os.__file__)):\n"
+    source += "    print(os.statvfs(place).f_flag & os.ST_RDONLY)\nopen('/usr/x', 'w')"
+    finished = sandbox.run(source)
+    assert finished.stdout == b"1\n1\n1\n" and "Read-only file system" in finished.stderr, finished
