@@ -147,15 +147,12 @@ def open_eval_data(
 ) -> dict[str, list[Batch]]:
     """Held-out sets of data.eval by name, each packed in batches of [rows, data.pack_length] with weight 1
     per supervised token. `objective.document_mean_weights` makes the weights of a loss per document."""
-    chat, embedding = make_chat(config, model_dir), Embedding.of(model_dir)
     layout = planning.Layout(rows, rows, config.data.pack_length, align=config.data.align)
     local = local_rows(rows, process_index, process_count)
     sets = {}
-    for name, spec in eval_specs(config.data.eval).items():
-        cache = _open(config, spec, chat, embedding, splits=HELD_OUT)
-        for line in cache.source.listing():
+    for name, documents in _held_out(config, model_dir):
+        for line in documents.cache.source.listing():
             print(f"held out:  {name}: {line}")
-        documents = Documents(cache, config.data.max_length, config.data.truncation)
         _check_fits(documents, config.data.pack_length)
         sets[name] = []
         for start in range(0, len(documents), EVAL_CHUNK):
@@ -167,11 +164,14 @@ def open_eval_data(
 
 def eval_fingerprints(config, model_dir: str | Path) -> dict[str, str]:
     """Fingerprint of each held-out set of data.eval by name: changes with its documents, not with its path."""
-    chat = make_chat(config, model_dir)
-    return {
-        name: Documents(_open(config, spec, chat), config.data.max_length, config.data.truncation).fingerprint()
-        for name, spec in eval_specs(config.data.eval).items()
-    }
+    return {name: documents.fingerprint() for name, documents in _held_out(config, model_dir)}
+
+
+def _held_out(config, model_dir: str | Path) -> Iterator[tuple[str, Documents]]:
+    chat, embedding = make_chat(config, model_dir), Embedding.of(model_dir)
+    for name, spec in eval_specs(config.data.eval).items():
+        cache = _open(config, spec, chat, embedding, splits=HELD_OUT)
+        yield name, Documents(cache, config.data.max_length, config.data.truncation)
 
 
 def eval_specs(value: Any) -> dict[str, str]:

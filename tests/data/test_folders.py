@@ -117,7 +117,7 @@ def test_empty_folder(tmp_path):
 
 
 def test_run_says_which_files_it_reads(tmp_path, make_config, capsys):
-    from jsft.data.loader import open_eval_data, open_training_data
+    from jsft.data.loader import eval_fingerprints, open_eval_data, open_training_data
 
     folder = folder_of(tmp_path / "set", "train-0.jsonl", "test-0.jsonl")
     write_rows(folder / "train-0.jsonl", rows_of([20] * 8))
@@ -127,3 +127,4 @@ def test_run_says_which_files_it_reads(tmp_path, make_config, capsys):
     assert lines[1] == "left out: test-0.jsonl (split test)"
     open_eval_data(config, config.model.path, rows=4)
     assert f"held out:  set: 1 file, 2 rows: {folder / 'test-0.jsonl'} 2" in capsys.readouterr().out
+    assert list(eval_fingerprints(config, config.model.path)) == ["set"]
