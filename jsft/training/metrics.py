@@ -30,11 +30,9 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, first_step: int, say: Callable[[str], None] = print, also: Any = None):
         """also: what `open_wandb` returned, or None."""
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from jsft.training.event_file import EventFile, Summary  # which imports TensorBoard
 
-        self._event, self._summary = Event, Summary
+        self._value = Summary.Value
         self._say, self._full = say, False
         self._also, self._end = also or (lambda *_: None, lambda: None)
         self._files = {}
@@ -42,7 +40,7 @@ class MetricsWriter:
             path = workdir / f"{name}.jsonl"
             _drop_steps_after(path, first_step, say)
             self._files[name] = path.open("a", encoding="utf-8")
-        self._board = EventFileWriter(str(workdir / "tensorboard"))
+        self._board = EventFile(workdir / "tensorboard")
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """The numbers of update `step`; those that are not finite become null, which JSON can hold."""
@@ -86,14 +84,11 @@ class MetricsWriter:
         self._write_histograms(step, protos, "Horizontal: log2 of the magnitude. Zeros are in the lowest bin.")
 
     def _write_histograms(self, step: int, protos: dict[str, Any], help: str = "") -> None:
-        values = [self._summary.Value(tag=tag, histo=proto) for tag, proto in protos.items()]
+        values = [self._value(tag=tag, histo=proto) for tag, proto in protos.items()]
         for value in values:
             value.metadata.summary_description = help
         with suppress(OSError):
-            self._board.add_event(
-                self._event(wall_time=time.time(), step=step, summary=self._summary(value=values))
-            )
-            self._board.flush()
+            self._board.add(step, values)
 
     def _append_line(self, file: str, record: dict[str, Any]) -> None:
         self._files[file].write(json.dumps(record) + "\n")
@@ -101,14 +96,11 @@ class MetricsWriter:
 
     def _append_event(self, prefix: str, step: int, metrics: dict[str, Any]) -> None:
         values = [
-            self._summary.Value(tag=f"{prefix}/{key}", simple_value=float(value))
+            self._value(tag=f"{prefix}/{key}", simple_value=float(value))
             for key, value in metrics.items()
             if isinstance(value, (int, float))
         ]
-        self._board.add_event(
-            self._event(wall_time=time.time(), step=step, summary=self._summary(value=values))
-        )
-        self._board.flush()
+        self._board.add(step, values)
 
     def sync(self) -> None:
         """Puts on the disk what was written so far: a run that resumes from a checkpoint does not write it again."""

@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,29 @@ def test_lines_are_on_the_disk_before_a_checkpoint_counts(tmp_path, said, monkey
     assert synced == ["metrics.jsonl", "heldout.jsonl", "generated.jsonl"]
     writer.close()
     writer.sync()
+
+
+def test_a_full_disk_costs_the_events_that_did_not_fit_and_no_others(tmp_path, said, capfd, monkeypatch):
+    """TensorBoard reads what came before and after; half a record would hide all that follows it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer, folder = MetricsWriter(tmp_path, 0, said.append), tmp_path / "tensorboard"
+    writer.write(1, {"loss": 1.0})
+    room, limits = os.path.getsize(next(folder.iterdir())) + 20, resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a file that may not grow is an OSError
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        writer.write(2, {"loss": 2.0})
+        writer.write(3, {"loss": 3.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    writer.write(4, {"loss": 4.0})
+    writer.close()
+    assert said == ["warning: metrics of step 2 were not written: File too large; free space"]
+    events = EventAccumulator(str(folder)).Reload().Scalars("train/loss")
+    assert [(e.step, e.value) for e in events] == [(1, 1.0), (4, 4.0)]
+    assert capfd.readouterr().err == ""
 
 
 def test_the_log_takes_any_name(tmp_path, capsys):
