@@ -132,7 +132,7 @@ class Trainer:
         config.precision.compute = model.compute_dtype.name
         for name, value in (fields or {}).items():
             if name not in schema.BY_NAME:
-                raise ConfigError(f"unknown config field {name}{schema.nearest(name, schema.BY_NAME)}")
+                raise ConfigError(f"unknown config field {name}{schema.nearest_field(name)}")
             try:
                 schema.put(config, name, value)
             except TypeError as error:

@@ -20,6 +20,9 @@ from jsft import config as schema
 from jsft.errors import ConfigError, JsftError
 
 
+_WORKDIRS = ("outputdir", "outdir", "out", "output", "savedir", "rundir", "logdir")  # what others call --workdir
+
+
 def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None], usage: str):
     """Parses `argv` (without the program's name). Returns (config as written, name 'file-recipe', flag values).
 
@@ -43,6 +46,8 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None], usage
         rest = values(["jsft", *argv])[1:]
     except JsftError:
         raise
+    except flags.UnrecognizedFlagError as error:
+        raise ConfigError(_unknown_option(error.flagname, values)) from error
     except (flags.Error, TypeError, ValueError, AttributeError, KeyError, OSError) as error:
         raise ConfigError(str(error)) from error
     if rest:
@@ -60,7 +65,7 @@ def _check_names(argv: list[str]) -> tuple[Path, str | None]:
         elif name.startswith(("--config.", "-config.")):
             field = name.lstrip("-").removeprefix("config.")
             if field not in schema.BY_NAME:
-                raise ConfigError(f"unknown config field {field}{schema.nearest(field, schema.BY_NAME)}")
+                raise ConfigError(f"unknown config field {field}{schema.nearest_field(field)}")
     if not where:
         raise ConfigError("--config FILE.py:RECIPE is missing, e.g. --config configs/qwen3_14b.py:math_cot_ep8")
     name, _, recipe = where.partition(":")
@@ -73,6 +78,15 @@ def _check_names(argv: list[str]) -> tuple[Path, str | None]:
         near = schema.nearest(recipe, recipes)
         raise ConfigError(f"{file} has no recipe {recipe!r}{near}; it has: {', '.join(recipes)}")
     return file, recipe or None
+
+
+def _unknown_option(name: str, values: flags.FlagValues) -> str:
+    """What is wrong with an option that is none: it may be one of the command's, or a field without its prefix."""
+    known = [own for own in values if not own.startswith("config.")]
+    near = schema.nearest(name, known) or schema.nearest_field(name)
+    if "workdir" in known and name.replace("_", "").replace("-", "") in _WORKDIRS:
+        near = " (nearest: workdir)"
+    return f"unknown option --{name}{near}; fields are set as --config.NAME=VALUE"
 
 
 def recipes_of(file: Path) -> tuple[str, ...]:

@@ -5,14 +5,15 @@ whose default is None and that `FIDELITY` names are filled by the preset `fideli
 (`resolve`), unless the config file or the command line set them.
 """
 
-import difflib
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from jsft import hints
 from jsft.errors import ConfigError
+from jsft.hints import nearest
 
 
 @dataclass(frozen=True)
@@ -190,10 +191,9 @@ FIDELITY: dict[str, dict[str, Any]] = {
 }
 
 
-def nearest(name: str, names) -> str:
-    """' (nearest: a, b)' for the known names most like `name`, or ''."""
-    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
-    return f" (nearest: {', '.join(close)})" if close else ""
+def nearest_field(name: str) -> str:
+    """' (nearest: a, b)' for the fields that an unknown `name` may have meant, or ''."""
+    return hints.nearest_field(name, BY_NAME)
 
 
 def default_config() -> ConfigDict:
@@ -229,7 +229,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     """A frozen-value copy with the preset filled in and every field checked. Raises ConfigError."""
     unknown = sorted(set(flatten(config)) - set(BY_NAME))
     if unknown:
-        raise ConfigError(f"unknown config field {unknown[0]}{nearest(unknown[0], BY_NAME)}")
+        raise ConfigError(f"unknown config field {unknown[0]}{nearest_field(unknown[0])}")
     config = config.copy_and_resolve_references()
     BY_NAME["fidelity"].check(config.fidelity)
     for name, value in FIDELITY[config.fidelity].items():
@@ -292,6 +292,6 @@ def unflatten(flat: dict[str, Any]) -> ConfigDict:
     config = default_config()
     for name, value in flat.items():
         if name not in BY_NAME:
-            raise ConfigError(f"unknown config field {name}{nearest(name, BY_NAME)}")
+            raise ConfigError(f"unknown config field {name}{nearest_field(name)}")
         put(config, name, tuple(value) if BY_NAME[name].kind is tuple else value)
     return config

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     unknown = sorted(set(flags.allow_changed) - set(schema.BY_NAME))
     if unknown:
         raise ConfigError(
-            f"--allow_changed: unknown config field {unknown[0]}{schema.nearest(unknown[0], schema.BY_NAME)}"
+            f"--allow_changed: unknown config field {unknown[0]}{schema.nearest_field(unknown[0])}"
         )
     workdir = Path(flags.workdir or f"runs/{name}")
 

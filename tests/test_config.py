@@ -9,6 +9,7 @@ import pytest
 
 from jsft import cli
 from jsft import config as schema
+from jsft import hints, train
 from jsft.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +62,8 @@ def test_every_recipe_resolves(file):
         (["--config", f"{QWEN}:math_cot_ep9"], "nearest: math_cot_ep8"),
         (["--config", QWEN.replace("14b", "14")], "nearest: qwen3_14b.py"),
         (["--config", QWEN, "--config.optimizer.learning_rat=1"], "nearest: optimizer.learning_rate"),
+        (["--config", QWEN, "--config.optimizer.lr=1"], "field optimizer.lr (nearest: optimizer.learning_rate)"),
+        (["--config", QWEN, "--lr=1"], "option --lr (nearest: optimizer.learning_rate); fields are set as --config.NAME"),
         (["--config", QWEN, "--config.optimizer.learning_rate=abc"], "could not convert"),
         (["--config", QWEN, "--config.objective.name=tokn_mean"], "nearest: token_mean"),
         (["--config", QWEN, "--config.data.pack_length=1024"], "shorter than data.max_length"),
@@ -118,3 +121,37 @@ def test_a_reader_that_goes_away_ends_the_command_without_a_traceback():
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("optimizer.lr", "optimizer.learning_rate"),
+        ("train.learning_rate", "optimizer.learning_rate"),
+        ("bs", "train.global_batch"),
+        ("train.batch_size", "train.global_batch"),
+        ("per-device-train-batch-size", "data.rows_per_device, train.global_batch"),
+        ("num_train_epochs", "train.epochs"),
+        ("optimizer.wd", "optimizer.weight_decay"),
+        ("optimizer.betas", "optimizer.b1, optimizer.b2"),
+        ("max_grad_norm", "optimizer.clip_norm"),
+        ("data.max_seq_length", "data.max_length, data.pack_length"),
+        ("save.every", "eval.every, checkpoint.every, eval.generate.every"),
+        ("optimizer.weigth_decay", "optimizer.weight_decay"),
+        ("gradient_checkpointing", "remat"),
+    ],
+)
+def test_an_unknown_field_is_answered_with_what_it_means(name, said):
+    assert schema.nearest_field(name) == f" (nearest: {said})"
+
+
+@pytest.mark.parametrize("option", ["--workdr", "--output_dir", "--out-dir"])
+def test_an_unknown_option_is_answered_with_the_commands_own(option):
+    with pytest.raises(ConfigError, match=rf"unknown option {option} \(nearest: workdir\)"):
+        train.main(["--config", QWEN, f"{option}=x"])
+
+
+def test_every_alias_leads_to_a_field_and_none_hides_one():
+    assert {field for fields in hints._ALIASES.values() for field in fields} <= set(schema.BY_NAME)
+    assert not any("_" in alias or alias in schema.BY_NAME for alias in hints._ALIASES)
+    assert schema.nearest_field("zzz.qqq") == ""

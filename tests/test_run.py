@@ -238,4 +238,4 @@ def test_the_command_prints_one_line_and_the_exit_code(inputs, tmp_path):
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error: unknown config field train.epoch (nearest: train.epochs,")
+    assert line.startswith("error: unknown config field train.epoch (nearest: train.epochs)")
