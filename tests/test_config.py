@@ -136,7 +136,7 @@ def test_a_reader_that_goes_away_ends_the_command_without_a_traceback():
         ("optimizer.betas", "optimizer.b1, optimizer.b2"),
         ("max_grad_norm", "optimizer.clip_norm"),
         ("data.max_seq_length", "data.max_length, data.pack_length"),
-        ("save.every", "eval.every, checkpoint.every, eval.generate.every"),
+        ("save.every", "eval.every, eval.generate.every, checkpoint.every"),
         ("optimizer.weigth_decay", "optimizer.weight_decay"),
         ("gradient_checkpointing", "remat"),
     ],
