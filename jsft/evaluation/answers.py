@@ -2,25 +2,43 @@ r"""Reading answers out of text: `\boxed{...}`, the letter of a choice, Yes or N
 
 import re
 
-# A box with braces, one before a single character, an escaped character, a brace.
-_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\boxed(?=[^\sa-zA-Z{])|\\.|[{}]", re.S)
-_LETTER_ONLY = re.compile(r"^\W*(?:\\text(?:bf|rm)?\{\s*)?\(?([A-Z])(?:\)|\}|[.:,\s]|$)")
-_WRAPPED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf)\s*\{\s*([^{}]*?)\s*\}")
+from jsft.evaluation import latex
+
+# What a box without braces holds: TeX boxes one token; a number is taken whole, for nobody means its first digit.
+_UNBRACED = (
+    r"[-+]?\\?\$?\d+(?:,\d{3})*(?:\.\d+)?"
+    r"|\\(?:[dtc]?frac\s*\d\s*\d|(?:[dtc]?frac|sqrt|text[a-z]*|math[a-z]+)(?:\s*\{(?:[^{}]|\{[^{}]{0,200}\}){0,200}\})+)"
+    r"|\\(?:pi|infty|emptyset|varnothing)(?![a-zA-Z])"
+    r"|\(?[a-zA-Z]\)?(?=\s*(?:$|[$.,;:\\*\n]))"
+)
+# A box with braces or without, an escaped character, a brace.
+_TOKEN = re.compile(
+    rf"\\(?:boxed|fbox)\s*\{{|\\(?:boxed|fbox)(?![a-zA-Z])\s*(?P<bare>{_UNBRACED})|\\.|[{{}}]", re.S
+)
+_BOXED_NUMBER = re.compile(
+    r"(\\(?:boxed|fbox)\s*\{\s*)((?:\\?\$)?)(\d{1,3}(?:(?:,|\{,\})\d{3})+|\d{3})(?!\d)"
+)
+LONGEST_CHOICE = 1_000  # characters; a letter and the words of its option
+_LABEL = re.compile(
+    r"[^\w(\[]*(?:(?:the )?(?:correct |final )?(?:option|choice|answer)(?: is)?\s*:?\s*)?"
+    r"(?P<open>[(\[]?)\s*(?P<letter>[A-Z])[^\S\n]*(?P<close>[)\].:]?)(?P<rest>.*)",
+    re.S | re.I,
+)
+_SET_OFF = re.compile(r"\s*(?:[;!]*$|[(\n=\u2013\u2014,-])")  # what may follow a bare letter: never a word
 
 
 def boxed(text: str) -> list[str]:
     r"""The contents of all outermost `\boxed{...}` in order; a box that never closes is none.
 
-    Braces nest; `\{` and `\}` are LaTeX's printed braces and do not count. `\boxed5` holds one character. One
-    pass, however the braces are nested.
+    Braces nest; `\{` and `\}` are LaTeX's printed braces and do not count. `\boxed 5` and `\boxed\frac12` are boxes
+    too. One pass, however the braces are nested.
     """
     found: list[tuple[int, int]] = []  # closed boxes, inner ones first
     opened: list[int] = []  # where the content of each open box starts; -1 for other braces
     for match in _TOKEN.finditer(text):
         token = match[0]
-        if token.endswith("boxed"):
-            if match.end() < len(text):
-                found.append((match.end(), match.end() + 1))
+        if match["bare"]:
+            found.append(match.span("bare"))
         elif token.endswith("{") and token[0] == "\\" and len(token) > 2:
             opened.append(match.end())
         elif token == "{":
@@ -47,12 +65,36 @@ def last_boxed(text: str) -> str | None:
     return inner[-1] if inner else found[-1]
 
 
+def apart(text: str) -> str:
+    r"""The text with a thin space before boxed numbers that math-verify would join to one.
+
+    It reads the boxes of one sentence with commas between them: `\boxed{1}, \boxed{234}` as 1,234. With the space it
+    reads the set {1, 234}, as it does for all other pairs. Text with one box, or one repeated, stays.
+    """
+    if len(set(boxed(text))) < 2:
+        return text
+    return _BOXED_NUMBER.sub(lambda m: rf"{m[1]}\,{m[2]}{re.sub('[^0-9]', '', m[3])}", text)
+
+
 def choice(text: str | None, letters: str) -> str | None:
-    r"""The letter that an answer such as 'C', '(C)', '\text{C}' or 'C. 42 m' names, if it is in `letters`."""
-    if text is None:
+    r"""The one letter of `letters` that an answer names: 'C', '(C)', '$\mathsf{C}$', 'C. 42 m', 'Option C'.
+
+    None where it names several ('A or C', 'A. x, B. y') or is prose that begins with a letter ('I am not sure').
+    """
+    if text is None or len(text) > LONGEST_CHOICE:
         return None
-    match = _LETTER_ONLY.match(_WRAPPED.sub(r"\1", text).strip())
-    return match[1] if match and match[1] in letters else None
+    match = _LABEL.fullmatch(latex.plain(text))
+    if match is None or match["letter"] not in letters:
+        return None
+    letter, closed, rest = match["letter"], match["close"], match["rest"]
+    # A letter of the options that ends a phrase or stands before a mark: 'B' in ', B' but not in 'A photon'.
+    other = rf"(?<![^\W_])[{letters}](?=\s*(?:$|[)\].:,;/&|+-]|and\b|or\b|[{letters}]\b))"
+    if not closed:
+        alone = _SET_OFF.match(rest) and not (letter == "I" and rest.lstrip().startswith(","))
+        return letter if alone and not re.search(other, rest) else None
+    label = rf"[(\[][{letters}]{re.escape(closed)}" if match["open"] else rf"(?<![\w(\[])[{letters}]{re.escape(closed)}"
+    joined = rf"\s*(?:(?:[,;/&+|-]|and\b|or\b|to\b)\s*)+[(\[]?{other}|\s*[{letters}]\s*$"
+    return None if re.search(label, rest) or re.match(joined, rest) else letter
 
 
 def last_yes_no(text: str) -> str | None:

@@ -1,12 +1,16 @@
 """Reading answers: tables of hand-made hard cases."""
 
+import re
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jsft.evaluation import answers, thinking
 from jsft.evaluation.tasks.gpqa_diamond import _last_box, _phrase_then_box
 from jsft.evaluation.tasks.livecodebench_v2 import same_output, same_value
+from jsft.evaluation.tasks.mmlu_pro import MmluPro
 
 
 @pytest.mark.parametrize(
@@ -20,6 +24,17 @@ from jsft.evaluation.tasks.livecodebench_v2 import same_output, same_value
         ("\\boxed{\\text{a \\} b}}", "\\text{a \\} b}"),
         ("\\boxed{a\\\\}", "a\\\\"),
         ("\\boxed5", "5"),
+        ("\\boxed 5", "5"),
+        ("so $\\boxed 12$.", "12"),  # its first digit alone is never meant
+        ("\\boxed 1,000.", "1,000"),
+        ("\\boxed -5", "-5"),
+        ("\\boxed\\frac12", "\\frac12"),
+        ("\\boxed\\frac{\\sqrt{2}}{2}", "\\frac{\\sqrt{2}}{2}"),
+        ("$\\boxed C$", "C"),
+        ("\\boxed\\text{C}", "\\text{C}"),
+        ("\\boxed\n{5}", "5"),
+        ("\\boxed{5}. I wrote it in \\boxed.", "5"),
+        ("\\boxed{5}, as \\boxed notation asks", "5"),
         ("\\fbox{3}", "3"),
         ("{{ \\boxed{3}", "3"),
         ("}} \\boxed{3}", "3"),
@@ -42,18 +57,56 @@ def test_boxes_without_end_cost_no_time():
     assert time.monotonic() - started < 3
 
 
-@pytest.mark.parametrize(
-    "text, letter",
-    [
-        ("C", "C"), ("(C)", "C"), ("\\text{C}", "C"), ("\\textbf{(C)}", "C"), ("C. 42 m", "C"),
-        ("C: photon", "C"),
-        (" C ", "C"), ("C) x", "C"), ("E", None), ("Carbon", None), ("c", None), ("the photon", None), ("",
-        None),
-        (None, None),
-    ],
-)  # fmt: skip
-def test_choice(text, letter):
-    assert answers.choice(text, "ABCD") == letter
+ONE_LETTER = [
+    "C", "(C)", "[C]", "{C}", "C.", "C)", "C;", " C ", "C) x", "C: photon", "C. 42 m", "(C) photon", "C (photon)",
+    "C - photon", "C = 42", "C, photon", "C, because A is wrong", "C. A decrease in price", "C. I and II only",
+    "(C) - A photon", "\\text{C}", "\\text{ C }", "\\text{C: photon}", "\\text{C}\\text{. photon}", "$C$", "\\( C \\)",
+    "$\\text{C}$", "\\textbf{(C)}", "\\textbf{(C) }12", "\\textbf{(C)}\\ 12", "\\mathsf{C}", "\\textit{C}",
+    "\\mathcal{C}", "\\boldsymbol{\\mathrm{C}}", "\\textsf{\\textbf{\\text{C}}}", "{\\bf C}", "\\mathrm C",
+    "\\left(C\\right)", "\\textcolor{red}{C}", "**C**", "~C", "C\\\\42", "Option C", "Answer: C", "The answer is (C)",
+]  # fmt: skip
+NO_LETTER = [
+    "A, B", "A and B", "A or B", "A/B", "A & B", "A; C", "A|B", "AB", "A B", "A-D", "A to D", "A\\quad B", "A\\\\B",
+    "A B C D E F G H I J", "A, B, C, D, E, F, G, H, I, J", "A \\text{ and } B", "\\text{A}, \\text{B}", "$A$ and $B$",
+    "\\textbf{A}\\text{ or }\\textbf{B}", "\\{A, B\\}", "(A), (B)", "(A)(B)", "(A) (B)", "(A) or C", "A) or C)", "A. B",
+    "A. B.", "A. photon, B. electron", "(A) photon and (B) electron", "A: yes; B: no", "A or (B)", "C or maybe D",
+    "I am not sure", "\\text{I am not sure}", "I'm not sure", "I, too, am unsure", "I don't know", "I think C",
+    "The answer is I am not sure", "A photon", "A 50 % chance", "Either A or C", "None", "DNA", "Carbon", "c", "(c)",
+    "the photon", "K", "", "C" + " x" * 1000, None,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ONE_LETTER)
+def test_choice_reads_one_letter_in_any_wrapping(text):
+    assert answers.choice(text, "ABCDEFGHIJ") == "C"
+
+
+@pytest.mark.parametrize("text", NO_LETTER)
+def test_choice_reads_no_letter_from_several_or_from_prose(text):
+    assert answers.choice(text, "ABCDEFGHIJ") is None
+
+
+FONTS = ["text", "textbf", "textit", "textrm", "mathrm", "mathbf", "mathsf", "mathtt", "boldsymbol", "underline"]
+WRAPPINGS = ["$%s$", "\\(%s\\)", "(%s)", "{%s}", "~%s", "%s.", "**%s**"] + [f"\\{font}{{%s}}" for font in FONTS]
+
+
+@given(st.sampled_from("ABCDEFGHIJ"), st.lists(st.sampled_from(WRAPPINGS), max_size=5, unique=True))
+def test_wrappings_of_a_letter_may_nest(letter, wrappings):
+    text = letter
+    for wrapping in wrappings:
+        text = wrapping % text
+    assert answers.choice(answers.last_boxed(f"so $\\boxed{{{text}}}$"), "ABCDEFGHIJ") == letter
+
+
+@given(st.lists(st.sampled_from("ABCDEFGHIJ"), min_size=2, max_size=10, unique=True),
+       st.sampled_from([", ", " and ", " or ", "/", " ", "", "; ", "\\text{ and }", " \\& ", "\\quad ", "), ("]))  # fmt: skip
+def test_several_letters_are_no_answer(letters, between):
+    assert answers.choice(between.join(letters), "ABCDEFGHIJ") is None
+
+
+@given(st.text("ABI .,()${}\\*abtex-", max_size=30))
+def test_choice_answers_any_text(text):
+    assert answers.choice(text, "ABI") in (None, "A", "B", "I")
 
 
 @pytest.mark.parametrize(
@@ -64,11 +117,20 @@ def test_choice(text, letter):
         ("The answer is A? No: \\boxed{D}", "A", "D"),  # the phrase goes first, as in the reference
         ("\\boxed{A} or rather \\boxed{\\text{B}}", "B", "B"),
         ("Boron", "", ""),
+        ("The answer is $\\textbf{C}$", "C", ""),
+        ("The answer is a photon: \\boxed{\\mathsf{D}}", "D", "D"),
+        ("\\boxed{A or B}", "", ""),
     ],
 )
 def test_gpqa_filters(text, reference, strict):
     assert _phrase_then_box([[text]], [{}]) == [reference]
     assert _last_box([[text]], [{}]) == [strict]
+
+
+@pytest.mark.parametrize("box", ["C", "(C)", "\\text{C}", "\\textbf{(C)}", "$C$", "\\mathsf{\\text{C}}", "C. x"])
+def test_mmlu_pros_first_box_may_stand_in_any_font(box):
+    pattern = MmluPro.config["filter_list"][0]["filter"][0]["regex_pattern"]
+    assert re.findall(pattern, f"so \\boxed{{{box}}} or \\boxed{{D}}")[0] == "C"
 
 
 @pytest.mark.parametrize(

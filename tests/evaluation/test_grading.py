@@ -4,7 +4,10 @@ import time
 
 import pytest
 
+from jsft.errors import DataError
 from jsft.evaluation.grading import GradingPool
+from jsft.evaluation.tasks.aime24 import Aime24
+from jsft.evaluation.tasks.aime25 import Aime25
 from jsft.evaluation.tasks.countdown import Countdown
 from jsft.evaluation.tasks.hexphi import HexPhi
 from jsft.evaluation.tasks.math500 import Math500
@@ -36,6 +39,14 @@ CASES = [  # gold, response, reference, strict
     ("7", "<think>\\boxed{7}</think>no idea", RIGHT, WRONG),
     ("7", "<think>it is 3</think>\\boxed{7}", RIGHT, RIGHT),
     ("7", "The answer is 7.", RIGHT, WRONG),
+    ("1234", "\\boxed{1}, \\boxed{234}", WRONG, WRONG),  # two boxes are no number
+    ("840841", "$\\boxed{840}$ or\n$\\boxed{841 \\text{ cm}}$", WRONG, WRONG),
+    ("1234567", "\\boxed{1}, \\boxed{234}, \\boxed{567}", WRONG, WRONG),
+    ("\\{1, 234\\}", "\\boxed{1}, \\boxed{234}", RIGHT, WRONG),  # a set, as math-verify has other pairs
+    ("840", "so \\boxed{840}. Then **Final Answer**\n\\boxed{840}", RIGHT, RIGHT),
+    ("840", "\\boxed{12} is not it. " + "Long " * 30 + "\\boxed{840}", RIGHT, RIGHT),
+    ("345678", "\\boxed{12} is not it. " + "Long " * 30 + "\\boxed{345,678}", RIGHT, RIGHT),
+    ("\\text{(E)}", "\\boxed{\\textbf{E}}", RIGHT, RIGHT),
     ("7", "", WRONG, WRONG),
     ("7", "\\boxed{}", WRONG, WRONG),
     ("7", "\\boxed{7", WRONG, WRONG),
@@ -55,6 +66,30 @@ def test_hard_cases():
             gold,
             response[:80],
         )
+
+
+@pytest.mark.parametrize(
+    "solution",
+    ["Then $180 + 24 = 204$.", "Hence the answer is $\\textbf{(204)}$.", "The answer is $\\boxed{204}$."],
+)
+def test_aime_is_graded_against_its_integer_whatever_the_worked_solution_says(solution):
+    task = Aime24()
+    row = {"ID": "2024-I-1", "Problem": "How long?", "Solution": solution, "Answer": 204}
+    gold = task.problem(row, 0).gold
+    assert task.grade(gold, "It is $\\boxed{204}$.").scores["reference"] == RIGHT
+    assert task.grade(gold | {"solution": solution}, "It is $\\boxed{204}$.").scores["reference"] == RIGHT
+    assert task.grade(gold, "It is $\\boxed{203}$.").scores["reference"] == WRONG
+
+
+@pytest.mark.parametrize("written, meant", [("073", "73"), (73.0, "73"), ("$336^\\circ$", "336"), ("(000)", "0")])
+def test_spellings_of_an_integer_answer(written, meant):
+    assert Aime25().problem({"problem": "?", "answer": written}, 0).gold["answer"] == meant
+
+
+@pytest.mark.parametrize("written", ["1/2", "-5", "x", "1234", "3.5"])
+def test_an_answer_that_aime_cannot_have_is_refused(written):
+    with pytest.raises(DataError, match="is not an integer from 0 to 999"):
+        Aime25().problem({"problem": "?", "answer": written}, 0)
 
 
 def test_bombs_are_stopped_and_the_rest_is_graded():

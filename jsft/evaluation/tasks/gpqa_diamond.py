@@ -13,18 +13,19 @@ from jsft.evaluation.data import Source
 from jsft.evaluation.sampling import Sampling
 from jsft.evaluation.tasks.base import OUT_OF_DOMAIN
 from jsft.evaluation.tasks.harness import HarnessTask
-from jsft.evaluation.tasks.mmlu_pro import MATCH
+from jsft.evaluation.tasks.mmlu_pro import FONTS, MATCH
 
 LETTERS = "ABCD"
 COLUMNS = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
-_PHRASE = re.compile(r"answer is:?\s*\**\\?\(?(?:\\text\{)?\(?([A-D])\b", re.I)
+# A capital letter: in 'the answer is a photon' no option is named.
+_PHRASE = re.compile(rf"answer is:?\s*\**[$\\]?\(?{FONTS}\(?((?-i:[A-D]))\b", re.I)
 
 
 def _phrase_then_box(responses: list, documents: list) -> list[str]:
     """The reference's rule: a phrase such as 'answer is X' first, else the last boxed content."""
     texts = [r[0] if isinstance(r, list) else r for r in responses]
     found = [_PHRASE.search(text) for text in texts]
-    return [f[1].upper() if f else _letter(text) for f, text in zip(found, texts, strict=True)]
+    return [f[1] if f else _letter(text) for f, text in zip(found, texts, strict=True)]
 
 
 def _last_box(responses: list, documents: list) -> list[str]:
@@ -40,6 +41,7 @@ class GpqaDiamond(HarnessTask):
     source = Source("Idavidrein/gpqa", ("gpqa_diamond.csv",), COLUMNS)
     sampling = Sampling(temperature=0.6, top_p=0.95, max_tokens=32768)
     samples = 3
+    version = 2
     metrics = {
         "reference": "'answer is X', else the last boxed letter, anywhere in the response, is right",
         "strict": "the last boxed letter after the thinking is right",

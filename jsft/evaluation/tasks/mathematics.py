@@ -1,12 +1,14 @@
 r"""What the mathematical benchmarks share: the prompt, and grading with math-verify.
 
 `reference` is the reference's rule: math-verify reads an answer anywhere in the response, thinking included.
-`strict` takes the last `\boxed{...}` after the thinking and nothing else.
+`strict` takes the last `\boxed{...}` after the thinking and nothing else, and reads more spellings of a number.
 """
 
+import re
 from typing import Any
 
-from jsft.evaluation import answers, thinking
+from jsft.errors import DataError
+from jsft.evaluation import answers, latex, thinking
 from jsft.evaluation.data import check_row
 from jsft.evaluation.sampling import Sampling
 from jsft.evaluation.tasks.base import IN_DOMAIN, Grade, Problem, Task
@@ -20,6 +22,7 @@ LONGEST_ANSWER = 1_000  # characters; no benchmark has a longer one
 class Mathematics(Task):
     """A benchmark of rows with a problem and a gold answer."""
 
+    version = 2
     group = IN_DOMAIN
     sampling = Sampling(temperature=0.6, top_p=0.95, max_tokens=32768)
     metrics = {
@@ -30,13 +33,14 @@ class Mathematics(Task):
     primary = "reference"
     problem_column = "problem"
     answer_column = "answer"
+    solution_is_gold = True  # `reference` compares with the worked solution where a row has one
 
     def problem(self, row: dict[str, Any], index: int) -> Problem:
         row = {k.lower(): v for k, v in row.items()}
         row.setdefault(self.problem_column, row.get("question"))
         check_row(self.name, index, row, (self.problem_column, self.answer_column))
         gold = {"answer": self.gold_answer(row)}
-        if row.get("solution"):
+        if self.solution_is_gold and row.get("solution"):
             gold["solution"] = row["solution"]
         if self.breakdown:
             gold[self.breakdown] = row.get(self.breakdown, "unknown")
@@ -51,14 +55,14 @@ class Mathematics(Task):
         equal(parse("\\boxed{\\frac12}"), parse("\\boxed{0.5}"))
 
     def grade(self, gold: dict[str, Any], response: str) -> Grade:
-        target = parse(f"\\boxed{{{gold['answer']}}}")
         final = answers.last_boxed(thinking.final_answer(response)) or None  # an empty box is no answer
         too_long = final is not None and len(final) > LONGEST_ANSWER
-        read = parse(f"\\boxed{{{final}}}") if final and not too_long else []
-        strict = bool(read) and equal(target, read)
-        anywhere = parse(response[-LONGEST:])
+        read = parse_answer(latex.spelled(final)) if final and not too_long else []
+        strict = bool(read) and equal(parse_answer(latex.spelled(gold["answer"])), read)
+        anywhere = parse(answers.apart(response[-LONGEST:]))
         # As the reference: against the gold solution, where the benchmark has one.
-        reference = equal(parse(gold["solution"]) if gold.get("solution") else target, anywhere)
+        solution = self.solution_is_gold and gold.get("solution")
+        reference = equal(parse(answers.apart(solution)) if solution else parse_answer(gold["answer"]), anywhere)
         scores = {
             "reference": float(reference),
             "strict": float(strict),
@@ -74,11 +78,33 @@ class Mathematics(Task):
         return None
 
 
+class IntegerAnswers(Mathematics):
+    """A competition whose answers are integers from 0 to 999: AIME.
+
+    Graded against the integer. Worked solutions end in an equation or in `\\textbf{(073)}` now and then.
+    """
+
+    samples = 10
+    solution_is_gold = False
+
+    def gold_answer(self, row: dict[str, Any]) -> str:
+        answer = str(row[self.answer_column])
+        number = re.fullmatch(r"[^\d-]*(\d{1,3})(?:\.0+)?[^\d]*", answer)  # `073`, `$73$`, `73^\circ`
+        if number is None:
+            raise DataError(f"{self.name}: the answer '{answer[:60]}' is not an integer from 0 to 999")
+        return str(int(number[1]))
+
+
 def parse(text: str) -> list[Any]:
     """math-verify's reading of a text: candidates of one answer, [] where it finds none."""
     import math_verify
 
     return math_verify.parse(text)
+
+
+def parse_answer(answer: str) -> list[Any]:
+    """math-verify's reading of an answer alone."""
+    return parse(f"\\boxed{{{answer}}}")
 
 
 def equal(gold: list[Any], answer: list[Any]) -> bool:

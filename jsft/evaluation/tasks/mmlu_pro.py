@@ -16,6 +16,7 @@ from jsft.evaluation.tasks.harness import HarnessTask
 
 LETTERS = "ABCDEFGHIJ"
 SUBSET = 1000
+FONTS = r"(?:\\(?:text|math|boldsymbol)[a-z]*\{\s*)*"
 MATCH = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
 
 
@@ -35,6 +36,7 @@ class MmluPro(HarnessTask):
         "strict": "the last boxed letter after the thinking is right",
     }
     primary = "reference"
+    version = 2
     breakdown = "category"
     config = {
         "doc_to_text": (
@@ -50,7 +52,8 @@ class MmluPro(HarnessTask):
                 "filter": [
                     {
                         "function": "regex",
-                        "regex_pattern": r"(?:answer is \(?|\\boxed\{\(?(?:\\text\{)?\(?)([ABCDEFGHIJ])\b",
+                        # The reference's rule, which knew `\text` alone of all fonts.
+                        "regex_pattern": rf"(?:answer is \(?|\\boxed\{{[$(]*{FONTS}\(?)([ABCDEFGHIJ])\b",
                     },
                     {"function": "take_first"},
                 ],
