@@ -21,6 +21,9 @@ _FLAGS = {
     "--xla_gpu_enable_triton_gemm": "false",
     # Merged, the key and value projections are one product, and five kernels that glue and cut what goes in and out.
     "--xla_gpu_dot_merger_threshold_mb": "0",
+    # XLA aborts when virtual CPU devices wait a minute for each other in a collective, which a busy machine can bring about. Our
+    # watchdog sees a step that hangs, too, and ends the run with a line and an exit code.
+    "--xla_cpu_collective_call_terminate_timeout_seconds": "7200",
 }
 
 # For programs whose layers gather their weights a layer ahead (jsft/models/stack.py): all of a layer's in one gather,
