@@ -6,10 +6,11 @@ Several runs are drawn side by side. Default --out: <first workdir>/report.
 """
 
 import argparse
-import os
+import io
 from pathlib import Path
 
-from jsft.errors import CheckpointError, ConfigError, run_command
+from jsft import files
+from jsft.errors import CheckpointError, ConfigError, explained, run_command
 from jsft.reporting.collect import Run, read_runs
 
 
@@ -49,7 +50,7 @@ def write_report(runs: list[Run], out: Path, title: str | None = None) -> str:
     Raises CheckpointError when `out` cannot be written.
     """
     from jsft.reporting import tables
-    from jsft.reporting.figures import STYLE, all_figures
+    from jsft.reporting.figures import all_figures
     from jsft.reporting.page import page, svg
 
     title = title or "Report: " + ", ".join(run.name for run in runs)
@@ -71,35 +72,38 @@ def write_report(runs: list[Run], out: Path, title: str | None = None) -> str:
         ("All numbers", details),
     ]
     shown = [t for t in (summary, *paper, training) if t]
-    markdown = f"# {title}\n\n" + "\n".join(t.markdown() for t in (*shown, *details))
+    markdown = f"# {tables.plain(title)}\n\n" + "\n".join(t.markdown() for t in (*shown, *details))
     markdown += "".join(f"\n![{caption}]({name}.png)\n" for name, (caption, _) in figures.items())
-    markdown += "".join(f"\n- {note}" for note in notes) + ("\n" if notes else "")
-    try:
+    markdown += "".join(f"\n- {tables.plain(note)}" for note in notes) + ("\n" if notes else "")
+    with explained(CheckpointError, f"the report cannot be written to {out}", "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
-        import matplotlib
-
         for name, (_, figure) in figures.items():
             _write(out / f"{name}.svg", svg(figure))
-            with matplotlib.rc_context(STYLE):
-                beside = out / f"{name}.png.new"
-                figure.savefig(beside, format="png", dpi=150)
-                os.replace(beside, out / f"{name}.png")
-        _write(out / "report.csv", tables.csv_text(runs).encode())
-        _write(out / "report.md", markdown.encode())
-        _write(out / "report.html", page(title, sections, notes).encode())
-    except OSError as error:
-        raise CheckpointError(f"the report cannot be written to {out}: {error.strerror or error}") from error
+            _write(out / f"{name}.png", _png(figure))
+        _write(out / "report.csv", _encoded(tables.csv_text(runs)))
+        _write(out / "report.md", _encoded(markdown))
+        _write(out / "report.html", _encoded(page(title, sections, notes)))
     return "\n".join(t.markdown() for t in shown or details)
 
 
 def _write(path: Path, data: bytes) -> None:
-    beside = path.with_name(path.name + ".new")
-    try:
-        beside.write_bytes(data)
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+    files.write_bytes(path, data, durable=False)  # it can be made again
+
+
+def _encoded(text: str) -> bytes:
+    """UTF-8; a name may hold bytes that were none."""
+    return text.encode("utf-8", errors="backslashreplace")
+
+
+def _png(figure) -> bytes:
+    import matplotlib
+
+    from jsft.reporting.figures import STYLE
+
+    out = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(out, format="png", dpi=150)
+    return out.getvalue()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -185,6 +186,40 @@ def test_broken_lines_name_their_place(run):
     (run / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
     with pytest.raises(DataError, match="metrics.jsonl, line 2: not JSON"):
         read_run(run)
+
+
+@pytest.mark.parametrize("line", [b'{"step": 2, "x": "\xff"}', b"[2]", b'{"loss": 1}', b'{"step": "2"}'])
+def test_lines_of_other_bytes_or_shapes_name_their_place(run, line):
+    for name in ("metrics", "heldout"):
+        (run / f"{name}.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+        with pytest.raises(DataError, match=rf"{name}.jsonl, line 2: .*; remove the line$"):
+            read_run(run)
+        (run / f"{name}.jsonl").write_bytes(b'{"step": 1}\n' + line[:8])
+    read_run(run)  # a torn last line is being written
+
+
+@pytest.mark.parametrize("text", [b"[]", b"\xff", b'{"state": "done"}', b'{"state": "done", "task": "x", "share": true, "score": 3}'])
+def test_results_of_other_shapes_name_their_file(run, text):
+    file = next(run.glob("eval/*/*/results.json"))
+    file.write_bytes(text)
+    with pytest.raises(DataError, match=re.escape(str(file))):
+        read_run(run)
+
+
+NAMES = ["=cmd|'/c calc'!A1", "$\\frac{", "_hidden", "<script>alert(1)</script> [a](javascript:b) `c` | *d*", "a\udcff\x01\nb"]
+
+
+def test_names_are_names_in_every_form_of_a_report(tmp_path, capsys):
+    """No formula of a spreadsheet or of mathematics, no HTML, no link: and every figure is drawn."""
+    runs = read_runs([write_run(tmp_path / str(i), name, CURVES) for i, name in enumerate(NAMES)])
+    markdown = report.write_report(runs, tmp_path / "out")
+    rows = list(csv.reader((tmp_path / "out" / "report.csv").open(newline="")))
+    assert {row[0] for row in rows[1:]} == {"'" + NAMES[0], *NAMES[1:4], NAMES[4].replace("\udcff", "\\udcff")}
+    assert "\\<script\\>alert(1)\\</script\\> [a]\\(javascript:b) \\`c\\` \\| \\*d\\*" in markdown
+    assert "<script>" not in markdown and "\\$\\\\frac{" in markdown and "\\_hidden" in markdown
+    assert "<script>" not in (tmp_path / "out" / "report.html").read_text()
+    legend = {text.get_text() for text in all_figures(runs)["training"][1].legends[0].get_texts()}
+    assert {" _hidden", "\\$\\frac{"} <= legend
 
 
 def test_page_in_a_browser(run, tmp_path):

@@ -2,16 +2,17 @@
 
 While a task runs, `samples.jsonl` is a log: a line per finished sample, later a line per judge's verdict.
 When it is done the file is written once more, sorted and with the grades, and `results.json` says `"state":
-"done"`. A torn last line (the process was killed) is cut off.
+"done"`. A torn last line (the process was killed) is cut off, a damaged one before it is left out.
 """
 
 import json
-import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jsft.errors import CheckpointError, ConfigError
+from jsft import files
+from jsft.errors import CheckpointError, ConfigError, describe, explained
 
 
 class TaskFolder:
@@ -25,21 +26,27 @@ class TaskFolder:
 
     @property
     def results(self) -> dict[str, Any] | None:
-        """results.json, or None."""
+        """results.json, or None. Raises CheckpointError where it is none of ours."""
+        path = self.path / "results.json"
         try:
-            return json.loads((self.path / "results.json").read_text(encoding="utf-8"))
-        except OSError:
+            results = json.loads(path.read_bytes())
+            results["settings"].items(), results["state"]
+        except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise CheckpointError(
-                f"{self.path}/results.json is not JSON ({error}); remove the folder"
-            ) from None
+        except NotADirectoryError:  # said when the folder is made
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} cannot be read: {describe(error, str(path))}; remove the folder") from None
+        except (KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"{path} is not what an evaluation writes; remove the folder") from None
+        return results
 
     def open(self, redo: bool = False) -> bool:
         """Reads what is there. Returns whether the task is done. Raises ConfigError on other settings."""
-        results = self.results
+        results = None if redo else self.results
         if redo and self.path.exists():
-            shutil.rmtree(self.path)
+            with self._explained():
+                shutil.rmtree(self.path)
             results = None
         if results is not None:
             different = [k for k, v in self.settings.items() if results["settings"].get(k) != v]
@@ -58,73 +65,64 @@ class TaskFolder:
                 )
             if results["state"] == "done":
                 return True
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if results is None or results["state"] != "done":
-                self.write_results({"state": "running"})
+        with self._explained():
+            files.make_folder(self.path)
+            files.remove_leftovers(self.path)
+            self.write_results({"state": "running"})
             self._read_samples()
-            self._stream = (self.path / "samples.jsonl").open("a", encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be written: {error.strerror}") from error
+            self._stream = (self.path / "samples.jsonl").open("ab")
         return False
+
+    def _explained(self, name: str = ""):
+        return explained(CheckpointError, f"{self.path / name} cannot be written", "choose another --out")
 
     def add(self, entry: dict[str, Any]) -> None:
         """Appends a line: a new sample, or more about a known one (merged into it by problem and sample)."""
         self.samples.setdefault((entry["problem"], entry["sample"]), {}).update(entry)
-        try:
-            self._stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        with self._explained("samples.jsonl"):
+            self._stream.write(files.json_line(entry))
             self._stream.flush()
-        except OSError as error:
-            raise CheckpointError(f"{self.path}/samples.jsonl cannot be written: {error.strerror}") from error
 
     def finish(self, order: list[tuple[str, int]], results: dict[str, Any]) -> None:
         """Writes the samples in `order` and the final results."""
-        self._stream.close()
-        lines = (json.dumps(self.samples[key], ensure_ascii=False) + "\n" for key in order)
-        try:
-            _replace(self.path / "samples.jsonl", "".join(lines))
-        except OSError as error:
-            raise CheckpointError(f"{self.path}/samples.jsonl cannot be written: {error.strerror}") from error
+        with self._explained("samples.jsonl"):
+            self._stream.close()
+            files.write_bytes(self.path / "samples.jsonl", b"".join(files.json_line(self.samples[key]) for key in order))
         self.write_results({"state": "done", **results})
 
     def fail(self, reason: str) -> None:
         """Leaves the samples for another try and says why there is no result."""
         if self._stream is not None:
-            self._stream.close()
+            with suppress(OSError):  # what did not fit is lost, as was said
+                self._stream.close()
         self.write_results({"state": "failed", "reason": reason})
 
     def write_results(self, results: dict[str, Any]) -> None:
         text = json.dumps({**results, "settings": self.settings}, indent=2, ensure_ascii=False) + "\n"
-        try:
-            _replace(self.path / "results.json", text)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}/results.json cannot be written: {error.strerror}") from error
+        with self._explained("results.json"):
+            files.write_text(self.path / "results.json", text)
 
     def _read_samples(self) -> None:
+        """Takes every whole line. A damaged one is named, and left out of the file; its sample is made again."""
         path = self.path / "samples.jsonl"
         if not path.exists():
             return
-        whole = 0
-        with path.open("rb") as stream:
-            for line in stream:
-                try:
-                    entry = json.loads(line)
-                    key = entry["problem"], entry["sample"]
-                except (ValueError, KeyError, TypeError):
-                    break
-                if not line.endswith(b"\n"):
-                    break
+        lines = path.read_bytes().splitlines(keepends=True)
+        found = []
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+                key = entry["problem"], entry["sample"]
+                hash(key)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                if number < len(lines):
+                    print(f"warning: {path}, line {number} is damaged; what it held is made again", flush=True)
+                continue
+            if line.endswith(b"\n"):
                 self.samples.setdefault(key, {}).update(entry)
-                whole += len(line)
-        if whole < path.stat().st_size:
-            os.truncate(path, whole)
-
-
-def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".new")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+                found.append((key, line))
+        # A verdict whose sample was in a damaged line is no sample.
+        self.samples = {key: entry for key, entry in self.samples.items() if "response" in entry}
+        kept = [line for key, line in found if key in self.samples]
+        if kept != lines:
+            files.write_bytes(path, b"".join(kept))

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jsft.errors import DataError
+from jsft.errors import DataError, describe, explained
 from jsft.evaluation.tasks import TASKS
 from jsft.reporting.known import known_scores
 
@@ -119,9 +119,17 @@ def _read_evaluations(folder: Path) -> tuple[dict[str, Curve], list[str]]:
         if results.get("state") != "done":
             skipped.append(f"{file.parent}: {results.get('reason') or results.get('state')}")
             continue
-        task = results["task"]
+        try:
+            task, point = str(results["task"]), _point(int(match[1]), results)
+            for name in ("title", "group", "primary", "share", "lower_is_better", "metrics"):
+                results[name]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{file} is not what an evaluation writes ({type(error).__name__}: {error}); remove its folder and "
+                f"evaluate again"
+            ) from error
         facts[task] = results
-        points.setdefault(task, []).append(_point(int(match[1]), results))
+        points.setdefault(task, []).append(point)
     curves = {}
     order = {name: i for i, name in enumerate(TASKS)}  # that of the paper's tables
     for task, found in sorted(points.items(), key=lambda item: (order.get(item[0], len(order)), item[0])):
@@ -151,30 +159,40 @@ def _point(step: int, results: dict[str, Any]) -> Point:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        return value
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {describe(error, str(path))}") from error
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a JSON-lines file; [] if it is not there. A torn last line (being written) is left out."""
+    """Records of a JSON-lines file; [] if it is not there. A torn last line (being written) is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    with explained(DataError, f"{path} cannot be read"):
+        lines = path.read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines, 1):
+        if not line and number == len(lines):
+            break
         try:
-            records.append(json.loads(line))
-        except ValueError as error:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError("no object with a step")
+            records.append(record)
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
-            raise DataError(f"{path}, line {number}: not JSON ({error})") from error
+            cause = describe(error) if isinstance(error, UnicodeError) else f"not JSON ({error})"
+            raise DataError(f"{path}, line {number}: {cause}; remove the line") from error
     return records
 
 
 def _config_name(path: Path) -> str | None:
     try:
-        name = json.loads((path / "config.json").read_text(encoding="utf-8")).get("name")
-    except (OSError, ValueError, AttributeError):
+        name = json.loads((path / "config.json").read_bytes()).get("name")
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return name if isinstance(name, str) and name else None

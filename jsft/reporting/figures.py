@@ -29,6 +29,12 @@ def look(index: int) -> dict:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % len(DASHES)]}
 
 
+def label(name: str) -> str:
+    """A name as matplotlib draws it: dollars are no formula, an underscore in front hides nothing, all is printable."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name).replace("$", "\\$")
+    return f" {text}" if text.startswith("_") else text
+
+
 def all_figures(runs: list[Run]) -> dict[str, tuple[str, Figure]]:
     """File name -> (caption, figure), for what the runs have data for."""
     makers: dict[str, tuple[str, Callable[[list[Run]], Figure | None]]] = {
@@ -70,7 +76,7 @@ def score_figure(runs: list[Run]) -> Figure | None:
         style = look(index)
         points = curve.trained or curve.points
         steps = [p.step for p in points]
-        axes.plot(steps, [p.score for p in points], marker="o", markersize=3.5, label=run.name, **style)
+        axes.plot(steps, [p.score for p in points], marker="o", markersize=3.5, label=label(run.name), **style)
         known = all(p.low is not None for p in points)
         if known and len(points) == 1:  # a band needs two
             axes.vlines(steps, points[0].low, points[0].high, color=style["color"], alpha=0.5)
@@ -96,7 +102,7 @@ def score_figure(runs: list[Run]) -> Figure | None:
                 axes.axvline(dip.end.step, color=style["color"], linewidth=1, alpha=0.6)
 
     def title(curve: Curve) -> str:
-        return f"{curve.title}: {curve.metric}{' (lower is better)' if curve.lower_is_better else ''}"
+        return label(f"{curve.title}: {curve.metric}{' (lower is better)' if curve.lower_is_better else ''}")
 
     return _panels(runs, draw, title, lambda c: "percent" if c.share else "score")
 
@@ -112,7 +118,7 @@ def length_figure(runs: list[Run]) -> Figure | None:
             [p.tokens for p in points],
             marker="o",
             markersize=3.5,
-            label=run.name,
+            label=label(run.name),
             **style,
         )
         if curve.base is not None and curve.trained:
@@ -121,7 +127,7 @@ def length_figure(runs: list[Run]) -> Figure | None:
             )
         axes.set_ylim(bottom=0)
 
-    return _panels(runs, draw, lambda c: c.title, lambda c: "tokens")
+    return _panels(runs, draw, lambda c: label(c.title), lambda c: "tokens")
 
 
 def domain_figure(runs: list[Run]) -> Figure | None:
@@ -181,10 +187,10 @@ def training_figure(runs: list[Run]) -> Figure | None:
             style = look(index)
             if smooth is None:
                 marker = "o" if len(values) < 3 else None
-                axes.plot(steps, values, linewidth=1.2, marker=marker, label=run.name, **style)
+                axes.plot(steps, values, linewidth=1.2, marker=marker, label=label(run.name), **style)
             else:
                 axes.plot(steps, values, linewidth=0.6, alpha=0.35, **style)
-                axes.plot(steps, smooth, linewidth=1.5, label=run.name, **style)
+                axes.plot(steps, smooth, linewidth=1.5, label=label(run.name), **style)
             if key == "loss":
                 _draw_heldout(axes, run, style)
         if logarithmic:
@@ -199,7 +205,7 @@ def _draw_heldout(axes: Axes, run: Run, style: dict) -> None:
     for name in names:
         pairs = [(h["step"], h[name]) for h in run.heldout if h.get(name) is not None]
         axes.plot(*zip(*pairs, strict=True), "D--", color=style["color"], markersize=3, linewidth=0.8,
-                  label=f"{run.name}, held out: {name.removesuffix('/loss')}")  # fmt: skip
+                  label=label(f"{run.name}, held out: {name.removesuffix('/loss')}"))  # fmt: skip
 
 
 def _panels(runs: list[Run], draw, title, unit) -> Figure | None:
@@ -251,7 +257,7 @@ def _path_axes(paths: list, x_label: str, y_label: str) -> Axes | None:
         if not steps:
             continue
         xs, ys = [x[s] for s in steps], [y[s] for s in steps]
-        axes.plot(xs, ys, marker="o", markersize=4, linewidth=1, label=run.name, **look(index))
+        axes.plot(xs, ys, marker="o", markersize=4, linewidth=1, label=label(run.name), **look(index))
         for step, a, b in zip(steps, xs, ys, strict=True):
             text = "base" if step == 0 else str(step)
             axes.annotate(

@@ -4,8 +4,23 @@ import csv
 import dataclasses
 import html
 import io
+import re
 
 from jsft.reporting.collect import Curve, Point, Run
+
+
+_MARKUP = re.compile(r"[\\`*<>|~$&]|\b_|_\b|(?<=\])\(|(?<=!)\[")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # what makes a spreadsheet take a text for a formula
+
+
+def plain(text: str) -> str:
+    """Text as Markdown that shows it: one line, no HTML, links, formulas or emphasis of its own."""
+    return _MARKUP.sub(lambda found: "\\" + found[0], " ".join(text.split()))
+
+
+def cell(text: str) -> str:
+    """Text as a cell of a CSV file that a spreadsheet shows and does not compute."""
+    return f"'{text}" if text.startswith(_FORMULA) else text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +33,11 @@ class Table:
     note: str = ""
 
     def markdown(self) -> str:
-        lines = [f"### {self.title}", ""]
-        lines.append("| " + " | ".join(self.header) + " |")
+        lines = [f"### {plain(self.title)}", ""]
+        lines.append("| " + " | ".join(map(plain, self.header)) + " |")
         lines.append("|---" + "|--:" * (len(self.header) - 1) + "|")
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.rows]
-        return "\n".join(lines + (["", self.note] if self.note else [])) + "\n"
+        lines += ["| " + " | ".join(map(plain, row)) + " |" for row in self.rows]
+        return "\n".join(lines + (["", plain(self.note)] if self.note else [])) + "\n"
 
     def html(self) -> str:
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header)
@@ -207,7 +222,7 @@ def csv_text(runs: list[Run]) -> str:
                     paper = run.known.get(curve.task, {}).get(point.step, "") if primary else ""
                     write(
                         [
-                            run.name, point.step, curve.task, curve.group, name, int(primary),
+                            cell(run.name), point.step, cell(curve.task), cell(curve.group), cell(name), int(primary),
                             average["mean"], low, high,
                             point.results["problems"], point.results["samples_per_problem"],
                             round(point.tokens, 1),

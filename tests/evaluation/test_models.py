@@ -1,7 +1,9 @@
 """What the command line's model argument means; data files; folders of results."""
 
 import importlib.util
+import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -264,6 +266,55 @@ def test_folder_goes_on_after_a_torn_line(tmp_path):
     with pytest.raises(ConfigError, match="seed: 0 there, 1 now"):
         TaskFolder(tmp_path / "t", {"seed": 1}).open()
     assert TaskFolder(tmp_path / "t", {"seed": 1}).open(redo=True) is False
+
+
+def test_a_damaged_line_costs_its_own_sample_alone(tmp_path, capsys):
+    folder, path = TaskFolder(tmp_path / "t", {"seed": 0}), tmp_path / "t" / "samples.jsonl"
+    folder.open()
+    for problem in "abc":
+        folder.add(entry(problem, 0))
+    folder.add({"problem": "b", "sample": 0, "verdict": 5})
+    lines = path.read_bytes().splitlines(keepends=True)
+    for damaged in (b'{"problem": "b", "sam\n', lines[1].replace(b"r", b"\xff"), b"[1]\n", b'{"problem": {}, "sample": 0}\n'):
+        path.write_bytes(lines[0] + damaged + b"".join(lines[2:]))
+        again = TaskFolder(tmp_path / "t", {"seed": 0})
+        assert again.open() is False
+        assert again.samples == {("a", 0): entry("a", 0), ("c", 0): entry("c", 0)}, "a verdict alone is no sample"
+        assert path.read_bytes() == lines[0] + lines[2]
+        assert capsys.readouterr().out == f"warning: {path}, line 2 is damaged; what it held is made again\n"
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b"\xff", b'{"state": "done"}', b'{"settings": 3, "state": "done"}', b"[" * 100_000])
+def test_results_that_are_none_of_ours_are_one_line(tmp_path, text):
+    (tmp_path / "results.json").write_bytes(text)
+    with pytest.raises(CheckpointError, match="results.json .*; remove the folder"):
+        TaskFolder(tmp_path, {"seed": 0}).open()
+    assert TaskFolder(tmp_path, {"seed": 0}).open(redo=True) is False
+
+
+def test_a_full_disk_under_samples_and_results_is_one_line(tmp_path, monkeypatch):
+    folder = TaskFolder(tmp_path / "t", {"seed": 0})
+    folder.open()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for write in (lambda: folder.fail("why"), lambda: folder.write_results({"state": "running"})):
+        with pytest.raises(CheckpointError, match="results.json cannot be written: No space left on device; free space"):
+            write()
+    assert json.loads((tmp_path / "t" / "results.json").read_text())["state"] == "running"
+
+
+def test_half_of_a_surrogate_pair_from_a_server_is_kept(tmp_path):
+    folder = TaskFolder(tmp_path / "t", {"seed": 0})
+    folder.open()
+    folder.add(entry("a", 0, "half \ud835"))
+    again = TaskFolder(tmp_path / "t", {"seed": 0})
+    again.open()
+    assert again.samples == {("a", 0): entry("a", 0, "half \ud835")}
+    again.finish([("a", 0)], {"note": "\ud835"})
+    assert again.results["note"] == "\ud835"
 
 
 def test_folder_that_cannot_be_written(tmp_path):
