@@ -55,6 +55,7 @@ def parent_group(root: Path = ROOT, own: Path = Path("/proc/self/cgroup")) -> Pa
     # Moving a process from our group to a child of `group` needs its cgroup.procs too.
     for candidate in (group, *group.parents):
         if _usable(candidate):
+            _remove_forgotten(candidate)
             return candidate
         if candidate == root:
             return None
@@ -67,6 +68,14 @@ def _usable(group: Path) -> bool:
     except OSError:
         return False
     return "memory" in handed and os.access(group, os.W_OK) and os.access(group / "cgroup.procs", os.W_OK)
+
+
+def _remove_forgotten(parent: Path) -> None:
+    """Groups of judges that were killed; no process is in them."""
+    for group in parent.glob("jsft-*-*"):
+        if not Path("/proc", group.name.split("-")[1]).exists():
+            with contextlib.suppress(OSError):
+                group.rmdir()
 
 
 def _remove(group: Path) -> None:

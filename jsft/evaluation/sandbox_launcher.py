@@ -163,7 +163,7 @@ def launch(job: dict, teller: Teller, judge: int) -> None:
     """Starts the keeper and waits for its end. SIGTERM ends the keeper, and so all in the room, first."""
     leave_keyring(bool(job["filter"]))
     # Opened with the judge's rights; the program moves itself in before it has none.
-    job["cgroup"] = os.open(job["cgroup"], os.O_WRONLY) if job["cgroup"] else None
+    group = os.open(job["cgroup"], os.O_WRONLY) if job["cgroup"] else None
     enter_namespaces()
     die_with_parent()  # only now: new credentials clear it
     if os.getppid() != judge:
@@ -172,7 +172,7 @@ def launch(job: dict, teller: Teller, judge: int) -> None:
     keeper = os.fork()
     if keeper == 0:
         os.close(lifeline)
-        keep(job, teller, alive)
+        keep(job, teller, group, alive)
     os.close(alive)
     os.closerange(0, 3)  # the program's ends of these pipes must be the only ones
     os.close(teller.descriptor)
@@ -184,7 +184,7 @@ def launch(job: dict, teller: Teller, judge: int) -> None:
 # The keeper: process 1 of the room.
 
 
-def keep(job: dict, teller: Teller, alive: int) -> None:
+def keep(job: dict, teller: Teller, group: int | None, alive: int) -> None:
     """Builds the room, starts the program, tells how it ended. Never returns."""
     try:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a handler, the room cannot signal process 1
@@ -201,6 +201,8 @@ def keep(job: dict, teller: Teller, alive: int) -> None:
         libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
         program = os.fork()
         if program == 0:
+            if group is not None:
+                join(group)
             become_program(job, teller, [] if processes else ["memory"])
         for descriptor in (0, 1, 2):
             os.close(descriptor)
@@ -352,14 +354,19 @@ def watch(program: int, job: dict, processes: Processes | None, teller: Teller) 
 # The program.
 
 
+def join(group: int) -> None:
+    try:
+        os.write(group, b"0")
+    except OSError:  # some delegated trees forbid it; the keeper watches the memory anyway
+        pass
+
+
 def become_program(job: dict, teller: Teller, missing: list[str]) -> None:
     """Limits, no privileges, no needless system calls, for this process and all it starts; then the program."""
     try:
         stdin = os.open("/dev/stdin", os.O_RDONLY)
         os.dup2(stdin, 0)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        if job["cgroup"] is not None:
-            os.write(job["cgroup"], b"0")
         limit(job)
         for capability in range(64):
             libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)

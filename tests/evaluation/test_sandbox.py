@@ -178,3 +178,45 @@ def test_tests_may_be_a_list_already():
 )
 def test_no_output_passes_for_another(shown):
     assert not same_value(shown, "1") and not same_output(shown, "1")
+
+
+def test_what_ordinary_programs_use_works_under_the_filter():
+    source = """
+import asyncio, concurrent.futures, os, resource, select, shutil, signal, socket, subprocess, sys, tempfile, threading
+import time
+def later(): return 7
+async def main():
+    await asyncio.sleep(0.001)
+    process = await asyncio.create_subprocess_exec('/bin/echo', 'a', stdout=subprocess.PIPE)
+    return await asyncio.to_thread(later), (await process.communicate())[0]
+assert asyncio.run(main()) == (7, b'a\\n')
+assert subprocess.run(['/bin/echo', 'a'], capture_output=True).stdout == b'a\\n'
+assert os.popen('echo b').read() == 'b\\n' and os.system('true') == 0
+with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    assert sum(pool.map(abs, range(-9, 9))) == 81
+a, b = socket.socketpair()
+a.send(b'x'); assert b.recv(1) == b'x' and select.select([a], [], [], 0)[0] == []
+with tempfile.TemporaryDirectory() as d:
+    open(d + '/a', 'w').write('1'); shutil.copy(d + '/a', d + '/b'); os.rename(d + '/b', d + '/c')
+    assert sorted(os.listdir(d)) == ['a', 'c']
+def alarm(*_): raise TimeoutError
+signal.signal(signal.SIGALRM, alarm); signal.setitimer(signal.ITIMER_REAL, 0.01)
+try:
+    time.sleep(5); assert False
+except TimeoutError:
+    pass
+resource.setrlimit(resource.RLIMIT_STACK, (resource.getrlimit(resource.RLIMIT_STACK)[0] // 2, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, resource.getrlimit(resource.RLIMIT_AS))
+if (child := os.fork()) == 0:
+    os._exit(3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+assert os.cpu_count() and os.urandom(4) and time.perf_counter() and not sys.stdout.isatty()
+try:
+    import numpy
+    assert (numpy.ones((50, 50)) @ numpy.ones((50, 50))).sum() == 125000
+except ImportError:
+    pass
+print('done')
+"""
+    finished = run(source, limits=sandbox.Limits(seconds=30.0, memory_mb=2048))
+    assert (finished.state, finished.stdout) == ("ok", b"done\n"), finished.stderr

@@ -210,7 +210,9 @@ def test_a_control_group_is_made_below_the_nearest_that_hands_memory_on(tmp_path
     find = sandbox_cgroup.parent_group.__wrapped__
     assert find(root, own) is None  # not a version 2 hierarchy
     (root / "cgroup.controllers").write_text("cpu memory pids")
+    (session.parent / "jsft-99999999-1").mkdir(), (session.parent / f"jsft-{os.getpid()}-1").mkdir()
     assert find(root, own) == session.parent
+    assert [p.name for p in session.parent.glob("jsft-*")] == [f"jsft-{os.getpid()}-1"]  # the other's judge is dead
     (session.parent / "cgroup.subtree_control").write_text("cpu")
     assert find(root, own) == root
     (root / "cgroup.subtree_control").write_text("")
