@@ -51,11 +51,8 @@ def check(result: int, what: str) -> None:
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
-    encode = lambda text: text.encode() if text is not None else None  # noqa: E731
-    check(
-        libc.mount(encode(source), encode(target), encode(kind), ctypes.c_ulong(flags), encode(data)),
-        f"mount {target}",
-    )
+    texts = [None if text is None else os.fsencode(text) for text in (source, target, kind, data)]
+    check(libc.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]), f"mount {target}")
 
 
 class MountAttributes(ctypes.Structure):
@@ -66,7 +63,7 @@ def make_read_only(target: str) -> None:
     """Makes a mount and all below it read-only."""
     wanted = MountAttributes(set=MS_RDONLY | MS_NOSUID)
     number = libc.syscall(
-        MOUNT_SETATTR, AT_FDCWD, target.encode(), AT_RECURSIVE, ctypes.byref(wanted), ctypes.sizeof(wanted)
+        MOUNT_SETATTR, AT_FDCWD, os.fsencode(target), AT_RECURSIVE, ctypes.byref(wanted), ctypes.sizeof(wanted)
     )
     if number == 0 or ctypes.get_errno() != errno.ENOSYS:
         return check(number, f"mount_setattr {target}")
@@ -264,7 +261,7 @@ def build_room(job: dict) -> "Processes | None":
     with open(ROOM + "/room/program.py", "wb") as stream:
         stream.write(job["source"])
     flags = MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV
-    check(libc.mount(None, ROOM.encode(), None, ctypes.c_ulong(flags), None), "read-only root")
+    check(libc.mount(None, os.fsencode(ROOM), None, ctypes.c_ulong(flags), None), "read-only root")
     os.chdir(ROOM)
     check(libc.syscall(PIVOT_ROOT, b".", b"."), "pivot_root")  # the old root lies over the new one ...
     check(libc.umount2(b".", MNT_DETACH), "umount")  # ... until it is taken away
@@ -286,7 +283,7 @@ class Processes:
         try:
             mount("proc", place, "proc", MS_NOSUID | MS_NODEV)
             found = cls(os.open(place, os.O_RDONLY | os.O_DIRECTORY), None)
-            check(libc.umount2(place.encode(), MNT_DETACH), "umount /proc")
+            check(libc.umount2(os.fsencode(place), MNT_DETACH), "umount /proc")
         except OSError:
             try:
                 outer = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
