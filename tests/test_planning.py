@@ -4,6 +4,7 @@ input."""
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +13,16 @@ from jax.sharding import AbstractMesh
 
 from jsft import cli, plan
 from jsft import config as schema
-from jsft.errors import ConfigError, DataError, OutOfMemoryError
+from jsft.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
 from jsft.mesh import MESH_AXES, make_mesh, shard_bytes
 from jsft.models.module import abstract_parameters
 from jsft.models.published import PUBLISHED
-from jsft.planning import fitting
+from jsft.planning import fitting, startup
 from jsft.training.compiled import compare
 from jsft.planning.devices import RATES, find_device
 from jsft.planning.inputs import find_model
 from jsft.planning.memory import HEADROOM, estimate, parameter_sizes, planned_mesh, sharded_layer_elements
-from jsft.planning.work import Lengths, plan_work
+from jsft.planning.work import Lengths, checkpoint_bytes, plan_work
 from jsft.models.remat import LADDER
 
 GIB = 2**30
@@ -375,3 +376,55 @@ def test_models_are_found_by_hub_id():
         ("internlm/internlm2_5-20b", "internlm2_5_20b"),
     ):
         assert find_model(path)[0] == PUBLISHED[name]
+
+
+@pytest.fixture
+def run_on_a_disk(monkeypatch):
+    """A run whose checkpoint takes 1.05 x 12 bytes a parameter, and a disk with so many bytes free."""
+    model = dataclasses.replace(find_model("Qwen/Qwen3-0.6B-Base")[0], **TINY)
+    data = SimpleNamespace(total_steps=4)
+    parts = SimpleNamespace(model=model, config=make_config(precision__params="float32"), data=data)
+    needed = 1.05 * checkpoint_bytes(model, parts.config, 4)[0]
+    asked = []
+
+    def disk(free):
+        def usage(place):
+            asked.append(place)
+            return SimpleNamespace(free=free)
+
+        monkeypatch.setattr(startup.shutil, "disk_usage", usage)
+        return parts, asked
+
+    return disk, needed
+
+
+def test_a_disk_that_cannot_hold_one_checkpoint_is_refused_before_the_start(run_on_a_disk, tmp_path, capsys):
+    disk, needed = run_on_a_disk
+    parts, asked = disk(needed - 1)
+    workdir = tmp_path / "runs" / "new"
+    with pytest.raises(CheckpointError, match=r"needs [\d.]+ MB, and the disk of .*new has [\d.]+ MB free") as error:
+        startup.check_disk(parts, workdir, print)
+    assert "\n" not in str(error.value) and asked == [tmp_path] and not list(tmp_path.iterdir())
+    startup.check_disk(parts, workdir, print, ignore=True)
+    assert capsys.readouterr().out.startswith("warning: a checkpoint needs")
+    startup.check_disk(disk(needed + 1)[0], workdir, print)
+    assert not capsys.readouterr().out
+
+
+def test_the_disk_is_the_one_that_a_link_leads_to(run_on_a_disk, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk" / "run")  # which the start will make
+    parts, asked = run_on_a_disk[0](1e12)
+    startup.check_disk(parts, tmp_path / "run", print)
+    assert asked == [tmp_path / "disk"]
+
+
+def test_what_a_killed_save_left_counts_as_free(run_on_a_disk, tmp_path):
+    disk, needed = run_on_a_disk
+    for name, size in (("2.orbax-checkpoint-tmp", 10_000), ("4", 5000)):
+        (tmp_path / "checkpoints" / name / "parameters").mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "parameters" / "array").write_bytes(b"x" * size)
+    startup.check_disk(disk(needed - 15_000)[0], tmp_path, print)
+    (tmp_path / "checkpoints" / "4" / "manifest.json").write_text("{}")  # a milestone's parameters stay
+    with pytest.raises(CheckpointError):
+        startup.check_disk(disk(needed - 15_000)[0], tmp_path, print)

@@ -1,16 +1,19 @@
 """The plan as a run's first act: refuses what cannot fit, and says how long it will take where the device is
 known."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 
-from jsft.errors import OutOfMemoryError
+from jsft.errors import CheckpointError, OutOfMemoryError, explained
 from jsft.planning import fitting
 from jsft.planning.devices import DEVICES, SPREAD
 from jsft.planning.memory import estimate
-from jsft.planning.work import Lengths, plan_work
+from jsft.planning.work import Lengths, checkpoint_bytes, plan_work
 from jsft.training import platform
+from jsft.training.manifest import SPACE_MARGIN, unsealed_bytes
 
 TOLERANCE = 1.1  # the estimate is within a tenth of the compiled program
 Say = Callable[[str], None]
@@ -38,6 +41,28 @@ def check_memory(parts, say: Say, ignore: bool = False) -> None:
     )
     if not ignore:
         raise OutOfMemoryError(f"{text} (python -m jsft.plan shows all; --ignore_plan starts all the same)")
+    say(f"warning: {text}")
+
+
+def check_disk(parts, workdir: Path, say: Say, ignore: bool = False) -> None:
+    """Raises CheckpointError where the disk of `workdir`, a run without a checkpoint, has no room for a single one; says
+    so with `ignore`.
+
+    What a killed save left there counts as free: the run removes it.
+    """
+    workdir = Path(workdir).resolve()
+    place = next(folder for folder in (workdir, *workdir.parents) if folder.exists())
+    with explained(CheckpointError, f"--workdir {workdir} cannot be read", "choose another"):
+        free = shutil.disk_usage(place).free + unsealed_bytes(workdir)
+    needed = checkpoint_bytes(parts.model, parts.config, parts.data.total_steps)[0] * SPACE_MARGIN
+    if free >= needed:
+        return
+    text = (
+        f"a checkpoint needs {needed / 1e6:,.1f} MB, and the disk of {workdir} has {free / 1e6:,.1f} MB free: not one would "
+        f"be saved; free space, or choose another --workdir"
+    )
+    if not ignore:
+        raise CheckpointError(f"{text} (--ignore_plan starts all the same)")
     say(f"warning: {text}")
 
 

@@ -25,6 +25,7 @@ from jsft.training.manifest import (
     MANIFEST,
     OPTIMIZER,
     PARAMETERS,
+    SPACE_MARGIN,
     check_arrays,
     checkpoint_folder,
     describe_arrays,
@@ -41,7 +42,6 @@ from jsft.training.orbax_io import check_readable, one_line, orbax_path, quiet
 
 __all__ = ["Policy", "Saver", "list_steps", "read_manifest", "restore", "restore_parameters", "verify"]
 
-_SPACE_MARGIN = 1.05  # metadata and file-system overhead beside the arrays
 _TIMEOUT_SECONDS = 1800  # that processes wait for each other at the end of a save
 _PATIENCE_SECONDS = 10  # that training waits for the save before; then the new one is left out
 _SPLIT_BYTES = 64 * 2**20  # replicated arrays above this are written in parts by their replicas
@@ -258,7 +258,7 @@ class Saver:
         self._thread.start()
 
     def _no_space(self, state: TrainState) -> str | None:
-        needed = int(_SPACE_MARGIN * sum(x.nbytes for x in jax.tree.leaves(state)))
+        needed = int(SPACE_MARGIN * sum(x.nbytes for x in jax.tree.leaves(state)))
         free = shutil.disk_usage(self._folder).free
         if (
             jax.process_count() > 1

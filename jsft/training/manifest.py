@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ FORMAT = 2  # 1 had no checksum of the manifest itself
 _UNSUMMED = 1  # the newest format without it
 MANIFEST = "manifest.json"
 PARAMETERS, OPTIMIZER = "parameters", "optimizer"  # the two Orbax items of a checkpoint
+SPACE_MARGIN = 1.05  # metadata and file-system overhead beside a checkpoint's arrays
 _READ_BYTES = 16 * 2**20
 _THREADS = 8
 _SEALED = re.compile(rb'(.*),\n "checksum": "([0-9a-f]{8})"\n}\n', re.DOTALL)
@@ -52,6 +53,17 @@ def list_steps(workdir: Path, full: bool = False) -> list[int]:
         if is_step(path.name) and (path / MANIFEST).is_file() and (not full or (path / OPTIMIZER).is_dir()):
             steps.append(int(path.name))
     return sorted(steps)
+
+
+def unsealed_bytes(workdir: Path) -> int:
+    """Bytes of the checkpoints that were never finished; the next start removes them."""
+    folder = checkpoint_folder(workdir)
+    total = 0
+    for path in folder.iterdir() if folder.is_dir() else ():
+        for file in () if (path / MANIFEST).is_file() else path.rglob("*"):
+            with suppress(OSError):  # a run that is under way moves its files
+                total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def read_manifest(workdir: Path, step: int) -> dict[str, Any]:

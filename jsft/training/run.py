@@ -15,7 +15,7 @@ from jsft.errors import CheckpointError, OutOfMemoryError, explained
 from jsft.hf.digest import model_digest
 from jsft.hf.load import load_parameters
 from jsft.peers import PeerLink
-from jsft.planning.startup import check_memory
+from jsft.planning.startup import check_disk, check_memory
 from jsft.training import checkpoint, platform
 from jsft.training.agreement import check_agreement, check_workdir
 from jsft.training.ahead import compile_ahead
@@ -56,10 +56,13 @@ def train(
     stop = StopRequest(ending)
     directory = log = watchdog = None
     try:
+        fresh = not list_steps(workdir, full=True)
         with _device_errors():
-            parts = build(config, weights=not list_steps(workdir, full=True))
+            parts = build(config, weights=fresh)
         if link:
             check_agreement(link, parts)
+        if primary and fresh:
+            check_disk(parts, workdir, print, ignore_plan)
         directory = RunDirectory(workdir) if primary else None
         if directory:
             directory.enter(config, name, allow_changed, parts.data.fingerprint, model_digest(parts.model_dir))
