@@ -104,7 +104,8 @@ FIELDS: tuple[Field, ...] = (
           above=0),
     Field("objective.name", str, None, "How tokens are weighted: the published runs' per-micro-batch means, one "
           "mean over the step's tokens, or a mean per sequence.", choices=("reference", "token_mean", "sequence_mean")),
-    Field("objective.use_advantage", bool, False, "Multiply each row's weights by its advantage."),
+    Field("objective.use_advantage", bool, False, "Multiply each row's weights by its advantage; a negative one "
+          "lowers the row's likelihood."),
     Field("objective.reference_ranks", int, 8, "Ranks of the published run, whatever devices this one has.", minimum=1),
     Field("objective.reference_micro_batch", int, 4, "Rows per rank and micro batch of the published run.", minimum=1),
     Field("optimizer.learning_rate", float, 5e-5, "Peak learning rate.", minimum=0),

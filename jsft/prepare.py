@@ -2,16 +2,16 @@
 
   preview DATA    rows as the model sees them, trained span marked
   stats DATA      lengths, truncation, packing, duplicates, missing parts
-  validate FILE   every row checked; exit code 3 when one is bad
+  validate DATA   every row checked; exit code 3 when one is bad
   countdown       puzzles with worked, verified solutions
   nocot DATA      the data without its thinking
   subset DATA     the first rows, or a seeded choice
   select DATA     one verified response per problem, from a raw release
   match DATA      another data set's solutions to the same problems
 
-DATA is a parquet or JSON-lines file, a folder, or a hub data set id; several are separated by commas. preview
-and stats also take a run's config: --config configs/qwen3_14b.py:math_cot_ep8. COMMAND --help lists the
-options."""
+DATA is a parquet or JSON-lines file, a folder, or a hub data set id; several are separated by commas (for validate, by
+spaces). preview, stats and validate also take a run's config: --config configs/qwen3_14b.py:math_cot_ep8. COMMAND --help
+lists the options."""
 
 import argparse
 import sys
@@ -20,7 +20,10 @@ from pathlib import Path
 
 from jsft.errors import ConfigError, DataError, run_command
 
-_OF_KEYS = ("prompt_key", "response_key", "answer_key", "advantage_key", "messages_key")
+# Fields of the config's data section that are no options here: DATA stands for the first two.
+_NO_OPTIONS = ("train", "eval", "workers")
+# Fields that decide how rows are cached and packed, not what a row must be: no options of validate.
+_NOT_OF_ROWS = ("on_bad_row", "cache_dir", "pack_length", "rows_per_device", "shuffle", "align")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("preview", _preview, "Print rows as the model sees them, the trained span marked.")
     _add_data(sub)
+    sub.add_argument("--global_batch", type=_positive, help="rows of an update")
     sub.add_argument("--rows", type=_positive, default=3, help="how many rows, from the first [3]")
     sub.add_argument("--row", type=int, action="append", metavar="N", help="this row; may be repeated")
     sub.add_argument("--full", action="store_true", help="do not shorten long rows")
@@ -55,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "stats", _stats, "Print lengths, truncation, packing efficiency, duplicates, missing parts."
     )
     _add_data(sub)
+    sub.add_argument("--global_batch", type=_positive, help="rows of an update")
     sub.add_argument("--devices", type=_positive, default=8, help="devices that rows are packed for [8]")
     sub.add_argument(
         "--png", type=Path, metavar="FILE", help="where the length histogram is drawn [DATA_lengths.png]"
@@ -65,12 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "validate", _validate, "Check the columns and every row of data sets; exit code 3 if one is bad."
     )
-    sub.add_argument("data", nargs="+", metavar="FILE", help="data sets to check")
+    _add_data(sub, nargs="*", without=_NOT_OF_ROWS)
     sub.add_argument(
-        "--model", metavar="DIR", help="also check that this model's chat template takes every row"
+        "--need_advantage",
+        action="store_true",
+        help="the advantage must be there and finite (objective.use_advantage)",
     )
-    sub.add_argument("--need_advantage", action="store_true", help="the advantage column must be there")
-    _add_fields(sub, _OF_KEYS)
 
     sub = command("countdown", _countdown, "Generate Countdown puzzles with worked, verified solutions.")
     sub.add_argument("--rows", type=int, required=True, help="number of puzzles")
@@ -149,26 +154,20 @@ def _add_output(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
 
 
-def _add_data(sub: argparse.ArgumentParser) -> None:
-    """DATA and --model, or --config; and every field of the config's data section as an option."""
+def _add_data(sub: argparse.ArgumentParser, nargs: str = "?", without: Sequence[str] = ()) -> None:
+    """DATA and --model, or --config; and the fields of the config's data section as options, all but `without`."""
     from jsft.config import FIELDS
 
-    sub.add_argument("data", nargs="?", metavar="DATA", help="data set [data.train of --config]")
+    sub.add_argument("data", nargs=nargs, metavar="DATA", help="data set [data.train of --config]")
     sub.add_argument("--model", metavar="DIR", help="model directory or hub id [model.path of --config]")
     sub.add_argument(
         "--config", metavar="FILE.py:RECIPE", help="take data, model and fields from a run's config"
     )
-    names = [field.name.removeprefix("data.") for field in FIELDS if field.name.startswith("data.")]
-    _add_fields(sub, [name for name in names if name not in ("train", "eval", "workers")])
-    sub.add_argument("--global_batch", type=int, help="rows of an update")
-
-
-def _add_fields(sub: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    from jsft.config import BY_NAME
-
     group = sub.add_argument_group("fields of the config's data section")
-    for name in names:
-        field = BY_NAME[f"data.{name}"]
+    for field in FIELDS:
+        name = field.name.removeprefix("data.")
+        if name == field.name or name in (*_NO_OPTIONS, *without):
+            continue
         kind = {"type": field.kind} if field.kind in (int, float) else {}
         if field.kind is bool:
             kind = {"type": _boolean, "metavar": "true|false"}
@@ -176,37 +175,45 @@ def _add_fields(sub: argparse.ArgumentParser, names: Sequence[str]) -> None:
         group.add_argument(f"--{name}", choices=field.choices, help=f"{text} [{field.default}]", **kind)
 
 
-def _config(args):
-    """The resolved config of `preview` and `stats`, and the directory with the model's tokenizer."""
+def _config(args, *, needs_model: bool = True):
+    """The resolved config of a command that looks at data, and the directory with the model's tokenizer (None where no
+    model is named and none is needed)."""
     from jsft import cli
     from jsft import config as schema
     from jsft.data.chat import tokenizer_dir
 
+    data = args.data if isinstance(args.data, list) else [args.data] if args.data else []
     if args.config:
         config, _, _ = cli.parse([f"--config={args.config}"], lambda values: None, __doc__)
     else:
         config = schema.default_config()
-        if not args.data or not args.model:
+        if not data or (needs_model and not args.model):
             raise ConfigError("name the DATA and its --model, or a run's --config FILE.py:RECIPE")
         schema.put(config, "data.shuffle", False)
         config.train.global_batch = 256
+        config.model.path = args.model or "no model"
+    if data:
+        schema.put(config, "data.train", ",".join(data))
     for name, value in {
-        "data.train": args.data,
         "model.path": args.model,
-        "train.global_batch": args.global_batch,
+        "train.global_batch": getattr(args, "global_batch", None),
+        "objective.use_advantage": getattr(args, "need_advantage", False) or None,
     }.items():
         if value is not None:
             schema.put(config, name, value)
     for name in schema.BY_NAME:
         value = getattr(args, name.removeprefix("data."), None)
-        if name.startswith("data.") and name not in ("data.train", "data.eval") and value is not None:
+        if name.startswith("data.") and name.removeprefix("data.") not in _NO_OPTIONS and value is not None:
+            if not (args.model or args.config) and not name.endswith("_key"):
+                raise ConfigError(f"--{name.removeprefix('data.')} needs --model, whose tokenizer reads the rows")
             schema.put(config, name, value)
-    if args.pack_length is None and config.data.pack_length < config.data.max_length:
+    if getattr(args, "pack_length", None) is None and config.data.pack_length < config.data.max_length:
         config.data.pack_length = (
             -(-config.data.max_length // 128) * 128
         )  # to look at the data with a longer limit
     config = schema.resolve(config)
-    return config, tokenizer_dir(config.model.path, config.model.revision)
+    model = args.model or args.config
+    return config, tokenizer_dir(config.model.path, config.model.revision) if model else None
 
 
 def _preview(args) -> None:
@@ -225,14 +232,11 @@ def _stats(args) -> None:
 
 
 def _validate(args) -> int:
-    from jsft.data.chat import Chat, load_tokenizer, tokenizer_dir
-    from jsft.data.examples import Keys
-    from jsft.data.inspection import validate
+    from jsft.data.inspection import Checks, validate
+    from jsft.data.sources import split_paths
 
-    names = {name.removesuffix("_key"): getattr(args, name) for name in _OF_KEYS}
-    keys = Keys(**{name: value for name, value in names.items() if value is not None})
-    chat = Chat(load_tokenizer(tokenizer_dir(args.model))) if args.model else None
-    return validate(args.data, keys, chat, need_advantage=args.need_advantage)
+    config, model_dir = _config(args, needs_model=False)
+    return validate(args.data or split_paths(config.data.train), Checks.of(config, model_dir))
 
 
 def _countdown(args) -> None:

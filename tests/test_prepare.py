@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_countdown_and_validate(tmp_path, capsys):
     rows[4]["response"] = rows[4]["response"].replace("\\boxed{", "\\boxed{1 + ")
     rows[6]["advantage"] = float("nan")
     write_rows(tmp_path / "bad.jsonl", rows)
-    assert main(["validate", train, str(tmp_path / "bad.jsonl")]) == 3
+    assert main(["validate", train, str(tmp_path / "bad.jsonl"), "--need_advantage"]) == 3
     out = capsys.readouterr().out
     assert "bad.jsonl row 4: its boxed answer does not make" in out and "bad.jsonl: 50 rows, 2 bad" in out
     assert "bad.jsonl row 6, field 'advantage': is nan" in out
@@ -147,6 +148,69 @@ def test_validate_names_every_damage(tmp_path, model, capsys):
     assert "row 3: the model's chat template refuses" in capsys.readouterr().out
     assert main(["validate", good, "--need_advantage", "--advantage_key", "weight"]) == 3
     assert "no column 'weight'" in capsys.readouterr().out
+
+
+def test_validate_takes_the_fields_that_messages_name(tmp_path, model, capsys):
+    """One definition with preview and stats: whatever decides what a row must be."""
+    rows = [{"messages": [{"role": role, "content": f"{role} {i}"} for role in ("user", "assistant") * 2]} for i in range(2)]
+    path = str(write_rows(tmp_path / "x.jsonl", rows))
+    assert main(["validate", path]) == 3
+    assert "data.messages_key=messages" in capsys.readouterr().out
+    asked = ["validate", path, "--messages_key", "messages"]
+    assert main(asked) == 0
+    forgetful = CHATML.replace("{% for m in messages %}", "{% for m in messages[-1:] %}")
+    other = str(write_tokenizer(tmp_path / "forgetful", forgetful))
+    assert main([*asked, "--model", other]) == 3
+    assert "train with data.train_turns=last" in capsys.readouterr().out
+    assert main([*asked, "--model", other, "--train_turns", "last"]) == 0
+    bare = str(write_tokenizer(tmp_path / "bare", eos=None))
+    with pytest.raises(ModelError, match="set data.eos_token"):
+        main([*asked, "--model", bare])
+    assert main([*asked, "--model", bare, "--eos_token", "<|im_end|>"]) == 0
+    with pytest.raises(ConfigError, match="--eos_token needs --model"):
+        main([*asked, "--eos_token", "<|im_end|>"])
+    with pytest.raises(ConfigError, match="name the DATA"):
+        main(["validate"])
+
+
+def test_validate_takes_a_run_s_config(tmp_path, cot, model, capsys):
+    (tmp_path / "mine.py").write_text(
+        "from jsft.config import default_config\n"
+        "RECIPES = ('a',)\n"
+        "def get_config(recipe=None):\n"
+        "    config = default_config()\n"
+        f"    config.data.train, config.model.path = {cot!r}, {model!r}\n"
+        "    config.data.max_length = config.data.pack_length = 128\n"
+        "    return config\n"
+    )
+    config = ["--config", f"{tmp_path / 'mine.py'}:a"]
+    assert main(["validate", *config]) == 0
+    assert "12 rows, all good" in capsys.readouterr().out
+    assert main(["validate", *config, "--max_length", "64"]) == 3
+    assert "12 rows, 12 bad" in capsys.readouterr().out
+
+
+def test_validate_reports_rows_whose_prompt_fills_the_length(tmp_path, cot, model, capsys):
+    rows = cot_rows(6)
+    rows[4]["message"][0]["content"] = "x" * 300
+    path = str(write_rows(tmp_path / "x.jsonl", rows))
+    assert main(["validate", path, "--model", model]) == 0
+    assert main(["validate", path, "--model", model, "--max_length", "300"]) == 3
+    out = capsys.readouterr().out
+    assert "x.jsonl row 4: nothing of it would be trained, its prompt alone fills data.max_length=300" in out
+    assert "6 rows, 1 bad" in out
+    assert main(["validate", path, "--model", model, "--max_length", "300", "--truncation", "left"]) == 0
+    assert main(["validate", path, "--model", model, "--max_length", "300", "--truncation", "error"]) == 3
+    assert re.search(r"x.jsonl row 4: has \d{3} tokens, more than data.max_length=300", capsys.readouterr().out)
+
+
+def test_validate_minds_the_advantage_only_where_it_is_used(tmp_path, capsys):
+    rows = cot_rows(4)
+    rows[2]["advantage"] = float("nan")
+    path = str(write_rows(tmp_path / "x.jsonl", rows))
+    assert main(["validate", path]) == 0
+    assert main(["validate", path, "--need_advantage"]) == 3
+    assert "x.jsonl row 2, field 'advantage': is nan" in capsys.readouterr().out
 
 
 # preview, stats

@@ -120,7 +120,7 @@ def open_cache(
             embedding.check_tokens(cache.tokens(index), chat, cache.where(index))
     cache.ignored_columns = [column for column in source.columns if column not in (*columns, keys.answer)]
     if cache.bad and on_bad_row == "error":
-        raise DataError(cache.bad[0][1] + _SKIP)
+        raise DataError(cache.bad[0][1] + SKIP)
     if len(cache) == 0:
         raise DataError(
             f"{source.files[0]}: none of its {len(source)} rows can be used; the first: {cache.bad[0][1]}"
@@ -128,7 +128,7 @@ def open_cache(
     return cache
 
 
-_SKIP = "; or leave such rows out with data.on_bad_row=skip"
+SKIP = "; or leave such rows out with data.on_bad_row=skip"
 
 
 class _Job(NamedTuple):
@@ -246,7 +246,7 @@ def _rendered_parts(job: _Job, start: int) -> Iterator[tuple[int, int, dict, lis
             characters += sum(len(turn["content"]) for turn in example.messages)
         except DataError as error:
             if job.on_bad_row == "error":
-                raise DataError(f"{error}{_SKIP}") from error
+                raise DataError(f"{error}{SKIP}") from error
             meta["bad"].append((row, str(error)))
         end = row + 1
         if end - first >= PART_ROWS or characters >= PART_CHARACTERS:

@@ -1,47 +1,99 @@
 """The documents of a run: a token cache seen through `max_length`."""
 
 import hashlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jsft.data.cache import TokenCache
+from jsft.data.cache import SKIP, TokenCache
+from jsft.data.chat import Document
+from jsft.data.examples import check_advantage
 from jsft.data.thinking import thinking_lines
 from jsft.errors import DataError
+
+_NAMED = 5  # rows that one line names
+
+
+class Limit(NamedTuple):
+    """How long a document may be, and what happens to a longer one: 'right' keeps its first tokens (EOS is lost; the
+    last position kept has no target), 'left' its last, 'error' cannot use it."""
+
+    max_length: int
+    truncation: str = "right"
+
+    def cut(self, lengths: np.ndarray, spans: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray, ...]:
+        """First token kept, tokens kept and supervised tokens kept, each int64 [N].
+
+        lengths: int64 [N] tokens of the documents; spans: int32 [S, 2] trained ranges, span s of document owner[s]."""
+        kept = np.minimum(lengths, self.max_length)
+        first = lengths - kept if self.truncation == "left" else np.zeros_like(lengths)
+        spans = _clip(spans, first[owner, None], kept[owner, None])
+        trained = spans[:, 1] - np.maximum(spans[:, 0], 1)  # the first position is nobody's target
+        return first, kept, np.bincount(owner, trained, len(lengths)).astype(np.int64)
+
+    def why_not(self, length: int, supervised: int) -> str:
+        """Why a document of `length` tokens, `supervised` after the cut, cannot be used; '' where it can."""
+        if self.truncation == "error" and length > self.max_length:
+            return (
+                f"has {length} tokens, more than data.max_length={self.max_length}; raise it, or set "
+                "data.truncation=right"
+            )
+        if supervised <= 0:
+            return (
+                f"nothing of it would be trained, its prompt alone fills data.max_length={self.max_length}; raise it, "
+                "or remove the row"
+            )
+        return ""
+
+    def check(self, document: Document, where: str) -> None:
+        """Raises DataError when the document cannot be used."""
+        length = np.array([len(document.tokens)])
+        supervised = self.cut(length, document.spans, np.zeros(len(document.spans), int))[2]
+        if why := self.why_not(int(length[0]), int(supervised[0])):
+            raise DataError(f"{where}: {why}")
 
 
 class Documents:
     """Documents as trained: cut to `max_length` tokens, trained spans cut along.
 
-    truncation 'right' keeps the first tokens (EOS is lost; the last position kept has no target), 'left' the
-    last, 'error' refuses. lengths, supervised: int64 [N], tokens and supervised tokens; advantages: float64
-    [N]. Raises DataError for a document that is too long ('error') or has no supervised token left."""
+    lengths, supervised: int64 [N], tokens and supervised tokens; whole_lengths: int64 [N], tokens before the cut;
+    rows: int64 [N], of the source; advantages: float64 [N]; left_out: (row, message) of each row of the cache that
+    cannot be used.
 
-    def __init__(self, cache: TokenCache, max_length: int, truncation: str = "right"):
+    truncation: see `Limit`; advantage_key: the column whose advantages are used, if they are. Raises DataError that
+    names the first rows that cannot be used, and their number; with on_bad_row='skip' they are left out."""
+
+    def __init__(
+        self,
+        cache: TokenCache,
+        max_length: int,
+        truncation: str = "right",
+        *,
+        on_bad_row: str = "error",
+        advantage_key: str | None = None,
+    ):
         self.cache, self.max_length, self.truncation = cache, max_length, truncation
-        over = np.flatnonzero(cache.lengths > max_length)
-        if truncation == "error" and len(over):
-            raise DataError(
-                f"{self.where(over[0])}: has {cache.lengths[over[0]]} tokens, more than "
-                f"data.max_length={max_length}, as {len(over)} of {len(cache)} rows; raise it, or set "
-                "data.truncation=right"
-            )
-        self.truncated = len(over)
-        self.lengths = np.minimum(cache.lengths, max_length)
-        self.advantages = cache.advantages
-        self._first = cache.lengths - self.lengths if truncation == "left" else np.zeros(len(cache), np.int64)
+        limit = Limit(max_length, truncation)
         owner = np.repeat(np.arange(len(cache)), np.diff(cache.span_starts))
-        spans = self._cut(cache.spans, self._first[owner, None], self.lengths[owner, None])
-        self.supervised = np.bincount(owner, spans[:, 1] - np.maximum(spans[:, 0], 1), len(cache)).astype(
-            np.int64
-        )
-        untrained = np.flatnonzero(self.supervised <= 0)
-        if len(untrained):
-            raise DataError(
-                f"{self.where(untrained[0])}: nothing of it would be trained, its prompt alone fills "
-                f"data.max_length={max_length}, as of {len(untrained)} rows; raise data.max_length or remove "
-                "the rows"
-            )
+        first, lengths, supervised = limit.cut(cache.lengths, cache.spans, owner)
+        over = cache.lengths > max_length
+        unusable = supervised <= 0
+        if truncation == "error":
+            unusable |= over
+        why = {int(i): limit.why_not(int(cache.lengths[i]), int(supervised[i])) for i in np.flatnonzero(unusable)}
+        if advantage_key:
+            for i in np.flatnonzero(~np.isfinite(cache.advantages)):
+                why.setdefault(int(i), _why_no_advantage(cache, int(i), advantage_key))
+        if why and on_bad_row == "error":
+            raise DataError(_name_all(cache, why))
+        if len(why) == len(cache):
+            raise DataError(f"{_name_all(cache, why)}; no row is left")
+        self.left_out = [(int(cache.rows[i]), f"{cache.where(i)}: {why[i]}") for i in sorted(why)]
+        self._index = np.setdiff1d(np.arange(len(cache)), list(why))
+        self.lengths, self.supervised, self._first = (one[self._index] for one in (lengths, supervised, first))
+        self.whole_lengths, self.rows = cache.lengths[self._index], cache.rows[self._index]
+        self.advantages = cache.advantages[self._index]
+        self.truncated = int(over[self._index].sum())
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -49,16 +101,16 @@ class Documents:
     def tokens(self, index: int) -> np.ndarray:
         """int32 [length]: a view of the mapped cache."""
         first = self._first[index]
-        return self.cache.tokens(index)[first : first + self.lengths[index]]
+        return self.cache.tokens(self._index[index])[first : first + self.lengths[index]]
 
     def spans(self, index: int) -> np.ndarray:
         """int64 [S, 2]: trained ranges of token indices; a target is trained when a span holds it."""
-        spans = self._cut(self.cache.document_spans(index), self._first[index], self.lengths[index])
+        spans = _clip(self.cache.document_spans(self._index[index]), self._first[index], self.lengths[index])
         return spans[spans[:, 1] > spans[:, 0]]
 
     def where(self, index: int) -> str:
         """`FILE row N` of a document."""
-        return self.cache.where(index)
+        return self.cache.where(int(self._index[index]))
 
     def fingerprint(self) -> str:
         """Changes with the tokens, their spans, the advantages and the truncation."""
@@ -67,6 +119,7 @@ class Documents:
 
     def report(self) -> dict[str, Any]:
         """Counts for the run's summary."""
+        bad = sorted([*self.cache.bad, *self.left_out])
         return {
             "files": self.cache.source.listing(),
             "documents": len(self),
@@ -76,13 +129,36 @@ class Documents:
             "truncated": self.truncated,
             "max_length": self.max_length,
             "truncation": self.truncation,
-            "bad_rows": len(self.cache.bad),
-            "first_bad_row": self.cache.bad[0][1] if self.cache.bad else None,
+            "bad_rows": len(bad),
+            "first_bad_row": bad[0][1] if bad else None,
             "ignored_columns": self.cache.ignored_columns,
             "control_text": int(self.cache.control_text.sum()),
             "thinking": thinking_lines(self.cache.thinking, self.cache.source.where),
         }
 
-    @staticmethod
-    def _cut(spans: np.ndarray, first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        return np.clip(spans.astype(np.int64) - first, 0, lengths)
+
+def _clip(spans: np.ndarray, first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return np.clip(spans.astype(np.int64) - first, 0, lengths)
+
+
+def _why_no_advantage(cache: TokenCache, index: int, key: str) -> str:
+    """What the data has in place of the advantage: the cache only knows that it is no finite number."""
+    where = cache.where(index)
+    try:
+        check_advantage(cache.source.row(int(cache.rows[index])), key, where)
+    except DataError as error:
+        return str(error).removeprefix(f"{where}, ").removeprefix(f"{where}: ")
+    return f"field '{key}': is no finite number"
+
+
+def _name_all(cache: TokenCache, why: dict[int, str]) -> str:
+    """One line on all documents that cannot be used: why the first cannot, and which others."""
+    first, *others = sorted(why)
+    if not others:
+        return f"{cache.where(first)}: {why[first]}{SKIP}"
+    places = [cache.where(i) for i in others[:_NAMED]]
+    if len(cache.source.files) == 1:
+        places = [f"row {place.rpartition(' row ')[2]}" for place in places]
+    more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+    count = f"{len(why)} of {len(cache)} rows cannot be used, also {', '.join(places)}{more}"
+    return f"{cache.where(first)}: {why[first]}; {count}{SKIP}"

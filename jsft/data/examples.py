@@ -1,6 +1,7 @@
 """One row, checked: a conversation whose last turn is the assistant's, and its advantage."""
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ class Example(NamedTuple):
     """A conversation ready for the chat template."""
 
     messages: list[dict[str, str]]  # role and content; the last turn is the assistant's
-    advantage: float  # 1.0 where the data has none
+    advantage: float  # 1.0 where the data has none; NaN where the row's is no finite number (`check_advantage`)
 
 
 def columns_to_read(
@@ -54,11 +55,12 @@ def columns_to_read(
 def parse_row(row: dict[str, Any], keys: Keys, columns: Sequence[str], where: str) -> Example:
     """Checks a row and returns its conversation; a prompt that is a string is one user turn.
 
-    columns: those of `columns_to_read`; the row must have them all.
+    columns: those of `columns_to_read`; the row must have them all but the advantage, which is judged where it is
+    used (`check_advantage`).
 
     Raises DataError naming `where` (file and row), the field and what would mend it.
     """
-    missing = [column for column in columns if column not in row]
+    missing = [column for column in columns if column not in row and column != keys.advantage]
     if missing:
         raise DataError(f"{where}: no field '{missing[0]}' (has {', '.join(row) or 'none'})")
     if keys.messages:
@@ -84,7 +86,11 @@ def parse_row(row: dict[str, Any], keys: Keys, columns: Sequence[str], where: st
             check_keys(response, f"{where}, field '{keys.response}'")
         messages.append({"role": "assistant", "content": _text(response, f"'{keys.response}'", where)})
     _check_order(messages, field, where)
-    return Example(messages, _advantage(row.get(keys.advantage, 1.0), keys.advantage, where))
+    try:
+        advantage = check_advantage(row, keys.advantage, where) if keys.advantage in columns else 1.0
+    except DataError:
+        advantage = math.nan
+    return Example(messages, advantage)
 
 
 def _turns(value: Any, field: str, where: str) -> list[dict[str, str]]:
@@ -178,12 +184,14 @@ def _describe(allowed: tuple[str | None, ...]) -> str:
     return " or ".join("first" if role is None else f"after {role}" for role in allowed)
 
 
-def _advantage(value: Any, field: str, where: str) -> float:
+def check_advantage(row: dict[str, Any], field: str, where: str) -> float:
+    """The row's advantage. Raises DataError naming `where` when it is missing or no finite number."""
+    if field not in row:
+        raise DataError(f"{where}: no field '{field}' (has {', '.join(row) or 'none'})")
+    value = row[field]
     if isinstance(value, bool) or not isinstance(value, int | float):
         kind = "null" if value is None else f"a {type(value).__name__}"
-        raise DataError(
-            f"{where}, field '{field}': is {kind} where a number is expected; mend or remove the row"
-        )
-    if not math.isfinite(value):
-        raise DataError(f"{where}, field '{field}': is {value}; must be finite, mend or remove the row")
+        raise DataError(f"{where}, field '{field}': is {kind} where a number is expected; fix or remove the row")
+    if not abs(value) <= sys.float_info.max:  # NaN, infinity, an integer beyond float
+        raise DataError(f"{where}, field '{field}': is {str(value)[:40]}; must be finite, fix or remove the row")
     return float(value)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -10,27 +11,39 @@ from jsft.data import statistics
 from jsft.data.cache import open_cache
 from jsft.data.chat import Chat
 from jsft.data.countdown_check import check, extract_answer
-from jsft.data.documents import Documents
-from jsft.data.examples import Example, Keys, parse_row
+from jsft.data.documents import Documents, Limit
+from jsft.data.examples import Example, Keys, check_advantage, parse_row
 from jsft.data.loader import make_chat, make_keys, make_layout
 from jsft.data.plan import steps_per_epoch
 from jsft.data.preview import heading, marked_text
 from jsft.data.progress import track
 from jsft.data.rows import training_columns
-from jsft.data.sources import Source, open_source, split_paths
+from jsft.data.sources import Row, Source, open_source, split_paths
 from jsft.data.steps import Recipe, StepSource, packing_report
 from jsft.data.thinking import thinking_lines
+from jsft.data.vocabulary import Embedding
 from jsft.errors import DataError
 
 SHOWN = 20  # bad rows of a file that validate prints
+_SPARE = 64  # tokens beyond one a byte: EOS, a tokenizer's space in front, a normalisation that spells out
 
 
 def open_documents(config, model_dir: str | Path) -> tuple[Source, Chat, Documents]:
     """data.train of a config, tokenised by the model's tokenizer."""
     data = config.data
     source, chat = open_source(split_paths(data.train)), make_chat(config, model_dir)
-    cache = open_cache(source, chat, make_keys(config), cache_dir=data.cache_dir, on_bad_row=data.on_bad_row)
-    return source, chat, Documents(cache, data.max_length, data.truncation)
+    cache = open_cache(
+        source,
+        chat,
+        make_keys(config),
+        cache_dir=data.cache_dir,
+        on_bad_row=data.on_bad_row,
+        need_advantage=config.objective.use_advantage,
+        embedding=Embedding.of(model_dir),
+    )
+    used = data.advantage_key if config.objective.use_advantage else None
+    documents = Documents(cache, data.max_length, data.truncation, on_bad_row=data.on_bad_row, advantage_key=used)
+    return source, chat, documents
 
 
 def preview(config, model_dir: str | Path, rows: int | Sequence[int], *, full: bool = False) -> None:
@@ -40,7 +53,7 @@ def preview(config, model_dir: str | Path, rows: int | Sequence[int], *, full: b
     """
     _, chat, documents = open_documents(config, model_dir)
     console = Console(highlight=False, soft_wrap=True)
-    place = {int(row): index for index, row in enumerate(documents.cache.rows)}
+    place = {int(row): index for index, row in enumerate(documents.rows)}
     for row in list(place)[:rows] if isinstance(rows, int) else rows:
         if row not in place:
             raise DataError(
@@ -70,7 +83,7 @@ def stats(config, model_dir: str | Path, devices: int, png: Path | None, as_json
         steps = steps_per_epoch(len(documents), batch)
         numbers |= packing_report(StepSource(documents, recipe, layout, steps), steps, sample=steps)
         numbers["packing_efficiency"] = 1 - numbers["padding_share"]
-    lengths = documents.cache.lengths
+    lengths = documents.whole_lengths
     if png is not None:
         statistics.write_histogram(
             lengths, documents.max_length, png, f"{source.files[0].name}: {len(lengths):,} rows"
@@ -90,20 +103,51 @@ def stats(config, model_dir: str | Path, devices: int, png: Path | None, as_json
         print(f"figure: {png}")
 
 
-def validate(files: Sequence[str], keys: Keys, chat: Chat | None, *, need_advantage: bool = False) -> int:
+class Checks(NamedTuple):
+    """What a run asks of each row. chat: None where no model is named; then no template and no length is checked."""
+
+    keys: Keys
+    chat: Chat | None
+    limit: Limit
+    need_advantage: bool
+
+    @classmethod
+    def of(cls, config, model_dir: Path | None) -> "Checks":
+        """Those of a config; its template and lengths as far as there is a model."""
+        data = config.data
+        chat = make_chat(config, model_dir) if model_dir else None
+        return cls(make_keys(config), chat, Limit(data.max_length, data.truncation), config.objective.use_advantage)
+
+    def row(self, value: Row, columns: list[str], where: str) -> tuple[Example, str | None]:
+        """The conversation, and the name of what is odd about its thinking. Raises DataError."""
+        if isinstance(value, DataError):
+            raise value
+        example = parse_row(value, self.keys, columns, where)
+        if self.need_advantage:
+            check_advantage(value, self.keys.advantage, where)
+        if self.chat is None:
+            return example, None
+        rendered = self.chat.pieces(example, where)
+        # A token is at least a byte, so that most rows need not be tokenised to know that they are short enough.
+        if sum(len(piece.text.encode()) for piece in rendered.pieces) + _SPARE >= self.limit.max_length:
+            self.limit.check(self.chat.tokenise(rendered), where)
+        return example, rendered.mismatch
+
+
+def validate(files: Sequence[str], checks: Checks) -> int:
     """Checks every row of each file and prints what is wrong with it; returns 3 if anything is, else 0.
 
-    With `chat`, also that the model's template takes every row. Rows with `numbers` and `target` are
-    Countdown puzzles, whose answers are checked."""
+    With a model, also that its template takes every row and that the prompt leaves room for a target. Rows with
+    `numbers` and `target` are Countdown puzzles, whose answers are checked."""
     bad = 0
     for name in files:
         try:
             source = open_source(name)
-            columns = training_columns(source, keys, need_advantage=need_advantage)
+            columns = training_columns(source, checks.keys, need_advantage=checks.need_advantage)
             for line in source.listing():
                 print(f"{name}: {line}")
             wrong, odd = 0, []
-            for message in _problems(source, keys, columns, chat, odd):
+            for message in _problems(source, checks, columns, odd):
                 wrong += 1
                 if wrong <= SHOWN:
                     print(message)
@@ -123,24 +167,20 @@ def validate(files: Sequence[str], keys: Keys, chat: Chat | None, *, need_advant
 
 
 def _problems(
-    source: Source, keys: Keys, columns: list[str], chat: Chat | None, odd: list[tuple[int, str]]
+    source: Source, checks: Checks, columns: list[str], odd: list[tuple[int, str]]
 ) -> Iterator[str]:
     """What is wrong with the rows, a line each. `odd` is given (row, name of the mismatch) of rows that are
     good, but whose thinking may not be what was meant."""
     puzzle = ["numbers", "target"] if {"numbers", "target"} <= set(source.columns) else []
     for row, value in track(source.rows(columns=[*columns, *puzzle]), "checking", "rows", len(source)):
+        where = source.where(row)
         try:
-            if isinstance(value, DataError):
-                raise value
-            where = source.where(row)
-            example = parse_row(value, keys, columns, where)
-            if chat is not None:
-                name = chat.pieces(example, where).mismatch
-                if name:
-                    odd.append((row, name))
+            example, name = checks.row(value, columns, where)
+            if name:
+                odd.append((row, name))
             if puzzle and not _solved(example, value):
                 raise DataError(
-                    f"{where}: its boxed answer does not make {value['target']} from {value['numbers']}"
+                    f"{where}: its boxed answer does not make {value.get('target')} from {value.get('numbers')}"
                 )
         except DataError as error:
             yield str(error)
@@ -150,7 +190,7 @@ def _solved(example: Example, row: dict) -> bool:
     answer = extract_answer(example.messages[-1]["content"])
     try:
         return answer is not None and check(answer, row["numbers"], int(row["target"]))
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, KeyError):
         return False
 
 

@@ -132,7 +132,10 @@ def open_training_data(
     )
     chat, embedding = make_chat(config, model_dir), Embedding.of(model_dir)
     cache = _open(config, data.train, chat, embedding, need_advantage=recipe.use_advantage)
-    documents = Documents(cache, data.max_length, data.truncation)
+    used = data.advantage_key if recipe.use_advantage else None
+    documents = Documents(
+        cache, data.max_length, data.truncation, on_bad_row=data.on_bad_row, advantage_key=used
+    )
     layout = make_layout(config, documents, rows_per_micro_batch, attention_cost)
     per_epoch = planning.steps_per_epoch(len(documents), recipe.global_batch)
     steps = planning.updates_of(train.epochs, per_epoch)
@@ -168,10 +171,10 @@ def eval_fingerprints(config, model_dir: str | Path) -> dict[str, str]:
 
 
 def _held_out(config, model_dir: str | Path) -> Iterator[tuple[str, Documents]]:
-    chat, embedding = make_chat(config, model_dir), Embedding.of(model_dir)
-    for name, spec in eval_specs(config.data.eval).items():
+    chat, embedding, data = make_chat(config, model_dir), Embedding.of(model_dir), config.data
+    for name, spec in eval_specs(data.eval).items():
         cache = _open(config, spec, chat, embedding, splits=HELD_OUT)
-        yield name, Documents(cache, config.data.max_length, config.data.truncation)
+        yield name, Documents(cache, data.max_length, data.truncation, on_bad_row=data.on_bad_row)
 
 
 def eval_specs(value: Any) -> dict[str, str]:

@@ -25,7 +25,7 @@ def marked_text(chat: Chat, documents: Documents, index: int, *, width: int | No
 def heading(documents: Documents, index: int) -> str:
     """File, row, and how many tokens are trained."""
     total, trained = int(documents.lengths[index]), int(documents.supervised[index])
-    cut = ", cut" if documents.cache.lengths[index] > total else ""
+    cut = ", cut" if documents.whole_lengths[index] > total else ""
     return f"{documents.where(index)}: {total} tokens{cut}, {trained} trained ({trained / total:.0%})"
 
 

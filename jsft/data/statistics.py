@@ -19,7 +19,7 @@ BINS = 24
 
 def length_statistics(documents: Documents) -> dict[str, Any]:
     """Of lengths in tokens before truncation: quantiles, mean; and totals of one epoch after it."""
-    lengths = documents.cache.lengths
+    lengths = documents.whole_lengths
     quantiles = {f"p{q}": int(np.percentile(lengths, q)) for q in (5, 25, 50, 75, 95, 99)}
     return {
         "rows": len(documents),
@@ -32,7 +32,7 @@ def length_statistics(documents: Documents) -> dict[str, Any]:
         "max_length": documents.max_length,
         "truncated": documents.truncated,
         "tokens_cut": int((lengths - documents.lengths).sum()),
-        "bad_rows": len(documents.cache.bad),
+        "bad_rows": len(documents.cache.bad) + len(documents.left_out),
     }
 
 

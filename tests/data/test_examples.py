@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from jsft.data.examples import Keys, columns_to_read, parse_row
+from jsft.data.examples import Keys, check_advantage, columns_to_read, parse_row
 from jsft.errors import DataError
 
 GOOD = {"message": [{"role": "user", "content": "2+2?"}], "response": "4", "advantage": 1.0}
@@ -67,11 +67,6 @@ def test_good_rows():
         ({"message": turns("assistant", "user")}, r"roles out of order, turn 0 \(assistant\) comes first"),
         ({"message": turns("user", "system")}, r"turn 1 \(system\) comes after user; system may come first"),
         ({"message": turns("tool")}, "roles out of order"),
-        ({"advantage": None}, "field 'advantage': is null"),
-        ({"advantage": math.nan}, "field 'advantage': is nan; must be finite"),
-        ({"advantage": math.inf}, "field 'advantage': is inf"),
-        ({"advantage": "1"}, "field 'advantage': is a str"),
-        ({"advantage": True}, "field 'advantage': is a bool"),
     ],
 )
 def test_bad_rows(changes, message):
@@ -79,6 +74,25 @@ def test_bad_rows(changes, message):
         DataError, match=r"^x.parquet row 7, " + (message if message.startswith("field") else ".*" + message)
     ):
         parse(**changes)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, ", field 'advantage': is null"),
+        (math.nan, ", field 'advantage': is nan; must be finite"),
+        (math.inf, ", field 'advantage': is inf"),
+        (10**400, ", field 'advantage': is 1000.*; must be finite"),
+        ("1", ", field 'advantage': is a str"),
+        (True, ", field 'advantage': is a bool"),
+        (..., ": no field 'advantage'"),
+    ],
+)
+def test_bad_advantage_is_an_error_only_where_advantages_are_used(value, message):
+    row = {name: one for name, one in (GOOD | {"advantage": value}).items() if one is not ...}
+    assert math.isnan(parse_row(row, KEYS, ["message", "response", "advantage"], "x.parquet row 7").advantage)
+    with pytest.raises(DataError, match="^x.parquet row 7" + message):
+        check_advantage(row, "advantage", "x.parquet row 7")
 
 
 def test_conversations():

@@ -204,18 +204,61 @@ def test_truncation(make_config, truncation):
         assert tokens[0] != 257 and targets[-1] == 258
         assert len(targets) == 127  # the first token kept has none before it to predict it
     with pytest.raises(
-        DataError, match="row 1: has 3.. tokens, more than data.max_length=128, as 4 of 8 rows"
+        DataError, match="row 1: has 3.. tokens, more than data.max_length=128; .*4 of 8 rows cannot be used, also row 3, row 5, row 7;"
     ):
         open_it(make_config(rows_of([10, 300] * 4), data__max_length=128, data__truncation="error"))
 
 
-def test_prompt_that_fills_the_length_is_refused(make_config):
-    rows = rows_of([10] * 8)
-    rows[5]["message"][0]["content"] = "x" * 200
+def test_prompts_that_fill_the_length_are_all_named_at_once(make_config):
+    rows = rows_of([10] * 16)
+    for i in (5, 6, 8, 9, 10, 11, 12):
+        rows[i]["message"][0]["content"] = "x" * 200
     with pytest.raises(
-        DataError, match="row 5: nothing of it would be trained, its prompt alone fills data.max_length"
+        DataError,
+        match="train.parquet row 5: nothing of it would be trained, its prompt alone fills data.max_length=128; .*"
+        "7 of 16 rows cannot be used, also row 6, row 8, row 9, row 10, row 11 and 1 more; .*data.on_bad_row=skip",
     ):
         open_it(make_config(rows, data__max_length=128))
+    with pytest.raises(DataError, match="no row is left"):
+        open_it(make_config([rows[5]] * 8, data__max_length=128, data__on_bad_row="skip"))
+
+
+def test_rows_without_a_target_are_left_out_on_request(make_config):
+    rows = rows_of([10] * 19)
+    for i in (0, 7, 8):
+        rows[i]["message"][0]["content"] = "x" * 200
+    data = open_it(make_config(rows, data__max_length=128, data__on_bad_row="skip"))
+    kept = open_it(make_config([row for i, row in enumerate(rows) if i not in (0, 7, 8)], data__max_length=128))
+    assert data.total_steps == kept.total_steps == 2
+    for step in range(2):
+        assert same(data[step], kept[step])
+    assert data.report["bad_rows"] == 3 and data.report["documents"] == 16
+    assert any("3 bad rows left out; the first: " in line and "row 0: nothing" in line for line in data.report_lines())
+    assert data._source.documents.where(0).endswith("row 1") and "question 1" in data.preview()
+
+
+def test_rows_that_are_too_long_are_left_out_on_request(make_config):
+    rows = rows_of([10, 300] * 8)
+    config = make_config(rows, data__max_length=128, data__truncation="error", data__on_bad_row="skip")
+    data = open_it(config)
+    assert data.report["documents"] == 8 and data.report["bad_rows"] == 8 and data.report["truncated"] == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), None, "missing"])
+def test_bad_advantage_stops_only_a_run_that_uses_it(tmp_path, make_config, bad):
+    rows = rows_of([20] * 16)
+    for i in (3, 9):
+        rows[i] |= {"advantage": bad}
+        if bad == "missing":
+            del rows[i]["advantage"]
+    path = write_rows(tmp_path / "x.jsonl", rows)
+    plain = open_it(make_config(path))
+    assert plain.report["documents"] == 16 and plain.report["bad_rows"] == 0
+    with pytest.raises(DataError, match="x.jsonl row 3.*advantage.*2 of 16 rows cannot be used, also row 9"):
+        open_it(make_config(path, objective__use_advantage=True))
+    some = open_it(make_config(path, objective__use_advantage=True, data__on_bad_row="skip"))
+    assert some.report["documents"] == 14 and np.isfinite(some[0].weight_sum)
+    assert all(np.isfinite(batch.loss_weights).all() for batch in some[0].micro_batches)
 
 
 def test_row_longer_than_a_packed_row_is_refused(make_config):
