@@ -28,11 +28,12 @@ def refuse_foreign(path: Path) -> None:
         head = file.read(_LONGEST)
     if not head:
         raise DataError(f"{path}: is empty (0 bytes) and holds no rows; fetch it again, or leave it out")
+    parquet = path.suffix.lower() == ".parquet"
     for start, kind, fix in _KINDS:
-        if head.startswith(start) and not (start == b"PAR1" and path.suffix == ".parquet"):
+        if head.startswith(start) and not (start == b"PAR1" and parquet):
             raise DataError(f"{path}: {kind}; {fix}")
-    if path.suffix == ".parquet" and head.lstrip()[:1] in (b"{", b"["):
+    if parquet and head.lstrip()[:1] in (b"{", b"["):
         raise DataError(f"{path}: is JSON, not parquet; end its name in .jsonl")
-    if path.suffix != ".parquet" and b"\0" in head[:4]:
+    if not parquet and b"\0" in head[:4]:
         order = "LE" if head[1:2] == b"\0" else "BE"
         raise DataError(f"{path}: is UTF-16 or another binary format; store it as UTF-8 (iconv -f UTF-16{order} -t UTF-8)")

@@ -28,6 +28,7 @@ _WORDS = {  # words of a file's or folder's name -> its split
     "testing": "test",
 }
 _WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(_WORDS, key=len, reverse=True))})(?![a-z])")
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\..*")
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json")
 _OTHER_FORMATS = {  # what else holds data -> what to do about it
     ".arrow": "write parquet, with datasets: Dataset.from_file(...).to_parquet(...)",
@@ -57,11 +58,12 @@ def choose_files(folder: Path, splits: Sequence[str] = TRAIN) -> Chosen:
     A folder with one split alone is taken whatever it is called. Raises DataError for a folder that holds no data,
     files of several formats, files of no split beside those of a split, or none of the wanted splits among several.
     """
-    with explained(DataError, f"{folder}: cannot be listed"):
-        found = sorted(path for path in folder.rglob("*") if _is_visible(path, folder) and path.is_file())
+    found = _visible_files(folder)
     _refuse_saved_to_disk(folder, found)
-    about = [path for path in found if path.name in _ABOUT]
-    data = [path for path in found if path not in about and path.suffix in (*SUFFIXES, *_OTHER_FORMATS)]
+    data = [
+        path for path in found if path.name not in _ABOUT and suffix(path) in (*SUFFIXES, *_OTHER_FORMATS)
+    ]
+    others = [path for path in found if path not in set(data)]
     if not data:
         raise DataError(f"{folder}: holds no {' or '.join(SUFFIXES)} file")
     groups = defaultdict(list)
@@ -69,24 +71,39 @@ def choose_files(folder: Path, splits: Sequence[str] = TRAIN) -> Chosen:
         groups[_split_of(path.relative_to(folder))].append(path)
     taken = _choose_split(folder, groups, splits)
     _refuse_mixed(folder, groups[taken])
+    _refuse_incomplete(folder, groups[taken])
     left_out = [
         f"left out: {_names(folder, paths)} (split {name})" for name, paths in groups.items() if name != taken
     ]
-    if about:
-        left_out.append(f"left out: {_names(folder, about)} (about the data)")
+    if others:
+        left_out.append(f"left out: {_names(folder, others)} (no data)")
     return Chosen(groups[taken], left_out)
+
+
+def suffix(path: Path) -> str:
+    """The suffix that tells a file's format: `.parquet` also of `X.PARQUET`."""
+    return path.suffix.lower()
 
 
 def how_to_read(path: Path) -> str:
     """What to do about a file of a format that is not read."""
-    hint = _OTHER_FORMATS.get(path.suffix)
+    hint = _OTHER_FORMATS.get(suffix(path))
     return f"{path}: {path.suffix or 'no suffix'} is an unknown data format; " + (
         hint or f"use one of {', '.join(SUFFIXES)}"
     )
 
 
-def _is_visible(path: Path, folder: Path) -> bool:
-    return not any(part.startswith(".") for part in path.relative_to(folder).parts)
+def _visible_files(folder: Path) -> list[Path]:
+    with explained(DataError, f"{folder}: cannot be listed"):
+        found = sorted(
+            path
+            for path in folder.rglob("*")
+            if not path.is_dir() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        )
+        for path in found:
+            if not path.exists():
+                raise DataError(f"{path}: a link to {path.readlink()}, which is not there; mend or remove it")
+    return found
 
 
 def _refuse_saved_to_disk(folder: Path, found: Sequence[Path]) -> None:
@@ -130,15 +147,29 @@ def _choose_split(folder: Path, groups: dict[str, list[Path]], splits: Sequence[
 def _refuse_mixed(folder: Path, paths: Sequence[Path]) -> None:
     formats = {}
     for path in paths:
-        formats.setdefault(".jsonl" if path.suffix == ".json" else path.suffix, path)
+        formats.setdefault(".jsonl" if suffix(path) == ".json" else suffix(path), path)
     if len(formats) > 1:
         examples = ", ".join(str(path.relative_to(folder)) for path in formats.values())
         raise DataError(
             f"{folder}: mixes data files of several formats ({examples}); name the files themselves, or move those of "
             "one format away"
         )
-    if (suffix := next(iter(formats))) in _OTHER_FORMATS:
-        raise DataError(how_to_read(formats[suffix]))
+    if (only := next(iter(formats))) in _OTHER_FORMATS:
+        raise DataError(how_to_read(formats[only]))
+
+
+def _refuse_incomplete(folder: Path, paths: Sequence[Path]) -> None:
+    """Names like train-00000-of-00002.parquet say how many there are."""
+    there = defaultdict(set)
+    for path in paths:
+        if found := _SHARD.fullmatch(path.name):
+            there[path.parent / found[1], int(found[3])].add(int(found[2]))
+    for (stem, count), numbers in there.items():
+        if missing := sorted(set(range(count)) - numbers):
+            raise DataError(
+                f"{folder}: {stem.relative_to(folder)} has {len(numbers)} of its {count} files, number {missing[0]} is not "
+                "there; fetch it, or name the files themselves"
+            )
 
 
 def _names(folder: Path, paths: Sequence[Path]) -> str:

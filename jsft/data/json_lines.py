@@ -52,7 +52,7 @@ class JsonLines:
         file.seek(self.starts[index])
         line = file.read(self.ends[index] - self.starts[index])
         try:
-            value = json.loads(line.decode("utf-8"))
+            value = json.loads(line.decode("utf-8-sig"))  # files with a mark that were joined
         except UnicodeDecodeError as error:
             return DataError(f"{where}: invalid UTF-8 ({describe(error)}); store the text as UTF-8")
         except ValueError as error:
@@ -84,6 +84,10 @@ class JsonLines:
             raise DataError(
                 f"{self.path}: JSON written over several lines, where one JSON object per line is expected; convert "
                 f"it: jq -c . {name} > {self.path.stem}.lines.jsonl"
+            )
+        if "\n" not in head and "}\r{" in head.replace(" ", ""):
+            raise DataError(
+                f"{self.path}: its lines end with CR alone; convert it: tr '\\r' '\\n' < {name} > {self.path.stem}.lines.jsonl"
             )
         if count > 1:
             raise DataError(f"{error}; none of the first {count} rows is a JSON object")

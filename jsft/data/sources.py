@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jsft.data.folders import SUFFIXES, TRAIN, Chosen, choose_files, how_to_read
+from jsft.data.folders import SUFFIXES, TRAIN, Chosen, choose_files, how_to_read, suffix
 from jsft.data.json_lines import JsonLines
 from jsft.data.parquet import ParquetFile
 from jsft.errors import ConfigError, DataError, describe, explained
@@ -42,9 +42,9 @@ class Source:
                 there = path.is_file()
             if not there:
                 raise DataError(f"{path}: no such data file")
-            if path.suffix not in SUFFIXES:
+            if suffix(path) not in SUFFIXES:
                 raise DataError(how_to_read(path))
-            self._readers.append(ParquetFile(path) if path.suffix == ".parquet" else JsonLines(path))
+            self._readers.append(ParquetFile(path) if suffix(path) == ".parquet" else JsonLines(path))
         self._starts = np.concatenate(
             [[0], np.cumsum([reader.rows for reader in self._readers], dtype=np.int64)]
         )
@@ -150,7 +150,7 @@ def open_source(spec: str | Path | Sequence[str], splits: Sequence[str] = TRAIN)
         with _is_a_path(one):
             path = Path(one).expanduser()
             folder, there = path.is_dir(), path.exists()
-        if not there and _HUB_ID.fullmatch(str(one)) and path.suffix not in SUFFIXES:
+        if not there and _HUB_ID.fullmatch(str(one)) and suffix(path) not in SUFFIXES:
             path, folder = _download(str(one)), True
         chosen = choose_files(path, splits) if folder else Chosen([path], [])
         files += chosen.files

@@ -24,7 +24,9 @@ def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
     path = Path(path).expanduser()
     if path.suffix not in (".parquet", ".jsonl"):
         raise ConfigError(f"--out {path}: end the name in .parquet or .jsonl")
-    if path.exists() and not overwrite:
+    with explained(ConfigError, f"--out {str(path)[:200]}: cannot be used"):
+        there = path.exists()
+    if there and not overwrite:
         raise ConfigError(f"--out {path}: exists; give another name or --overwrite")
     return path
 

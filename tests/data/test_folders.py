@@ -24,6 +24,25 @@ def names(folder, splits=("train",)):
     return [path.relative_to(folder).as_posix() for path in chosen.files], chosen.left_out
 
 
+def test_missing_shard_is_named(tmp_path):
+    folder = folder_of(tmp_path, "train-00000-of-00003.parquet", "train-00002-of-00003.parquet", "test-00000-of-00009.parquet")
+    with pytest.raises(DataError, match="train has 2 of its 3 files, number 1 is not there"):
+        choose_files(folder)
+
+
+def test_link_to_nowhere_is_named(tmp_path):
+    folder = folder_of(tmp_path, "a.parquet")
+    (folder / "b.parquet").symlink_to(folder / "gone.parquet")
+    with pytest.raises(DataError, match="b.parquet: a link to .*gone.parquet, which is not there"):
+        choose_files(folder)
+
+
+def test_suffix_in_capitals_is_read(tmp_path):
+    folder = folder_of(tmp_path, "a.jsonl")
+    (folder / "a.jsonl").rename(folder / "A.JSONL")
+    assert len(open_source(folder)) == len(open_source(folder / "A.JSONL")) == 1
+
+
 HUB = ("data/test-00000-of-00001.parquet", "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet")
 
 
@@ -91,7 +110,7 @@ def test_mixed_formats_are_refused(tmp_path):
 
 def test_files_about_the_data_are_said_and_hidden_ones_ignored(tmp_path):
     folder = folder_of(tmp_path, "a.jsonl", "dataset_infos.json", "README.md", ".jsft_cache/k/part.arrow")
-    assert names(folder) == (["a.jsonl"], ["left out: dataset_infos.json (about the data)"])
+    assert names(folder) == (["a.jsonl"], ["left out: README.md, dataset_infos.json (no data)"])
 
 
 def test_format_that_is_not_read_says_what_to_do(tmp_path):

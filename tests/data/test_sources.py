@@ -81,6 +81,8 @@ def test_byte_order_mark_is_passed_over(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a": 2}\n')
     source = open_source(tmp_path / "x.jsonl")
     assert source.columns == ["a"] and [row for _, row in source.rows()] == [{"a": 1}, {"a": 2}]
+    (tmp_path / "joined.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n\xef\xbb\xbf{"a": 2}\n')
+    assert [row for _, row in open_source(tmp_path / "joined.jsonl").rows()] == [{"a": 1}, {"a": 2}]
 
 
 ROWS = [{"message": "q", "response": f"r{i}"} for i in range(3)]
@@ -93,6 +95,7 @@ NOT_LINES = {  # content, what must be said
     ),
     "one pretty object": (json.dumps({"data": ROWS}, indent=1).encode(), "JSON written over several lines"),
     "commas": (LINES.replace("}\n", "},\n").encode(), "row 0: not valid JSON, the line ends with a comma.*first 3 rows"),
+    "carriage returns": (LINES.replace("\n", "\r").encode(), "its lines end with CR alone; convert it: tr"),
     "words": (b"hello\nworld\n", "row 0: not valid JSON .*none of the first 2 rows is a JSON object"),
     "numbers": (b"1\n2\n", "row 0: a int where a JSON object is expected"),
     "utf-16": (LINES.encode("utf-16"), "is UTF-16; store it as UTF-8 .iconv -f UTF-16 "),
