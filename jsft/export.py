@@ -164,14 +164,17 @@ class _CheckpointParameters:
         from jsft.models.families import parameter_table
         from jsft.models.parameters import get_leaf, leaves
         from jsft.training.manifest import checkpoint_folder, verify
+        from jsft.training.orbax_io import orbax_path, quiet
 
+        quiet()
         self._name = f"checkpoint {step} in {workdir}"
         self._folder = checkpoint_folder(workdir) / str(step)
         self._table, self._mesh = parameter_table(model), mesh
         if problem := verify(workdir, step, items=("parameters",)):
             raise CheckpointError(f"{self._name} is damaged: {problem}; export another step")
         try:
-            self._stored = ocp.checkpointables_metadata(str(self._folder)).metadata["parameters"]
+            with orbax_path(self._folder) as name:
+                self._stored = ocp.checkpointables_metadata(name).metadata["parameters"]
             for path, spec in leaves(self._table):
                 if get_leaf(self._stored, path).shape != spec.shape:
                     name = "/".join(path)
@@ -186,6 +189,7 @@ class _CheckpointParameters:
 
         from jsft.mesh import parameter_sharding
         from jsft.models.parameters import get_leaf
+        from jsft.training.orbax_io import orbax_path
 
         spec = get_leaf(self._table, path)
         sharding = parameter_sharding(spec.axes, spec.shape, self._mesh)
@@ -196,7 +200,8 @@ class _CheckpointParameters:
         context.pytree.loading.partial_load = True
         try:
             with context:
-                loaded = ocp.load_checkpointables(str(self._folder), {"parameters": wanted})["parameters"]
+                with orbax_path(self._folder) as name:
+                    loaded = ocp.load_checkpointables(name, {"parameters": wanted})["parameters"]
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{self._name} could not be read ({str(error)[:200]})") from error
         return get_leaf(loaded, path)
@@ -269,4 +274,4 @@ def _commit() -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, CheckpointError)

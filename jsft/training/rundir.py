@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 import jsft
 from jsft import config as schema
 from jsft import files
-from jsft.errors import CheckpointError, ConfigError, ModelError, explained
+from jsft.errors import CheckpointError, ConfigError, ModelError, describe, explained
 from jsft.hf.base_files import copy_base_files
 from jsft.hf.digest import Digest, difference
 from jsft.training.manifest import list_steps
@@ -58,6 +58,10 @@ class RunDirectory:
         self.path = Path(path)
         self.last_step = 0  # updates done, for the status of a run that fails
         self._writing_status, self._ended = threading.Lock(), False
+        try:
+            os.path.abspath(self.path).encode("utf-8")
+        except UnicodeEncodeError as error:  # tokenizers, in Rust, open no such path: no step could be exported
+            raise CheckpointError(f"--workdir {self.path}: {describe(error)}; choose a name in UTF-8") from error
         with self._explained():
             files.make_folder(self.path)
             # Whatever bytes lie there: a damaged lock is nobody's.

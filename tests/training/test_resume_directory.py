@@ -153,6 +153,18 @@ def test_a_directory_that_cannot_be_written(tmp_path):
             RunDirectory(path)
 
 
+def test_a_name_that_is_not_utf_8_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    """Its checkpoints could be read, but none exported: the tokenizers' library takes UTF-8 alone."""
+    with pytest.raises(CheckpointError, match=r"character '\\udcff' cannot be written as utf-8; choose a name in UTF-8"):
+        RunDirectory(tmp_path / "bad\udcff")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "above\udcff").mkdir()
+    monkeypatch.chdir(tmp_path / "above\udcff")
+    with pytest.raises(CheckpointError, match="choose a name in UTF-8"):
+        RunDirectory(Path("run"))
+    assert os.listdir(tmp_path / "above\udcff") == []
+
+
 def test_the_owner_is_named(tmp_path):
     first = RunDirectory(tmp_path)
     with pytest.raises(
