@@ -12,6 +12,7 @@ import functools
 import marshal
 import os
 import selectors
+import socket
 import subprocess
 import sys
 import time
@@ -45,7 +46,7 @@ class Finished:
 
     state: 'ok' (code 0), 'failed', 'timeout', 'flood' (printed too much), 'memory' (its processes used too much
     together) or 'broken' (the sandbox itself could not start; `stderr` says why). A program cannot choose
-    'broken': the room's keeper says it, over a pipe that the program does not hold.
+    'broken': the room's keeper says it, over a socket that the program does not hold.
     """
 
     state: str
@@ -68,13 +69,13 @@ def run(source: str, stdin: bytes = b"", limits: Limits = Limits()) -> Finished:
             **dataclasses.asdict(limits),
         }  # fmt: skip
         reader, writer = os.pipe()
-        listener, teller = os.pipe()
+        listener, teller = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), str(reader), str(teller)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            pass_fds=(reader, teller), start_new_session=True, env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+            [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), str(reader), str(teller.fileno())],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            pass_fds=(reader, teller.fileno()), start_new_session=True, env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
         )  # fmt: skip
-        os.close(reader), os.close(teller)
+        os.close(reader), teller.close()
         talk = _Conversation(process, writer, listener, marshal.dumps(job))
         try:
             state = talk.hold(limits.seconds)
@@ -120,18 +121,20 @@ def _prefixes() -> list[str]:
 class _Conversation:
     """What the judge and the room say to each other."""
 
-    def __init__(self, process: subprocess.Popen, writer: int, listener: int, job: bytes):
+    def __init__(self, process: subprocess.Popen, writer: int, listener: socket.socket, job: bytes):
         self.process, self.writer, self.listener = process, writer, listener
         self.job = memoryview(job)
         self.out, self.errors, self.told = bytearray(), bytearray(), bytearray()
+        self.outputs: list[int] = []
         self.started = self.ended = time.monotonic()
         self.selector = selectors.DefaultSelector()
         os.set_blocking(writer, False)
-        self.selector.register(writer, selectors.EVENT_WRITE)
-        for descriptor, buffer in (
-            (process.stdout.fileno(), self.out), (process.stderr.fileno(), self.errors), (listener, self.told),
-        ):  # fmt: skip
-            self.selector.register(descriptor, selectors.EVENT_READ, buffer)
+        self.selector.register(writer, selectors.EVENT_WRITE, self._send)
+        self.selector.register(listener, selectors.EVENT_READ, self._listen)
+        self._collect(process.stderr.fileno(), self.errors)  # the launcher's own
+
+    def _collect(self, descriptor: int, buffer: bytearray) -> None:
+        self.selector.register(descriptor, selectors.EVENT_READ, lambda: self._receive(descriptor, buffer))
 
     def hold(self, seconds: float) -> str:
         """Sends the job and reads all until the room is closed ('ended'), time is over, or too much is printed."""
@@ -141,7 +144,7 @@ class _Conversation:
             if wait <= 0:
                 return "timeout"
             for key, _ in self.selector.select(wait):
-                self._send() if key.data is None else self._receive(key.fd, key.data)
+                key.data()
             if not running and b"started" in self.told:
                 running, self.started = True, time.monotonic()
                 end = self.started + seconds
@@ -162,6 +165,15 @@ class _Conversation:
         os.close(self.writer)
         self.writer = None
 
+    def _listen(self) -> None:
+        said, descriptors, _, _ = socket.recv_fds(self.listener, 4096, 2)
+        self.told.extend(said)
+        if not said:
+            self.selector.unregister(self.listener)
+        self.outputs.extend(descriptors)
+        for descriptor, buffer in zip(descriptors, (self.out, self.errors), strict=False):
+            self._collect(descriptor, buffer)
+
     def _receive(self, descriptor: int, buffer: bytearray) -> None:
         piece = os.read(descriptor, 1 << 16)
         if not piece:
@@ -176,9 +188,10 @@ class _Conversation:
         if self.writer is not None:
             self._close_writer()
         self.selector.close()
-        for stream in (self.process.stdout, self.process.stderr):
-            stream.close()
-        os.close(self.listener)
+        self.process.stderr.close()
+        self.listener.close()
+        for descriptor in self.outputs:
+            os.close(descriptor)
 
     def finished(self, state: str) -> Finished:
         """How it ended, by the keeper's word before ours."""

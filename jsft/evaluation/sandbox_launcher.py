@@ -7,17 +7,20 @@ memory of all that the program starts, and says how the program ended. When the 
 everything in the room; no process can leave it. The judge's death ends the launcher, the launcher's the keeper.
 
 Arguments: the judge's process id, a descriptor to read the job from (marshalled: source, stdin, python,
-prefixes, filter, cgroup, limits), a descriptor to tell the judge on, which the program never holds. Messages,
-a line each: 'broken WHY' (the room could not be built), 'started MISSING...', 'ended CODE' (128 + signal
-where one killed it), 'memory' (the room used more than it may), 'timeout' (the judge did not end it in time).
+prefixes, filter, cgroup, limits), a socket to tell the judge on, which the program never holds. Messages:
+'outputs' (with the reading ends of /dev/stdout and /dev/stderr), 'broken WHY' (the room could not be built),
+'started MISSING...', 'ended CODE' (128 + signal where one killed it), 'memory' (the room used more than it may),
+'timeout' (the judge did not end it in time).
 """
 
-import _signal as signal  # `signal` itself imports enum: 3 ms for each program
+import _signal as signal  # `signal` and `socket` import enum: 3 ms for each program
+import _socket
 import ctypes
 import errno
 import marshal
 import os
 import resource
+import struct
 import sys
 import time
 
@@ -85,14 +88,18 @@ def write(path: str, text: str) -> None:
 
 
 class Teller:
-    """Tells the judge one line. The descriptor is closed when a program is executed."""
+    """Tells the judge. The socket is closed when a program is executed."""
 
     def __init__(self, descriptor: int):
         os.set_inheritable(descriptor, False)
-        self.descriptor = descriptor
+        self.socket = _socket.socket(fileno=descriptor)
 
     def tell(self, *words: object) -> None:
-        os.write(self.descriptor, (" ".join(map(str, words)) + "\n").encode())
+        self.socket.send((" ".join(map(str, words)) + "\n").encode())
+
+    def tell_outputs(self, *descriptors: int) -> None:
+        rights = struct.pack(f"{len(descriptors)}i", *descriptors)
+        self.socket.sendmsg([b"outputs\n"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
 
     def tell_broken(self, error: Exception) -> None:
         reason = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
@@ -171,8 +178,8 @@ def launch(job: dict, teller: Teller, judge: int) -> None:
         os.close(lifeline)
         keep(job, teller, group, alive)
     os.close(alive)
-    os.closerange(0, 3)  # the program's ends of these pipes must be the only ones
-    os.close(teller.descriptor)
+    os.closerange(0, 3)  # the judge waits for the end of what is written there
+    teller.socket.close()
     while os.waitpid(keeper, os.WNOHANG)[0] == 0:  # its end is told when everything in the room is dead
         if signal.sigwait({signal.SIGTERM, signal.SIGCHLD}) == signal.SIGTERM:
             os.kill(keeper, signal.SIGKILL)
@@ -194,14 +201,14 @@ def keep(job: dict, teller: Teller, group: int | None, alive: int) -> None:
             pass
         os.setsid()  # a signal to the program's group must not reach the launcher
         forbid_shared_memory()
-        processes = build_room(job)
+        processes, outputs = build_room(job, teller)
         libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
         program = os.fork()
         if program == 0:
             if group is not None:
                 join(group)
-            become_program(job, teller, [] if processes else ["memory"])
-        for descriptor in (0, 1, 2):
+            become_program(job, teller, outputs, [] if processes else ["memory"])
+        for descriptor in (0, 1, 2, *outputs):
             os.close(descriptor)
         watch(program, job, processes, teller)
     except Exception as error:
@@ -218,10 +225,10 @@ def forbid_shared_memory() -> None:
         pass
 
 
-def build_room(job: dict) -> "Processes | None":
+def build_room(job: dict, teller: Teller) -> "tuple[Processes | None, list[int]]":
     """A root directory with system libraries and Python, read-only, and /room to write in; then into it.
 
-    Returns a view of the processes in it, None where /proc can show none.
+    Returns a view of the processes in it, None where /proc can show none, and the ends to write outputs to.
     """
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     # Sources are opened before the new root covers /tmp, and bound through their descriptors.
@@ -253,6 +260,7 @@ def build_room(job: dict) -> "Processes | None":
     os.makedirs(ROOM + "/dev", exist_ok=True)
     with open(ROOM + "/dev/stdin", "wb") as stream:
         stream.write(job["stdin"])
+    outputs = make_outputs(teller)
     os.mkdir(ROOM + "/room")
     size = f"size={job['disk_mb']}m,nr_inodes=1024,mode=777"
     mount("program", ROOM + "/room", "tmpfs", MS_NOSUID | MS_NODEV, size)
@@ -266,7 +274,21 @@ def build_room(job: dict) -> "Processes | None":
     check(libc.syscall(PIVOT_ROOT, b".", b"."), "pivot_root")  # the old root lies over the new one ...
     check(libc.umount2(b".", MNT_DETACH), "umount")  # ... until it is taken away
     os.chdir("/room")
-    return processes
+    return processes, outputs
+
+
+def make_outputs(teller: Teller) -> list[int]:
+    """/dev/stdout and /dev/stderr, named pipes that the judge reads and the program can open again."""
+    reading, writing = [], []
+    for path in (ROOM + "/dev/stdout", ROOM + "/dev/stderr"):
+        os.mkfifo(path)
+        os.chmod(path, 0o622)
+        reading.append(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        writing.append(os.open(path, os.O_WRONLY))
+    teller.tell_outputs(*reading)
+    for descriptor in reading:
+        os.close(descriptor)
+    return writing
 
 
 class Processes:
@@ -358,11 +380,11 @@ def join(group: int) -> None:
         pass
 
 
-def become_program(job: dict, teller: Teller, missing: list[str]) -> None:
+def become_program(job: dict, teller: Teller, outputs: list[int], missing: list[str]) -> None:
     """Limits, no privileges, no needless system calls, for this process and all it starts; then the program."""
     try:
-        stdin = os.open("/dev/stdin", os.O_RDONLY)
-        os.dup2(stdin, 0)
+        for number, descriptor in enumerate((os.open("/dev/stdin", os.O_RDONLY), *outputs)):
+            os.dup2(descriptor, number)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         limit(job)
         for capability in range(64):
@@ -374,7 +396,7 @@ def become_program(job: dict, teller: Teller, missing: list[str]) -> None:
         check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
         environment = {"HOME": "/room", "TMPDIR": "/room", "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
         environment["OPENBLAS_NUM_THREADS"] = "1"
-        os.closerange(3, teller.descriptor), os.closerange(teller.descriptor + 1, 1024)
+        os.closerange(3, teller.socket.fileno()), os.closerange(teller.socket.fileno() + 1, 1024)
         if not (job["filter"] and install(job["filter"])):
             missing.append("filter")
         teller.tell("started", *missing)

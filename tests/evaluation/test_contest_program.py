@@ -64,6 +64,8 @@ print(exit, __name__, compile('1', '', 'eval').co_code is not None)
         "print('\\N{DIGIT EIGHT}', end='')\r\nprint()",
         "print(8)  # '''\"\"\"{code}%s\\\\",
         "import atexit\natexit.register(print, 8)",
+        "print(8, file=open('/dev/stdout', 'w'))",
+        "sys.stdout = open('/dev/stdout', 'w')\nprint(8)\nprint(9, file=open('/dev/stderr', 'w'))",
     ],
 )
 def test_a_script_means_what_it_means_alone(code):
