@@ -1,6 +1,7 @@
 """Contest solutions run as they would on a contest site: what they may use without importing it, and how."""
 
 import re
+import sys
 
 import pytest
 
@@ -45,6 +46,22 @@ print(exit, __name__, compile('1', '', 'eval').co_code is not None)
     assert lines[1].startswith(f"{pow(3, 200, 10**9 + 7)} 5 {3**60} 1 3 <built-in function open> 2")
     assert lines[2:4] == ["True 4 2", "2 abc [1] True 50000"]
     assert lines[4] == "Use exit() or Ctrl-D (i.e. EOF) to exit __main__ True"
+
+
+def test_a_name_means_the_same_whether_all_modules_are_imported_or_those_it_needs():
+    def brought(code):
+        names, limit = {}, sys.getrecursionlimit()
+        exec(contest_program.prelude(code), names)
+        sys.setrecursionlimit(limit)
+        return names
+
+    everything = brought("globals()")
+    assert len(everything) > 500 and set(NAMES) < set(everything)
+    different = [n for n in everything if n != "__builtins__" and brought(f"print({n}, 1)")[n] is not everything[n]]
+    assert different == []
+    assert contest_program.prelude("print(input().split())").count("from") == 2  # sys, builtins
+    for code in ["ｓｑｒｔ(4)", "f'{sqrt(4)}'", "x = 1 if 1else sqrt", "[*accumulate(a)]", "@cache\ndef f(): 0", "a.\nsqrt"]:
+        assert re.search("from (math|functools|itertools) import", contest_program.prelude(code)), code
 
 
 @pytest.mark.parametrize(
