@@ -36,7 +36,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--steps", help="of a run or a published model: 10,20,... or latest or all; 0 is the base model")
     add("--list", action="store_true", help="list the tasks and end")
     add("--out", type=Path, help="where results go (default: <workdir>/eval)")
-    add("--data_dir", type=Path, help="folder with <task>.jsonl, .json, .csv or .parquet (default: the hub)")
+    add("--data_dir", type=Path, help="folder with <task>.jsonl, .json, .csv or .parquet, or the original files (default: the hub)")
     add("--limit", type=int, help="only the first N problems of each task")
     add("--samples", type=int, help="samples per problem (default: the task's)")
     add("--max_tokens", type=int, help="limit of a response in tokens (default: the task's)")

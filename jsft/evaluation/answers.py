@@ -18,6 +18,12 @@ _TOKEN = re.compile(
 _BOXED_NUMBER = re.compile(
     r"(\\(?:boxed|fbox)\s*\{\s*)((?:\\?\$)?)(\d{1,3}(?:(?:,|\{,\})\d{3})+|\d{3})(?!\d)"
 )
+_YES_NO = (
+    re.compile(r"\b(Yes|YES|No|NO)\b(?!['\u2019-]|[ \t]+[^\W_])"),
+    re.compile(r"\b(Yes|YES|No|NO)\b(?!['\u2019-])"),
+    re.compile(r"\A\W*(yes|no)(?=\s*(?:[.,;:!*]|\Z))"),
+    re.compile(r"(?:[:*/\n]|\bis|\banswer)\s*\W*(yes|no)\W*\Z"),
+)
 LONGEST_CHOICE = 1_000  # characters; a letter and the words of its option
 _LABEL = re.compile(
     r"[^\w(\[]*(?:(?:the )?(?:correct |final )?(?:option|choice|answer)(?: is)?\s*:?\s*)?"
@@ -98,9 +104,22 @@ def choice(text: str | None, letters: str) -> str | None:
 
 
 def last_yes_no(text: str) -> str | None:
-    """'yes' or 'no', whichever word stands last; None where there is neither."""
-    found = re.findall(r"\b(yes|no)\b", text, re.I)
-    return found[-1].lower() if found else None
+    """'yes' or 'no', whichever answer stands last; None where there is neither.
+
+    An answer has a capital and no word of its own after it: 'Yes, there is no support.' is a yes, and so is 'Yes. No
+    document denies it.' Where there is none, a capital one before a word counts, then a small one at either end.
+    """
+    for pattern in _YES_NO:
+        found = pattern.findall(text)
+        if found:
+            return found[-1].lower()
+    return None
+
+
+def only_yes_no(text: str) -> str | None:
+    """HaluEval's own rule: 'yes' or 'no' where the text holds 'Yes' or 'No' and not both, as letters with a capital."""
+    yes, no = "Yes" in text, "No" in text
+    return None if yes == no else "yes" if yes else "no"
 
 
 def last_code_block(text: str) -> str | None:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from jsft.errors import ConfigError, DataError, JsftError
+from jsft.errors import ConfigError, DataError, JsftError, describe
 from jsft.evaluation import data, thinking
 from jsft.evaluation.grading import GradingPool
 from jsft.evaluation.progress import SampleProgress
@@ -83,6 +83,10 @@ def run_tasks(
         except JsftError as error:
             run.folder.fail(str(error))
             outcomes[run.task.name] = Outcome(run.task.name, "failed", None, error)
+        except Exception as error:  # a fault in one task's grading ends that task alone
+            fault = JsftError(f"{run.task.name}: its responses cannot be graded ({describe(error)})")
+            run.folder.fail(str(fault))
+            outcomes[run.task.name] = Outcome(run.task.name, "failed", None, fault)
 
     engine_facts: dict[str, Any] = {}
     requests = [request for run in runs for request in run.pending()]
@@ -116,8 +120,12 @@ class _TaskRun:
             if role not in options.judges:
                 raise ConfigError(f"{task.name}: needs a judge; name it with --judge {role}=URL#MODEL")
             options.judges[role].check()
-        rows = task.rows(options.data_dir)
-        self.problems: list[Problem] = task.problems(rows)[: options.limit]
+        try:
+            rows = task.rows(options.data_dir)
+            self.problems: list[Problem] = task.problems(rows)[: options.limit]
+        except (TypeError, KeyError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+            columns = ", ".join(task.source.columns)
+            raise DataError(f"{task.name}: its rows cannot be used ({describe(error)}); wanted columns {columns}") from error
         names = [p.id for p in self.problems]
         if len(set(names)) < len(names):
             raise DataError(f"{task.name}: two rows have the same id; ids must be unique")

@@ -142,10 +142,31 @@ def test_mmlu_pros_first_box_may_stand_in_any_font(box):
         ("It is not. NO!", "no"),
         ("", None),
         ("yes/no", "no"),
+        ("Yes, there is no support.", "yes"),
+        ("Yes. No document supports it.", "yes"),
+        ("Yes there is no support", "yes"),
+        ("No, it is supported. The North Sea is meant, isn't it? yes", "no"),
+        ("There is no support.", None),
+        ("no support is given", None),
+        ("**No**", "no"),
+        ("Answer: no.", "no"),
+        ("The answer is yes", "yes"),
+        ("yes.", "yes"),
+        ("YES", "yes"),
+        ("Maybe No-one knows. Yes.", "yes"),
     ],
 )
 def test_last_yes_no(text, word):
     assert answers.last_yes_no(text) == word
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [("Yes.", "yes"), ("Yes, there is no support.", "yes"), ("No", "no"), ("Yes. No.", None), ("yes", None), ("", None),
+     ("No, the North Sea.", "no"), ("Yes, the North Sea.", None)],
+)  # fmt: skip
+def test_halu_evals_own_rule_counts_letters(text, word):
+    assert answers.only_yes_no(text) == word
 
 
 @pytest.mark.parametrize(

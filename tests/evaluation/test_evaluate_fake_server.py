@@ -257,6 +257,33 @@ def test_errors_of_one_task_leave_the_others(fake_openai, rows, tmp_path, monkey
     assert "math500: no math500.* in --data_dir" in said.err and "HuggingFaceH4/MATH-500" in said.err
 
 
+def test_a_fault_in_one_task_leaves_the_others(fake_openai, rows, tmp_path, monkeypatch, capsys):
+    from jsft.evaluation.tasks import aime24, gsm8k
+
+    def faulty(self, *_):
+        raise KeyError("a fault\nof a task")
+
+    monkeypatch.setattr(aime24.Aime24, "problems", faulty)
+    monkeypatch.setattr(gsm8k.Gsm8k, "shown_gold", faulty)
+    fake = fake_openai(scripted(MATHEMATICS))
+    arguments = ["--url", fake.url, "--tasks", "aime24,gsm8k,countdown", "--data_dir", rows, "--out", tmp_path]
+    assert run(monkeypatch, *arguments) == 3
+    said = capsys.readouterr()
+    lines = said.err.strip().splitlines()
+    assert len(lines) == 2 and "aime24: its rows cannot be used (KeyError" in lines[0]
+    assert "gsm8k: its responses cannot be graded (KeyError" in lines[1]
+    assert "countdown solved" in said.out and results(tmp_path, "gsm8k")["state"] == "failed"
+
+
+def test_a_file_as_data_dir_is_one_line(fake_openai, rows, tmp_path, monkeypatch, capsys):
+    fake = fake_openai(scripted(MATHEMATICS))
+    arguments = ["--url", fake.url, "--tasks", "gsm8k,aime24", "--data_dir", rows / "gsm8k.jsonl", "--out", tmp_path]
+    assert run(monkeypatch, *arguments) == 3
+    said = capsys.readouterr()
+    assert "gsm8k reference 100.0 %" in said.out and len(said.err.strip().splitlines()) == 1
+    assert "aime24: --data_dir is the file" in said.err and "aime24.jsonl (or .json, .csv, .parquet" in said.err
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -221,9 +221,9 @@ def test_rows_from_every_kind_of_file(tmp_path):
     (tmp_path / "c.csv").write_text('problem,answer\n"a\nb",1\nc,2\n')
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     for name in "abcd":
-        assert data.read_rows(data.find_file(tmp_path, name)) == rows
-    assert data.find_file(tmp_path / "a.jsonl", "a") == tmp_path / "a.jsonl"
-    assert data.find_file(tmp_path / "a.jsonl", "b") is None is data.find_file(None, "a")
+        assert [row for file in data.find_files(tmp_path, name) for row in data.read_rows(file)] == rows
+    assert data.find_files(tmp_path / "a.jsonl", "a") == [tmp_path / "a.jsonl"]
+    assert data.find_files(tmp_path, "e") == [] == data.find_files(None, "a")
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_rows_from_every_kind_of_file(tmp_path):
     [
         ("a.jsonl", '{"a": 1}\n{"a":\n', "a.jsonl, line 2: not JSON"),
         ("a.jsonl", "", "holds no rows"),
-        ("a.json", '{"a": 1}', "must hold a list of objects"),
+        ("a.json", '"a"', "must hold a list of objects"),
         ("a.jsonl", "[1]\n", "must hold a list of objects"),
         ("a.parquet", "no parquet", "a.parquet cannot be read"),
     ],

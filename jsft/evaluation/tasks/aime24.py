@@ -6,4 +6,4 @@ from jsft.evaluation.tasks.mathematics import IntegerAnswers
 
 class Aime24(IntegerAnswers):
     name, title = "aime24", "AIME 2024"
-    source = Source("HuggingFaceH4/aime_2024", ("*.parquet", "*.jsonl"), ("problem", "answer"))
+    source = Source("HuggingFaceH4/aime_2024", ("*.parquet", "*.jsonl"), ("problem", "answer"), ("aime*2024*",))

@@ -6,4 +6,4 @@ from jsft.evaluation.tasks.mathematics import IntegerAnswers
 
 class Aime25(IntegerAnswers):
     name, title = "aime25", "AIME 2025"
-    source = Source("math-ai/aime25", ("*.jsonl", "*.parquet"), ("problem", "answer"))
+    source = Source("math-ai/aime25", ("*.jsonl", "*.parquet"), ("problem", "answer"), ("aime*2025*",))

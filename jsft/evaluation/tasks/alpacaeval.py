@@ -3,7 +3,8 @@
 from typing import Any
 
 from jsft.evaluation import thinking
-from jsft.evaluation.data import Source, check_row
+from jsft.evaluation.data import Source
+from jsft.evaluation.fields import Fields
 from jsft.evaluation.sampling import Sampling
 from jsft.evaluation.tasks.base import GENERAL, Grade, Problem, Task
 
@@ -20,8 +21,7 @@ class AlpacaEval(Task):
     judges = ("reward",)
 
     def problem(self, row: dict[str, Any], index: int) -> Problem:
-        check_row(self.name, index, row, self.source.columns)
-        instruction = row["instruction"]
+        instruction = Fields(self.name, index, row).text("instruction")
         return Problem(str(index), [{"role": "user", "content": instruction}], {"instruction": instruction})
 
     def judge(self, gold: dict[str, Any], response: str, judges: dict[str, Any]) -> Grade:

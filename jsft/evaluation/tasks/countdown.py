@@ -2,7 +2,7 @@
 
 Puzzles come from `<data_dir>/eval_countdown.jsonl` (written with the training set, held out from it) or
 `<data_dir>/countdown.jsonl`, rows of {message, numbers, target}; without a file, a fixed set is generated
-(which an own training set should then exclude).
+(which an own training set should then exclude). TinyZero's columns (`nums`, or a verl row's `reward_model`) are read too.
 """
 
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 from jsft.data.countdown import Difficulty, generate, prompt
 from jsft.data.countdown_check import check, extract_answer
 from jsft.evaluation import thinking
-from jsft.evaluation.data import Source, check_row, find_file, read_rows
+from jsft.evaluation.data import Source, find_files, read_rows
+from jsft.evaluation.fields import Fields, as_integer
 from jsft.evaluation.sampling import Sampling
 from jsft.evaluation.tasks.base import IN_DOMAIN, Grade, Problem, Task
 
@@ -20,7 +21,7 @@ SEED = 2026
 
 class Countdown(Task):
     name, title, group = "countdown", "Countdown", IN_DOMAIN
-    source = Source(columns=("numbers", "target"))
+    source = Source(columns=("numbers (or nums)", "target"), names=("eval_countdown", "countdown?tasks*"))
     sampling = Sampling(temperature=0.6, top_p=0.95, max_tokens=32768)
     metrics = {
         "solved": "the last boxed expression after the thinking is right, by exact arithmetic",
@@ -31,13 +32,22 @@ class Countdown(Task):
     grade_seconds = 5.0
 
     def rows(self, data_dir):
-        file = find_file(data_dir, "eval_countdown") or find_file(data_dir, self.name)
-        return read_rows(file) if file else list(generate(GENERATED, SEED, Difficulty()))
+        folder = data_dir if data_dir is not None and data_dir.is_dir() else None
+        files = find_files(folder, "eval_countdown") or find_files(data_dir, self.name, self.source)
+        rows = [row for file in files for row in read_rows(file)]
+        return rows or list(generate(GENERATED, SEED, Difficulty()))
 
     def problem(self, row: dict[str, Any], index: int) -> Problem:
-        check_row(self.name, index, row, self.source.columns)
-        numbers, target = [int(n) for n in row["numbers"]], int(row["target"])
-        messages = row.get("message") or [{"role": "user", "content": prompt(numbers, target)}]
+        fields = Fields(self.name, index, _ground_truth(row))
+        given = fields.items("numbers", "nums")
+        numbers = [as_integer(number) for number in given]
+        if None in numbers:
+            raise fields.wrong("numbers", given, "whole numbers")
+        target = fields.integer("target")
+        messages = fields.items("message") if fields.has("message") else []
+        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in messages):
+            raise fields.wrong("message", messages, "a list of {role, content}")
+        messages = messages or [{"role": "user", "content": prompt(numbers, target)}]
         return Problem(str(index), messages, {"numbers": numbers, "target": target})
 
     def grade(self, gold: dict[str, Any], response: str) -> Grade:
@@ -50,3 +60,9 @@ class Countdown(Task):
             "reference": float(right[1]),
         }
         return Grade(scores, answer)
+
+
+def _ground_truth(row: dict[str, Any]) -> dict[str, Any]:
+    """The puzzle of a row made for verl; its own prompt asks for other tags than ours, so it is left."""
+    truth = row["reward_model"].get("ground_truth") if isinstance(row.get("reward_model"), dict) else None
+    return truth if isinstance(truth, dict) else row

@@ -10,12 +10,14 @@ from typing import Any
 
 from jsft.evaluation import answers
 from jsft.evaluation.data import Source
+from jsft.evaluation.fields import Fields, as_integer
 from jsft.evaluation.sampling import Sampling
 from jsft.evaluation.tasks.base import OUT_OF_DOMAIN
 from jsft.evaluation.tasks.harness import HarnessTask
 from jsft.evaluation.tasks.mmlu_pro import FONTS, MATCH
 
 LETTERS = "ABCD"
+FOUR_COLUMNS = (("A", "B", "C", "D"), ("choice1", "choice2", "choice3", "choice4"))  # in copies
 COLUMNS = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 # A capital letter: in 'the answer is a photon' no option is named.
 _PHRASE = re.compile(rf"answer is:?\s*\**[$\\]?\(?{FONTS}\(?((?-i:[A-D]))\b", re.I)
@@ -49,9 +51,9 @@ class GpqaDiamond(HarnessTask):
     primary = "reference"
     config = {
         "doc_to_text": (
-            "Problem:\n{{question}}\n\nOptions:\n{% for option in options %}{{'ABCD'[loop.index0]}}. "
+            "Problem:\n{{question}}\n\n{% if options %}Options:\n{% for option in options %}{{'ABCD'[loop.index0]}}. "
             "{{option}}\n"
-            "{% endfor %}\nPlease reason step by step, and put the letter of the right option within "
+            "{% endfor %}\n{% endif %}Please reason step by step, and put the letter of the right option within "
             "\\boxed{}."
         ),
         "doc_to_target": "{{answer}}",
@@ -64,8 +66,11 @@ class GpqaDiamond(HarnessTask):
     scores = {"reference": ("phrase", "exact_match", "whole"), "strict": ("boxed", "exact_match", "final")}
 
     def document(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        row = super().document(row, index)
-        question, *options = (str(row[column]).strip() for column in COLUMNS)
+        fields = Fields(self.name, index, row)
+        if not fields.has("Correct Answer") and (fields.has("answer") or fields.has("solution")):
+            return _mirrored(fields)
+        question = fields.text("Question").strip()
+        options = [fields.scalar(column).strip() for column in COLUMNS[1:]]
         order = list(range(4))
         random.Random(hashlib.sha256(question.encode()).hexdigest()).shuffle(order)
         return {
@@ -75,4 +80,27 @@ class GpqaDiamond(HarnessTask):
         }
 
     def identity(self, row: dict[str, Any], index: int) -> str:
-        return str(row.get("Record ID") or index)
+        return str(Fields(self.name, index, row).get("Record ID", default=index))
+
+
+def _mirrored(fields: Fields) -> dict[str, Any]:
+    """A row of a copy that has put the options in order: as a list, in four columns, or inside the question.
+
+    The answer is a letter (alone or in a box), a place counted from 0, or the option's text.
+    """
+    columns = next((c for c in FOUR_COLUMNS if fields.has(*c)), None)
+    if fields.has("options") or fields.has("choices"):
+        options = [str(option).strip() for option in fields.items("options", "choices")]
+    else:
+        options = [fields.scalar(column).strip() for column in columns] if columns else []
+    said = fields.get("answer", "solution")
+    place = as_integer(said)
+    letter = answers.choice(str(answers.last_boxed(str(said)) or said), LETTERS)
+    if options and place is None and str(said).strip() in options and letter is None:
+        place = options.index(str(said).strip())
+    if place is not None and 0 <= place < 4:
+        letter = LETTERS[place]
+    if letter is None or len(options) not in (0, 4):
+        wanted = "a letter from A to D, a place from 0 to 3, or one of four options"
+        raise fields.wrong("answer", said, wanted if len(options) in (0, 4) else f"{wanted}; there are {len(options)}")
+    return {"question": fields.text("question", "problem").strip(), "options": options, "answer": letter}

@@ -7,6 +7,7 @@ from typing import Any
 
 from jsft.errors import DataError
 from jsft.evaluation.data import Source
+from jsft.evaluation.fields import Fields
 from jsft.evaluation.sampling import Sampling
 from jsft.evaluation.tasks.base import GENERAL, Problem
 from jsft.evaluation.tasks.harness import HarnessTask
@@ -17,7 +18,7 @@ NEEDS_PUNKT = ("length_constraints:number_sentences", "change_case:capital_word_
 
 class IfEval(HarnessTask):
     name, title, group = "ifeval", "IFEval", GENERAL
-    source = Source("google/IFEval", ("*.jsonl",), ("prompt", "instruction_id_list", "kwargs"))
+    source = Source("google/IFEval", ("*.jsonl",), ("prompt", "instruction_id_list", "kwargs"), ("input_data",))
     sampling = Sampling(temperature=0.6, max_tokens=32768)
     metrics = {
         "prompt_strict": "all instructions of the prompt are followed",
@@ -63,17 +64,27 @@ class IfEval(HarnessTask):
         import lm_eval.tasks.ifeval.utils  # noqa: F401
 
     def document(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        row = super().document(row, index)
-        arguments = [{k: v for k, v in (a or {}).items() if v is not None} for a in row["kwargs"]]
+        fields = Fields(self.name, index, row)
+        names, arguments = fields.items("instruction_id_list"), fields.items("kwargs")
+        if not all(isinstance(name, str) for name in names):
+            raise fields.wrong("instruction_id_list", names, "a list of names")
+        if len(arguments) != len(names) or not all(a is None or isinstance(a, dict) for a in arguments):
+            raise fields.wrong("kwargs", arguments, f"{len(names)} objects, one an instruction")
         return {
-            "key": row.get("key", index),
-            "prompt": row["prompt"],
-            "instruction_id_list": row["instruction_id_list"],
-            "kwargs": arguments,
+            "key": fields.get("key", default=index),
+            "prompt": fields.text("prompt"),
+            "instruction_id_list": names,
+            "kwargs": [_given(a or {}) for a in arguments],
         }
 
     def identity(self, row: dict[str, Any], index: int) -> str:
-        return str(row.get("key", index))
+        return str(Fields(self.name, index, row).get("key", default=index))
+
+
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that are there; tables hold whole numbers as 4.0 where other rows have none."""
+    whole = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in arguments.items()}
+    return {k: v for k, v in whole.items() if v is not None and v == v}
 
 
 def _has_punkt() -> bool:

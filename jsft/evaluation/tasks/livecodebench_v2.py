@@ -16,7 +16,8 @@ from typing import Any
 
 from jsft.errors import DataError
 from jsft.evaluation import answers, contest_program, sandbox, thinking
-from jsft.evaluation.data import Source, check_row
+from jsft.evaluation.data import Source
+from jsft.evaluation.fields import Fields
 from jsft.evaluation.sampling import Sampling
 from jsft.evaluation.tasks.base import OUT_OF_DOMAIN, Grade, Problem, Task
 
@@ -79,10 +80,11 @@ class LiveCodeBenchV2(Task):
         return problems
 
     def problem(self, row: dict[str, Any], index: int) -> Problem:
-        check_row(self.name, index, row, ("question_content", "public_test_cases"))
-        starter = row.get("starter_code") or ""
+        fields = Fields(self.name, index, row)
+        fields.value("public_test_cases")
+        starter = fields.text("starter_code") if fields.has("starter_code") else ""
         template = WITH_FUNCTION if starter else WITH_STDIN
-        text = INSTRUCTION + template.format(question=row["question_content"], starter=starter)
+        text = INSTRUCTION + template.format(question=fields.text("question_content"), starter=starter)
         name = str(row.get("question_id") or index)
         try:
             public = decode_tests(row["public_test_cases"])
@@ -91,7 +93,7 @@ class LiveCodeBenchV2(Task):
             function = (json.loads(metadata) if isinstance(metadata, str) else metadata).get("func_name")
         except UNREADABLE as error:
             raise DataError(
-                f"livecodebench_v2: the tests of problem {name} cannot be read: {error}"
+                f"{fields.where}: the tests of problem {name} cannot be read: {error}"
             ) from error
         if not public and not private:
             raise DataError(
@@ -102,7 +104,7 @@ class LiveCodeBenchV2(Task):
             "tests": public + private,
             "private": len(private),
             "function": function,
-            "difficulty": row.get("difficulty", "unknown"),
+            "difficulty": str(fields.get("difficulty", default="unknown")),
         }
         return Problem(name, [{"role": "user", "content": text}], gold)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jsft.errors import DataError
 from jsft.evaluation import answers, latex, thinking
-from jsft.evaluation.data import check_row
+from jsft.evaluation.fields import Fields
 from jsft.evaluation.sampling import Sampling
 from jsft.evaluation.tasks.base import IN_DOMAIN, Grade, Problem, Task
 
@@ -36,20 +36,24 @@ class Mathematics(Task):
     solution_is_gold = True  # `reference` compares with the worked solution where a row has one
 
     def problem(self, row: dict[str, Any], index: int) -> Problem:
-        row = {k.lower(): v for k, v in row.items()}
-        row.setdefault(self.problem_column, row.get("question"))
-        check_row(self.name, index, row, (self.problem_column, self.answer_column))
-        gold = {"answer": self.gold_answer(row)}
-        if self.solution_is_gold and row.get("solution"):
-            gold["solution"] = row["solution"]
+        fields = Fields(self.name, index, row)
+        prompt = PROMPT.format(problem=fields.text(self.problem_column, "problem", "question"))
+        gold = {"answer": self.gold_answer(fields)}
+        if self.solution_is_gold and fields.has("solution"):
+            gold["solution"] = fields.text("solution")
         if self.breakdown:
-            gold[self.breakdown] = row.get(self.breakdown, "unknown")
-        name = row.get("unique_id") or row.get("id")
-        prompt = PROMPT.format(problem=row[self.problem_column])
-        return Problem(str(index if name is None else name), [{"role": "user", "content": prompt}], gold)
+            level = fields.get(self.breakdown, default="unknown")
+            gold[self.breakdown] = level if isinstance(level, int) else str(level)
+        name = str(fields.get("unique_id", "id", default=index))
+        return Problem(name, [{"role": "user", "content": prompt}], gold)
 
-    def gold_answer(self, row: dict[str, Any]) -> str:
-        return str(row[self.answer_column])
+    def gold_answer(self, fields: Fields) -> str:
+        """The answer; of the MATH set as it was published, the last box of its solution."""
+        if not fields.has(self.answer_column) and fields.has("solution"):
+            boxed = answers.last_boxed(fields.text("solution"))
+            if boxed:
+                return boxed
+        return fields.scalar(self.answer_column)
 
     def warm_up(self) -> None:
         equal(parse("\\boxed{\\frac12}"), parse("\\boxed{0.5}"))
@@ -87,11 +91,11 @@ class IntegerAnswers(Mathematics):
     samples = 10
     solution_is_gold = False
 
-    def gold_answer(self, row: dict[str, Any]) -> str:
-        answer = str(row[self.answer_column])
+    def gold_answer(self, fields: Fields) -> str:
+        answer = fields.scalar(self.answer_column)
         number = re.fullmatch(r"[^\d-]*(\d{1,3})(?:\.0+)?[^\d]*", answer)  # `073`, `$73$`, `73^\circ`
         if number is None:
-            raise DataError(f"{self.name}: the answer '{answer[:60]}' is not an integer from 0 to 999")
+            raise DataError(f"{fields.where}: the answer '{answer[:60]}' is not an integer from 0 to 999")
         return str(int(number[1]))
 
 

@@ -8,8 +8,10 @@ filter does; `strict` the last boxed letter after the thinking. Of more than 1,0
 import hashlib
 from typing import Any
 
+from jsft.errors import DataError
 from jsft.evaluation import answers
 from jsft.evaluation.data import Source
+from jsft.evaluation.fields import Fields
 from jsft.evaluation.sampling import Sampling
 from jsft.evaluation.tasks.base import OUT_OF_DOMAIN, Problem
 from jsft.evaluation.tasks.harness import HarnessTask
@@ -68,17 +70,25 @@ class MmluPro(HarnessTask):
     }
 
     def document(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        row = super().document(row, index)
-        options = [str(option).strip() for option in row["options"] if option is not None]
+        fields = Fields(self.name, index, row)
+        options = [str(option).strip() for option in fields.items("options") if option is not None]
+        letters = LETTERS[: len(options)]
+        if fields.has("answer"):
+            answer = fields.scalar("answer").strip()
+        else:
+            place = fields.integer("answer_index")
+            answer = letters[place] if 0 <= place < len(letters) else str(place)
+        if len(answer) != 1 or answer not in letters or len(options) > len(LETTERS):
+            raise DataError(f"{fields.where}: the answer '{answer[:60]}' is no letter of its {len(options)} options")
         return {
-            "question": row["question"],
+            "question": fields.text("question"),
             "options": options,
-            "answer": str(row["answer"]).strip(),
-            "category": str(row.get("category", "unknown")),
+            "answer": answer,
+            "category": str(fields.get("category", default="unknown")),
         }
 
     def identity(self, row: dict[str, Any], index: int) -> str:
-        return str(row.get("question_id", index))
+        return str(Fields(self.name, index, row).get("question_id", default=index))
 
     def problems(self, rows: list[dict[str, Any]]) -> list[Problem]:
         return super().problems(subset(rows, SUBSET))
@@ -97,6 +107,6 @@ def subset(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
         counts[name] += 1
 
     def order(row: dict[str, Any]) -> str:
-        return hashlib.sha256(f"{row.get('question_id')}/{row['question']}".encode()).hexdigest()
+        return hashlib.sha256(f"{row.get('question_id')}/{row.get('question')}".encode()).hexdigest()
 
     return [row for name, group in groups.items() for row in sorted(group, key=order)[: counts[name]]]

@@ -4,6 +4,7 @@ from typing import Any
 
 from jsft.evaluation import thinking
 from jsft.evaluation.data import Source
+from jsft.evaluation.fields import Fields
 from jsft.evaluation.sampling import Sampling
 from jsft.evaluation.tasks.base import GENERAL, Grade
 from jsft.evaluation.tasks.harness import HarnessTask
@@ -27,7 +28,7 @@ class TruthfulQa(HarnessTask):
     scores = {}
 
     def document(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        return {"question": super().document(row, index)["question"].strip()}
+        return {"question": Fields(self.name, index, row).text("question").strip()}
 
     def judge(self, gold: dict[str, Any], response: str, judges: dict[str, Any]) -> Grade:
         shown = f"Q: {gold['question']}\nA: {thinking.after_thinking(response)}\n"
