@@ -25,7 +25,7 @@ OUTPUT_BYTES = 8 << 20  # of stdout; a program that prints more is stopped
 BUILD_SECONDS = 60.0  # for the room; the program's own time begins after it
 END_SECONDS = 10.0  # for the kernel to end all in the room
 MISSING = {
-    "filter": "judged programs may make any system call: install libseccomp2 (or the kernel has no seccomp)",
+    "filter": "judged programs may make any system call: libseccomp2 is not installed, or the kernel has no seccomp",
     "memory": "the memory of judged programs is limited for each process only: /proc shows none of them",
 }
 

@@ -64,14 +64,14 @@ class _Comparison(ctypes.Structure):
 
 @functools.cache
 def compiled() -> bytes:
-    """The filter's BPF instructions, 8 bytes each; empty where libseccomp is not installed.
-
-    Raises OSError where it refuses the rules.
-    """
+    """The filter's BPF instructions, 8 bytes each; empty where libseccomp is missing or refuses the rules."""
     try:
-        library = ctypes.CDLL("libseccomp.so.2")
+        return _compile(ctypes.CDLL("libseccomp.so.2"))
     except OSError:
         return b""
+
+
+def _compile(library: ctypes.CDLL) -> bytes:
     library.seccomp_init.restype = ctypes.c_void_p
     rules = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(ERROR | errno.ENOSYS)))
     try:

@@ -41,7 +41,7 @@ SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/bin")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 MEGABYTE = 1 << 20
 FILL_RATE = 4 << 30  # bytes a second that a processor is taken to fill at most
-JUDGES_DELAY = 1.0  # seconds after which the keeper ends what the judge should have ended
+JUDGES_DELAY = 3.0  # seconds after which the keeper ends what the judge should have ended
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -418,11 +418,17 @@ def limit(job: dict) -> None:
         (resource.RLIMIT_SIGPENDING, 64),
         (resource.RLIMIT_CORE, 0),
     ):
+        value = at_most(kind, value)
         resource.setrlimit(kind, (value, value))
     # For deep recursion. What is not touched costs nothing; threads get as much address space each.
-    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
-    stack = memory // 8 if hard == resource.RLIM_INFINITY else min(memory // 8, hard)
-    resource.setrlimit(resource.RLIMIT_STACK, (stack, hard))
+    stack = at_most(resource.RLIMIT_STACK, memory // 8)
+    resource.setrlimit(resource.RLIMIT_STACK, (stack, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+
+
+def at_most(kind: int, value: int) -> int:
+    """`value`, or the judge's own limit where that is lower."""
+    hard = resource.getrlimit(kind)[1]
+    return value if hard == resource.RLIM_INFINITY else min(value, hard)
 
 
 class FilterProgram(ctypes.Structure):
@@ -438,6 +444,7 @@ def install(instructions: bytes) -> bool:
 def main() -> None:
     judge, reader, descriptor = (int(argument) for argument in sys.argv[1:4])
     teller = Teller(descriptor)
+    os.umask(0o022)
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGCHLD))
     try:
         with open(reader, "rb") as stream:

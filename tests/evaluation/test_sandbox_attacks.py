@@ -257,13 +257,36 @@ def test_a_judge_that_stands_still_does_not_keep_a_program_alive():
     assert judge.communicate(timeout=30)[0] in ("timeout\n", "broken\n")  # broken: stopped while it was built
 
 
-def test_mounts_are_read_only_one_by_one_on_older_kernels(tmp_path, monkeypatch):
+def changed_launcher(tmp_path, monkeypatch, old: str, new: str) -> None:
     text = sandbox.LAUNCHER.read_text()
-    assert "MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442," in text
+    assert text.count(old) == 1
     launcher = tmp_path / "sandbox_launcher.py"
-    launcher.write_text(text.replace("AT_RECURSIVE = 442,", "AT_RECURSIVE = -1,"))  # no such call
+    launcher.write_text(text.replace(old, new))
     monkeypatch.setattr(sandbox, "LAUNCHER", launcher)
+
+
+def test_mounts_are_read_only_one_by_one_on_older_kernels(tmp_path, monkeypatch):
+    changed_launcher(tmp_path, monkeypatch, "AT_RECURSIVE = 442,", "AT_RECURSIVE = -1,")  # no such call
     source = "import os\nfor place in ('/usr', '/usr/lib', os.path.dirname(os.__file__)):\n"
     source += "    print(os.statvfs(place).f_flag & os.ST_RDONLY)\nopen('/usr/x', 'w')"
     finished = sandbox.run(source)
     assert finished.stdout == b"1\n1\n1\n" and "Read-only file system" in finished.stderr, finished
+
+
+def test_memory_is_watched_where_a_container_forbids_another_proc(tmp_path, monkeypatch):
+    changed_launcher(tmp_path, monkeypatch, 'mount("proc", place, "proc"', 'mount("proc", place, "no such kind"')
+    source = "import os, time\n" + attacks.HOARDERS["in ten children"]
+    finished = sandbox.run(source, limits=attacks.LIMITS)
+    assert (finished.state, finished.missing) == ("memory", ())
+    changed_launcher(tmp_path, monkeypatch, 'outer = os.open("/proc"', 'outer = os.open("/nothing"')
+    finished = sandbox.run("print(1)", limits=attacks.LIMITS)
+    assert (finished.state, finished.missing) == ("ok", ("memory",))
+
+
+def test_the_judges_own_limits_and_umask_do_not_break_the_room():
+    code = "import os, resource as r\nfrom jsft.evaluation import sandbox as s\nos.umask(0o077)\n"
+    code += "r.setrlimit(r.RLIMIT_NPROC, (12, 12))\nr.setrlimit(r.RLIMIT_STACK, (1 << 22, 1 << 22))\n"
+    code += "print(s.run('import os\\nprint(input(), os.umask(0))', b'7').stdout)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout == "b'7 18\\n'\n", done
