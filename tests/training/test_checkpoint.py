@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -361,6 +362,28 @@ def test_a_save_that_fails_half_way_leaves_nothing(tmp_path, said, monkeypatch):
     saver.wait()
     assert "No space left on device" in saver.failed and "the last good one is 1" in said[-1]
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize("room", [0, 1, 8, 40, 160])
+def test_a_disk_that_fills_up_in_a_save_is_one_line_and_leaves_nothing(small_disk, said, monkeypatch, capfd, room):
+    """No traceback of Orbax's threads, no temporary directory; and the next save, with room, is whole."""
+    monkeypatch.setattr(Saver, "_no_space", lambda *_: None)  # as where another program takes the room meanwhile
+    saver = save_steps(small_disk, said, [1])
+    blocker = small_disk / "blocker"
+    with blocker.open("wb", buffering=0) as file:
+        with suppress(OSError):
+            while True:
+                file.write(b"\0" * 4096)
+        file.truncate(max(0, file.tell() - room * 4096))
+    saver.save(2, make_state(2, width=8192))
+    saver.wait()
+    assert said == ["warning: checkpoint of step 2 was not saved: No space left on device; the last good one is 1"]
+    assert [p.name for p in (small_disk / "checkpoints").iterdir()] == ["1"]
+    blocker.unlink()
+    saver.save(3, make_state(3))
+    saver.wait()
+    assert saver.failed is None and list_steps(small_disk) == [1, 3]
+    assert capfd.readouterr().err == ""
 
 
 def test_what_is_being_read_is_not_removed(tmp_path, said):

@@ -233,21 +233,3 @@ def test_full_disk_keeps_the_run_alive(tiny, small_disk):
     blocker.unlink()
     assert run(tiny, workdir, log=log) == 0
     assert status(workdir)["state"] == "done" and list_steps(workdir, full=True)[-1] == STEPS
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of a few megabytes, full when it is full."""
-    import os
-    import subprocess
-
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small tmpfs needs root")
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place], capture_output=True
-    ).returncode:
-        pytest.skip("mounting a tmpfs is not allowed here")
-    yield place
-    subprocess.run(["umount", place], check=True)
