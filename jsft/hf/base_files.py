@@ -14,6 +14,7 @@ from jsft.hf.tokenizer import add_fast_tokenizer
 
 _SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".py")
 _NAMES = ("LICENSE", "NOTICE", "COPYING")  # with or without a suffix
+_REWRITTEN = ("config.json", "generation_config.json", "tokenizer_config.json")
 _DTYPE = re.compile(r'("(?:torch_)?dtype"\s*:\s*)"[^"]*"')
 
 
@@ -21,18 +22,25 @@ def base_files(model_dir: str | Path) -> list[Path]:
     """The files that go with an export: all of the directory's own but weights, model card and hidden files.
 
     A link is followed only to a file of the same directory or to a blob of a hub cache: the content of any other would
-    leave with the export, and a link to nothing would be left out of it. Raises ModelError for such a link.
+    leave with the export, and a link to nothing would be left out of it. Raises ModelError for such a link, and for a
+    file that an export must write anew and cannot read.
     """
-    model_dir = Path(model_dir)
     found = []
-    for file in sorted(model_dir.iterdir()):
+    try:
+        files = sorted(Path(model_dir).iterdir())
+    except OSError as error:
+        raise ModelError(f"{model_dir} cannot be read: {error.strerror}; give a directory as model.path") from error
+    for file in files:
         named = file.stem.upper().startswith(_NAMES)
         if file.name.startswith(".") or file.name.endswith(".index.json") or not (file.suffix in _SUFFIXES or named):
             continue
         if file.is_symlink():
             _check_link(file)
-        if file.is_file():
-            found.append(file)
+        if not file.is_file():
+            continue
+        if file.name in _REWRITTEN:
+            _read_json(file)
+        found.append(file)
     return found
 
 
@@ -76,8 +84,8 @@ def set_dtype(config_file: Path, dtype: str) -> None:
     text = config_file.read_text(encoding="utf-8")
     changed, count = _DTYPE.subn(rf'\g<1>"{dtype}"', text)
     if not count:  # the base said nothing
-        changed = json.dumps(json.loads(text) | {"torch_dtype": dtype}, indent=2, ensure_ascii=False) + "\n"
-    if changed != text:
+        _write_json(config_file, _read_json(config_file) | {"torch_dtype": dtype})
+    elif changed != text:
         config_file.write_text(changed, encoding="utf-8")
 
 
@@ -98,7 +106,7 @@ def ensure_stop_token(out_dir: Path, token_id: int) -> str | None:
     if token_id not in ids:
         ids = [*ids, token_id]
     config["eos_token_id"] = ids if len(ids) > 1 else ids[0]
-    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_json(file, config)
     if not existed:
         return f"the base model has no generation_config.json: one with eos_token_id {config['eos_token_id']} was made"
     return f"token {token_id}, which ends the trained responses, was added to generation_config.json's eos_token_id"
@@ -143,15 +151,20 @@ def write_template(out_dir: Path, template: str) -> None:
     file = out_dir / "chat_template.jinja"
     if "chat_template" in fields:
         fields["chat_template"] = template
-        config.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write_json(config, fields)
     if file.is_file() or "chat_template" not in fields:
         file.write_text(template, encoding="utf-8")
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate stays JSON's escape
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{file} holds a {type(value).__name__}, not an object")

@@ -46,12 +46,17 @@ def model_digest(model_dir: str | Path) -> Digest:
 
 def difference(there: Digest, here: Digest) -> str | None:
     """None where both are of the same config and tokenizer, else the first name that differs, with both values."""
+    differing = []
     for name in sorted(there.keys() | here.keys()):
         old, new = (digest.get(name, "absent") for digest in (there, here))
-        if old != new:
-            more = sum(there.get(n, "absent") != here.get(n, "absent") for n in there.keys() | here.keys()) - 1
-            return f"{name} is {_shown(new)}, was {_shown(old)}" + (f", and {more} more" if more else "")
-    return None
+        if not _same(old, new):
+            differing.append(f"{name} is {_shown(new)}, was {_shown(old)}")
+    more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
+    return differing[0] + more if differing else None
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a == b or json.dumps(a) == json.dumps(b)  # 1e6 is 1000000; NaN is NaN
 
 
 def _shown(value: Any) -> str:

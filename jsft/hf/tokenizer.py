@@ -160,11 +160,14 @@ def _check(tokenizer: Tokenizer, file: Path) -> None:
 def _tokenizer_config(model_dir: Path) -> dict[str, Any]:
     file = model_dir / "tokenizer_config.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        fields = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{model_dir} has no tokenizer_config.json beside tokenizer.model; download it") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise ModelError(f"{file} holds a {type(fields).__name__}, not an object; download it again")
+    return fields
 
 
 def _content(token: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class ConfigJson:
             raise ModelError(
                 f"{file.parent} has no config.json; model.path must name a Hugging Face model directory"
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ModelError(f"{file} cannot be read: {error}") from error
         if not isinstance(self.raw, dict):
             raise ModelError(f"{file} holds a {type(self.raw).__name__}, not an object; take the base model's file")
@@ -76,11 +77,17 @@ class ConfigJson:
             raise self.wrong(f"{key} is {value!r}, want {' or '.join(k.__name__ for k in kinds)}")
         return value
 
-    def size(self, key: str, default: Any = dataclasses.MISSING) -> int:
+    def size(self, key: str, default: Any = dataclasses.MISSING, most: int = 2**31 - 1) -> int:
         value = self.get(key, int, default)
-        if value is not None and value < 1:
-            raise self.wrong(f"{key} is {value}, want a positive whole number")
+        if value is not None and not 1 <= value <= most:
+            raise self.wrong(f"{key} is {value}, want a positive whole number of at most {most:,}")
         return value
+
+    def number(self, key: str, default: Any = dataclasses.MISSING) -> float:
+        value = self.get(key, (int, float), default)
+        if not 0 <= value < math.inf:  # no NaN either
+            raise self.wrong(f"{key} is {value!r}, want a finite number that is not negative")
+        return float(value)
 
     def expect(self, key: str, allowed: Any, default: Any, why: str) -> None:
         """Raises ModelError unless raw[key] (or `default`) equals `allowed`."""
@@ -93,7 +100,7 @@ class ConfigJson:
         parameters = self.get("rope_parameters", dict, {})
         scaling = parameters or self.get("rope_scaling", dict, {})
         theta = parameters.get("rope_theta", self.raw.get("rope_theta"))
-        if not isinstance(theta, (int, float)) or isinstance(theta, bool) or theta <= 0:
+        if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not 0 < theta < math.inf:
             raise self.wrong(f"rope_theta is {theta!r}, want a positive number")
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         known = {"rope_type", "type", "factor", "rope_theta"}
@@ -104,7 +111,7 @@ class ConfigJson:
         if unknown := sorted(set(scaling) - known):
             raise self.wrong(f"rope scaling has unsupported keys {', '.join(unknown)} (supported: type, factor)")
         factor = scaling.get("factor")
-        if not isinstance(factor, (int, float)) or isinstance(factor, bool) or factor < 1:
+        if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 1 <= factor < math.inf:
             raise self.wrong(f"rope scaling factor is {factor!r}, want a number >= 1")
         return float(theta), float(factor)
 
@@ -137,7 +144,7 @@ class ConfigJson:
             family=family,
             vocab_size=self.size("vocab_size"),
             hidden_size=hidden,
-            num_layers=self.size("num_hidden_layers"),
+            num_layers=self.size("num_hidden_layers", most=10_000),  # the table of parameters grows with it
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
@@ -145,11 +152,11 @@ class ConfigJson:
             max_positions=self.size("max_position_embeddings"),
             rope_theta=theta,
             rope_dynamic_factor=dynamic,
-            rms_eps=float(self.get("rms_norm_eps", (int, float))),
+            rms_eps=self.number("rms_norm_eps"),
             tied_embeddings=self.get("tie_word_embeddings", bool, False),
             qkv_bias=False,
             qk_norm=False,
-            initializer_range=float(self.get("initializer_range", (int, float), 0.02)),
+            initializer_range=self.number("initializer_range", 0.02),
             dtype=self.dtype(),
         )
         return ModelConfig(**(common | fields))

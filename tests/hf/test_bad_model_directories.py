@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from jsft.errors import ModelError
 from jsft.hf import load
-from jsft.hf.base_files import copy_base_files
+from jsft.hf.base_files import base_files, copy_base_files, ensure_stop_token, write_template
 from jsft.hf.load import check_weights, load_parameters
 from jsft.hf.random_model import write_random_model
 from jsft.hf.resolve import resolve_model
@@ -270,6 +270,26 @@ def test_a_directory_of_the_hubs_cache_is_all_links(random_model, tmp_path):
         copy_base_files(folder, out)
         assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()
         assert not any(file.is_symlink() for file in out.iterdir())
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"a":' * 100_000, "\ufeff{}"])
+def test_a_file_that_the_export_must_write_anew_is_read_before_the_training(broken, name, text):
+    folder, _ = broken
+    (folder / name).write_text(text)
+    with pytest.raises(ModelError, match=name):
+        base_files(folder)
+
+
+def test_a_lone_surrogate_of_the_base_survives_the_export(broken):
+    folder, _ = broken
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        (folder / name).write_text('{"a": "\\ud800½", "chat_template": "x"}', encoding="utf-8")
+    ensure_stop_token(folder, 7)
+    write_template(folder, "y")
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        text = (folder / name).read_text(encoding="utf-8")
+        assert json.loads(text)["a"] == "\ud800½" and "½" in text
 
 
 def test_links_out_of_a_model_directory_are_refused(broken, tmp_path):

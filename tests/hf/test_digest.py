@@ -42,6 +42,7 @@ def test_what_the_model_does_not_depend_on_is_no_difference(folder):
     before = model_digest(folder)
     config = json.loads((folder / "config.json").read_text())
     reordered = dict(sorted(config.items())) | {"transformers_version": "9.9", "rope_theta": 1000000}
+    assert difference({"x": float("nan")}, {"x": float("nan")}) is None
     (folder / "config.json").write_text(json.dumps(reordered, indent=7))
     (folder / "model.safetensors").unlink()
     (folder / "README.md").write_text("new")

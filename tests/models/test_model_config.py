@@ -95,6 +95,12 @@ def test_keys_of_transformers_5_mean_the_same(write, base):
         (QWEN3, {"vocab_size": True}, "vocab_size is True"),
         (QWEN3, {"num_key_value_heads": 5}, "does not divide"),
         (QWEN3, {"rope_theta": "absent"}, "rope_theta is None"),
+        (QWEN3, {"rope_theta": float("inf")}, "rope_theta is inf"),
+        (QWEN3, {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, want a finite number"),
+        (QWEN3, {"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06"),
+        (QWEN3, {"num_hidden_layers": 2**40}, "at most 10,000"),
+        (QWEN3, {"vocab_size": 2**40}, "vocab_size is 1099511627776"),
+        (INTERNLM2, {"rope_scaling": {"type": "dynamic", "factor": float("nan")}}, "factor is nan"),
     ],
 )
 def test_what_is_not_supported_is_named(write, base, changes, message):
@@ -109,7 +115,7 @@ def test_a_switched_off_sliding_window_is_fine(write):
     read_config(write(QWEN2, use_sliding_window=True, sliding_window=None, max_window_layers=0))
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read"), ("[1]", "holds a list"), (None, "no config.json")])
+@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read"), ("[" * 10**5, "cannot be read"), ("[1]", "holds a list"), (None, "no config.json")])
 def test_a_broken_file_is_named(tmp_path, text, message):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
