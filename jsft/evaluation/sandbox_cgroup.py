@@ -7,6 +7,7 @@ process of ours is moved. Elsewhere the room's keeper alone watches the memory.
 
 import contextlib
 import functools
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -14,32 +15,35 @@ from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
 KEEPERS_MB = 64  # beyond the program's limit: page tables, pipes, what the kernel keeps for it
-_count = 0
+_numbers = itertools.count(1)
 
 
 @contextlib.contextmanager
 def fresh(memory_mb: int, processes: int) -> Iterator[str | None]:
     """A group with these limits: yields its `cgroup.procs`, or None. All in it dies at the end."""
-    global _count
     parent = parent_group()
-    group = None
-    if parent is not None:
-        _count += 1
-        group = parent / f"jsft-{os.getpid()}-{_count}"
-        try:
-            group.mkdir()
-            (group / "memory.max").write_text(str((memory_mb + KEEPERS_MB) << 20))
-            for name, value in (("memory.swap.max", "0"), ("pids.max", str(processes))):
-                if (group / name).exists():
-                    (group / name).write_text(value)
-        except OSError:
-            _remove(group)
-            group = None
+    group = parent and _make(parent / f"jsft-{os.getpid()}-{next(_numbers)}", memory_mb, processes)
     try:
         yield str(group / "cgroup.procs") if group else None
     finally:
         if group:
             _remove(group)
+
+
+def _make(group: Path, memory_mb: int, processes: int) -> Path | None:
+    try:
+        group.mkdir()
+    except OSError:
+        return None
+    try:
+        (group / "memory.max").write_text(str((memory_mb + KEEPERS_MB) << 20))
+        for name, value in (("memory.swap.max", "0"), ("pids.max", str(processes))):
+            if (group / name).exists():
+                (group / name).write_text(value)
+    except OSError:
+        _remove(group)
+        return None
+    return group
 
 
 @functools.cache
@@ -83,8 +87,7 @@ def _remove(group: Path) -> None:
         (group / "cgroup.kill").write_text("1")
     for _ in range(100):
         try:
-            return group.rmdir()
-        except FileNotFoundError:
+            group.rmdir()
             return
         except OSError:  # its processes are still dying
             time.sleep(0.01)

@@ -42,7 +42,6 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 MEGABYTE = 1 << 20
 FILL_RATE = 4 << 30  # bytes a second that a processor is taken to fill at most
 JUDGES_DELAY = 3.0  # seconds after which the keeper ends what the judge should have ended
-PAGE = os.sysconf("SC_PAGE_SIZE")
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -316,7 +315,7 @@ class Processes:
         return found
 
     def used(self, limit: int) -> int:
-        """Bytes of memory in use by all processes but this one. Shared pages count once near the limit."""
+        """Bytes of memory and swap in use by all processes. Shared pages count once near the limit."""
         names = [name for name in os.listdir(self.directory) if name.isdigit() and self._ours(name)]
         resident = sum(self._resident(name) for name in names)
         return resident if resident <= limit else sum(self._proportional(name) for name in names)
@@ -330,14 +329,16 @@ class Processes:
             return False
 
     def _resident(self, name: str) -> int:
-        fields = self._read(f"{name}/statm").split()
-        return int(fields[1]) * PAGE if fields else 0
+        status = f"{name}/status"  # gVisor's has the sum only
+        return self._sum(status, b"RssAnon:", b"RssShmem:", b"VmSwap:") or self._sum(status, b"VmRSS:")
 
     def _proportional(self, name: str) -> int:
-        for line in self._read(f"{name}/smaps_rollup").splitlines():
-            if line.startswith(b"Pss:"):
-                return int(line.split()[1]) << 10
-        return self._resident(name)
+        return self._sum(f"{name}/smaps_rollup", b"Pss:", b"SwapPss:") or self._resident(name)
+
+    def _sum(self, path: str, *fields: bytes) -> int:
+        """Bytes that lines like 'VmSwap:  12 kB' name."""
+        lines = (line.split() for line in self._read(path).splitlines() if line.startswith(fields))
+        return sum(int(line[1]) << 10 for line in lines)
 
     def _read(self, path: str) -> bytes:
         try:
