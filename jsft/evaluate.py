@@ -46,7 +46,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--judge", action="append", default=[], metavar="ROLE=URL#MODEL", help=_judge_help())
     server = parser.add_argument_group("a server instead of vLLM in this process")
     server.add_argument(
-        "--url", help="OpenAI-compatible server to sample from; the model argument only names it"
+        "--url",
+        help="OpenAI-compatible server to sample from; the model argument only names it. Its key: JSFT_KEY_URL, or "
+        "OPENAI_API_KEY for OpenAI and this machine",
     )
     server.add_argument("--url_model", help="model to ask for (default: the only one it serves)")
     server.add_argument(
@@ -67,7 +69,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if options.model and options.model_flag:
         raise ConfigError("give the model once: as the first argument or with --model")
     options.model = options.model or options.model_flag
-    for name in ("limit", "samples", "max_tokens", "max_model_len", "tp"):
+    for name in ("limit", "samples", "max_tokens", "max_model_len", "tp", "concurrency"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ConfigError(f"--{name} must be at least 1")
     if options.temperature is not None and not 0 <= options.temperature < float("inf"):
@@ -81,7 +83,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def _judge_help() -> str:
     roles = "; ".join(f"{role}: {meaning}" for role, (meaning, _, _) in ROLES.items())
-    return f"a judging model ({roles}). Keys: JSFT_KEY_<ROLE> or OPENAI_API_KEY in the environment"
+    return f"a judging model ({roles}). Keys: JSFT_KEY_<ROLE>, or OPENAI_API_KEY for OpenAI and this machine, in the environment"
 
 
 def main() -> int:

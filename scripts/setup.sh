@@ -31,7 +31,7 @@ if [[ $cpu == 0 && (-e /proc/driver/nvidia/version || -e /dev/nvidiactl) ]]; the
 if [[ $serve == 1 ]]; then
   venv=${JSFT_SERVE_VENV:-.venv-serve}
   if [[ $gpu == 1 ]]; then
-    versions="3.12 3.11 3.13 3.10" requirements=export/requirements-serve.txt
+    versions="3.12 3.11 3.13" requirements=export/requirements-serve.txt
   else
     versions="3.11" requirements=export/requirements-serve-cpu.txt
   fi

@@ -5,7 +5,9 @@ from typing import Any
 
 from jsft.data.thinking import final_answer
 from jsft.errors import ConfigError
-from jsft.evaluation.openai_client import OpenAIClient, api_key, message_text
+from jsft.evaluation import keys
+from jsft.evaluation.openai_client import BrokenAnswer, OpenAIClient, message_text
+from jsft.evaluation.shapes import Pooling, TextCompletion
 
 ROLES = {
     "safety": ("a capable chat model; the reference's is gpt-4.1", "https://api.openai.com/v1", "gpt-4.1"),
@@ -54,7 +56,7 @@ class Judge:
     pause: float = 1.0  # before the second attempt, seconds
 
     def __post_init__(self) -> None:
-        self._client = OpenAIClient(self.url, key=api_key(self.role), timeout=self.timeout, pause=self.pause)
+        self._client = OpenAIClient(self.url, role=self.role, timeout=self.timeout, pause=self.pause)
 
     @property
     def name(self) -> str:
@@ -63,10 +65,8 @@ class Judge:
 
     def check(self) -> None:
         """Raises ConfigError when it plainly cannot be asked: a public server without a key."""
-        if self.url.startswith("https://api.openai.com") and not api_key(self.role):
-            raise ConfigError(
-                f"judge '{self.role}' at {self.url} needs a key: set JSFT_KEY_{self.role.upper()}"
-            )
+        if keys.is_openai(self.url) and not keys.key_for(self.url, self.role):
+            raise ConfigError(f"judge '{self.role}' at {self.url} needs a key: {keys.missing_key(self.url, self.role)}")
 
     def close(self) -> None:
         """Nothing to close; a reward model in a child process has."""
@@ -75,39 +75,32 @@ class Judge:
         if self.model is None:
             served = self._client.models()
             if len(served) != 1:
-                names = ", ".join(m["id"] for m in served) or "nothing"
+                names = ", ".join(m.id for m in served) or "nothing"
                 raise ConfigError(
                     f"judge '{self.role}' at {self.url} serves {names}; name one: {self.role}=URL#MODEL"
                 )
-            self.model = served[0]["id"]
+            self.model = served[0].id
         return self.model
 
     def chat(self, prompt: str, max_tokens: int) -> str:
         """Answer to one user message, without the judge's own thinking, temperature 0. Raises ServerError."""
         body = {"messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": max_tokens}
-        said = message_text(self._client.post("chat/completions", {"model": self._model(), **body}))
-        return final_answer(said)
+        return final_answer(self._client.post("chat/completions", {"model": self._model(), **body}, message_text))
 
     def complete(self, prompt: str, max_tokens: int, prompt_tokens: int | None = None) -> str:
         """Continuation of plain text, temperature 0; of the prompt only its last `prompt_tokens` (vLLM)."""
         body: dict[str, Any] = {"prompt": prompt, "temperature": 0, "max_tokens": max_tokens}
         if prompt_tokens:
             body["truncate_prompt_tokens"] = prompt_tokens
-        answer = self._client.post("completions", {"model": self._model(), **body})
-        try:
-            return answer["choices"][0]["text"]
-        except (KeyError, IndexError, TypeError):
-            return ""
+        answer = self._client.post("completions", {"model": self._model(), **body}, TextCompletion.read)
+        return answer.choices[0].text
 
     def reward(self, messages: list[dict[str, str]]) -> float:
         """Raw score of a conversation by a reward model that vLLM serves (its /pooling end point)."""
-        answer = self._client.post_root("pooling", {"model": self._model(), "messages": messages})
+        body = {"model": self._model(), "messages": messages}
         try:
-            data = answer["data"][0]["data"]
-            while isinstance(data, list):  # one number, or the last token's
-                data = data[-1]
-            return float(data)
-        except (KeyError, IndexError, TypeError, ValueError):
+            return self._client.post_root("pooling", body, Pooling.read).data[0].data
+        except BrokenAnswer as error:
             raise ConfigError(
-                f"judge 'reward' at {self.url} gave no score; is {self.model} a reward model?"
+                f"judge 'reward' gave no score ({error}); is {self.model} a reward model?"
             ) from None

@@ -9,11 +9,13 @@ from typing import Any
 
 from jsft.data.thinking import CLOSE, prompt_thinking
 from jsft.errors import ModelError
-from jsft.evaluation.openai_client import OpenAIClient, ServerError, api_key, message_text
+from jsft.evaluation.openai_client import BrokenAnswer, OpenAIClient, ServerError
 from jsft.evaluation.sampling import Completion, Request
+from jsft.evaluation.shapes import ChatCompletion
 
 TEMPLATE_TOKENS = 256  # more than any chat template adds to a prompt
 TAIL_TOKENS = 32  # more than a generation prompt has, in any tokenizer
+HOPELESS = 200  # so many requests in a row without a good answer: the server is at fault, not the requests
 
 
 class OpenAIEngine:
@@ -25,21 +27,21 @@ class OpenAIEngine:
         self, url: str, model: str | None = None, *, concurrency: int = 64, timeout: float = 3600.0, pause=1.0
     ):
         """`model`: as the server names it; default: the only one. Raises ModelError or ServerError."""
-        self._client = OpenAIClient(url, key=api_key(), timeout=timeout, pause=pause)
+        self._client = OpenAIClient(url, timeout=timeout, pause=pause)
         served = self._client.models()
-        names = [m["id"] for m in served]
+        names = [m.id for m in served]
         if model is None and len(names) != 1:
             raise ModelError(f"{url} serves {', '.join(names) or 'nothing'}; name one with --url_model")
         if model is not None and model not in names:
             raise ModelError(f"{url} does not serve '{model}'; it serves {', '.join(names) or 'nothing'}")
         self.model = model or names[0]
-        entry = next(m for m in served if m["id"] == self.model)
-        self.context: int | None = entry.get("max_model_len")  # vLLM says it
+        entry = next(m for m in served if m.id == self.model)
+        self.context = entry.max_model_len
         self.concurrency = concurrency
-        self._prompt_thinking = PromptThinking(self._client, self.model, entry.get("owned_by"))
+        self._prompt_thinking = PromptThinking(self._client, self.model, entry.owned_by)
         self.facts: dict[str, Any] = {
             "kind": self.kind, "url": self._client.url, "model": self.model, "max_model_len": self.context,
-            "root": entry.get("root"), "version": None,
+            "root": entry.root, "version": None,
         }  # fmt: skip
 
     def sample(
@@ -50,6 +52,7 @@ class OpenAIEngine:
         lock = threading.Lock()
         finished: queue.Queue[Completion | Exception] = queue.Queue()
         stop = threading.Event()
+        broken = 0  # in a row
 
         def work() -> None:
             while not stop.is_set():
@@ -70,6 +73,9 @@ class OpenAIEngine:
                 item = finished.get()
                 if isinstance(item, Exception):
                     raise item
+                broken = broken + 1 if item.error else 0
+                if broken == HOPELESS:
+                    raise ServerError(f"{broken} requests in a row failed; the last: {item.error}")
                 if progress:
                     progress(item.tokens)
                 yield item
@@ -133,19 +139,17 @@ class OpenAIEngine:
         if sampling.stop:
             body["stop"] = list(sampling.stop)
         try:
-            answer = self._client.post("chat/completions", body)
+            answer = self._client.post("chat/completions", body, ChatCompletion.read)
+        except BrokenAnswer as error:  # the others may be whole
+            return Completion(*name, error=str(error))
         except ServerError as error:
-            if "HTTP 400" in str(error) or "HTTP 413" in str(
-                error
-            ):  # this request is at fault, not the server
+            if error.status in (400, 413):  # this request is at fault, not the server
                 return Completion(*name, error=str(error))
             raise
-        text, ending = message_text(answer), self._prompt_thinking.of(request.messages)
-        if ending == "open" and text and answer["choices"][0]["message"].get("reasoning") == "":
+        text, ending = answer.text, self._prompt_thinking.of(request.messages)
+        if ending == "open" and text and answer.choices[0].message.reasoning == "":
             text = CLOSE + text  # vLLM's parser took the tag of thinking that was closed at once
-        tokens = (answer.get("usage") or {}).get("completion_tokens") or 0
-        finish = "length" if answer["choices"][0].get("finish_reason") == "length" else "stop"
-        return Completion(*name, text, tokens, finish, ending)
+        return Completion(*name, text, answer.tokens, answer.finish, ending)
 
 
 class PromptThinking:

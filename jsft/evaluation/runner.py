@@ -17,6 +17,7 @@ from jsft.evaluation.grading import GradingPool
 from jsft.evaluation.progress import SampleProgress
 from jsft.evaluation.results import summarise
 from jsft.evaluation.sampling import Completion, Request, sample_seed
+from jsft.evaluation.shapes import BrokenAnswer, ServerError
 from jsft.evaluation.store import TaskFolder
 from jsft.evaluation.tasks.base import Grade, Problem, Task
 
@@ -234,6 +235,7 @@ class _TaskRun:
             return key, self.task.judge(gold[key[0]], response, self.options.judges)
 
         missing = [key for key in keys if known(key) is None]
+        broken: list[BrokenAnswer] = []
         with (
             SampleProgress(f"{self.task.name}: judging", len(missing), "responses") as progress,
             ThreadPoolExecutor(JUDGE_THREADS) as threads,
@@ -241,7 +243,11 @@ class _TaskRun:
             futures = [threads.submit(ask, key) for key in missing]
             try:
                 for future in as_completed(futures):
-                    key, grade = future.result()
+                    try:
+                        key, grade = future.result()
+                    except BrokenAnswer as error:  # the others may be whole
+                        broken.append(error)
+                        continue
                     verdict = {
                         "judges": names,
                         "scores": grade.scores,
@@ -253,5 +259,9 @@ class _TaskRun:
             except BaseException:
                 threads.shutdown(cancel_futures=True)
                 raise
+        if broken:
+            raise ServerError(
+                f"{self.task.name}: {len(broken)} of {len(missing)} responses got no verdict: {broken[0]}"
+            )
         verdicts = [known(key) for key in keys]
         return [Grade(v["scores"], v["answer"], v["note"]) for v in verdicts]

@@ -56,3 +56,21 @@ def sample_seed(seed: int, task: str, problem: str, sample: int) -> int:
     """Seed of one sample: a function of its name only, so an interrupted run goes on with the same draws."""
     name = f"{seed}/{task}/{problem}/{sample}".encode()
     return int.from_bytes(hashlib.sha256(name).digest()[:4], "little") >> 1
+
+
+def check_stored(entry: dict[str, Any]) -> None:
+    """Raises TypeError for a stored sample that holds what no `Completion` does: earlier versions stored whatever a
+    server answered, a list or a number too."""
+    if "response" not in entry:  # a verdict
+        return
+    tokens = entry.get("tokens", 0)
+    whole = (
+        isinstance(entry["response"], str)
+        and isinstance(tokens, int)
+        and not isinstance(tokens, bool)
+        and 0 <= tokens < 2**31
+        and isinstance(entry.get("finish", "stop"), str)
+        and isinstance(entry.get("prompt_thinking"), str | None)
+    )
+    if not whole:
+        raise TypeError("a stored sample is not what a sample is")

@@ -13,6 +13,7 @@ from typing import Any
 
 from jsft import files
 from jsft.errors import CheckpointError, ConfigError, describe, explained
+from jsft.evaluation.sampling import check_stored
 
 
 class TaskFolder:
@@ -103,26 +104,34 @@ class TaskFolder:
             files.write_text(self.path / "results.json", text)
 
     def _read_samples(self) -> None:
-        """Takes every whole line. A damaged one is named, and left out of the file; its sample is made again."""
+        """Takes every whole line. Damaged ones are counted, and left out of the file; their samples are made again."""
         path = self.path / "samples.jsonl"
         if not path.exists():
             return
         lines = path.read_bytes().splitlines(keepends=True)
-        found = []
+        found, damaged = [], []
         for number, line in enumerate(lines, 1):
             try:
-                entry = json.loads(line)
+                entry = json.loads(line, parse_constant=_refused)
                 key = entry["problem"], entry["sample"]
                 hash(key)
+                check_stored(entry)
             except (ValueError, KeyError, TypeError, RecursionError):
-                if number < len(lines):
-                    print(f"warning: {path}, line {number} is damaged; what it held is made again", flush=True)
+                if number < len(lines) or line.endswith(b"\n"):
+                    damaged.append(number)
                 continue
             if line.endswith(b"\n"):
                 self.samples.setdefault(key, {}).update(entry)
                 found.append((key, line))
+        if damaged:
+            more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
+            print(f"warning: {path}, line {damaged[0]} is damaged{more}; what it held is made again", flush=True)
         # A verdict whose sample was in a damaged line is no sample.
         self.samples = {key: entry for key, entry in self.samples.items() if "response" in entry}
         kept = [line for key, line in found if key in self.samples]
         if kept != lines:
             files.write_bytes(path, b"".join(kept))
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")

@@ -15,13 +15,16 @@ class FakeOpenAI:
     """`answer(body)` makes the text of a completion; `trouble` is a list of what to do instead, used up in
     order.
 
-    A trouble is an HTTP status, 'hang', 'drop' (close the connection) or 'rubbish' (200 and no JSON).
+    A trouble is an HTTP status, 'hang', 'drop' (close the connection), 'rubbish' (200 and no JSON), bytes (200 and
+    these), a dictionary (200 and this), or a function of the request's handler that answers by itself.
     """
 
     def __init__(self, answer=lambda body: "ok", model="fake-model", context=32768):
         self.answer, self.model, self.context = answer, model, context
         self.trouble: list = []
         self.requests: list[tuple[str, dict]] = []
+        self.keys: list[str | None] = []  # that came with any request
+        self.served = None  # what /v1/models says, in place of the model
         self.finish = "stop"
         self.device = "cuda"
         self.owner = None  # 'vllm' and 'llamacpp' say how a prompt is rendered
@@ -32,8 +35,11 @@ class FakeOpenAI:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self):
+                fake.keys.append(self.headers["Authorization"])
                 if self.path == "/server_info":
                     return self.reply(200, {"vllm_config": f"device_config={fake.device}, seed=0"})
+                if fake.served is not None:
+                    return self.reply(200, fake.served)
                 models = [{"id": fake.model, "root": "weights", "max_model_len": fake.context}]
                 if fake.owner:
                     models[0]["owned_by"] = fake.owner
@@ -42,11 +48,16 @@ class FakeOpenAI:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 fake.requests.append((self.path, body))
+                fake.keys.append(self.headers["Authorization"])
                 trouble = fake.trouble.pop(0) if fake.trouble else None
                 if trouble == "hang":
                     time.sleep(3)
                 if trouble in ("hang", "drop"):
                     self.close_connection = True
+                elif callable(trouble):
+                    trouble(self)
+                elif isinstance(trouble, (bytes, dict)):
+                    self.reply(200, trouble)
                 elif trouble == "rubbish":
                     self.reply(200, "<html>")
                 elif trouble:
@@ -54,9 +65,13 @@ class FakeOpenAI:
                 else:
                     self.reply(200, fake.complete(self.path, body))
 
-            def reply(self, status, body):
-                data = (body if isinstance(body, str) else json.dumps(body)).encode()
+            def reply(self, status, body, **headers):
+                data = body
+                if not isinstance(data, bytes):
+                    data = (body if isinstance(body, str) else json.dumps(body)).encode()
                 self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name.replace("_", "-"), value)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()

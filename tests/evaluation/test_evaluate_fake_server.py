@@ -253,7 +253,7 @@ def test_errors_of_one_task_leave_the_others(fake_openai, rows, tmp_path, monkey
     assert len(errors) == 4
     assert "aime24: row 0 has no 'answer'" in said.err
     assert "aime25.jsonl, line 1: not JSON" in said.err
-    assert "needs a key: set JSFT_KEY_SAFETY" in said.err
+    assert "needs a key: give its key in JSFT_KEY_SAFETY" in said.err
     assert "math500: no math500.* in --data_dir" in said.err and "HuggingFaceH4/MATH-500" in said.err
 
 
