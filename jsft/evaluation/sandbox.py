@@ -175,7 +175,10 @@ class _Conversation:
             self._collect(descriptor, buffer)
 
     def _receive(self, descriptor: int, buffer: bytearray) -> None:
-        piece = os.read(descriptor, 1 << 16)
+        try:
+            piece = os.read(descriptor, 1 << 16)
+        except BlockingIOError:
+            return
         if not piece:
             self.selector.unregister(descriptor)
         buffer.extend(piece)

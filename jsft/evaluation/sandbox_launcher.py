@@ -123,13 +123,24 @@ def leave_keyring(filtered: bool) -> None:
             raise OSError(number, f"session keyring: {os.strerror(number)}")
 
 
+def has_second_id() -> bool:
+    """Whether the program gets another user id than the judge: where root is the machine's, or may map 'nobody'.
+
+    The machine's root must: limits on processes do not bind it. Root of a rootless container is a user.
+    """
+    if os.geteuid() != 0:
+        return False
+    with open("/proc/self/uid_map") as stream:
+        ranges = [tuple(map(int, line.split())) for line in stream]
+    return any(inside <= NOBODY < inside + count or inside == outside == 0 for inside, outside, count in ranges)
+
+
 def enter_namespaces() -> None:
     """Own user, mount, process, network and IPC namespaces. The program is 'nobody' in them.
 
-    Root maps itself too: the program then has another user id than the judge. The maps are written from
-    outside, by a helper, because the launcher loses root's rights over its own namespace's parent.
+    The maps are written from outside, by a helper: the launcher loses its rights there.
     """
-    launcher, root = os.getpid(), os.geteuid() == 0
+    launcher, root = os.getpid(), has_second_id()
     maps = {
         "uid_map": f"0 0 1\n{NOBODY} {NOBODY} 1" if root else f"{NOBODY} {os.geteuid()} 1",
         "gid_map": f"0 0 1\n{NOBODY} {NOBODY} 1" if root else f"{NOBODY} {os.getegid()} 1",
@@ -281,9 +292,9 @@ def make_outputs(teller: Teller) -> list[int]:
     reading, writing = [], []
     for path in (ROOM + "/dev/stdout", ROOM + "/dev/stderr"):
         os.mkfifo(path)
-        os.chmod(path, 0o622)
         reading.append(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
         writing.append(os.open(path, os.O_WRONLY))
+        os.chmod(path, 0o222)  # the judge alone reads
     teller.tell_outputs(*reading)
     for descriptor in reading:
         os.close(descriptor)

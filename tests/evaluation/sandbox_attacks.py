@@ -76,6 +76,8 @@ PROBES = {
     'make a block device': device,
     'write system libraries': lambda: opened('/usr/written', os.O_CREAT | os.O_WRONLY),
     'write into the root': lambda: opened('/written', os.O_CREAT | os.O_WRONLY),
+    'read what the judge reads': lambda: opened('/dev/stdout'),
+    'make the outputs readable': lambda: os.chmod('/dev/stdout', 0o777) or True,
     'overwrite its own input': lambda: opened('/dev/stdin', os.O_WRONLY | os.O_TRUNC),
     'become root': lambda: os.setuid(0) or True,
     'take a group': lambda: os.setgroups([0]) or True,

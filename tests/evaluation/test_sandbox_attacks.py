@@ -290,3 +290,23 @@ def test_the_judges_own_limits_and_umask_do_not_break_the_room():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout == "b'7 18\\n'\n", done
+
+
+WHY_NOT = "from jsft.evaluation import sandbox as s; print(s.why_not()); print(s.weaknesses() if s.why_not() is None else '')"
+
+
+def test_root_of_a_rootless_container_can_judge():
+    code = f"import subprocess, sys; subprocess.run(['unshare', '-Ur', sys.executable, '-c', {WHY_NOT!r}])"
+    done = as_user(["-c", code])
+    assert done.stdout.splitlines()[:1] == ["None"], done
+
+
+def test_without_user_namespaces_one_line_says_so():
+    if not shutil.which("unshare"):
+        pytest.skip("needs util-linux")
+    script = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'  # of a namespace of its own
+    command = ["unshare", "-Ur", "sh", "-c", script, "sh", sys.executable, "-c", WHY_NOT]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    if done.returncode and "Permission" in done.stderr:
+        pytest.skip(done.stderr)
+    assert "could not be built: user namespaces are not allowed" in done.stdout, done
