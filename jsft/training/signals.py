@@ -36,7 +36,7 @@ class StopRequest:
     def __init__(self, ending: Ending):
         self.signal: str | None = None
         self._ending = ending
-        self._free = True
+        self._free, self._raised = True, False
         self._count = 0
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         self._reader, self._writer = os.pipe()
@@ -48,7 +48,7 @@ class StopRequest:
         """From now on there is something to save: a signal only sets `signal`, for the loop to see."""
         self._free = False
         if self.signal:
-            self._free = True
+            self._free = self._raised = True
             raise Stopped(self.signal)
 
     def close(self) -> None:
@@ -62,7 +62,8 @@ class StopRequest:
     def _handle(self, number: int, frame: Any) -> None:
         """Runs in the main thread, when it next executes Python."""
         self.signal = self.signal or signal.Signals(number).name
-        if self._free:
+        if self._free and not self._raised:  # a second one must not cut short what the first has begun to end
+            self._raised = True
             raise Stopped(self.signal)
 
     def _watch(self) -> None:

@@ -121,6 +121,16 @@ def test_with_nothing_to_save_a_signal_stops_at_once(stop, number):
         time.sleep(5)
 
 
+def test_a_second_signal_does_not_cut_short_what_the_first_began(stop, ending):
+    """The main thread writes the status meanwhile; the thread that heard the second signal ends the process."""
+    with pytest.raises(Stopped):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(5)
+    signal.raise_signal(signal.SIGINT)
+    time.sleep(0.1)  # a handler would have raised here
+    assert ending.called.wait(5) and ending.end[:2] == (128 + signal.SIGINT, "failed")
+
+
 def test_with_something_to_save_it_is_only_noted(stop, ending):
     stop.hold()
     assert stop.signal is None
