@@ -14,6 +14,7 @@ from jsft.hf.random_model import write_random_model
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.vllm
+START_SECONDS = 300  # vLLM loads in 20 s on an idle machine; on a busy one it took more than 120 s
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def tiny_model(tmp_path_factory) -> Path:
 def evaluate(serve_python, *arguments, **options) -> subprocess.CompletedProcess:
     command = [str(serve_python), "-m", "jsft.evaluate", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **options)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=2 * START_SECONDS, **options)
 
 
 def results(out: Path, task: str) -> dict:
@@ -87,7 +88,7 @@ def test_step_of_a_run_interrupted_and_gone_on(serve_python, tiny_model, tmp_pat
     ]  # fmt: skip
     folder = run / "eval" / "step_2" / "countdown"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         if (folder / "samples.jsonl").exists() and len(
             (folder / "samples.jsonl").read_bytes().splitlines()
@@ -101,7 +102,7 @@ def test_step_of_a_run_interrupted_and_gone_on(serve_python, tiny_model, tmp_pat
     before = (folder / "samples.jsonl").read_text().splitlines()
     assert 3 <= len(before) < 16 and json.loads((folder / "results.json").read_text())["state"] == "running"
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * START_SECONDS)
     assert done.returncode == 0, done.stderr
     found = json.loads((folder / "results.json").read_text())
     assert found["state"] == "done" and found["model"] == {
