@@ -81,13 +81,7 @@ class TrainingData:
             f"padding {r['padding_share']:.2%}, device imbalance {r['device_imbalance']:.2%} "
             f"(means over {r['planned_steps']} steps)",
         ]
-        if r["truncated"]:
-            lines.append(f"{r['truncated']} documents cut to {r['max_length']} tokens ({r['truncation']})")
-        if r["bad_rows"]:
-            lines.append(f"{r['bad_rows']} bad rows left out; the first: {r['first_bad_row']}")
-        if r["control_text"]:
-            lines.append(f"{r['control_text']} texts of control tokens in the data, tokenised as plain text")
-        lines += [f"warning: {line}" for line in r["thinking"]]
+        lines += _notes(r)
         if r["ignored_columns"]:
             lines.append(f"columns not used: {', '.join(r['ignored_columns'])}")
         return lines
@@ -154,7 +148,7 @@ def open_eval_data(
     local = local_rows(rows, process_index, process_count)
     sets = {}
     for name, documents in _held_out(config, model_dir):
-        for line in documents.cache.source.listing():
+        for line in [*documents.cache.source.listing(), *_notes(documents.report())]:
             print(f"held out:  {name}: {line}")
         _check_fits(documents, config.data.pack_length)
         sets[name] = []
@@ -257,6 +251,18 @@ def _open(
         need_advantage=need_advantage,
         embedding=embedding,
     )
+
+
+def _notes(report: Mapping[str, Any]) -> list[str]:
+    """What a user should know of these documents (`Documents.report`), a line each."""
+    lines = []
+    if report["truncated"]:
+        lines.append(f"{report['truncated']} documents cut to {report['max_length']} tokens ({report['truncation']})")
+    if report["bad_rows"]:
+        lines.append(f"{report['bad_rows']} bad rows left out; the first: {report['first_bad_row']}")
+    if report["control_text"]:
+        lines.append(f"{report['control_text']} texts of control tokens in the data, tokenised as plain text")
+    return lines + [f"warning: {line}" for line in report["thinking"]]
 
 
 def _check_fits(documents: Documents, pack_length: int) -> None:

@@ -309,6 +309,21 @@ def test_each_start_says_how_many_rows_think_though_the_template_closed_it(make_
         assert line.startswith("warning: 2 rows whose response thinks") and "row 4; set data.enable_thinking" in line
 
 
+def test_each_start_says_the_same_of_held_out_rows(make_config, tmp_path, capsys):
+    rows = rows_of(LENGTHS)
+    rows[4]["response"] = "<think>hm</think>" + rows[4]["response"]
+    rows[9]["response"] = "\n"
+    held_out = write_rows(tmp_path / "held.jsonl", rows)
+    config = make_config(
+        rows_of(LENGTHS), data__eval=str(held_out), data__enable_thinking=False, data__on_bad_row="skip"
+    )
+    for _ in range(2):  # tokenised, then read from the cache
+        open_eval_data(config, config.model.path, rows=4)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("held out:  held: ")]
+        assert any("warning: 1 rows whose response thinks" in line and "held.jsonl row 4;" in line for line in lines)
+        assert any("1 bad rows left out; the first: " in line and "row 9" in line for line in lines)
+
+
 def test_preview_marks_what_is_trained(make_config):
     preview = open_it(make_config(rows_of(LENGTHS))).preview()
     assert "row 0: " in preview and "⟦0:abc<|im_end|>⟧" in preview and "question 0" in preview
