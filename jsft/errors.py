@@ -93,8 +93,8 @@ def explained(kind: type[JsftError], what: str, fix: str = "") -> Iterator[None]
     except Exception as error:
         if not _is_foreseen(error):
             raise
-        mend = _fix(error) or fix
-        raise kind(f"{what}: {describe(error, what)}{mend and '; '}{mend}") from error
+        advice = _fix(error) or fix
+        raise kind(f"{what}: {describe(error, what)}{advice and '; '}{advice}") from error
 
 
 def _fix(error: BaseException) -> str:
@@ -115,7 +115,7 @@ def describe(error: BaseException, said: str = "") -> str:
 
 
 def _is_foreseen(error: BaseException) -> bool:
-    """Whether a disk, an encoding or a table is to blame. Arrow's errors are known by their home, lest it be imported."""
+    """Whether a disk, an encoding or a table is to blame. Arrow's errors are known by their module: it may be absent."""
     if isinstance(error, BrokenPipeError):
         return False  # whoever reads our output is gone: see run_command
     arrow = any(kind.__module__ == "pyarrow.lib" for kind in type(error).__mro__)
@@ -143,7 +143,9 @@ def run_command(main: Callable[[], int | None], otherwise: type[JsftError] = Jsf
         code = 141  # as a shell has it for SIGPIPE
     except Exception as error:
         where = f"the traceback is in {_keep_traceback(error)}"
-        if _is_foreseen(error):
+        if isinstance(error, MemoryError):
+            code = _fail(OutOfMemoryError.exit_code, f"the host ran out of memory ({describe(error)}); {where}")
+        elif _is_foreseen(error):
             fix = _fix(error)
             code = _fail(otherwise.exit_code, f"{describe(error)}{fix and '; '}{fix}; {where}")
         else:

@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from jsft.errors import CheckpointError, ConfigError, JsftError, run_command
+from jsft.errors import CheckpointError, ConfigError, JsftError, explained, run_command
 from jsft.evaluation.judges import ROLES, parse_judges
 from jsft.evaluation.models import Target, find_targets, model_digest
 from jsft.evaluation.openai_engine import OpenAIEngine
@@ -107,7 +107,8 @@ def main() -> int:
     try:
         for target in _targets(options):
             try:
-                outcomes = _evaluate(target, tasks, options, judges)
+                with explained(CheckpointError, f"the evaluation in {target.out} had to end"):
+                    outcomes = _evaluate(target, tasks, options, judges)
             except JsftError as error:  # this model does not run; the others may
                 print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
                 code = code or error.exit_code

@@ -91,6 +91,12 @@ def test_an_unexplained_error_of_the_disk_has_the_exit_code_of_the_command(capsy
     assert ended(raising(CheckpointError("a\n  b")), capsys) == (5, "error: a b\n")
 
 
+def test_a_host_without_memory_has_the_exit_code_of_memory(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(errors.tempfile, "tempdir", str(tmp_path))
+    code, text = ended(raising(MemoryError("Unable to allocate 9.3 GiB")), capsys)
+    assert code == 6 and "error: the host ran out of memory (MemoryError: Unable to allocate 9.3 GiB); the" in text
+
+
 def test_where_no_file_can_be_written_the_traceback_is_printed(capsys, monkeypatch):
     monkeypatch.setattr(errors.tempfile, "NamedTemporaryFile", lambda *a, **k: raising(OSError(28, "full"))())
     code, text = ended(raising(KeyError("x")), capsys)

@@ -21,8 +21,8 @@ def orbax_path(path: Path) -> Iterator[str]:
     """While open, a name of `path` that Orbax and TensorStore take literally. The directory above must exist.
 
     Orbax finds the parts of a save by glob, with the whole path as the pattern: below `a[b]` it finds nothing, below
-    `a*` also what is another run's. TensorStore takes UTF-8 alone. Such a path is reached through a descriptor of the
-    directory above. Raises CheckpointError where the system offers no such name.
+    `a*` also what is another run's. TensorStore takes a backslash for a slash, and UTF-8 alone. Such a path is reached
+    through a descriptor of the directory above. Raises CheckpointError where the system offers no such name.
     """
     text = str(path)
     if not needs_alias(text):
