@@ -3,11 +3,12 @@
 Scores of a prompt (all its instructions followed) and of single instructions, strict and loose.
 """
 
+import random
 from typing import Any
 
-from jsft.errors import DataError
+from jsft.errors import DataError, describe
 from jsft.evaluation.data import Source
-from jsft.evaluation.fields import Fields
+from jsft.evaluation.fields import Fields, shown
 from jsft.evaluation.sampling import Sampling
 from jsft.evaluation.tasks.base import GENERAL, Problem
 from jsft.evaluation.tasks.harness import HarnessTask
@@ -19,6 +20,7 @@ NEEDS_PUNKT = ("length_constraints:number_sentences", "change_case:capital_word_
 class IfEval(HarnessTask):
     name, title, group = "ifeval", "IFEval", GENERAL
     source = Source("google/IFEval", ("*.jsonl",), ("prompt", "instruction_id_list", "kwargs"), ("input_data",))
+    version = 2
     sampling = Sampling(temperature=0.6, max_tokens=32768)
     metrics = {
         "prompt_strict": "all instructions of the prompt are followed",
@@ -45,12 +47,13 @@ class IfEval(HarnessTask):
         of_lists = {"aggregation": utils.agg_inst_level_acc, "higher_is_better": True}
         names = [metric for _, metric, _ in self.scores.values()]
         metrics = [{"metric": name, **(of_lists if name.startswith("inst") else mean)} for name in names]
-        return {**self.config, "process_results": utils.process_results, "metric_list": metrics}
+        return {**self.config, "process_results": check_instructions, "metric_list": metrics}
 
     def problems(self, rows: list[dict[str, Any]]) -> list[Problem]:
-        problems = super().problems(
-            rows
-        )  # imports lm-eval's checkers, which fetch NLTK's data where they can
+        # This imports lm-eval's checkers, which fetch NLTK's data where they can.
+        problems = super().problems(rows)
+        for p in problems:
+            _check_arguments(p)
         needed = {i for p in problems for i in p.gold["instruction_id_list"] if i in NEEDS_PUNKT}
         if needed and not _has_punkt():
             raise DataError(
@@ -79,6 +82,45 @@ class IfEval(HarnessTask):
 
     def identity(self, row: dict[str, Any], index: int) -> str:
         return str(Fields(self.name, index, row).get("key", default=index))
+
+
+def check_instructions(document: dict[str, Any], results: list[str]) -> dict[str, Any]:
+    """lm-eval's check of one response, the same each time: strict and loose, per prompt and per instruction.
+
+    A checker draws what its arguments do not say, as the letter of three prompts that ask for '!' or '#'; and the
+    detection of languages is random too. Both get a fixed seed here, for strict and loose the same.
+    """
+    import langdetect
+    from lm_eval.tasks.ifeval import utils
+
+    example = utils.InputExample(**{k: document[k] for k in ("key", "instruction_id_list", "prompt", "kwargs")})
+    langdetect.DetectorFactory.seed = 0
+    state = random.getstate()
+    scores: dict[str, Any] = {}
+    try:
+        for way in ("strict", "loose"):
+            random.seed(document["prompt"])
+            outcome = getattr(utils, f"test_instruction_following_{way}")(example, results[0])
+            scores[f"prompt_level_{way}_acc"] = outcome.follow_all_instructions
+            scores[f"inst_level_{way}_acc"] = outcome.follow_instruction_list
+    finally:
+        random.setstate(state)
+    return scores
+
+
+def _check_arguments(problem: Problem) -> None:
+    """Raises DataError where lm-eval knows no such instruction, or not with these arguments."""
+    from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
+
+    state = random.getstate()
+    for name, arguments in zip(problem.gold["instruction_id_list"], problem.gold["kwargs"], strict=True):
+        try:
+            INSTRUCTION_DICT[name](name).build_description(**arguments)
+        except Exception as error:  # checkers raise what their arguments lead to
+            reason = "lm-eval does not know it" if name not in INSTRUCTION_DICT else describe(error)
+            raise DataError(f"ifeval: prompt {problem.id}: instruction '{name[:60]}' with {shown(arguments)}: {reason}") from None
+        finally:
+            random.setstate(state)
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:
