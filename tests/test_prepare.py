@@ -607,3 +607,12 @@ def test_figure_that_cannot_be_written(tmp_path, cot, model):
     for arguments in (["stats", cot, "--model", model, "--devices", "0"], ["preview", cot, "--model", model, "--rows", "-1"]):
         with pytest.raises(ConfigError, match="at least 1"):
             main(arguments)
+
+
+def test_role_that_is_no_text_is_the_row_s_error(tmp_path, model):
+    rows = cot_rows(4)
+    rows[2]["message"] = [{"role": 5, "content": "x"}]
+    path = str(write_rows(tmp_path / "x.jsonl", rows))
+    arguments = ["select", path, "--no_verify", "--model", model, "--out", str(tmp_path / "o.jsonl")]
+    with pytest.raises(DataError, match=r"x.jsonl row 2: the model's chat template refuses the turns \(5\)"):
+        main(arguments)

@@ -259,7 +259,7 @@ class Chat:
                 messages, add_generation_prompt=True, tokenize=False, **self._options
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-            roles = ", ".join(turn["role"] for turn in messages)
+            roles = ", ".join(str(turn.get("role")) for turn in messages)  # of a prompt that nobody has checked
             why = " ".join(str(error).split())[:160]
             raise DataError(
                 f"{where}: the model's chat template refuses the turns ({roles}): {why}"
