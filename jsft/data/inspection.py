@@ -104,22 +104,29 @@ def stats(config, model_dir: str | Path, devices: int, png: Path | None, as_json
 
 
 class Checks(NamedTuple):
-    """What a run asks of each row. chat: None where no model is named; then no template and no length is checked."""
+    """What a run asks of each row. chat: None where no model is named; then no template and no length is checked.
+    embedding: where the tokenizer has tokens that have no row in it."""
 
     keys: Keys
     chat: Chat | None
     limit: Limit
     need_advantage: bool
+    embedding: Embedding | None = None
 
     @classmethod
     def of(cls, config, model_dir: Path | None) -> "Checks":
         """Those of a config; its template and lengths as far as there is a model."""
         data = config.data
         chat = make_chat(config, model_dir) if model_dir else None
-        return cls(make_keys(config), chat, Limit(data.max_length, data.truncation), config.objective.use_advantage)
+        embedding = Embedding.of(model_dir) if model_dir else None
+        if embedding is not None and not embedding.tokens_beyond(chat):
+            embedding = None
+        limit = Limit(data.max_length, data.truncation)
+        return cls(make_keys(config), chat, limit, config.objective.use_advantage, embedding)
 
     def row(self, value: Row, columns: list[str], where: str) -> tuple[Example, str | None]:
-        """The conversation, and the name of what is odd about its thinking. Raises DataError."""
+        """The conversation, and the name of what is odd about its thinking. Raises DataError, and ModelError for a token
+        without a row in the embedding."""
         if isinstance(value, DataError):
             raise value
         example = parse_row(value, self.keys, columns, where)
@@ -129,8 +136,12 @@ class Checks(NamedTuple):
             return example, None
         rendered = self.chat.pieces(example, where)
         # A token is at least a byte, so that most rows need not be tokenised to know that they are short enough.
-        if sum(len(piece.text.encode()) for piece in rendered.pieces) + _SPARE >= self.limit.max_length:
-            self.limit.check(self.chat.tokenise(rendered), where)
+        size = sum(len(piece.text.encode()) for piece in rendered.pieces) + _SPARE
+        if size >= self.limit.max_length or self.embedding:
+            document = self.chat.tokenise(rendered)
+            self.limit.check(document, where)
+            if self.embedding:
+                self.embedding.check_tokens(document.tokens, self.chat, where)
         return example, rendered.mismatch
 
 

@@ -38,10 +38,14 @@ class Embedding(NamedTuple):
             ) from error
         return cls(Path(model_dir), rows)
 
+    def tokens_beyond(self, chat: Chat) -> dict[str, int]:
+        """Tokens of the vocabulary that have no row, with their ids: mostly none, and then no text can hold one."""
+        vocabulary = chat.tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
+        return {token: i for token, i in vocabulary.items() if i >= self.rows}
+
     def check_tokenizer(self, chat: Chat) -> None:
         """Raises ModelError when the EOS token or a token that the chat template writes has no row."""
-        vocabulary = chat.tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
-        beyond = {token: i for token, i in vocabulary.items() if i >= self.rows}
+        beyond = self.tokens_beyond(chat)
         if not beyond:
             return
         if chat.eos_id >= self.rows:

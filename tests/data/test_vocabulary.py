@@ -95,6 +95,20 @@ def test_training_and_held_out_data_are_both_checked(tmp_path, make_config):
         make_chat(config, model(tmp_path / "small", rows=IDS - 1))
 
 
+def test_preview_stats_and_validate_refuse_it_too(tmp_path):
+    from jsft.prepare import main
+
+    folder = str(model(tmp_path / "m", added=["gamma"], special=False))
+    good = str(write_rows(tmp_path / "good.jsonl", rows_of([20] * 2)))
+    bad = str(write_rows(tmp_path / "bad.jsonl", rows_of([20] * 2, response="gamma")))
+    assert main(["validate", good, "--model", folder]) == 0
+    for command in ("preview", "stats", "validate"):
+        with pytest.raises(ModelError, match="'gamma' has id 259, .*bad.jsonl row 0 holds it"):
+            main([command, bad, "--model", folder])
+    with pytest.raises(ModelError, match="ends every response"):
+        main(["validate", good, "--model", folder, "--eos_token", "gamma"])
+
+
 def test_unreadable_vocab_size_is_the_model_directory_s_error(tmp_path):
     folder = model(tmp_path / "m")
     for text in ("{", "{}", '{"vocab_size": null}', "[]"):
