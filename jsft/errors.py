@@ -10,7 +10,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class JsftError(Exception):
@@ -139,27 +139,38 @@ def run_command(main: Callable[[], int | None], otherwise: type[JsftError] = Jsf
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
     except BrokenPipeError:  # whoever read the output wants no more of it, as in "... --help | head -1"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at its end
         code = 141  # as a shell has it for SIGPIPE
     except Exception as error:
-        where = f"the traceback is in {_keep_traceback(error)}"
-        if isinstance(error, MemoryError):
-            code = _fail(OutOfMemoryError.exit_code, f"the host ran out of memory ({describe(error)}); {where}")
-        elif _is_foreseen(error):
-            fix = _fix(error)
-            code = _fail(otherwise.exit_code, f"{describe(error)}{fix and '; '}{fix}; {where}")
-        else:
-            code = _fail(1, f"a fault of jsft ({describe(error)}); please report it: {where}")
+        code = _last_resort(error, otherwise)
+    try:
+        sys.stdout.flush()
+    except OSError:  # gone, or on a full disk: else Python complains again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
+def _last_resort(error: Exception, otherwise: type[JsftError]) -> int:
+    """Says in one line what nobody explained, and returns the exit code."""
+    file = _keep_traceback(error)
+    where = f"; the traceback is in {file}" if file else ""
+    if isinstance(error, MemoryError):
+        return _fail(OutOfMemoryError.exit_code, f"the host ran out of memory ({describe(error)}){where}")
+    if _is_foreseen(error):
+        fix = _fix(error)
+        return _fail(otherwise.exit_code, f"{describe(error)}{fix and '; '}{fix}{where}")
+    if not file:  # then here, rather than nowhere
+        traceback.print_exception(error)
+    return _fail(1, f"a fault of jsft ({describe(error)}); please report it{where}")
+
+
 def _fail(code: int, message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # stderr may be a file on a full disk
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code
 
 
-def _keep_traceback(error: BaseException) -> str:
-    """Writes the traceback of `error` to a file of its own; returns its name, or where it is instead."""
+def _keep_traceback(error: BaseException) -> str | None:
+    """Writes the traceback of `error` to a file of its own. Returns its name, or None where there is no room."""
     text = "".join(traceback.format_exception(error))
     try:
         with tempfile.NamedTemporaryFile(
@@ -168,5 +179,4 @@ def _keep_traceback(error: BaseException) -> str:
             file.write(text)
         return file.name
     except OSError:
-        print(text, file=sys.stderr, flush=True)
-        return "the lines above, because no file could be written"
+        return None

@@ -76,7 +76,7 @@ def test_the_last_resort_is_one_line_and_a_file_with_the_traceback(capsys, monke
     monkeypatch.setattr(errors.tempfile, "tempdir", str(tmp_path))
     code, text = ended(raising(KeyError("x")), capsys)
     assert code == 1 and text.count("\n") == 1
-    assert text.startswith("error: a fault of jsft (KeyError: 'x'); please report it: the traceback is in ")
+    assert text.startswith("error: a fault of jsft (KeyError: 'x'); please report it; the traceback is in ")
     [file] = tmp_path.iterdir()
     assert str(file) in text and file.read_text().startswith("Traceback") and "raise error" in file.read_text()
 
@@ -97,10 +97,21 @@ def test_a_host_without_memory_has_the_exit_code_of_memory(capsys, monkeypatch, 
     assert code == 6 and "error: the host ran out of memory (MemoryError: Unable to allocate 9.3 GiB); the" in text
 
 
-def test_where_no_file_can_be_written_the_traceback_is_printed(capsys, monkeypatch):
+def test_on_a_full_disk_only_a_fault_of_ours_prints_its_traceback(capsys, monkeypatch):
     monkeypatch.setattr(errors.tempfile, "NamedTemporaryFile", lambda *a, **k: raising(OSError(28, "full"))())
+    code, text = ended(raising(OSError(errno.ENOSPC, "No space left on device")), capsys, otherwise=CheckpointError)
+    assert (code, text) == (5, "error: No space left on device; free space\n")
     code, text = ended(raising(KeyError("x")), capsys)
     assert code == 1 and text.startswith("Traceback") and text.splitlines()[-1].startswith("error: a fault of jsft")
+
+
+def test_output_to_a_full_disk_is_one_line():
+    code = "from jsft.errors import run_command, DataError; run_command(lambda: print('x' * 100), DataError)"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+        silent = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=full)
+    assert done.returncode == silent.returncode == 3
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: No space left on device; free space; the traceb")
 
 
 def test_a_name_that_the_terminal_cannot_show_ends_nothing():

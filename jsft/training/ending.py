@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 from jsft.peers import PeerLink
 
@@ -26,12 +27,13 @@ class Ending:
     def now(self, code: int, state: str, reason: str) -> None:
         """Ends with exit `code`; the run's status becomes `state` because of `reason`. Does not return."""
         with self._lock:  # the first to come decides
-            print(
-                reason if code == 0 else f"error: {reason}",
-                file=sys.stdout if code == 0 else sys.stderr,
-                flush=True,
-            )
             try:
+                with suppress(OSError, ValueError):  # a closed or full output must not keep the process alive
+                    print(
+                        reason if code == 0 else f"error: {reason}",
+                        file=sys.stdout if code == 0 else sys.stderr,
+                        flush=True,
+                    )
                 self.status(state, reason)
                 if self._link:
                     self._link.leave(code, reason, state)

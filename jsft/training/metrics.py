@@ -182,7 +182,12 @@ class RunLog:
         """One line to the console and the log."""
         self._keep(text)
         if not self._quiet:
-            self._console.print(text, markup=False)
+            try:
+                self._console.print(text, markup=False)
+            except BrokenPipeError:  # whoever read it is gone
+                raise
+            except OSError:  # sent to a file, and its disk is full: the run goes on
+                pass
 
     def _keep(self, text: str) -> None:
         """To the log file. The disk may be full: the console still has the line."""

@@ -1,5 +1,6 @@
 """From a resolved config to a finished run: builds every part, says what it built, and hands over to the loop."""
 
+import shlex
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -190,7 +191,8 @@ def _train(
         log.line(f"stopped by {asked} after step {step} of {total}, saved; the same command goes on from there")
     else:
         status("done", step)
-        log.line(f"done: {step} steps; export with: python -m jsft.export --workdir {workdir} --step {step}")
+        place = shlex.quote(str(workdir))
+        log.line(f"done: {step} steps; export with: python -m jsft.export --workdir {place} --step {step}")
 
 
 def _facts(parts: Parts, name: str) -> dict[str, Any]:

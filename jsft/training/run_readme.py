@@ -90,7 +90,7 @@ def write_run_readme(parts, name: str, workdir: Path) -> None:
 
 
 def _write_readme(parts, name: str, workdir: Path, facts: dict[str, Any]) -> None:
-    config = parts.config
+    config, place = parts.config, shlex.quote(str(workdir))
     lines = [
         f"# {name}",
         "",
@@ -110,9 +110,9 @@ def _write_readme(parts, name: str, workdir: Path, facts: dict[str, Any]) -> Non
         "",
         "Export, evaluate, report:",
         "",
-        f"    python -m jsft.export --workdir {workdir} --step latest",
-        f"    scripts/eval_vllm.sh {workdir}",
-        f"    python -m jsft.report {workdir}",
+        f"    python -m jsft.export --workdir {place} --step latest",
+        f"    scripts/eval_vllm.sh {place}",
+        f"    python -m jsft.report {place}",
         "",
         _FILES,
     ]

@@ -168,3 +168,9 @@ def test_ending_writes_the_status_first(tmp_path):
     )
     assert done.returncode == 8 and done.stderr == "error: stuck\n"
     assert (tmp_path / "status").read_text() == "failed stuck"
+
+
+def test_ending_ends_with_nowhere_to_print(tmp_path):
+    program = "from jsft.training.ending import Ending; Ending(None).now(8, 'failed', 'stuck')"
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-c", program], stdout=full, stderr=full, timeout=60).returncode == 8

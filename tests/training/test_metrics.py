@@ -4,6 +4,8 @@ import json
 import os
 import resource
 import signal
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -85,3 +87,16 @@ def test_the_log_takes_any_name(tmp_path, capsys):
     log.line("run in a\udcff")
     log.close()
     assert (tmp_path / "log.txt").read_text() == "run in a\\udcff\n"
+
+
+def test_output_to_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        log = RunLog(tmp_path / "log.txt")
+        for _ in range(3000):
+            log.line("step 1/12")
+        log.close()
+        monkeypatch.undo()
+        with suppress(OSError):
+            full.close()
+    assert (tmp_path / "log.txt").read_text().count("\n") == 3000
