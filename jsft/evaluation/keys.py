@@ -7,7 +7,8 @@ OPENAI_API_KEY is for OpenAI's hosts, for the server of OPENAI_BASE_URL and for 
 import ipaddress
 import os
 import re
-from urllib.parse import urlsplit
+
+import httpx2
 
 from jsft.errors import ConfigError
 
@@ -42,12 +43,12 @@ def missing_key(url: str, role: str) -> str:
 
 def is_private(url: str) -> bool:
     """Whether nobody on the way can read what is sent."""
-    return urlsplit(url).scheme == "https" or is_loopback(url)
+    return httpx2.URL(url).scheme == "https" or is_loopback(url)
 
 
 def is_loopback(url: str) -> bool:
     """Whether `url` is this machine."""
-    host = urlsplit(url).hostname or ""
+    host = httpx2.URL(url).host
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -56,7 +57,7 @@ def is_loopback(url: str) -> bool:
 
 def is_openai(url: str) -> bool:
     """Whether `url` is OpenAI's own (api.openai.com, or that of a region)."""
-    return f".{urlsplit(url).hostname or ''}".endswith(".api.openai.com")
+    return f".{httpx2.URL(url).host}".endswith(".api.openai.com")
 
 
 def hidden(text: str) -> str:
@@ -81,10 +82,10 @@ def _value(name: str) -> str | None:
 
 
 def _is_general(url: str) -> bool:
-    base = os.environ.get("OPENAI_BASE_URL", "")
-    return is_loopback(url) or is_openai(url) or (bool(base) and _server(base) == _server(url))
-
-
-def _server(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or {"https": 443, "http": 80}.get(parts.scheme)
+    if is_loopback(url) or is_openai(url):
+        return True
+    base = os.environ.get("OPENAI_BASE_URL")
+    try:
+        return bool(base) and httpx2.URL(base).origin == httpx2.URL(url).origin
+    except (httpx2.InvalidURL, ValueError):
+        raise ConfigError("OPENAI_BASE_URL is no URL; it must begin with https://, or be unset") from None

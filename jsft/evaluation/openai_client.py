@@ -46,14 +46,18 @@ class OpenAIClient:
         self.role, self.timeout, self.pause = role, timeout, pause
         key = keys.key_for(self.url, role)
         self._key_sent = key is not None
-        self._http = httpx2.AsyncClient(
-            headers={"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})},
-            timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
-            limits=httpx2.Limits(max_connections=None),
-            verify=_certificates(),
-            # A proxy of the environment is not asked for this machine: it would read the key.
-            mounts={"http://": None, "https://": None} if keys.is_loopback(self.url) else None,
-        )
+        try:
+            self._http = httpx2.AsyncClient(
+                headers={"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})},
+                timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
+                limits=httpx2.Limits(max_connections=None),
+                verify=_certificates(),
+                # A proxy of the environment is not asked for this machine: it would read the key.
+                trust_env=not keys.is_loopback(self.url),
+            )
+        except (ImportError, ValueError, httpx2.InvalidURL) as error:  # SOCKS needs a package of its own
+            reason = keys.hidden(str(error))
+            raise ConfigError(f"the environment's proxy cannot be used for {self.url}: {reason}; see NO_PROXY") from None
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
@@ -94,6 +98,8 @@ class OpenAIClient:
                 kind, problem = BrokenAnswer, str(error)
             except httpx2.ConnectTimeout:
                 problem = f"no connection within {CONNECT_SECONDS:g} s"
+            except (httpx2.ReadError, httpx2.WriteError, httpx2.RemoteProtocolError) as error:
+                kind, problem = BrokenAnswer, f"the connection broke ({error or type(error).__name__})"
             except (httpx2.HTTPError, httpx2.InvalidURL, OSError, UnicodeError, OverflowError) as error:
                 problem = f"no connection ({error or type(error).__name__})"
             if attempt + 1 < ATTEMPTS:

@@ -15,7 +15,7 @@ from jsft.evaluation.shapes import ChatCompletion
 
 TEMPLATE_TOKENS = 256  # more than any chat template adds to a prompt
 TAIL_TOKENS = 32  # more than a generation prompt has, in any tokenizer
-HOPELESS = 200  # so many requests in a row without a good answer: the server is at fault, not the requests
+HOPELESS = 200  # so many broken answers in a row: the server is at fault, not the prompts
 
 
 class OpenAIEngine:
@@ -38,6 +38,7 @@ class OpenAIEngine:
         entry = next(m for m in served if m.id == self.model)
         self.context = entry.max_model_len
         self.concurrency = concurrency
+        self._broken = 0  # answers in a row, over all threads
         self._prompt_thinking = PromptThinking(self._client, self.model, entry.owned_by)
         self.facts: dict[str, Any] = {
             "kind": self.kind, "url": self._client.url, "model": self.model, "max_model_len": self.context,
@@ -52,7 +53,6 @@ class OpenAIEngine:
         lock = threading.Lock()
         finished: queue.Queue[Completion | Exception] = queue.Queue()
         stop = threading.Event()
-        broken = 0  # in a row
 
         def work() -> None:
             while not stop.is_set():
@@ -73,9 +73,6 @@ class OpenAIEngine:
                 item = finished.get()
                 if isinstance(item, Exception):
                     raise item
-                broken = broken + 1 if item.error else 0
-                if broken == HOPELESS:
-                    raise ServerError(f"{broken} requests in a row failed; the last: {item.error}")
                 if progress:
                     progress(item.tokens)
                 yield item
@@ -128,7 +125,7 @@ class OpenAIEngine:
         # Without max_tokens a server gives what its context leaves, which is what is meant where
         # the limit is longer.
         # A token is at least a byte, so this never asks for more than there is.
-        prompt = sum(len(m["content"].encode()) for m in request.messages) + TEMPLATE_TOKENS
+        prompt = sum(len(m["content"].encode(errors="replace")) for m in request.messages) + TEMPLATE_TOKENS
         if self.context is None or prompt + sampling.max_tokens <= self.context:
             body["max_tokens"] = sampling.max_tokens
         if sampling.top_k:
@@ -141,11 +138,15 @@ class OpenAIEngine:
         try:
             answer = self._client.post("chat/completions", body, ChatCompletion.read)
         except BrokenAnswer as error:  # the others may be whole
+            self._broken += 1
+            if self._broken >= HOPELESS:
+                raise ServerError(f"{self._broken} broken answers in a row; the last: {error}") from None
             return Completion(*name, error=str(error))
         except ServerError as error:
             if error.status in (400, 413):  # this request is at fault, not the server
                 return Completion(*name, error=str(error))
             raise
+        self._broken = 0
         text, ending = answer.text, self._prompt_thinking.of(request.messages)
         if ending == "open" and text and answer.choices[0].message.reasoning == "":
             text = CLOSE + text  # vLLM's parser took the tag of thinking that was closed at once

@@ -22,6 +22,7 @@ from jsft.evaluation.store import TaskFolder
 from jsft.evaluation.tasks.base import Grade, Problem, Task
 
 JUDGE_THREADS = 8
+HOPELESS = 16  # so many broken answers and no good one: the judge is at fault, not the responses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +248,9 @@ class _TaskRun:
                         key, grade = future.result()
                     except BrokenAnswer as error:  # the others may be whole
                         broken.append(error)
-                        continue
+                        if len(broken) < HOPELESS or progress.done:
+                            continue
+                        raise
                     verdict = {
                         "judges": names,
                         "scores": grade.scores,

@@ -54,7 +54,7 @@ class Completion:
 
 def sample_seed(seed: int, task: str, problem: str, sample: int) -> int:
     """Seed of one sample: a function of its name only, so an interrupted run goes on with the same draws."""
-    name = f"{seed}/{task}/{problem}/{sample}".encode()
+    name = f"{seed}/{task}/{problem}/{sample}".encode(errors="surrogatepass")
     return int.from_bytes(hashlib.sha256(name).digest()[:4], "little") >> 1
 
 

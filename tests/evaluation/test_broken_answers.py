@@ -13,7 +13,7 @@ from jsft.evaluation import openai_client, openai_engine
 from jsft.evaluation.judges import Judge
 from jsft.evaluation.openai_client import BrokenAnswer, OpenAIClient, ServerError, message_text
 from jsft.evaluation.openai_engine import OpenAIEngine
-from jsft.evaluation.sampling import Request, Sampling
+from jsft.evaluation.sampling import Request, Sampling, sample_seed
 from jsft.evaluation.store import TaskFolder
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -173,9 +173,11 @@ def test_a_server_that_never_answers_well_ends_the_sampling(fake_openai, monkeyp
     monkeypatch.setattr(openai_client, "ATTEMPTS", 1)
     monkeypatch.setattr(openai_engine, "HOPELESS", 3)
     fake = fake_openai(lambda body: ["no text"])
-    with pytest.raises(ServerError, match="3 requests in a row failed; the last: .*content"):
+    with pytest.raises(ServerError, match="3 broken answers in a row; the last: .*content"):
         list(OpenAIEngine(fake.url, concurrency=1).sample([request(str(i)) for i in range(9)]))
     assert len(fake.requests) == 3
+    fake.answer, fake.trouble = lambda body: "fine", [400] * 9  # prompts that do not fit say nothing about the server
+    assert len(list(OpenAIEngine(fake.url, concurrency=1).sample([request(str(i)) for i in range(10)]))) == 10
 
 
 @pytest.fixture
@@ -240,3 +242,10 @@ def test_one_broken_verdict_is_counted_and_the_others_are_kept(fake_openai, run,
     run.judge.answer, run.judge.requests = lambda body: "Score: 2", []
     assert run(fake) == 0
     assert len(run.judge.requests) == 1
+
+
+def test_half_a_surrogate_pair_in_a_prompt_is_sent(fake_openai):
+    fake = fake_openai(lambda body: "there", context=40000)
+    (found,) = OpenAIEngine(fake.url).sample([request("half \ud835")])
+    assert found.text == "there" and fake.requests[0][1]["messages"][0]["content"] == "half \ud835"
+    assert sample_seed(0, "task", "half \ud835", 0) >= 0

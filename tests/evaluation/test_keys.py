@@ -63,6 +63,13 @@ def test_a_server_may_have_a_key_of_its_own(monkeypatch):
     assert keys.key_for("http://example.org/v1", "truth") is None
 
 
+def test_a_base_url_that_is_none_is_one_line(monkeypatch):
+    for base in ("example.org", "http://h:abc"):
+        monkeypatch.setenv("OPENAI_BASE_URL", base)
+        with pytest.raises(ConfigError, match="OPENAI_BASE_URL is no URL"):
+            keys.key_for("https://example.org/v1", "url")
+
+
 def test_a_key_of_no_use_is_refused_without_being_shown(monkeypatch):
     for value in ("sk-a\nb", "sk-\u00e4bcdef", "two words"):
         monkeypatch.setenv("OPENAI_API_KEY", value)
@@ -107,6 +114,10 @@ def test_a_proxy_is_not_asked_for_this_machine(fake_openai, monkeypatch):
     monkeypatch.setenv("http_proxy", proxy.url)
     assert OpenAIClient(fake.url).post("chat/completions", BODY, message_text) == "there"
     assert proxy.keys == []
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    assert OpenAIClient(fake.url).post("chat/completions", BODY, message_text) == "there"
+    with pytest.raises(ConfigError, match="the environment's proxy cannot be used for https://example.org/v1: "):
+        OpenAIClient("https://example.org")
 
 
 def test_who_is_refused_is_told_where_its_key_goes(fake_openai, monkeypatch):

@@ -33,7 +33,7 @@ def test_trouble_that_passes_is_waited_out(fake_openai, trouble):
         (500, "HTTP 500 scripted 500, 6 times"),
         ("rubbish", "an answer that is no JSON object, 6 times"),
         ("hang", "no answer within 0.2 s, 6 times"),
-        ("drop", "no connection"),
+        ("drop", "the connection broke"),
     ],
 )
 def test_trouble_that_stays_is_an_error(fake_openai, trouble, message):
