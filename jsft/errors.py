@@ -108,7 +108,9 @@ def describe(error: BaseException, said: str = "") -> str:
     if isinstance(error, UnicodeEncodeError):
         return f"character {error.object[error.start]!r} cannot be written as {error.encoding}"
     if isinstance(error, OSError) and error.strerror:
-        file = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # of a copy, then, the second file is to blame
+        named = error.filename2 if full and error.filename2 else error.filename
+        file = os.fsdecode(named) if isinstance(named, (str, bytes)) else ""
         return f"{error.strerror}: {file}" if file and file not in said else error.strerror
     text = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -35,6 +35,7 @@ def arrow_error():
 
 CAUSES = [
     (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; free space"),
+    (OSError(errno.ENOSPC, "No space left on device", "/from", None, "/to"), "No space left on device: /to; free space"),
     (OSError(errno.EROFS, "Read-only file system", "/x/y"), "Read-only file system: /x/y; choose another place"),
     (OSError(errno.ENOTDIR, "Not a directory", b"/x"), "Not a directory: /x; rename it"),
     (OSError("odd"), "OSError: odd; rename it"),

@@ -184,7 +184,7 @@ def _train(
         if writer:
             writer.close()
     if saver.failed:
-        raise CheckpointError(f"{saver.failed}; then run the same command again")
+        raise CheckpointError(f"{saver.failed}; see to it, then run the same command again")
     if stopped:
         asked = stop.signal or "a signal to another process"
         status("preempted", step, f"{asked} after step {step}")
