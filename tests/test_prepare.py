@@ -616,3 +616,18 @@ def test_role_that_is_no_text_is_the_row_s_error(tmp_path, model):
     arguments = ["select", path, "--no_verify", "--model", model, "--out", str(tmp_path / "o.jsonl")]
     with pytest.raises(DataError, match=r"x.jsonl row 2: the model's chat template refuses the turns \(5\)"):
         main(arguments)
+
+
+def test_derived_sets_say_what_they_read_of_a_folder_and_which_columns_are_lost(tmp_path, capsys):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = cot_rows(6)
+    write_rows(folder / "train-0.parquet", [row | {"extra": "e"} for row in rows[:3]])
+    write_rows(folder / "train-1.parquet", rows[3:])
+    write_rows(folder / "test-0.parquet", rows)
+    for command in (["subset", "--rows", "6"], ["nocot"], ["select", "--no_verify"]):
+        main([command[0], str(folder), *command[1:], "--out", str(tmp_path / "o.parquet"), "--overwrite"])
+        out = capsys.readouterr().out
+        assert "2 files, 6 rows" in out and "left out: test-0.parquet (split test)" in out
+        assert "left out: columns that not every file has: extra" in out
+        assert len(read(tmp_path / "o.parquet")) == 6 and "extra" not in read(tmp_path / "o.parquet")[0]

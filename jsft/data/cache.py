@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from jsft import files
-from jsft.data.cache_parts import DamagedPart, Part, part_name, read_part, write_part
+from jsft.data.cache_parts import DamagedPart, Part, UncheckedPart, part_name, read_part, write_part
 from jsft.data.chat import Chat
 from jsft.data.examples import Keys, parse_row
 from jsft.data.progress import progress_bar
@@ -161,7 +161,9 @@ def _whole_parts(job: _Job, threads: int) -> list[Part]:
                 try:
                     return _checked_parts(directory, len(job.source), threads)
                 except DamagedPart as damage:
-                    job.say(f"data: the token cache {directory} is damaged ({damage}); building it again")
+                    old = isinstance(damage, UncheckedPart)
+                    trouble = "is of an older version" if old else "is damaged"
+                    job.say(f"data: the token cache {directory} {trouble} ({damage}); building it again")
                     (directory / INDEX).unlink()
             _build(job, threads)
             return _checked_parts(directory, len(job.source), threads)

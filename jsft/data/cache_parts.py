@@ -30,6 +30,10 @@ class DamagedPart(Exception):
     """A part that is missing, torn or changed; says which, and how."""
 
 
+class UncheckedPart(DamagedPart):
+    """A part of an older version, without a checksum: whether it is damaged nobody knows."""
+
+
 class Part(NamedTuple):
     """Rows `first` to `end` of the source: documents, and what the cache says of single rows (`TokenCache`)."""
 
@@ -77,7 +81,7 @@ def read_part(path: Path, *, check: bool = True) -> Part:
             if not batch.schema.equals(_SCHEMA):
                 raise DamagedPart(f"{path.name} has other columns")
             if "crc32" not in said:
-                raise DamagedPart(f"{path.name} has no checksum, an older version wrote it")
+                raise UncheckedPart(f"{path.name} has no checksum")
             if _checksum(batch, said) != said["crc32"]:
                 raise DamagedPart(f"the checksum of {path.name} is wrong")
         bad, thinking = ([tuple(one) for one in said[name]] for name in ("bad", "thinking"))

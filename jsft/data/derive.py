@@ -8,8 +8,18 @@ from os.path import commonprefix
 from typing import Any
 
 from jsft.data.progress import track
-from jsft.data.rows import answer_text, field, good_rows, pick, prompt_text, responses, row_columns, schema_of
-from jsft.data.sources import Source, open_source, split_paths
+from jsft.data.rows import (
+    answer_text,
+    field,
+    good_rows,
+    open_listed,
+    pick,
+    prompt_text,
+    responses,
+    row_columns,
+    schema_of,
+)
+from jsft.data.sources import Source
 from jsft.data.tables import check_output, write_rows
 from jsft.data.thinking import ends_inside, prompt_opened, with_opening
 from jsft.errors import ConfigError, DataError
@@ -30,7 +40,7 @@ def nocot(
 
     keep_tags: leave an empty pair of think tags in front. A row without `</think>`, or with nothing after it,
     is bad."""
-    path, source = check_output(out, overwrite=overwrite), open_source(split_paths(data))
+    path, source = check_output(out, overwrite=overwrite), open_listed(data)
     columns, left_out = row_columns(source), 0
 
     def rows() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -55,7 +65,7 @@ def nocot(
 
 def subset(data: str, out: str, rows: int, *, seed: int | None = None, overwrite: bool = False) -> None:
     """Writes the first `rows` rows, or with `seed` a random choice of them, in the order of the data."""
-    path, source = check_output(out, overwrite=overwrite), open_source(split_paths(data))
+    path, source = check_output(out, overwrite=overwrite), open_listed(data)
     if not 1 <= rows <= len(source):
         raise ConfigError(f"--rows {rows}: the data has {len(source)} rows")
     chosen = set(
@@ -69,7 +79,7 @@ def subset(data: str, out: str, rows: int, *, seed: int | None = None, overwrite
             elif row > max(chosen):
                 return
 
-    count = write_rows(wanted(), path, source.schema())
+    count = write_rows(wanted(), path, schema_of(source, source.columns))
     how = "the first" if seed is None else f"chosen with seed {seed}"
     print(f"{path}: {count} of {len(source)} rows, {how}")
 
@@ -94,7 +104,7 @@ def match(
     ("Please reason step by step ..."). A response cut inside its thinking is no solution (as in `select`). Of several responses one is chosen by `seed`; with `verify` one that
     math-verify finds equal to the row's answer."""
     path = check_output(out, overwrite=overwrite)
-    source, theirs = open_source(split_paths(data)), open_source(split_paths(other))
+    source, theirs = open_listed(data), open_listed(other)
     source.require(prompt_key, *([answer_key] if verify else []))
     theirs.require(other_prompt_key, other_response_key)
     solutions: dict[str, list[str]] = defaultdict(list)

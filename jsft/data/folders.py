@@ -102,7 +102,7 @@ def _visible_files(folder: Path) -> list[Path]:
         )
         for path in found:
             if not path.exists():
-                raise DataError(f"{path}: a link to {path.readlink()}, which is not there; mend or remove it")
+                raise DataError(f"{path}: a link to {path.readlink()}, which is not there; fix or remove it")
     return found
 
 

@@ -51,7 +51,9 @@ def preview(config, model_dir: str | Path, rows: int | Sequence[int], *, full: b
 
     Opening them refuses a data set in which nothing, or everything, of any row would be trained (DataError).
     """
-    _, chat, documents = open_documents(config, model_dir)
+    source, chat, documents = open_documents(config, model_dir)
+    for line in source.listing():
+        print(line)
     console = Console(highlight=False, soft_wrap=True)
     place = {int(row): index for index, row in enumerate(documents.rows)}
     for row in list(place)[:rows] if isinstance(rows, int) else rows:
@@ -91,6 +93,8 @@ def stats(config, model_dir: str | Path, devices: int, png: Path | None, as_json
     if as_json:
         print(json.dumps(numbers, indent=2))
         return
+    for line in source.listing():
+        print(line)
     print("tokens of a document")
     print("\n".join(statistics.histogram_lines(lengths)))
     for name, value in numbers.items():

@@ -13,6 +13,7 @@ from jsft.errors import DataError, describe, explained
 _BOM = b"\xef\xbb\xbf"
 _SPACES = np.frombuffer(b" \t\r\v\f", np.uint8)
 _LOOKED_AT = 100  # first rows that tell the columns
+_SEARCHED = 64 << 20  # bytes searched for line ends at a time: the file may be larger than the memory
 _PRETTY = 8 << 20  # bytes in which an object written over several lines is looked for
 
 
@@ -96,7 +97,8 @@ class JsonLines:
 
 def _lines(content: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int64 starts and ends of the lines of a file (uint8 [bytes]) that hold more than white space."""
-    ends = np.flatnonzero(content == ord("\n"))
+    blocks = range(0, len(content), _SEARCHED)
+    ends = np.concatenate([start + np.flatnonzero(content[start : start + _SEARCHED] == ord("\n")) for start in blocks])
     if content[-1] != ord("\n"):
         ends = np.append(ends, len(content))
     starts = np.concatenate([[0], ends[:-1] + 1])

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from jsft.data.examples import Keys, check_keys, columns_to_read
 from jsft.data.progress import track
-from jsft.data.sources import Source
+from jsft.data.sources import Source, open_source, split_paths
 from jsft.errors import DataError
 
 
@@ -77,6 +77,16 @@ def responses(value: Any, where: str) -> list[str]:
     if value is None or value == []:
         return []
     raise DataError(f"{where}: a response is a {type(value).__name__} where text is expected; fix or remove the row")
+
+
+def open_listed(data: str | Sequence[str]) -> Source:
+    """Opens a data set and prints which files are read, and which columns are not because a file lacks them."""
+    source = open_source(split_paths(data))
+    for line in source.listing():
+        print(f"{data}: {line}")
+    if lacking := source.uncommon_columns():
+        print(f"{data}: left out: columns that not every file has: {', '.join(lacking)}")
+    return source
 
 
 def good_rows(source: Source, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -6,8 +6,18 @@ from typing import Any, NamedTuple
 
 from jsft.data.chat import Chat
 from jsft.data.progress import track
-from jsft.data.rows import answer_text, field, good_rows, pick, prompt_text, responses, row_columns, schema_of
-from jsft.data.sources import Source, open_source, split_paths
+from jsft.data.rows import (
+    answer_text,
+    field,
+    good_rows,
+    open_listed,
+    pick,
+    prompt_text,
+    responses,
+    row_columns,
+    schema_of,
+)
+from jsft.data.sources import Source
 from jsft.data.tables import check_output, write_rows
 from jsft.data.thinking import ends_inside, prompt_opened, with_opening
 from jsft.data.verify import require_math_verify, same_answer
@@ -38,7 +48,7 @@ def select(
     response that passes, DataError when none has."""
     if verify:
         require_math_verify()
-    path, source = check_output(out, overwrite=overwrite), open_source(split_paths(data))
+    path, source = check_output(out, overwrite=overwrite), open_listed(data)
     source.require(prompt_key, response_key, *([answer_key] if verify else []))
     problems, opened = _problems(source, prompt_key, response_key)
     if opened:

@@ -61,6 +61,11 @@ class Source:
         others = [set(reader.columns) for reader in self._readers[1:]]
         return [name for name in self._readers[0].columns if all(name in other for other in others)]
 
+    def uncommon_columns(self) -> list[str]:
+        """Columns that some file has and not every one: no `columns`."""
+        every = dict.fromkeys(name for reader in self._readers for name in reader.columns)
+        return [name for name in every if name not in set(self.columns)]
+
     def columns_by_file(self) -> Iterator[tuple[Path, list[str]]]:
         """(file, its columns) of every file: which one lacks what the others have."""
         return ((reader.path, reader.columns) for reader in self._readers)
@@ -132,7 +137,7 @@ def split_paths(spec: str | Sequence[str]) -> list[str]:
     if isinstance(spec, str | Path):
         return [part.strip() for part in str(spec).split(",")]
     if not isinstance(spec, list | tuple) or not all(isinstance(part, str | Path) for part in spec):
-        raise ConfigError(f"data.train={spec!r}: want a path, several with commas, or a list of them")
+        raise ConfigError(f"data files {spec!r}: want a path, several with commas, or a list of them")
     return [str(part) for part in spec]
 
 
@@ -173,7 +178,6 @@ def _is_a_path(spec: str | Path) -> Iterator[None]:
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     name, _, revision = hub_id.partition("@")
     try:
@@ -181,7 +185,7 @@ def _download(hub_id: str) -> Path:
         return Path(
             snapshot_download(name, repo_type="dataset", revision=revision or None, allow_patterns=patterns)
         )
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # the hub's own errors, and those of an HTTP library that changes with its version
         raise DataError(
             f"data set {hub_id}: neither a local path nor to be had from the hub ({describe(error)}); "
             "check the name, the network, HF_TOKEN and HF_HUB_OFFLINE"
