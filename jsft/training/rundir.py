@@ -122,21 +122,22 @@ class RunDirectory:
             new = json.loads(json.dumps(flat))
             for field in schema.FIELDS:  # one that did not exist yet had its default's effect
                 old.setdefault(field.name, json.loads(json.dumps(field.default)))
+            trained = bool(list_steps(self.path))
             if data and data == old_data:
                 old["data.train"] = new["data.train"]
-            elif data and old_data:
+            elif data and old_data and (trained or there.get("model") in (None, model)):  # else the model changed it
                 old["data.train"] = f"{old.get('data.train')} of fingerprint {old_data[:8]}"
                 new["data.train"] = f"{new['data.train']} of fingerprint {data[:8]}"
             names = sorted(n for n in set(old) | set(new) if old.get(n) != new.get(n))
             differ = [n for n in names if n not in FREE_FIELDS and n not in allow_changed]
+            if trained and "model.path" not in differ:  # before its data, which another tokenizer changes
+                model = self._same_model(there.get("model"), model)
             if differ:
                 shown = "; ".join(f"{n}: {old.get(n)!r} there, {new.get(n)!r} now" for n in differ)
                 raise ConfigError(
                     f"--workdir {self.path} holds a run with another config ({shown}); choose another "
                     f"--workdir, or go on all the same with --allow_changed={','.join(differ)}"
                 )
-            if list_steps(self.path):
-                model = self._same_model(there.get("model"), model)
         facts = {"name": name, "version": jsft.__version__, "data": data, "config": flat, "model": model}
         with self._explained():
             files.write_json(path, facts)
@@ -144,7 +145,9 @@ class RunDirectory:
 
     def _same_model(self, there: Digest | None, here: Digest | None) -> Digest | None:
         """The digest to keep: of the model that the checkpoints were trained from. None in runs older than digests."""
-        if there and here and (differs := difference(there, here)):
+        if not isinstance(there, dict):
+            return None
+        if here and (differs := difference(there, here)):
             raise ModelError(
                 f"the model directory is not the one this run began with: {differs}; put its files back (a copy is in "
                 f"{self.path / 'base'}), or choose another --workdir"

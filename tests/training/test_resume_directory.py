@@ -86,10 +86,10 @@ def with_checkpoint(path, model=None):
     (folder / "manifest.json").write_text(json.dumps({"format": 1, "step": 4, "model": model}))
 
 
-def enter_with(path, model):
+def enter_with(path, model, data="", **fields):
     directory = RunDirectory(path)
     try:
-        return directory.enter(make_config(), "run", model=model)
+        return directory.enter(make_config(**fields), "run", data=data, model=model)
     finally:
         directory.release()
 
@@ -103,6 +103,22 @@ def test_another_model_directory_is_refused_once_there_is_a_checkpoint(tmp_path)
         enter_with(tmp_path, {"config.json: rope_theta": 1e6})
     assert "\n" not in str(error.value) and (tmp_path / "config.json").read_text() == before
     assert enter_with(tmp_path, {"config.json: rope_theta": 2e6}) is True
+
+
+def test_another_tokenizer_is_named_and_not_the_data_that_it_changes(tmp_path):
+    enter_with(tmp_path, {"tokenizer.json": "a" * 64}, data="aaaa")
+    with_checkpoint(tmp_path)
+    with pytest.raises(ModelError, match="tokenizer.json is bbbbbbbb, was aaaaaaaa"):
+        enter_with(tmp_path, {"tokenizer.json": "b" * 64}, data="bbbb")
+    with pytest.raises(ConfigError, match="model.path: 'm' there, 'other' now"):  # the path says more
+        enter_with(tmp_path, {"tokenizer.json": "b" * 64}, data="bbbb", **{"model.path": "other"})
+
+
+def test_a_tokenizer_may_be_mended_until_there_is_a_checkpoint(tmp_path):
+    enter_with(tmp_path, {"tokenizer.json": "a" * 64}, data="aaaa")
+    assert enter_with(tmp_path, {"tokenizer.json": "b" * 64}, data="bbbb") is True
+    with pytest.raises(ConfigError, match="of fingerprint bbbb"):  # the same model: the data itself is another
+        enter_with(tmp_path, {"tokenizer.json": "b" * 64}, data="cccc")
 
 
 def test_a_run_older_than_digests_goes_on_as_before(tmp_path):
