@@ -55,6 +55,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--reload", type=Path, metavar="DIR", help="first have the vLLM server load these weights"
     )
     server.add_argument("--concurrency", type=int, default=64, help="requests at a time")
+    server.add_argument("--timeout", type=float, default=3600.0, help="seconds for one whole response (default: 3600)")
     engine = parser.add_argument_group("vLLM")
     engine.add_argument("--tp", type=int, default=1, help="GPUs that share the model (tensor parallel)")
     engine.add_argument("--dtype", default="auto", help="bfloat16, float32 or auto (the model's)")
@@ -74,6 +75,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise ConfigError(f"--{name} must be at least 1")
     if options.temperature is not None and not 0 <= options.temperature < float("inf"):
         raise ConfigError("--temperature must be at least 0")
+    if not 0 < options.timeout < float("inf"):
+        raise ConfigError("--timeout must be above 0 seconds")
     if options.reload is not None and not options.url:
         raise ConfigError("--reload needs --url: it is the server that loads the weights")
     if options.data_dir is not None and not options.data_dir.exists():
@@ -144,7 +147,9 @@ def _evaluate(target: Target, tasks: list, options: argparse.Namespace, judges: 
     fields = {f.name for f in dataclasses.fields(Options)} - {"judges"}
     run_options = Options(**{name: getattr(options, name) for name in fields}, judges=judges)
     if options.url:
-        engine = OpenAIEngine(options.url, options.url_model, concurrency=options.concurrency)
+        engine = OpenAIEngine(
+            options.url, options.url_model, concurrency=options.concurrency, timeout=options.timeout
+        )
         if options.reload is None:
             digest = f"{engine.model} at {engine.facts['root'] or options.url}"
             return run_tasks(

@@ -187,8 +187,8 @@ def run(fake_openai, tmp_path, monkeypatch):
     (tmp_path / "hexphi.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     judge = fake_openai(lambda body: "Score: 2", "judge")
 
-    def run(fake):
-        where = ["--data_dir", tmp_path, "--out", tmp_path / "out", "--judge", f"safety={judge.url}"]
+    def run(fake, *more):
+        where = ["--data_dir", tmp_path, "--out", tmp_path / "out", "--judge", f"safety={judge.url}", *more]
         monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, ["--url", fake.url, "--tasks", "hexphi", *where])])
         return evaluate.main()
 
@@ -206,6 +206,14 @@ def test_one_broken_prompt_is_counted_and_only_it_is_drawn_again(fake_openai, ru
     fake.answer, fake.requests = lambda body: "yes", []
     assert run(fake) == 0
     assert len(fake.requests) == 1
+
+
+def test_an_evaluation_goes_on_past_a_response_that_drips(fake_openai, run, monkeypatch, capsys):
+    monkeypatch.setattr(openai_client, "ATTEMPTS", 1)
+    fake = fake_openai(lambda body: "no")
+    fake.trouble = [drip("body")]
+    assert run(fake, "--timeout", 0.4) == 3
+    assert "1 samples could not be drawn" in (said := capsys.readouterr().err) and "no answer within 0.4 s" in said
 
 
 def test_broken_samples_that_earlier_versions_stored_are_drawn_again(fake_openai, run, tmp_path, capsys):
