@@ -2,8 +2,8 @@
 does. On its way it sums o * do over h, which the kernel for dk and dv needs too.
 
 As in the forward a program runs through its tiles without a gap: a tile's last product runs beside the next
-one's sums, and its dq leaves beside the next one's first products. do, and q unless the configuration says
-otherwise, stay in registers for a tile.
+one's sums, and its dq leaves beside the next one's first products. do stays in registers for a tile; with q there too,
+ptxas from CUDA 13.3 on spills.
 """
 
 import jax
@@ -70,12 +70,6 @@ def backward_dq(
                     plgpu.barrier_wait(v_full.at[slot])
                     return slot
 
-                def load_q(index):
-                    """The tile's queries, to be held in registers."""
-                    q = plgpu.load(q_s.at[index], layout=mgpu.WGMMA)
-                    plgpu.commit_smem()  # orders this ordinary read before the copy that refills the buffer
-                    return q
-
                 def begin(tile, count):
                     """do of a tile and its sums with o, which lies in place `count`."""
                     plgpu.barrier_wait(do_full.at[wg])
@@ -87,7 +81,7 @@ def backward_dq(
 
                     o = lax.cond(wg == 0, load_o(k_s), load_o(v_s))
                     delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(axis=1)
-                    plgpu.commit_smem()  # as above
+                    plgpu.commit_smem()  # orders these ordinary reads before the copies that refill the buffers
                     plgpu.barrier_arrive(do_free.at[wg])
                     plgpu.barrier_arrive(k_free.at[slot])
                     plgpu.barrier_arrive(v_free.at[slot])
@@ -153,7 +147,7 @@ def backward_dq(
 
                 def one_tile(r, carry):
                     """From the ds of a tile's first block to that of the next."""
-                    count, item, (start, lse), q, do, delta, ds = carry
+                    count, item, (start, lse), do, delta, ds = carry
                     tile = deal.tile(item)
                     blocks = tile.blocks
                     base = tile.start + wg * HALF
@@ -170,10 +164,11 @@ def backward_dq(
 
                     def step(masked):
                         return lambda j, ds: products(
-                            count + 1 + j - blocks.first, j, q, do, base, start, lse, delta, masked, ds
-                        )
+                            count + 1 + j - blocks.first, j, q_s.at[buffer * 2 + wg + mgpu.zero(j)], do, base,
+                            start, lse, delta, masked, ds,
+                        )  # fmt: skip
 
-                    def turn_over(q, do, delta, ds):
+                    def turn_over(do, delta, ds):
                         slot = finish(ds, count, blocks)
                         do, next_delta = begin(next_tile, next_count)
                         result = mgpu.read(dq)
@@ -185,19 +180,18 @@ def backward_dq(
 
                         index = (1 - buffer) * 2 + wg
                         plgpu.barrier_wait(q_full.at[index])
-                        q = load_q(index)
                         base = next_tile.start + wg * HALF
                         ds = products(
-                            next_count + 1, next_tile.blocks.first, q, do, base, *next_rows, next_delta, True,
+                            next_count + 1, next_tile.blocks.first, q_s.at[index], do, base, *next_rows, next_delta, True,
                             meanwhile=meanwhile,
                         )  # fmt: skip
-                        return q, do, next_delta, ds
+                        return do, next_delta, ds
 
-                    def end(q, do, delta, ds):
+                    def end(do, delta, ds):
                         slot = finish(ds, count, blocks)
                         put_out(mgpu.read(dq), q_w, tile)
                         plgpu.barrier_arrive(k_free.at[slot])
-                        return q, do, delta, ds
+                        return do, delta, ds
 
                     own = own_last(blocks)
                     second = jnp.minimum(blocks.first + 1, own)
@@ -206,7 +200,7 @@ def backward_dq(
                     ds = lax.fori_loop(second, plain, step(True), ds)
                     ds = lax.fori_loop(plain, tail, step(False), ds)
                     ds = lax.fori_loop(tail, own, step(True), ds)
-                    carry = lax.cond(r + 1 < deal.rounds, turn_over, end, q, do, delta, ds)
+                    carry = lax.cond(r + 1 < deal.rounds, turn_over, end, do, delta, ds)
                     return next_count, next_item, next_rows, *carry
 
                 item = deal.item(jnp.int32(0))
@@ -214,10 +208,9 @@ def backward_dq(
                 own_rows = load_rows(tile)
                 do, delta = begin(tile, jnp.int32(0))
                 plgpu.barrier_wait(q_full.at[wg])
-                q = load_q(wg)
                 base = tile.start + wg * HALF
-                ds = products(jnp.int32(1), tile.blocks.first, q, do, base, *own_rows, delta, True)
-                lax.fori_loop(0, deal.rounds, one_tile, (jnp.int32(0), item, own_rows, q, do, delta, ds))
+                ds = products(jnp.int32(1), tile.blocks.first, q_s.at[wg], do, base, *own_rows, delta, True)
+                lax.fori_loop(0, deal.rounds, one_tile, (jnp.int32(0), item, own_rows, do, delta, ds))
 
             mgpu.accumulate(walk, (HALF, h), pool=dq_pool)
             pl.when(wg == 0)(lambda: mgpu.await_signal(turn, jnp.int32(0), simulated))
