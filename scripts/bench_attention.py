@@ -330,10 +330,9 @@ def main() -> None:
     parser.add_argument("--heads", default="40/8", help="with --tune: query heads / key heads")
     parser.add_argument("--length", type=int, default=16384, help="with --tune: positions of the row")
     arguments = parser.parse_args()
-    device = jax.devices()[0]
-    print(
-        f"{device.device_kind}, jax {jax.__version__}, {arguments.dtype}, h {arguments.h}; {describe_attention()}"
-    )
+    attention = describe_attention()  # first: it chooses the assembler before JAX meets the device
+    device = jax.devices()[0].device_kind
+    print(f"{device}, jax {jax.__version__}, {arguments.dtype}, h {arguments.h}; {attention}")
     if arguments.tune:
         tune(arguments)
         return

@@ -28,6 +28,8 @@ import jax.numpy as jnp
 
 import bench_attention as bench
 
+from jsft.kernels.attention import describe_attention
+
 CASES = [
     *bench.CASES[:8],
     # the rows of scripts/bench_step.py, Qwen3-4B's and 1.7B's heads
@@ -163,9 +165,10 @@ def main() -> None:
         if unknown := [name for name in wanted if name not in known]:
             parser.error(f"--{option}: {', '.join(unknown)} not among {', '.join(known)}")
     cases = [names[name] for name in chosen]
+    attention = describe_attention()  # first: it chooses the assembler before JAX meets the device
     mine = importlib.import_module("jsft.kernels.flash.attention")
     trees = {"this": mine, "other": flash_of(arguments.tree)}
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {arguments.dtype}, h {arguments.h}")
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {arguments.dtype}, h {arguments.h}; {attention}")
     programs = compile_kernels(cases, trees, kernels, arguments.h, jnp.dtype(arguments.dtype))
     for key, program in programs.items():
         if isinstance(program, Exception):

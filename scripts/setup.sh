@@ -5,8 +5,8 @@
 #   scripts/setup.sh --serve    serving:  .venv-serve  (vLLM: on GPUs with its own CUDA, else its CPU build)
 #
 # JSFT_VENV and JSFT_SERVE_VENV name other places, JSFT_PYTHON a certain interpreter, JSFT_CUDA=cuda13 JAX's
-# newer plugin (default cuda12). Options: --cpu takes the CPU variant on a GPU machine, --quiet prints only
-# what goes wrong.
+# newer plugin (default cuda12), JSFT_JAX=0.11.2 a certain JAX (default: the newest one that was tried). Options:
+# --cpu takes the CPU variant on a GPU machine, --quiet prints only what goes wrong.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -41,7 +41,7 @@ else
   venv=${JSFT_VENV:-.venv}
   versions="3.12 3.13 3.14" requirements=pyproject.toml extras=dev
   if [[ $gpu == 1 ]]; then extras=dev,${JSFT_CUDA:-cuda12}; fi
-  install=(-e ".[$extras]")
+  install=(-e ".[$extras]" ${JSFT_JAX:+"jax==$JSFT_JAX"})
 fi
 python=$venv/bin/python stamp=$venv/.jsft-setup
 

@@ -3,16 +3,24 @@
 #
 #   scripts/test.sh                 the quick suite; vLLM tests too where the serving environment can be made
 #   scripts/test.sh --no-serve      without the serving environment (vLLM and torch oracles are skipped)
+#   scripts/test.sh --jax 0.11.2    with this version of JAX, in an environment of its own (.venv-jax0.11.2)
 #   scripts/test.sh -m slow         the long proofs; any other argument goes to pytest as well
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 serve=1
 arguments=()
-for argument in "$@"; do
+while [[ $# -gt 0 ]]; do
+  argument=$1
+  shift
   case $argument in
     --no-serve) serve=0 ;;
-    -h | --help) sed -n '2,6p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    --jax)
+      [[ ${1:-} =~ ^[0-9.]+$ ]] || { echo "test: --jax wants a version, as in --jax 0.11.2" >&2; exit 2; }
+      export JSFT_JAX=$1 JSFT_VENV=$PWD/.venv-jax$1
+      shift
+      ;;
+    -h | --help) sed -n '2,7p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) arguments+=("$argument") ;;
   esac
 done

@@ -19,6 +19,11 @@ if "JSFT_TESTS_ON_GPU" not in os.environ:
 
 import pytest  # noqa: E402
 
+from jsft.kernels.assembler import choose_ptxas  # noqa: E402
+
+if "JSFT_TESTS_ON_GPU" in os.environ:
+    choose_ptxas()  # before JAX meets the device, as runs do
+
 
 def serving_python() -> Path | None:
     """The serving environment's Python, or None where it is not set up."""

@@ -9,11 +9,11 @@ import re
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 
 from jsft.errors import ConfigError
 from jsft.kernels import attention_xla
+from jsft.kernels.assembler import choose_ptxas
 from jsft.kernels.devices import target_device
 
 IMPLEMENTATIONS = ("auto", "pallas", "xla")
@@ -101,6 +101,7 @@ def describe_attention(
     """One line for the run's log: which attention runs on this process's devices. Raises like
     `packed_attention`; typical_length: as in `settle_backward`.
     """
+    problem = choose_ptxas()
     device = jax.devices()[0].device_kind
     if _choose(implementation, backward) == "xla":
         return f"attention: plain XLA, float32 inside ({device})"
@@ -112,18 +113,7 @@ def describe_attention(
     if settle_backward(backward, typical_length) != backward:
         text = f"backward in two kernels, faster on documents of {typical_length:,.0f} tokens"
     limits = "plain XLA for other than bfloat16 or float16, h 64 or 128"
-    return f"attention: Pallas flash kernels, {text} ({device}; {limits}){_slow_assembly(jaxlib.__version__)}"
-
-
-def _slow_assembly(version: str) -> str:
-    """What to add to that line for a jaxlib whose wheels assemble the kernels badly, or which nobody has tried.
-
-    Those of 0.12 do it with nvJitLink, which ignores how a kernel's warpgroups divide the registers: they spill, and their
-    products are serialized.
-    """
-    if version.startswith("0.11."):
-        return ""
-    return f"; jaxlib {version} may assemble them so that they spill and wait: install jax 0.11.2"
+    return f"attention: Pallas flash kernels, {text} ({device}; {limits})" + (f"; {problem}" if problem else "")
 
 
 def check_document_ranges(doc_start, doc_end) -> None:

@@ -7,6 +7,7 @@ description instead of asking a driver; kernels it would choose by trying them o
 import importlib.util
 
 from jsft.errors import ConfigError
+from jsft.kernels.assembler import choose_ptxas
 
 # As in XLA's GpuTargetConfigProto; Hopper's limits, and what differs between the two cards.
 _HOPPER = """
@@ -51,6 +52,7 @@ def gpus(kind: str, count: int) -> list:
         raise ConfigError(f"--device {kind}: programs compile for {' and '.join(KINDS).lower()} only where no GPU is")
     if not available():
         raise ConfigError("to compile for GPUs without one, install JAX's CUDA plugin: pip install 'jax[cuda13]'")
+    choose_ptxas()
     jax.config.update("jax_platforms", "cpu")  # the plugin would look for a driver
     target = _HOPPER.format(**KINDS[kind.upper()])
     return topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{count}").devices

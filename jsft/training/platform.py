@@ -9,6 +9,8 @@ from pathlib import Path
 import jax
 import jaxlib
 
+from jsft.kernels.assembler import choose_ptxas
+
 # Compiler flags, each with its measurement in docs/performance.md. A jaxlib that does not know a flag aborts on it, so
 # they are set only on versions that were tried.
 _TRIED = ("0.11.", "0.12.")
@@ -44,9 +46,9 @@ def gather_ahead_options(platform: str) -> dict[str, int | bool]:
 def configure() -> None:
     """Call before the first use of a device.
 
-    The allocator gets 95 % of a GPU (JAX's default of 75 % would leave a quarter of it unused), and compiled programs
-    are kept on disk (JSFT_COMPILATION_CACHE; default: ~/.cache/jsft/compiled): a second start of the same config
-    compiles nothing.
+    The allocator gets 95 % of a GPU (JAX's default of 75 % would leave a quarter of it unused), ptxas assembles the
+    kernels, and compiled programs are kept on disk (JSFT_COMPILATION_CACHE; default: ~/.cache/jsft/compiled): a second
+    start of the same config compiles nothing.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     given = os.environ.get("XLA_FLAGS", "")
@@ -54,7 +56,10 @@ def configure() -> None:
         ours = " ".join(f"{flag}={value}" for flag, value in _FLAGS.items() if flag not in given)
         os.environ["XLA_FLAGS"] = f"{given} {ours}".strip()
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jsft" / "compiled"
-    jax.config.update("jax_compilation_cache_dir", os.environ.get("JSFT_COMPILATION_CACHE", str(default)))
+    cache = Path(os.environ.get("JSFT_COMPILATION_CACHE", default))
+    if choose_ptxas():
+        cache = cache / "spilling"  # programs hold their kernels assembled, and JAX's key to them does not say by what
+    jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 

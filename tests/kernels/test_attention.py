@@ -192,12 +192,12 @@ def test_short_documents_have_two_kernels_where_nobody_asks_for_one(asked, monke
     assert ("two kernels, faster on documents of 1,024 tokens" in said) == (asked == "auto")
 
 
-def test_a_jaxlib_that_assembles_the_kernels_badly_is_named_in_the_log(monkeypatch):
+def test_the_log_says_why_the_kernels_may_spill(monkeypatch):
     monkeypatch.setattr(attention, "_choose", lambda *_: "pallas")
-    monkeypatch.setattr(attention.jaxlib, "__version__", "0.11.2")
-    assert "install" not in describe_attention()
-    monkeypatch.setattr(attention.jaxlib, "__version__", "0.12.0.1")
-    assert describe_attention().endswith("; jaxlib 0.12.0.1 may assemble them so that they spill and wait: install jax 0.11.2")
+    monkeypatch.setattr(attention, "choose_ptxas", lambda: None)
+    assert describe_attention().endswith("h 64 or 128)")
+    monkeypatch.setattr(attention, "choose_ptxas", lambda: "they spill: install ptxas")
+    assert describe_attention().endswith("h 64 or 128); they spill: install ptxas")
 
 
 def test_cuda_versions_with_a_wrong_assembler_are_refused():
