@@ -79,7 +79,9 @@ def check_tensors(files: TensorFiles, table: Table, config: ModelConfig) -> None
     for name, tensor in wanted.items():
         found = files.tensors.get(name)
         if found is None:
-            raise ModelError(f"{where} lacks tensor {name} {list(tensor.shape)}, which {config.family} needs")
+            is_head = not config.tied_embeddings and name == table["unembedding"].tensor
+            hint = "; if the embedding serves for it, set tie_word_embeddings to true in config.json" if is_head else ""
+            raise ModelError(f"{where} lacks tensor {name} {list(tensor.shape)}, which {config.family} needs{hint}")
         if found.shape != tensor.shape:
             raise ModelError(
                 f"{where}: tensor {name} has shape {list(found.shape)}, but config.json asks for {list(tensor.shape)}"

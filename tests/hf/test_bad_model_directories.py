@@ -207,6 +207,13 @@ def test_a_tied_model_may_carry_a_copy_of_its_head(broken, dtype, monkeypatch):
     assert "unembedding" not in load_parameters(folder, read_config(folder), make_mesh(), jnp.float32)
 
 
+def test_a_head_that_only_the_config_promises_is_answered_with_the_field(broken):
+    folder, refused = broken
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    refused("lacks tensor lm_head.weight [320, 128], which qwen3 needs; if the embedding serves for it")
+
+
 @pytest.mark.parametrize("cut", [0, 1])
 def test_a_tied_model_with_a_head_of_its_own_is_refused(broken, cut, monkeypatch):
     monkeypatch.setattr(load, "_COMPARED_BYTES", 10_000)
