@@ -13,8 +13,9 @@ import subprocess
 import sys
 from collections import deque
 from pathlib import Path
+from typing import Any
 
-from jsft.errors import ConfigError
+from jsft.errors import ConfigError, describe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -144,13 +145,20 @@ class StepEvaluator:
                 f"evaluation of step {step} ended with code {process.returncode}: {lines[-1:]}"
             ]
         for task in self.tasks:
+            path = folder / task / "results.json"
             try:
-                results = json.loads((folder / task / "results.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+                scores |= _scores(task, json.loads(path.read_bytes()))
+            except FileNotFoundError:
                 continue
-            if results.get("state") == "done":
-                for name, metric in results["metrics"].items():
-                    if metric["avg"]["mean"] is not None:
-                        scores[f"{task}/{name}"] = metric["avg"]["mean"]
-                scores[f"{task}/tokens"] = results["response"]["tokens"]["mean"]
+            except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+                problems.append(f"{path} cannot be read ({describe(error, str(path))})")  # training goes on
         return StepScores(step, scores, problems)
+
+
+def _scores(task: str, results: dict[str, Any]) -> dict[str, float]:
+    """Scores of a finished task by their names. Raises what a results.json that is none of ours leads to."""
+    if results["state"] != "done":
+        return {}
+    means = {f"{task}/{name}": metric["avg"]["mean"] for name, metric in results["metrics"].items()}
+    means[f"{task}/tokens"] = results["response"]["tokens"]["mean"]
+    return {name: mean for name, mean in means.items() if mean is not None}

@@ -57,6 +57,23 @@ def test_trouble_is_reported_not_raised(fake_openai, rows, tmp_path, monkeypatch
     assert found.scores == {} and "VLLM_SERVER_DEV_MODE=1" in found.problems[0]
 
 
+@pytest.mark.parametrize("text", [b"[]", b"{}", b"\xff", b"[" * 100_000, b'{"state": "done", "metrics": {"solved": 3}}'])
+def test_results_that_cannot_be_read_are_a_problem_of_theirs_alone(tmp_path, text):
+    class Finished:
+        returncode = 0
+
+    evaluator = StepEvaluator(tmp_path, ["countdown", "gsm8k"], url="http://127.0.0.1:9")
+    for task in ("countdown", "gsm8k"):
+        (tmp_path / "eval" / "step_10" / task).mkdir(parents=True)
+    good = {"state": "done", "metrics": {"strict": {"avg": {"mean": 0.5}}}, "response": {"tokens": {"mean": 7.0}}}
+    (tmp_path / "eval" / "step_10" / "gsm8k" / "results.json").write_text(json.dumps(good))
+    (tmp_path / "eval" / "step_10" / "countdown" / "results.json").write_bytes(text)
+    evaluator._running = 10, Finished()
+    found = evaluator._collect()
+    assert found.scores == {"gsm8k/strict": 0.5, "gsm8k/tokens": 7.0}
+    assert len(found.problems) == 1 and "countdown/results.json cannot be read" in found.problems[0]
+
+
 def test_reload_that_would_go_wrong_is_refused(fake_openai, tmp_path):
     fake = fake_openai()
     export = make_export(tmp_path / "run", 10)
