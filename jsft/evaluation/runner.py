@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from jsft.errors import ConfigError, DataError, JsftError, describe
+from jsft.errors import ConfigError, DataError, JsftError, describe, explained
 from jsft.evaluation import data, thinking
 from jsft.evaluation.grading import GradingPool
 from jsft.evaluation.progress import SampleProgress
@@ -123,8 +123,9 @@ class _TaskRun:
                 raise ConfigError(f"{task.name}: needs a judge; name it with --judge {role}=URL#MODEL")
             options.judges[role].check()
         try:
-            rows = task.rows(options.data_dir)
-            self.problems: list[Problem] = task.problems(rows)[: options.limit]
+            with explained(DataError, f"{task.name}: its data cannot be read"):
+                rows = task.rows(options.data_dir)
+                self.problems: list[Problem] = task.problems(rows)[: options.limit]
         except (TypeError, KeyError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
             columns = ", ".join(task.source.columns)
             raise DataError(f"{task.name}: its rows cannot be used ({describe(error)}); wanted columns {columns}") from error
