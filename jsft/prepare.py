@@ -9,9 +9,9 @@
   select DATA     one verified response per problem, from a raw release
   match DATA      another data set's solutions to the same problems
 
-DATA is a parquet or JSON-lines file, a folder, or a hub data set id; several are separated by commas (for validate, by
-spaces). preview, stats and validate also take a run's config: --config configs/qwen3_14b.py:math_cot_ep8. COMMAND --help
-lists the options."""
+DATA is a parquet or JSON-lines file, a folder, or a hub data set id; several are separated by commas (for
+validate, by spaces). preview, stats and validate also take a run's config:
+--config configs/qwen3_14b.py:math_cot_ep8. COMMAND --help lists the options."""
 
 import argparse
 import sys

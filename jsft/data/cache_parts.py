@@ -50,7 +50,9 @@ def part_name(first: int) -> str:
 
 
 def write_part(directory: Path, first: int, end: int, meta: dict[str, Any], documents: Sequence[Document]) -> str:
-    """Writes one part and returns its name. meta: rows and advantages, one each for a document; bad, thinking. Raises OSError."""
+    """Writes one part and returns its name. Raises OSError.
+
+    meta: rows and advantages, one each for a document; bad and thinking, as `TokenCache` has them."""
     batch = pa.record_batch(
         {
             "row": pa.array(meta["rows"], pa.int64()),

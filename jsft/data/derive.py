@@ -101,8 +101,8 @@ def match(
     """Writes the rows of `data` whose problem `other` has too, with `other`'s response in place of their own.
 
     Problems are compared without white space, and without the lines that all prompts of a set end with
-    ("Please reason step by step ..."). A response cut inside its thinking is no solution (as in `select`). Of several responses one is chosen by `seed`; with `verify` one that
-    math-verify finds equal to the row's answer."""
+    ("Please reason step by step ..."). A response cut inside its thinking is no solution (as in `select`). Of several
+    responses one is chosen by `seed`; with `verify` one that math-verify finds equal to the row's answer."""
     path = check_output(out, overwrite=overwrite)
     source, theirs = open_listed(data), open_listed(other)
     source.require(prompt_key, *([answer_key] if verify else []))

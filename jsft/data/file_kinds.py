@@ -36,4 +36,6 @@ def refuse_foreign(path: Path) -> None:
         raise DataError(f"{path}: is JSON, not parquet; end its name in .jsonl")
     if not parquet and b"\0" in head[:4]:
         order = "LE" if head[1:2] == b"\0" else "BE"
-        raise DataError(f"{path}: is UTF-16 or another binary format; store it as UTF-8 (iconv -f UTF-16{order} -t UTF-8)")
+        raise DataError(
+            f"{path}: is UTF-16 or another binary format; store it as UTF-8 (iconv -f UTF-16{order} -t UTF-8)"
+        )

@@ -141,7 +141,8 @@ def _choose_split(folder: Path, groups: dict[str, list[Path]], splits: Sequence[
     for split in splits:
         if split in groups:
             return split
-    raise DataError(f"{folder}: holds the splits {named}, none of them {' or '.join(splits)}; name the files themselves")
+    wanted = " or ".join(splits)
+    raise DataError(f"{folder}: holds the splits {named}, none of them {wanted}; name the files themselves")
 
 
 def _refuse_mixed(folder: Path, paths: Sequence[Path]) -> None:
@@ -167,8 +168,8 @@ def _refuse_incomplete(folder: Path, paths: Sequence[Path]) -> None:
     for (stem, count), numbers in there.items():
         if missing := sorted(set(range(count)) - numbers):
             raise DataError(
-                f"{folder}: {stem.relative_to(folder)} has {len(numbers)} of its {count} files, number {missing[0]} is not "
-                "there; fetch it, or name the files themselves"
+                f"{folder}: {stem.relative_to(folder)} has {len(numbers)} of its {count} files, number {missing[0]} is "
+                "not there; fetch it, or name the files themselves"
             )
 
 

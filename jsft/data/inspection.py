@@ -129,8 +129,8 @@ class Checks(NamedTuple):
         return cls(make_keys(config), chat, limit, config.objective.use_advantage, embedding)
 
     def row(self, value: Row, columns: list[str], where: str) -> tuple[Example, str | None]:
-        """The conversation, and the name of what is odd about its thinking. Raises DataError, and ModelError for a token
-        without a row in the embedding."""
+        """The conversation, and the name of what is odd about its thinking. Raises DataError, and ModelError for a
+        token without a row in the embedding."""
         if isinstance(value, DataError):
             raise value
         example = parse_row(value, self.keys, columns, where)

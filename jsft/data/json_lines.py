@@ -88,7 +88,8 @@ class JsonLines:
             )
         if "\n" not in head and "}\r{" in head.replace(" ", ""):
             raise DataError(
-                f"{self.path}: its lines end with CR alone; convert it: tr '\\r' '\\n' < {name} > {self.path.stem}.lines.jsonl"
+                f"{self.path}: its lines end with CR alone; convert it: "
+                f"tr '\\r' '\\n' < {name} > {self.path.stem}.lines.jsonl"
             )
         if count > 1:
             raise DataError(f"{error}; none of the first {count} rows is a JSON object")

@@ -105,5 +105,6 @@ def _records(path: Path, first_row: int, batch: pa.RecordBatch | pa.Table) -> _R
         except UnicodeDecodeError as error:
             records.append(DataError(f"{where}: invalid UTF-8 ({describe(error)}); store the text as UTF-8"))
         except (ValueError, OverflowError, pa.ArrowException) as error:
-            records.append(DataError(f"{where}: a value cannot be converted ({describe(error)}); fix or remove the row"))
+            why = f"{where}: a value cannot be converted ({describe(error)}); fix or remove the row"
+            records.append(DataError(why))
     return records

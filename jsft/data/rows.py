@@ -28,12 +28,14 @@ def prompt_text(value: Any, where: str) -> str:
         for content in users:
             if content is not None and not isinstance(content, str):
                 raise DataError(
-                    f"{where}: the content of a prompt's turn is a {type(content).__name__} where text is expected; join "
-                    "the texts of its parts into one"
+                    f"{where}: the content of a prompt's turn is a {type(content).__name__} where text is expected; "
+                    "join the texts of its parts into one"
                 )
         return "\n".join(content or "" for content in users)
     kind = "null" if value is None else f"a {type(value).__name__}"
-    raise DataError(f"{where}: a prompt is {kind}, neither a string nor a list of {{role, content}}: {str(value)[:60]!r}")
+    raise DataError(
+        f"{where}: a prompt is {kind}, neither a string nor a list of {{role, content}}: {str(value)[:60]!r}"
+    )
 
 
 def answer_text(value: Any, where: str) -> str | None:

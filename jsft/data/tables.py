@@ -99,7 +99,8 @@ def _table(group: Sequence[tuple[str, Row]], schema: pa.Schema | None) -> pa.Tab
     for where, row in group:
         if further := [name for name in row if name not in names]:
             raise DataError(
-                f"{where}: has a column '{further[0]}' that the rows before it lack; write .jsonl, whose rows may differ"
+                f"{where}: has a column '{further[0]}' that the rows before it lack; write .jsonl, whose rows may "
+                "differ"
             )
 
     def convert(count: int) -> pa.Table:
@@ -114,8 +115,8 @@ def _table(group: Sequence[tuple[str, Row]], schema: pa.Schema | None) -> pa.Tab
             return convert(first + 1)
         except UnicodeError as error:
             raise DataError(
-                f"{group[first][0]}: {describe(error)}, half of a surrogate pair; write .jsonl, which keeps it, or remove "
-                "the row"
+                f"{group[first][0]}: {describe(error)}, half of a surrogate pair; write .jsonl, which keeps it, or "
+                "remove the row"
             ) from error
         except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
             raise DataError(
