@@ -6,14 +6,14 @@ from jsft.evaluation import latex
 
 # What a box without braces holds: TeX boxes one token; a number is taken whole, for nobody means its first digit.
 _UNBRACED = (
-    r"[-+]?\\?\$?\d+(?:,\d{3})*(?:\.\d+)?"
-    r"|\\(?:[dtc]?frac\s*\d\s*\d|(?:[dtc]?frac|sqrt|text[a-z]*|math[a-z]+)(?:\s*\{(?:[^{}]|\{[^{}]{0,200}\}){0,200}\})+)"
+    r"[-+]?\\?\$?\d+(?:(?:,|\{,\})\d{3})*(?:\.\d+)?(?![.,]?\d|\{,\}\d|[a-zA-Z^_/(]|\\(?!text|mathrm|[)\],;:%$ ]))"
+    r"|\\(?:[dtc]?frac\s*\d\s*\d|sqrt\s*\d|(?:[dtc]?frac|sqrt|text[a-z]*|math[a-z]+)(?:\s*\{(?:[^{}]|\{[^{}]{0,200}\}){0,200}\})+)"
     r"|\\(?:pi|infty|emptyset|varnothing)(?![a-zA-Z])"
-    r"|\(?[a-zA-Z]\)?(?=\s*(?:$|[$.,;:\\*\n]))"
+    r"|\((?:[a-zA-Z]|-?\d+)\)|[a-zA-Z](?=\s*(?:$|[$.,;:\\*\n]))"
 )
 # A box with braces or without, an escaped character, a brace.
 _TOKEN = re.compile(
-    rf"\\(?:boxed|fbox)\s*\{{|\\(?:boxed|fbox)(?![a-zA-Z])\s*(?P<bare>{_UNBRACED})|\\.|[{{}}]", re.S
+    rf"\\(?:boxed|fbox)\s*\{{|\\(?:boxed|fbox)(?![a-zA-Z])(?:\s|~|\\[ ,;:])*(?P<bare>{_UNBRACED})|\\.|[{{}}]", re.S
 )
 _BOXED_NUMBER = re.compile(
     r"(\\(?:boxed|fbox)\s*\{\s*)((?:\\?\$)?)(\d{1,3}(?:(?:,|\{,\})\d{3})+|\d{3})(?!\d)"

@@ -66,7 +66,7 @@ def spelled(answer: str) -> str:
     text = _whole(_SWITCH.sub("", answer.strip()))
     text = _without_unknown_fonts(text)
     text = _GROUPED.sub(lambda match: re.sub(_SEPARATOR, "", match[0]), text)
-    text = _SPACE.sub(" ", text.replace("\\!", ""))
+    text = _SPACE.sub(" ", re.sub(r"\\text\s*\{\s*\}", " ", text.replace("\\!", "")))
     text = "".join(_fraction(c) for c in text).replace("·", r"\cdot ").replace("−", "-")
     text = re.sub(r"\s+", " ", text).strip().rstrip("\\ ")
     text = _without_stop(text)
@@ -119,7 +119,7 @@ def _without_unknown_fonts(text: str) -> str:
 
 def _without_stop(text: str) -> str:
     """Without one full stop or comma at the end. A sentence keeps its own: math-verify reads it differently then."""
-    ends = re.search(r"(?<![.\s])(?<!\\right)[.,;:]$", text)
+    ends = re.search(r"(?<!\.)(?<!\\right)[.,;:]$", text)
     return text[:-1].rstrip() if ends and len(_WORD.findall(_COMMAND.sub(" ", text))) <= PROSE else text
 
 

@@ -28,6 +28,14 @@ from jsft.evaluation.tasks.mmlu_pro import MmluPro
         ("so $\\boxed 12$.", "12"),  # its first digit alone is never meant
         ("\\boxed 1,000.", "1,000"),
         ("\\boxed -5", "-5"),
+        ("\\boxed~5", "5"),
+        ("\\(\\boxed 5\\)", "5"),
+        ("\\boxed 5\\text{ cm}", "5"),
+        ("\\boxed 1{,}000", "1{,}000"),
+        ("\\boxed (5)", "(5)"),
+        ("\\boxed\\sqrt2", "\\sqrt2"),
+        ("\\boxed 12\\pi", None),  # where it ends is a guess
+        ("\\boxed 2x", None),
         ("\\boxed\\frac12", "\\frac12"),
         ("\\boxed\\frac{\\sqrt{2}}{2}", "\\frac{\\sqrt{2}}{2}"),
         ("$\\boxed C$", "C"),
