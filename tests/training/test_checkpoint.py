@@ -78,6 +78,15 @@ def test_comes_back_on_any_number_of_devices(tmp_path, said):
     assert not said
 
 
+def test_bfloat16_is_read_back_as_it_was_before_it_is_sealed(tmp_path, said):
+    state = jax.tree.map(lambda x: x.astype("bfloat16"), make_state(3, devices=2))
+    saver = Saver(tmp_path, Policy(), {}, said.append)
+    saver.save(3, state)
+    saver.wait()
+    assert_equal(restore(tmp_path, abstract(state), said.append), state)
+    assert said == []
+
+
 def test_donating_the_state_at_once_does_not_change_what_is_saved(tmp_path, said):
     """`save` returns when the arrays are off the device: the writer must not see later updates in place."""
     state, before = make_state(1, width=200_000), make_state(1, width=200_000)
