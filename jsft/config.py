@@ -144,7 +144,7 @@ FIELDS: tuple[Field, ...] = (
           "kernel asked for by name and not available is an error.", choices=("auto", "pallas", "xla")),
     Field("attention.backward", str, "auto", "Backward kernel of Pallas attention; auto is the faster for the lengths "
           "of rows and documents, train.deterministic forces deterministic.", choices=("auto", "deterministic", "fused")),
-    Field("norm.implementation", str, "auto", "Kernel of the RMS norms and rotary embeddings; auto is Pallas on GPUs, "
+    Field("norm.implementation", str, "auto", "Kernel of the RMS norms and rotary embeddings; auto is Pallas on Hopper, "
           "else plain XLA. A kernel asked for by name and not available is an error.", choices=("auto", "pallas", "xla")),
     Field("remat", str, "auto", "What each layer keeps for the backward pass: auto, full (only its input), none "
           "(everything), or a comma-separated list of names (docs/memory-and-speed.md); NAME@host keeps it in host memory."),

@@ -5,7 +5,6 @@ to i.
 """
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ import numpy as np
 from jsft.errors import ConfigError
 from jsft.kernels import attention_xla
 from jsft.kernels.assembler import choose_ptxas
-from jsft.kernels.devices import target_device
+from jsft.kernels.devices import kernels_unavailable
 
 IMPLEMENTATIONS = ("auto", "pallas", "xla")
 BACKWARDS = ("auto", "deterministic", "fused")
@@ -142,24 +141,12 @@ def _choose(implementation: str, backward: str) -> str:
         raise ConfigError(f"attention.backward: {backward!r} is not one of {', '.join(BACKWARDS)}")
     if implementation == "xla":
         return "xla"
-    why_not = _pallas_unavailable()
+    why_not = kernels_unavailable()
     if why_not and implementation == "pallas":
         raise ConfigError(f"attention.implementation: 'pallas' cannot run: {why_not}; use 'auto' or 'xla'")
     if not why_not:
         _refuse_bad_assembler()
     return "xla" if why_not else "pallas"
-
-
-def _pallas_unavailable() -> str | None:
-    """Why this process cannot run the Pallas kernels; None if it can."""
-    device = target_device()
-    if device.platform != "gpu":
-        return f"they need a Hopper GPU (compute capability 9.0), this is a {device.platform} device"
-    known = "9.0" if re.search(r"\bG?H[128]00\b", device.device_kind) else "unknown"
-    capability = str(getattr(device, "compute_capability", known))
-    if capability != "9.0":
-        return f"they need a Hopper GPU (compute capability 9.0), {device.device_kind} has {capability}"
-    return None
 
 
 def _pallas_cannot_take(q) -> str | None:

@@ -1,4 +1,6 @@
-"""The device that a program being traced will run on."""
+"""The device that a program being traced will run on, and whether it has our kernels."""
+
+import re
 
 import jax
 
@@ -8,3 +10,17 @@ def target_device():
     here = jax.devices()[0]
     other = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return here if other is None or other.device_kind == here.device_kind else other
+
+
+def kernels_unavailable(device=None) -> str | None:
+    """Why the Pallas kernels, which are Mosaic GPU's and so Hopper's, cannot run on `device` (default: `target_device()`);
+    None where they can.
+    """
+    device = device or target_device()
+    if device.platform != "gpu":
+        return f"they need a Hopper GPU (compute capability 9.0), this is a {device.platform} device"
+    known = "9.0" if re.search(r"\bG?H[128]00\b", device.device_kind) else "unknown"
+    capability = str(getattr(device, "compute_capability", known))
+    if capability != "9.0":
+        return f"they need a Hopper GPU (compute capability 9.0), {device.device_kind} has {capability}"
+    return None

@@ -15,8 +15,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec as P
 
-from jsft.kernels.devices import target_device
-from jsft.kernels.logits_triton import exponentials
+from jsft.kernels import logits as kernel
+from jsft.kernels.devices import kernels_unavailable
 
 _ROWS = ("replica", "fsdp")  # mesh axes of the batch rows
 _VOCABULARY = "fsdp"  # mesh axis of the vocabulary
@@ -224,15 +224,15 @@ def _statistics(logits, first, dtype, one_pass):
     largest logit, the shift of the sums, the sum of the exponentials, and that weighted by logits - shift).
     logits: [C, V/N], -inf where padded and at the target; first: [C], the first of each row before that.
 
-    In one pass over the logits, a gigabyte or two (the exponentials too, with `one_pass`, on a GPU): exponentials
+    In one pass over the logits, a gigabyte or two (the exponentials too, with `one_pass`, by a kernel): exponentials
     relative to a row's first logit. Only where their sums overflow, because another logit is some 80 larger, a second
     pass takes the sums relative to the largest.
     """
     lowest = jnp.finfo(logits.dtype).min
     first = jnp.maximum(first, lowest)
     narrow = logits.dtype == jnp.float32 and dtype != jnp.float32
-    kernel = one_pass and narrow and target_device().platform == "gpu"
-    exp, top, total, weighted = (exponentials if kernel else _pass_in_xla)(logits, first, dtype=dtype)
+    pallas = one_pass and narrow and kernel.fits(logits.shape[1]) and not kernels_unavailable()
+    exp, top, total, weighted = (kernel.exponentials if pallas else _pass_in_xla)(logits, first, dtype=dtype)
     fits = jnp.all(jnp.isfinite(total) & jnp.isfinite(weighted))
     highest = jnp.maximum(top, lowest)
     sums = lax.cond(

@@ -1,6 +1,6 @@
 """RMS norm, and RMS norm with rotary embedding: each one function, two implementations.
 
-On GPUs a Pallas kernel does each direction in one pass (`norms_triton`); elsewhere, and for shapes or dtypes that it does
+On Hopper GPUs a Pallas kernel does each direction in one pass (`norm_kernels`); elsewhere, and for shapes or dtypes that it does
 not take, plain XLA does. Both work in float32 and keep nothing but their inputs for the backward pass.
 """
 
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jsft.errors import ConfigError
-from jsft.kernels import norms_triton
-from jsft.kernels.devices import target_device
-from jsft.kernels.norms_triton import pieces, rotation_fits
+from jsft.kernels import norm_kernels
+from jsft.kernels.devices import kernels_unavailable, target_device
+from jsft.kernels.norm_kernels import norm_fits, rotation_fits
 
 IMPLEMENTATIONS = ("auto", "pallas", "xla")
 
@@ -21,8 +21,9 @@ IMPLEMENTATIONS = ("auto", "pallas", "xla")
 def describe_norms(implementation: str = "auto") -> str:
     """What the run's log says of the norms on this process's devices. Raises like `rms_norm`."""
     if not _runs(implementation):
-        return "plain XLA, float32 inside"
-    return "Pallas kernels, one pass each way (plain XLA for other than bfloat16 or float16)"
+        why = kernels_unavailable() if target_device().platform == "gpu" else None
+        return "plain XLA, float32 inside" + (f", as update and loss: Pallas kernels cannot run, {why}" if why else "")
+    return "Pallas kernels, one pass each way (plain XLA for other than bfloat16 or float16, and where 32 does not divide the positions)"
 
 
 def _runs(implementation: str, cannot_take: str | None = None) -> bool:
@@ -31,8 +32,7 @@ def _runs(implementation: str, cannot_take: str | None = None) -> bool:
         raise ConfigError(f"norm.implementation: {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if implementation == "xla":
         return False
-    platform = target_device().platform
-    why_not = cannot_take if platform == "gpu" else f"it needs a GPU, this is a {platform} device"
+    why_not = kernels_unavailable() or cannot_take
     if why_not and implementation == "pallas":
         raise ConfigError(f"norm.implementation: 'pallas' cannot run: {why_not}; use 'auto' or 'xla'")
     return why_not is None
@@ -61,7 +61,7 @@ def rms_norm(
       added: the same, or None: s = x.
       weight: [n]; its gradient is summed in float32.
       eps: added to the mean of the squares.
-      implementation: "pallas" (a GPU; bfloat16 or float16), "xla" or "auto": Pallas where it can run.
+      implementation: "pallas" (a Hopper GPU; bfloat16 or float16), "xla" or "auto": Pallas where it can run.
       apart: the kernel writes s also where it is x. For an x that is kept while the residual stream goes on: a product's
         result is added to s where it lies, for which the compiler would copy x.
 
@@ -69,7 +69,7 @@ def rms_norm(
     rounded to x's dtype before the weight multiplies it, as in transformers.
     Raises ConfigError for an implementation that is unknown or cannot run.
     """
-    fits = pieces(x.shape[-1]) is not None
+    fits = norm_fits(x.size // x.shape[-1], x.shape[-1])
     return _rms_norm(x, added, weight, eps, _takes(implementation, x, fits), apart)
 
 
@@ -79,7 +79,7 @@ def _rms_norm(x, added, weight, eps, pallas, apart):
         s = x if added is None else x + added
         return s, _plain_norm(s, weight, eps)
     rows = [a.reshape(-1, x.shape[-1]) for a in (x, added) if a is not None]
-    s, y = norms_triton.rms_norm(rows, weight, eps=eps, apart=apart)
+    s, y = norm_kernels.rms_norm(rows, weight, eps=eps, apart=apart)
     return s.reshape(x.shape), y.reshape(x.shape)
 
 
@@ -110,7 +110,7 @@ def _rms_norm_backward(eps, pallas, apart, residuals, gradients):
     g_s, g = gradients
     if pallas:
         rows = [a.reshape(-1, s.shape[-1]) for a in (s, g, g_s)]
-        ds, dweight = norms_triton.rms_norm_backward(rows[0], weight, rows[1], rows[2], eps=eps)
+        ds, dweight = norm_kernels.rms_norm_backward(rows[0], weight, rows[1], rows[2], eps=eps)
         ds = ds.reshape(s.shape)
     else:
         ds, dweight = _plain_norm_backward(s, weight, g, eps)
@@ -156,14 +156,14 @@ def rms_norm_rotate(
     that stand for carry * y: a gradient for these is added to y's, without having been rounded (`packed_attention`).
     """
     B, T, heads, h = x.shape
-    pallas = _takes(implementation, x, rotation_fits(B * T, heads, h))
+    pallas = _takes(implementation, x, rotation_fits(B * T, h))
     return _rms_norm_rotate(x, weight, cos, sin, eps, pallas, carry)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _rms_norm_rotate(x, weight, cos, sin, eps, pallas, carry):
     if pallas:
-        y = norms_triton.rms_norm_rotate(*_rows(x, cos, sin, weight), eps=eps).reshape(x.shape)
+        y = norm_kernels.rms_norm_rotate(*_rows(x, cos, sin, weight), eps=eps).reshape(x.shape)
     else:
         y = rotate(_plain_norm(x, weight, eps), cos, sin)
     return y if carry is None else (y, jnp.zeros(x.shape, jnp.float32))
@@ -186,7 +186,7 @@ def _rms_norm_rotate_backward(eps, pallas, carry, residuals, g):
     if pallas:
         rows = _rows(x, cos, sin, weight)
         g = g.reshape(rows[0].shape)
-        dx, dweight = norms_triton.rms_norm_rotate_backward(*rows, g, eps=eps, factor=carry or 1.0)
+        dx, dweight = norm_kernels.rms_norm_rotate_backward(*rows, g, eps=eps, factor=carry or 1.0)
     else:
         dx, dweight = _plain_norm_backward(x, weight, rotate(g * (carry or 1.0), cos, -sin), eps)
     return dx.reshape(x.shape).astype(x.dtype), dweight.astype(weight.dtype), None, None

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsft.errors import ConfigError
-from jsft.kernels import update_triton
+from jsft.kernels import update
+from jsft.kernels.devices import kernels_unavailable
 from jsft.models.stack import together
 
 Tree = Any  # nested dict of arrays
@@ -144,11 +145,9 @@ def apply_update(state: TrainState, gradients: Tree, learning_rate: jax.Array, c
 
 def updates_in_place(config: ConfigDict, mesh: Mesh) -> bool:
     """Whether a run on `mesh` updates with the kernel. Raises ConfigError where it is asked to by name and cannot."""
-    platform = mesh.devices.flat[0].platform
-    possible = platform == "gpu" and mesh.size == 1
-    if possible or config.optimizer.implementation != "pallas":
-        return possible and config.optimizer.implementation != "xla"
-    why = f"it needs a GPU, this is a {platform} device" if platform != "gpu" else f"it runs on one GPU, not {mesh.size}"
+    why = kernels_unavailable(mesh.devices.flat[0]) or (mesh.size > 1 and f"it runs on one GPU, not {mesh.size}")
+    if not why or config.optimizer.implementation != "pallas":
+        return not why and config.optimizer.implementation != "xla"
     raise ConfigError(f"optimizer.implementation: 'pallas' cannot run: {why}; use 'xla'")
 
 
@@ -165,7 +164,7 @@ def _updated(p, m, v, g, scalars: _Scalars, config: ConfigDict, key):
 
 def _kernel_takes(p: jax.Array, g: jax.Array | tuple[jax.Array, ...], config: ConfigDict) -> bool:
     shape = p.shape[1:] if isinstance(g, tuple) else p.shape
-    return config.precision.params != "bfloat16_stochastic" and update_triton.fits(shape)
+    return config.precision.params != "bfloat16_stochastic" and update.fits(shape)
 
 
 def _updated_in_place(p, m, v, g, scalars: _Scalars, config: ConfigDict):
@@ -177,7 +176,7 @@ def _updated_in_place(p, m, v, g, scalars: _Scalars, config: ConfigDict):
     def formula(p, m, v, g, values):
         return _adamw(p, m, v, g, _Scalars(*values), config=config, dtypes=dtypes, rounded=_through)
 
-    *new, change, square = update_triton.update_layers(formula, *old, layers, jnp.stack(scalars))
+    *new, change, square = update.update_layers(formula, *old, layers, jnp.stack(scalars))
     return *(x.reshape(p.shape) for x in new), change, square
 
 
@@ -206,7 +205,8 @@ def _adamw(p, m, v, g, scalars: _Scalars, *, config: ConfigDict, dtypes, rounded
     p2 = p2 - (scalars.learning_rate / scalars.first_correction) * (m2 / root)
     if params != "bfloat16_stochastic":
         p2 = rounded(p2, p_dtype)
-    return tuple(jnp.where(scalars.finite > 0, new, old) for new, old in ((p2, p), (m2, m), (v2, v)))
+    finite = jnp.broadcast_to(scalars.finite, p.shape) > 0  # a kernel has no scalar choose between arrays
+    return tuple(jnp.where(finite, new, old) for new, old in ((p2, p), (m2, m), (v2, v)))
 
 
 def bias_correction(decay: float, count: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ PARTS = (
         "collectives",
         ("nccl", "all-gather", "all_gather", "reduce-scatter", "reduce_scatter", "all-reduce", "all-to-all"),
     ),
-    ("attention", ("attention", "flash", "mosaic", "pallas", "custom_call_target=mosaic")),
+    ("attention", ("attention", "flash")),
     ("matmul", ("gemm", "nvjet", "cutlass", "cublas", "xmma", "sm90", "sm80", "triton_gemm", "dot")),
     ("copies", ("memcpy", "memset", "copy")),
 )

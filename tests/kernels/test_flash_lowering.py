@@ -35,7 +35,7 @@ def test_every_shipped_configuration_lowers(h, group, configs, dtype):
     for kernel, arguments in kernels_to_compile(configs, 2 * group, 2, h, dtype):
         assert lower(kernel, *arguments).count("mosaic_gpu") >= 1
     q = arguments[0]
-    assert "triton" in lower(row_sums_and_zeros, q, q)
+    assert "mosaic_gpu" in lower(row_sums_and_zeros, q, q)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_lowers_under_jit_scan_remat_vmap_and_shard_map(backward):
     def gradient(f):
         return jax.grad(lambda q, k, start, end: jnp.sum(f(q, k, start, end).astype(jnp.float32)), (0, 1))
 
-    kernels = 2 if backward == "fused" else 3
+    kernels = 3  # forward; dq and dk/dv, or the sums of o * do and the fused one
     assert lower(gradient(layers), q, k, ranges, ranges).count("@mosaic_gpu") == kernels
     lowered = jax.jit(gradient(sharded)).trace(q, k, ranges, ranges).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("@mosaic_gpu") == kernels

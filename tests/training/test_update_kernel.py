@@ -10,12 +10,12 @@ from jax.sharding import AbstractMesh
 
 from jsft.errors import ConfigError
 from jsft import config as schema
-from jsft.kernels import update_triton
+from jsft.kernels import update
 from jsft.mesh import make_mesh
 from jsft.training.optimizer import TrainState, apply_update, updates_in_place
 
 HOPPER = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
-L, SHAPE = 3, (64, 256)  # of a matrix: two programs of the kernel
+L, SHAPE = 3, (8, 256)  # of a matrix: two programs of the kernel
 
 
 def make_config(**fields):
@@ -34,7 +34,7 @@ def case(dtype, moments, seed=0):
     def make(shape, dtype, scale):
         return jnp.asarray(rng.normal(size=shape) * scale, dtype)
 
-    shapes = {"layers": {"up": (L, *SHAPE), "norm": (L, 256)}, "embedding": (128, 64)}
+    shapes = {"layers": {"up": (L, *SHAPE), "norm": (L, 256)}, "embedding": (16, 64)}
     tree = functools.partial(jax.tree.map, is_leaf=lambda x: isinstance(x, tuple))
     parameters = tree(lambda shape: make(shape, dtype, 1.0), shapes)
     first = tree(lambda shape: make(shape, moments, 1e-3), shapes)
@@ -50,14 +50,14 @@ def apart(gradients):
 @pytest.fixture(params=[True, pytest.param(False, marks=pytest.mark.gpu)], ids=["interpreted", "on_the_gpu"])
 def layers_of_calls(request, monkeypatch):
     """Of each call of the kernel, which is interpreted or not."""
-    plain = update_triton.update_layers
+    plain = update.update_layers
     calls = []
 
     def run(*arguments):
         calls.append(len(arguments[4]))
         return plain(*arguments, interpret=request.param)
 
-    monkeypatch.setattr(update_triton, "update_layers", run)
+    monkeypatch.setattr(update, "update_layers", run)
     return calls
 
 
@@ -75,11 +75,12 @@ def test_the_kernel_updates_as_plain_xla_does(layers_of_calls, dtype, moments, f
     assert sorted(layers_of_calls) == [1, L]  # the embedding, the matrices
     for (path, a), b, old in zip(jax.tree.leaves_with_path(ours[:3]), *map(jax.tree.leaves, (plain[:3], state[:3]))):
         assert a.dtype == b.dtype == old.dtype
+        narrow, name = a.dtype == jnp.bfloat16, jax.tree_util.keystr(path)
         a, b, old = (np.asarray(x, np.float64) for x in (a, b, old))
-        name = jax.tree_util.keystr(path)
-        if dtype == "bfloat16":  # a product that is fused with a sum rounds once less, now and then
+        # The compiler fuses a product with a sum, which rounds once less; the kernel does not.
+        if narrow:
             assert np.mean(a != b) < 2e-3, name
-        np.testing.assert_allclose(a, b, rtol=1e-6 if dtype == "float32" else 2**-7, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(a, b, rtol=2**-7 if narrow else 1e-6, atol=2e-7 * np.abs(b).max(), err_msg=name)
         assert finite != np.array_equal(a, old) or (finite and dtype == "bfloat16")
     for name, value in plainly.items():
         assert float(metrics[name]) == pytest.approx(float(value), rel=1e-3), name
@@ -89,16 +90,16 @@ def test_the_kernel_lowers_for_cuda_in_place():
     S = jax.ShapeDtypeStruct
     p, g = S((L, 1024, 2560), jnp.bfloat16), S((1024, 2560), jnp.bfloat16)
 
-    def update(p, m, v, g, scalars):
-        return update_triton.update_layers(lambda p, m, v, g, s: (p - s[0] * g, m, v), p, m, v, (g,) * L, scalars)
+    def step(p, m, v, g, scalars):
+        return update.update_layers(lambda p, m, v, g, s: (p - s[0] * g, m, v), p, m, v, (g,) * L, scalars)
 
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=HOPPER)):
-        text = jax.jit(update).trace(p, p, p, g, S((5,), jnp.float32)).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("xla.gpu.triton") == 1 and "output_operand_alias" in text
+        text = jax.jit(step).trace(p, p, p, g, S((5,), jnp.float32)).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 1 and "output_operand_alias" in text
 
 
 def test_only_one_gpu_updates_in_place():
     config = make_config(optimizer__implementation="pallas")
-    with pytest.raises(ConfigError, match="optimizer.implementation: 'pallas' cannot run: it needs a GPU"):
+    with pytest.raises(ConfigError, match="optimizer.implementation: 'pallas' cannot run: they need a Hopper GPU"):
         updates_in_place(config, make_mesh())
     assert not updates_in_place(make_config(), make_mesh())  # auto

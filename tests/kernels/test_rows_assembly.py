@@ -1,0 +1,50 @@
+"""The kernels that only read, compute and write, assembled for a Hopper GPU without one. Needs JAX's CUDA plugin."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jsft.training import deviceless
+
+ROOT = Path(__file__).parents[2]
+COMPILE = """
+import functools, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jsft.training import deviceless
+everywhere = NamedSharding(Mesh(np.array(deviceless.gpus("h200", 1)), ("one",)), PartitionSpec())
+from jsft.kernels import logits, norm_kernels, update
+from jsft.kernels.flash.row_sums import row_sums_and_zeros
+S = functools.partial(jax.ShapeDtypeStruct, sharding=everywhere)
+
+def narrow(*shape): return S(shape, jnp.bfloat16)
+def wide(*shape): return S(shape, jnp.float32)
+def assemble(f, *arguments, **options):
+    jax.jit(functools.partial(f, **options)).lower(*arguments).compile(compiler_options=deviceless.COMPILER_OPTIONS)
+
+for n in (896, 2560, 5120, 6144):
+    x, weight = narrow(16384, n), wide(n)
+    assemble(norm_kernels.rms_norm, [x, x], weight, eps=1e-6)
+    assemble(norm_kernels.rms_norm_backward, x, weight, x, x, eps=1e-6)
+for h in (64, 128):
+    q, angles = narrow(16384, 32, h), wide(16384, h // 2)
+    assemble(norm_kernels.rms_norm_rotate, q, wide(h), angles, angles, eps=1e-6)
+    assemble(norm_kernels.rms_norm_rotate_backward, q, wide(h), angles, angles, wide(*q.shape), eps=1e-6)
+    assemble(row_sums_and_zeros, narrow(1, *q.shape), narrow(1, *q.shape))
+assemble(logits.exponentials, wide(4096, 151936), wide(4096), dtype=jnp.bfloat16)
+adam = lambda p, m, v, g, s: (p - s[0] * m / jnp.sqrt(v), m + s[1] * g, v + s[1] * g * g)
+assemble(functools.partial(update.update_layers, adam), *[narrow(2, 1024, 2560)] * 3, [narrow(1024, 2560)] * 2, wide(5))
+"""
+
+
+@pytest.mark.skipif(not deviceless.available(), reason="needs JAX's CUDA plugin: pip install jax[cuda13]")
+def test_no_kernel_spills():
+    environment = os.environ | {"MOSAIC_GPU_DUMP_PTXAS": "1", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    ran = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, timeout=600)
+    said = (ran.stdout + ran.stderr).decode(errors="replace")
+    assert ran.returncode == 0, said[-2000:]
+    assert re.findall(r"(\d+) bytes spill stores", said) == ["0"] * 16
