@@ -60,3 +60,9 @@ def test_unknown_option_and_help():
     done = setup("--server")
     assert done.returncode == 2 and "unknown option '--server'; known: --serve" in done.stderr
     assert "--serve" in setup("--help").stdout
+
+
+@pytest.mark.parametrize("arguments", [["--jax"], ["--jax", "newest"]])
+def test_a_jax_without_a_version_is_one_line(arguments):
+    done = subprocess.run(["bash", str(ROOT / "scripts" / "test.sh"), *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr == "test: --jax wants a version, as in --jax 0.11.2\n"
