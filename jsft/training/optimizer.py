@@ -112,7 +112,7 @@ def apply_update(state: TrainState, gradients: Tree, learning_rate: jax.Array, c
     lie apart, a layer in each array (see `jsft.models.stack`). `kernel`: update in place with the Pallas kernel what it
     takes; the whole state must lie on one GPU.
     """
-    norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
+    norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
     finite = jnp.isfinite(norm)
     clip, o = config.optimizer.clip_norm, config.optimizer
     factor = clip_factor(norm, clip, jnp.dtype(config.precision.gradients))

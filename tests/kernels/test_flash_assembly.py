@@ -39,15 +39,15 @@ TOOLS = {
 }
 
 
-def assembled(python: Path | str, nvjitlink: bool = False) -> str:
-    """What the assembler says of the four kernels, compiled by this Python with ptxas, or as JAX's plugin has it."""
+def assembled(python: Path | str, nvjitlink: bool = False, program: str = COMPILE) -> str:
+    """What the assembler says of the kernels of `program`, compiled by this Python with ptxas, or as JAX's plugin has it."""
     environment = os.environ | {"MOSAIC_GPU_DUMP_PTXAS": "1", "JAX_ENABLE_COMPILATION_CACHE": "0"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, Path(__file__).parent)))
     # Mosaic takes the first ptxas of PATH: this environment's, if it has one.
     asked = "import sys, pathlib; print(*pathlib.Path(sys.prefix).glob('lib/python3*/site-packages/nvidia/cu*/bin'))"
     tools = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.split()
     environment["PATH"] = os.pathsep.join([*tools, environment["PATH"]])
-    code = COMPILE.format(nvjitlink=nvjitlink)
+    code = program.format(nvjitlink=nvjitlink)
     ran = subprocess.run([python, "-c", code], env=environment, capture_output=True, timeout=900)
     said = (ran.stdout + ran.stderr).decode(errors="replace")
     assert ran.returncode == 0, said[-2000:]
