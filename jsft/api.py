@@ -34,16 +34,18 @@ from jsft.data.vocabulary import Embedding
 from jsft.errors import ConfigError, DataError
 from jsft.hf.load import load_parameters
 from jsft.hf.resolve import resolve_model
-from jsft.models.decoder import hidden_states, unembedding
+from jsft.models.decoder import PackedRows
 from jsft.models.families import read_config
+from jsft.models.forward import hidden_states, unembedding
+from jsft.models.module import Decoder
+from jsft.models.options import DecoderOptions
 
 Row = Mapping[str, Any]  # `message` (text, or a list of {role, content}) and `response`
 _BLOCK = 128  # rows are padded to a multiple: few lengths, few compilations
 
 
 class Model:
-    """A model directory on the devices. parameters: nested dict of sharded arrays; config: its
-    ModelConfig."""
+    """A model directory on the devices. module: its Flax module, called on tokens; config: its ModelConfig."""
 
     def __init__(
         self, path: str | Path, *, dtype: str = "float32", compute_dtype: str = "bfloat16", **chat: Any
@@ -64,7 +66,17 @@ class Model:
         self._embedding.check_tokenizer(self.chat)
         self.mesh = meshes.make_mesh()
         self.compute_dtype = jnp.dtype(compute_dtype)
-        self.parameters = load_parameters(self.path, self.config, self.mesh, jnp.dtype(dtype))
+        parameters = load_parameters(self.path, self.config, self.mesh, jnp.dtype(dtype))
+        self.module = Decoder(self.config, parameters, DecoderOptions(self.mesh, self.compute_dtype))
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Nested dict of sharded arrays. Assign to it to write another into the module."""
+        return self.module.parameters()
+
+    @parameters.setter
+    def parameters(self, values: dict[str, Any]) -> None:
+        self.module.set_parameters(values)
 
     def tokenize(self, rows: Sequence[Row]) -> list[Document]:
         """Tokens int32 [L] and trained spans int32 [S, 2] of each row, as training sees them. Raises
@@ -161,13 +173,8 @@ class Trainer:
         weights = token_weights(
             self.config.objective.name, supervised, reference_ranks=1, reference_micro_batch=1
         )
-        batch = meshes.shard_batch(_batch(documents, weights, self._model.mesh), self._model.mesh)
-        gathered = self._programs.weights(self._state.parameters)
-        gradients, sums = self._programs.add_gradients(gathered, batch, *self._programs.start())
-        del gathered  # their memory is the update's
-        gradients = self._programs.reduced(gradients)
-        total = jnp.float32(weights @ supervised)
-        self._state, metrics = self._programs.update(self._state, gradients, sums, total)
+        batch = _batch(documents, weights, self._model.mesh)
+        self._state, metrics, _ = self._programs.step(self._state, [batch], weights @ supervised)
         self._model.parameters = self._state.parameters
         return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
@@ -192,16 +199,8 @@ def _batch(documents: Sequence[Document], weights: np.ndarray | None, mesh) -> B
 
 def _score(parameters, batch: Batch, *, config, mesh, dtype):
     """float32 [B, T]: log p(target). Logits of 128 positions of every row at a time."""
-    hidden = hidden_states(
-        parameters,
-        config,
-        batch.tokens,
-        batch.positions,
-        batch.doc_start,
-        batch.doc_end,
-        compute_dtype=dtype,
-        mesh=mesh,
-    )
+    rows = PackedRows(batch.tokens, batch.positions, batch.doc_start, batch.doc_end)
+    hidden = hidden_states(parameters, config, rows, DecoderOptions(mesh, dtype))
     matrix = unembedding(parameters, config).astype(dtype)
     B, T, D = hidden.shape
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None

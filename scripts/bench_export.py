@@ -29,7 +29,7 @@ from jsft.hf.random_model import write_random_model
 from jsft.hf.verify import compare_weights
 from jsft.hf.write import write_model
 from jsft.mesh import describe, make_mesh
-from jsft.models.module import initial_parameters
+from jsft.models.families import initial_parameters
 from jsft.models.parameters import get_leaf
 from jsft.models.published import PUBLISHED
 

@@ -102,7 +102,7 @@ def build(options):
 
     from jsft import config as schema
     from jsft.mesh import make_mesh
-    from jsft.models.module import abstract_parameters
+    from jsft.models.families import abstract_parameters
     from jsft.models.published import PUBLISHED
     from jsft.training.optimizer import initial_state, parameter_dtype
     from jsft.training.remat import choose_remat
@@ -165,15 +165,13 @@ def report_programs(compiled, devices: int) -> None:
 def measure(options) -> dict:
     """Builds the real step programs and times them. Returns the figures."""
     import jax
-    import jax.numpy as jnp
 
     from jsft.training import platform
 
     platform.configure()
     if options.mock_devices:
         platform.mock_gpus(options.mock_devices)
-    from jsft.mesh import shard_batch
-    from jsft.models.module import initial_parameters
+    from jsft.models.families import initial_parameters
     from jsft.training.flops import matmul_parameters, peak_flops, step_flops
     from jsft.training.optimizer import initial_state, parameter_dtype
 
@@ -186,16 +184,11 @@ def measure(options) -> dict:
     local = jax.local_device_count() * options.rows
     for micro in range(options.micro_batches):
         host, sizes = make_batch(local, options.tokens, model.vocab_size, options.median, seed=micro)
-        batches.append(shard_batch(host, mesh))
+        batches.append(host)
         lengths += sizes
 
     def step(state):
-        gradients, sums = programs.start()
-        weights = programs.weights(state.parameters)
-        for batch in batches:
-            gradients, sums = programs.add_gradients(weights, batch, gradients, sums)
-        del weights
-        return programs.update(state, programs.reduced(gradients), sums, jnp.float32(options.micro_batches))
+        return programs.step(state, batches, options.micro_batches)[:2]
 
     ended, metrics = [], None
     for _ in range(options.steps + 3):

@@ -43,7 +43,7 @@ def test_preview_marks_what_is_trained(model):
 
 
 def test_log_probabilities_are_those_of_the_logits(model):
-    from jsft.models.decoder import hidden_states, unembedding
+    from jsft.models import DecoderOptions, PackedRows, hidden_states, unembedding
 
     documents = model.tokenize(ROWS)
     found = model.log_probabilities(ROWS)
@@ -53,16 +53,8 @@ def test_log_probabilities_are_those_of_the_logits(model):
         n = len(document.tokens)
         tokens = np.tile(document.tokens, (8, 1))
         zeros = np.zeros_like(tokens)
-        hidden = hidden_states(
-            model.parameters,
-            model.config,
-            tokens,
-            np.tile(np.arange(n, dtype=np.int32), (8, 1)),
-            zeros,
-            zeros + n,
-            compute_dtype=np.dtype("float32"),
-            mesh=model.mesh,
-        )
+        rows = PackedRows(tokens, np.tile(np.arange(n, dtype=np.int32), (8, 1)), zeros, zeros + n)
+        hidden = hidden_states(model.parameters, model.config, rows, DecoderOptions(model.mesh, np.float32))
         logits = (
             np.asarray(hidden, np.float64)[0]
             @ np.asarray(unembedding(model.parameters, model.config), np.float64).T

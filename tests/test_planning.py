@@ -15,7 +15,7 @@ from jsft import cli, plan
 from jsft import config as schema
 from jsft.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
 from jsft.mesh import MESH_AXES, make_mesh, shard_bytes
-from jsft.models.module import abstract_parameters
+from jsft.models.families import abstract_parameters
 from jsft.models.published import PUBLISHED
 from jsft.planning import fitting, startup
 from jsft.training.compiled import compare

@@ -17,8 +17,10 @@ from jsft.hf.load import load_parameters, open_parameters
 from jsft.hf.tokenizer import MIXED_TEXT
 from jsft.mesh import batch_sharding
 from jsft.models.config import ModelConfig
-from jsft.models.decoder import hidden_states, unembedding
+from jsft.models.decoder import PackedRows
 from jsft.models.families import parameter_table
+from jsft.models.forward import hidden_states, unembedding
+from jsft.models.options import DecoderOptions
 from jsft.models.parameters import Path as LeafPath
 from jsft.models.parameters import leaves
 
@@ -89,9 +91,8 @@ def log_probabilities(
 
     @jax.jit
     def run(parameters, tokens, positions, start, end):
-        hidden = hidden_states(
-            parameters, config, tokens, positions, start, end, compute_dtype=compute_dtype, attention="xla", mesh=mesh
-        )[0].astype(jnp.float32)
+        options = DecoderOptions(mesh, compute_dtype, attention="xla")
+        hidden = hidden_states(parameters, config, PackedRows(tokens, positions, start, end), options)[0].astype(jnp.float32)
         weight = unembedding(parameters, config).astype(jnp.float32)
         logits = jnp.einsum("td,vd->tv", hidden, weight, precision="highest")
         targets = jnp.roll(tokens[0], -1)

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jsft.models.config import ConfigJson, ModelConfig
 from jsft.models.internlm2 import internlm2_table, read_internlm2
-from jsft.models.parameters import Table
+from jsft.models.parameters import Table, abstract_from, initial_from
 from jsft.models.qwen import qwen_table, read_qwen2, read_qwen3
 
 
@@ -50,3 +53,13 @@ def read_config(model_dir: str | Path) -> ModelConfig:
 def parameter_table(config: ModelConfig) -> Table:
     """Nested dict of ParameterSpec: the one declaration of every parameter."""
     return FAMILIES[config.family].table(config)
+
+
+def abstract_parameters(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> dict[str, Any]:
+    """Nested dict of jax.ShapeDtypeStruct with the sharding of each parameter on `mesh`. Takes no memory."""
+    return abstract_from(parameter_table(config), mesh, dtype)
+
+
+def initial_parameters(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype, seed: int) -> dict[str, Any]:
+    """Nested dict of fresh sharded arrays; the same numbers on every mesh."""
+    return initial_from(parameter_table(config), mesh, dtype, seed, config.initializer_range)

@@ -1,9 +1,9 @@
 """The pieces of a decoder layer: pure functions on one device's rows, run inside shard_map over ('replica', 'fsdp').
 
-Weights arrive as this device's rows, in the dtype they are kept in. Where a weight is divided and is not given whole
-beside (`gather_ahead`), `linear` casts it to the compute dtype, gathers it over 'fsdp', and forgets it: the backward
-pass gathers it again. In either case that reduce-scatters its gradient. Of a weight that is not divided it keeps the
-cast. The gated activation keeps only its inputs and works in float32.
+Weights arrive as this device's shard, in the dtype they are stored in. `linear` casts a sharded weight to the compute
+dtype, gathers it over 'fsdp' and drops it; the backward pass gathers it again. Where the full weight was gathered before
+(`gather_shards`), it is taken instead. Either way the backward pass reduce-scatters the weight's gradient. Of a replicated
+weight the cast is saved. The gated activation saves only its inputs and works in float32.
 """
 
 import functools
@@ -22,69 +22,69 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int,
     return lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=out)
 
 
-def _gathered(weight: jax.Array, dtype: jnp.dtype, divided: bool) -> jax.Array:
+def _gathered(weight: jax.Array, dtype: jnp.dtype, sharded: bool) -> jax.Array:
     weight = weight.astype(dtype)  # before the gather: half the bytes travel
-    return lax.all_gather(weight, FSDP, tiled=True) if divided else weight
+    return lax.all_gather(weight, FSDP, tiled=True) if sharded else weight
 
 
-def gather_ahead(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The whole of each of this device's rows: what `linear` would gather itself."""
+def gather_shards(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The full weight of each of this device's shards: what `linear` would gather itself."""
     return {name: lax.all_gather(weight, FSDP, tiled=True) for name, weight in weights.items()}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def linear(
-    x: jax.Array, weight: jax.Array, full: jax.Array | None, divided: bool, reduce_dtype: jnp.dtype
+    x: jax.Array, weight: jax.Array, full: jax.Array | None, sharded: bool, reduce_dtype: jnp.dtype
 ) -> jax.Array:
     """x @ weight^T in x's dtype.
 
     Args:
       x: [..., in].
-      weight: [out, in], or this device's rows of it where `divided`; any float dtype.
-      full: the whole weight in x's dtype, where it was gathered before; else None. Nothing is differentiated by it, and
+      weight: [out, in], or this device's rows of it where `sharded`; any float dtype.
+      full: the full weight in x's dtype, where it was gathered before; else None. Nothing is differentiated by it, and
         nothing is read of `weight` then.
-      divided: the rows lie divided over 'fsdp'.
+      sharded: the rows are sharded over 'fsdp'.
       reduce_dtype: of the weight's gradient while it is summed over tokens and devices.
 
-    Returns [..., out]. The weight's gradient has the weight's dtype and is divided as the weight is.
+    Returns [..., out]. The weight's gradient has the weight's dtype and sharding.
     """
-    full = _gathered(weight, x.dtype, divided) if full is None else full
+    full = _gathered(weight, x.dtype, sharded) if full is None else full
     return _dot(x, full, ((x.ndim - 1,), (1,)), x.dtype)
 
 
-def _linear_forward(x, weight, full, divided, reduce_dtype):
-    full = _cast(weight, full, x.dtype, divided)
-    return linear(x, weight, full, divided, reduce_dtype), (x, weight, full)
+def _linear_forward(x, weight, full, sharded, reduce_dtype):
+    full = _cast(weight, full, x.dtype, sharded)
+    return linear(x, weight, full, sharded, reduce_dtype), (x, weight, full)
 
 
-def _cast(weight, full, dtype, divided):
-    """What the backward pass is to have of a weight beside itself: its cast where it lies whole, which costs a pass over
-    it to make again; of a divided one what it was given.
+def _cast(weight, full, dtype, sharded):
+    """What the backward pass gets of a weight besides itself: the cast of a replicated one, which would cost another pass
+    over it; of a sharded one what was given.
     """
-    return full if full is not None or divided or weight.dtype == dtype else weight.astype(dtype)
+    return full if full is not None or sharded or weight.dtype == dtype else weight.astype(dtype)
 
 
-def _input_gradient(g, weight, full, divided):
+def _input_gradient(g, weight, full, sharded):
     if full is None:
-        full = _gathered(weight, g.dtype, divided)
-        if not divided and full.shape[0] <= _SHORT:
-            # A layer's slice of stacked weights: cuBLAS would read it in place, but with the kernel of its first choice,
-            # which is slow with short sums. Among kernels for a copy the compiler chooses by trying them out.
+        full = _gathered(weight, g.dtype, sharded)
+        if not sharded and full.shape[0] <= _SHORT:
+            # A layer's slice of stacked weights. cuBLAS would read it in place, but with its default kernel, which is slow
+            # for short sums. For a copy the compiler autotunes.
             full, g = lax.optimization_barrier((full, g))
     return _dot(g, full, ((g.ndim - 1,), (0,)), g.dtype)
 
 
-def _weight_gradient(g, x, weight, divided, reduce_dtype):
+def _weight_gradient(g, x, weight, sharded, reduce_dtype):
     tokens = tuple(range(x.ndim - 1))
     dweight = _dot(g, x, (tokens, tokens), reduce_dtype)
-    if divided:
+    if sharded:
         dweight = lax.psum_scatter(dweight, FSDP, tiled=True)
     return dweight.astype(weight.dtype)
 
 
-def _linear_backward(divided, reduce_dtype, residuals, g):
+def _linear_backward(sharded, reduce_dtype, residuals, g):
     x, weight, full = residuals
-    return _input_gradient(g, weight, full, divided), _weight_gradient(g, x, weight, divided, reduce_dtype), None
+    return _input_gradient(g, weight, full, sharded), _weight_gradient(g, x, weight, sharded, reduce_dtype), None
 
 
 linear.defvjp(_linear_forward, _linear_backward)
@@ -100,10 +100,10 @@ def _swiglu_forward(gate, up):
     return swiglu(gate, up), (gate, up)
 
 
-def _swiglu_again(gate, up, g):
+def _swiglu_and_gradients(gate, up, g):
     """(swiglu(gate, up), its gradients for gate and up) of `g`."""
-    # The barrier keeps the forward pass's reader of gate and up apart: the compiler then makes one kernel of what is
-    # wanted here, which reads each of the three once.
+    # The barrier separates this from the forward pass's reader of gate and up. XLA then makes one kernel of it all, which
+    # reads each of the three once.
     gate, up, g = lax.optimization_barrier((gate, up, g))
     gate32, g32 = gate.astype(jnp.float32), g.astype(jnp.float32)
     sigmoid = jax.nn.sigmoid(gate32)
@@ -113,7 +113,7 @@ def _swiglu_again(gate, up, g):
 
 
 def _swiglu_backward(residuals, g):
-    _, dgate, dup = _swiglu_again(*residuals, g)
+    _, dgate, dup = _swiglu_and_gradients(*residuals, g)
     return dgate, dup
 
 
@@ -122,42 +122,42 @@ swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def swiglu_linear(
-    gate: jax.Array, up: jax.Array, weight: jax.Array, full: jax.Array | None, divided: bool, reduce_dtype: jnp.dtype
+    gate: jax.Array, up: jax.Array, weight: jax.Array, full: jax.Array | None, sharded: bool, reduce_dtype: jnp.dtype
 ) -> jax.Array:
-    """`linear` of `swiglu`, to be had without keeping what is between: the backward pass makes it again in the kernel that
-    makes the gradients of gate and up, from values which that reads anyway.
+    """`linear` of `swiglu` that does not save what lies between: the backward pass recomputes it in the kernel that makes
+    the gradients of gate and up, from values that it reads anyway.
     """
-    return linear(swiglu(gate, up), weight, full, divided, reduce_dtype)
+    return linear(swiglu(gate, up), weight, full, sharded, reduce_dtype)
 
 
-def _swiglu_linear_forward(gate, up, weight, full, divided, reduce_dtype):
-    full = _cast(weight, full, gate.dtype, divided)
-    return swiglu_linear(gate, up, weight, full, divided, reduce_dtype), (gate, up, weight, full)
+def _swiglu_linear_forward(gate, up, weight, full, sharded, reduce_dtype):
+    full = _cast(weight, full, gate.dtype, sharded)
+    return swiglu_linear(gate, up, weight, full, sharded, reduce_dtype), (gate, up, weight, full)
 
 
-def _swiglu_linear_backward(divided, reduce_dtype, residuals, g):
+def _swiglu_linear_backward(sharded, reduce_dtype, residuals, g):
     gate, up, weight, full = residuals
-    hidden, dgate, dup = _swiglu_again(gate, up, _input_gradient(g, weight, full, divided))
-    return dgate, dup, _weight_gradient(g, hidden, weight, divided, reduce_dtype), None
+    hidden, dgate, dup = _swiglu_and_gradients(gate, up, _input_gradient(g, weight, full, sharded))
+    return dgate, dup, _weight_gradient(g, hidden, weight, sharded, reduce_dtype), None
 
 
 swiglu_linear.defvjp(_swiglu_linear_forward, _swiglu_linear_backward)
 
 
 @jax.custom_vjp
-def thrice(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x for three products. Its gradient is summed in the one order in which the compiler has cuBLAS add each product
-    to what is there; in JAX's own it makes a pass of the last sum.
+def fan_out_qkv(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Identity for three products. Their cotangents are summed as g1 + (g2 + g3), the order in which cuBLAS accumulates
+    both. In JAX's own order XLA makes a pass of its own for the last sum.
     """
     return x, x, x
 
 
-def _thrice_backward(_, gradients):
+def _fan_out_qkv_backward(_, gradients):
     first, second, third = gradients
     return (first + (second + third),)
 
 
-thrice.defvjp(lambda x: (thrice(x), None), _thrice_backward)
+fan_out_qkv.defvjp(lambda x: (fan_out_qkv(x), None), _fan_out_qkv_backward)
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
@@ -193,26 +193,26 @@ def rotary_tables(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def embed(
-    table: jax.Array, tokens: jax.Array, accumulated: jax.Array | None, dtype: jnp.dtype, divided: bool, parts: int,
+    table: jax.Array, tokens: jax.Array, accumulated: jax.Array | None, dtype: jnp.dtype, sharded: bool, parts: int,
     ordered: bool = False,
 ) -> jax.Array:
     """Rows of the embedding for `tokens`, in `dtype`.
 
-    A divided table is never gathered: its rows are exchanged for columns (all-to-all of 1/parts of it), every device
-    looks up its columns for the tokens of all, and the results travel home. Where the columns do not divide (toy
-    sizes), it is gathered after all.
+    A sharded table is not gathered: its rows are exchanged for columns (all-to-all of 1/parts of it), every device looks
+    up its columns for the tokens of all, and the results are sent back. Where the columns do not divide (toy sizes), it
+    is gathered after all.
 
     Args:
-      table: [V, D], or this device's rows of it where `divided`.
+      table: [V, D], or this device's rows of it where `sharded`.
       tokens: int32 [b, T] of this device.
-      accumulated: [V, D] of a table that is not divided, in its dtype: gradient so far. It comes back with this one added:
-        to the rows that `tokens` name, the others are not touched.
+      accumulated: [V, D] of a replicated table, in its dtype: gradient so far. It comes back with this one added to the
+        rows that `tokens` name; the others are not touched.
       parts: size of the mesh axis 'fsdp'.
-      ordered: sum the gradient in a fixed order. Otherwise a GPU adds with atomics, in whatever order they come.
+      ordered: sum the gradient in a fixed order. Otherwise a GPU adds with atomics, in any order.
 
     Returns [b, T, D]. The gradient sums over tokens in float32 and has the table's dtype.
     """
-    if not divided:
+    if not sharded:
         return table[tokens].astype(dtype)
     table = table.astype(dtype)
     if not _columns_divide(table, parts):
@@ -226,11 +226,11 @@ def _columns_divide(table: jax.Array, parts: int) -> bool:
     return table.shape[1] % parts == 0
 
 
-def _embed_forward(table, tokens, accumulated, dtype, divided, parts, ordered):
-    return embed(table, tokens, accumulated, dtype, divided, parts, ordered), (table, tokens, accumulated)
+def _embed_forward(table, tokens, accumulated, dtype, sharded, parts, ordered):
+    return embed(table, tokens, accumulated, dtype, sharded, parts, ordered), (table, tokens, accumulated)
 
 
-def _embed_backward(dtype, divided, parts, ordered, residuals, g):
+def _embed_backward(dtype, sharded, parts, ordered, residuals, g):
     table, tokens, accumulated = residuals
     if accumulated is not None:
         return _rows_added(accumulated, tokens.reshape(-1), g.reshape(-1, g.shape[-1]), ordered), None, None
@@ -239,12 +239,12 @@ def _embed_backward(dtype, divided, parts, ordered, residuals, g):
         g, tokens = g.reshape(-1, g.shape[-1]), tokens.reshape(-1)
         if ordered:
             return sum_rows_in_order(g, tokens, vocabulary)
-        # Zeros that wait for g: the loss needs an array of them too, and the compiler would make both then, to lie there
-        # for the whole backward pass.
+        # Zeros tied to g. The loss needs such an array too, and XLA would make both at that time and hold this one for the
+        # whole backward pass.
         g, zero = lax.optimization_barrier((g, jnp.float32(0)))
         return jnp.broadcast_to(zero, (vocabulary, g.shape[-1])).at[tokens].add(g.astype(jnp.float32))
 
-    if not divided:
+    if not sharded:
         gradient = summed(g, tokens, table.shape[0])
     elif not _columns_divide(table, parts):
         gradient = lax.psum_scatter(summed(g, tokens, table.shape[0] * parts), FSDP, tiled=True)

@@ -1,6 +1,6 @@
-"""What a layer may keep for its backward pass, by name, and the ladder of choices from most to least.
+"""What a layer may save for its backward pass, by name, and the ladder of choices from most to least.
 
-Keeping more saves recompute and costs memory: the device's, or the host's where a name ends in "@host" (sent there while
+Saving more avoids recompute and costs memory: the device's, or the host's where a name ends in "@host" (offloaded while
 later layers run, and fetched before the backward pass needs it). `jsft.training.remat` picks the rung of a run.
 """
 
@@ -10,7 +10,7 @@ import jax
 
 from jsft.errors import ConfigError
 
-# Values of a layer that remat may keep for the backward pass, in the order they are made; shapes per device.
+# Values of a layer that remat may save for the backward pass, in the order they are made; shapes per device.
 REMAT_NAMES = {
     "attention_input": "[b, T, D] normalised input of the query, key and value projections",
     "query_projection": "[b, T, H, h] before query norm and rotation",
@@ -41,41 +41,41 @@ def parse_remat(remat: str | Sequence[str]) -> str | tuple[str, ...]:
     if unknown := [name for name in names if name.removesuffix(_HOST) not in REMAT_NAMES]:
         raise ConfigError(
             f"remat: {unknown[0]!r} is not 'full', 'none' or a list of names among {', '.join(REMAT_NAMES)}, each with "
-            f"{_HOST} behind it to keep it in the host's memory"
+            f"{_HOST} behind it to save it in the host's memory"
         )
     return tuple(names)
 
 
-def keeps(remat: str | tuple[str, ...], name: str) -> bool:
-    """Whether a parsed remat keeps the value `name`, wherever."""
-    return remat == "none" or (remat != "full" and name in (*kept_on_device(remat), *kept_on_host(remat)))
+def saves(remat: str | tuple[str, ...], name: str) -> bool:
+    """Whether a parsed remat saves the value `name`, on the device or on the host."""
+    return remat == "none" or (remat != "full" and name in (*saved_on_device(remat), *saved_on_host(remat)))
 
 
-def kept_on_device(names: Sequence[str]) -> tuple[str, ...]:
+def saved_on_device(names: Sequence[str]) -> tuple[str, ...]:
     """Those of `names` that stay in the device's memory."""
     return tuple(name for name in names if not name.endswith(_HOST))
 
 
-def kept_on_host(names: Sequence[str]) -> tuple[str, ...]:
-    """Those of `names` that go to the host's memory, without what says so."""
+def saved_on_host(names: Sequence[str]) -> tuple[str, ...]:
+    """Those of `names` that go to the host's memory, without the suffix."""
     return tuple(name.removesuffix(_HOST) for name in names if name.endswith(_HOST))
 
 
 def checkpoint_policy(names: Sequence[str]) -> Callable[..., object]:
-    """What `jax.checkpoint` is to keep."""
+    """The policy of `jax.checkpoint` that saves `names`."""
     return jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=list(kept_on_device(names)),
-        names_which_can_be_offloaded=list(kept_on_host(names)),
+        names_which_can_be_saved=list(saved_on_device(names)),
+        names_which_can_be_offloaded=list(saved_on_host(names)),
         offload_src="device",
         offload_dst="pinned_host",
     )
 
 
-# Best first. Each rung names what is kept; "none" means no recompute at all, "full" that only layer inputs are kept.
-# Norms, rotations and silu are recomputed from the second rung on: they cost little beside the matrix products, which
-# the second rung keeps all of. Each later rung recomputes the products that give back most memory for their time.
-# What goes to the host's memory is had for nothing while the link keeps up with the layers: of 14B a quarter of what the
-# second rung keeps (docs/performance.md). Eight GPUs of a host share its memory's bandwidth, unmeasured: hence so late.
+# Best first. Each rung names what is saved; "none" means no recompute at all, "full" that only layer inputs are saved.
+# Norms, rotary and silu are recomputed from the second rung on: they cost little next to the matrix products, and the
+# second rung saves all of those. Each later rung recomputes the products that free most memory for their time.
+# Offloading is free while the link keeps up with the layers: for 14B that is a quarter of what the second rung saves
+# (docs/performance.md). Eight GPUs of a host share its memory's bandwidth, which was not measured: so these rungs come late.
 _ATTENTION = ("attention_out", "attention_lse")
 _QKV = ("query_projection", "key_projection", "value")
 LADDER: tuple[str, ...] = (

@@ -17,7 +17,8 @@ from jsft.kernels.linear_cross_entropy import chunk_size
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
 from jsft.models.parameters import leaves
-from jsft.models.remat import kept_on_device, kept_on_host, parse_remat
+from jsft.models.remat import saved_on_device, saved_on_host, parse_remat
+from jsft.training.gather_once import gathers_once, reduces_once
 from jsft.training.optimizer import parameter_dtype
 
 HEADROOM = 0.98  # of a device's memory: the rest is for the allocator's gaps and the runtime's own buffers
@@ -112,16 +113,6 @@ def sharded_layer_elements(model: ModelConfig, mesh) -> int:
     return sum(size.full for size in parameter_sizes(model, mesh) if size.layer_matrix and size.sharded)
 
 
-def gathers_once(config: ConfigDict, mesh) -> bool:
-    """Whether weights are gathered once a step instead of by each layer."""
-    return config.mesh.gather == "step" and mesh.shape["fsdp"] > 1
-
-
-def reduces_once(config: ConfigDict, mesh) -> bool:
-    """Whether the gradients of these weights are summed over devices once a step instead of in each micro batch."""
-    return config.mesh.reduce == "step" and gathers_once(config, mesh)
-
-
 def _widths(model: ModelConfig) -> dict[str, int]:
     """Columns of each of REMAT_NAMES that has one row for each position."""
     D, Q, KV, F = model.hidden_size, model.query_size, model.kv_size, model.intermediate_size
@@ -134,7 +125,7 @@ def _widths(model: ModelConfig) -> dict[str, int]:
 def travelling_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int) -> int:
     """Bytes on the device of what is kept on the host: of the layer at work, and of the one whose values travel."""
     names = parse_remat(remat)
-    away = () if names in ("none", "full") else kept_on_host(names)
+    away = () if names in ("none", "full") else saved_on_host(names)
     widths = _widths(model)
     return 2 * tokens * itemsize * sum(widths.get(name, 0) for name in away)
 
@@ -147,7 +138,7 @@ def kept_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int, palla
     D, Q, KV, widths = model.hidden_size, model.query_size, model.kv_size, _widths(model)
     names = parse_remat(remat)
     if names != "none":
-        names = () if names == "full" else kept_on_device(names)
+        names = () if names == "full" else saved_on_device(names)
     statistics = (
         4 * model.num_heads * tokens if pallas and (names == "none" or "attention_lse" in names) else 0
     )

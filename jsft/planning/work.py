@@ -14,8 +14,9 @@ from jsft.models.families import parameter_table
 from jsft.models.parameters import count_parameters
 from jsft.models.remat import parse_remat
 from jsft.planning.devices import NETWORK, RATES, Device
-from jsft.planning.memory import gathers_once, parameter_sizes, reduces_once, sharded_layer_elements
+from jsft.planning.memory import parameter_sizes, sharded_layer_elements
 from jsft.training.flops import matmul_parameters, step_flops
+from jsft.training.gather_once import gathers_once, reduces_once
 
 # Mean tokens of a document, and mean of squares / mean, of the published data sets (docs/recipes.md):
 # assumptions.

@@ -45,7 +45,7 @@ def program_memory(
     import jax
 
     from jsft import mesh as meshes
-    from jsft.models.module import abstract_parameters
+    from jsft.models.families import abstract_parameters
     from jsft.training import deviceless
     from jsft.training.optimizer import initial_state, parameter_dtype
     from jsft.training.parts import Parts, arguments, programs

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsft.mesh import replicated
-from jsft.models.stack import together_tree
+from jsft.models.stack import stack_tree
 from jsft.training.optimizer import TrainState, bias_correction
 
 Tree = Any
@@ -41,7 +41,7 @@ def make_histograms(config: ConfigDict, mesh: Mesh, shardings: Tree) -> Histogra
     def histograms(state, gradients, learning_rate):
         return {
             "parameters": _by_layer(state.parameters),
-            "gradients": _by_layer(together_tree(gradients)),
+            "gradients": _by_layer(stack_tree(gradients)),
             "updates": _by_layer(_updates(state, learning_rate, config)),
         }
 

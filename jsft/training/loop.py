@@ -147,19 +147,13 @@ class Loop:
         self, state: TrainState, data: StepData, step: int
     ) -> tuple[TrainState, dict[str, jax.Array], dict | None]:
         """Dispatches step `step`; nothing here waits for the device. Returns (state, metrics, histograms where due)."""
-        gradients, sums = self.programs.start()
-        weights = self.programs.weights(state.parameters)
-        for micro_batch in data.micro_batches:
-            batch = shard_batch(micro_batch, self.mesh)
-            gradients, sums = self.programs.add_gradients(weights, batch, gradients, sums)
-        del weights  # their memory is the update's
-        gradients = self.programs.reduced(gradients)
-        state, metrics = self.programs.update(state, gradients, sums, jnp.float32(data.weight_sum))
-        every, counts = self.config.log.histograms_every, None
-        if self.histograms and every and step % every == 0:
-            self.watchdog.at(f"making the histograms of step {step}, their compilation included")
-            counts = self.histograms(state, gradients, metrics["lr"])
-        return state, metrics, counts
+        every = self.config.log.histograms_every
+        due = bool(self.histograms and every and step % every == 0)
+        state, metrics, gradients = self.programs.step(state, data.micro_batches, data.weight_sum, gradients=due)
+        if not due:
+            return state, metrics, None
+        self.watchdog.at(f"making the histograms of step {step}, their compilation included")
+        return state, metrics, self.histograms(state, gradients, metrics["lr"])
 
     def _report(self, step, metrics, counts, data: StepData, waited, dispatched, clock, bad) -> tuple[float, int]:
         """Fetches and writes a step's numbers. Returns (time now, non-finite steps in a row)."""

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from jsft.errors import ConfigError
 from jsft.kernels import update
 from jsft.kernels.devices import kernels_unavailable
-from jsft.models.stack import together
+from jsft.models.stack import stack
 
 Tree = Any  # nested dict of arrays
 
@@ -128,7 +128,7 @@ def apply_update(state: TrainState, gradients: Tree, learning_rate: jax.Array, c
         if kernel and _kernel_takes(p, g, config):
             *made, change, square = _updated_in_place(p, m, v, g, scalars, config)
         else:
-            *made, change, square = _updated(p, m, v, together(g), scalars, config, jax.random.fold_in(key, i))
+            *made, change, square = _updated(p, m, v, stack(g), scalars, config, jax.random.fold_in(key, i))
         new.append(made)
         moved.append(change)
         size.append(square)

@@ -17,8 +17,7 @@ from jsft.hf.base_files import base_files
 from jsft.hf.load import check_weights
 from jsft.hf.resolve import resolve_model
 from jsft.models.config import ModelConfig
-from jsft.models.families import read_config
-from jsft.models.module import abstract_parameters
+from jsft.models.families import abstract_parameters, read_config
 from jsft.planning.work import Lengths
 from jsft.training.flops import matmul_parameters
 from jsft.training.optimizer import TrainState, initial_state, learning_rate_schedule, parameter_dtype

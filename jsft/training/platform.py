@@ -28,19 +28,19 @@ _FLAGS = {
     "--xla_cpu_collective_call_terminate_timeout_seconds": "7200",
 }
 
-# For programs whose layers gather their weights a layer ahead (jsft/models/stack.py): all of a layer's in one gather,
-# begun as soon as it may be, beside as many others as are under way. Not for layers in a loop, which gather each weight
-# where it is used: all at once nothing would hide them.
-_GATHER_AHEAD = {
+# For programs whose layers prefetch their weights (jsft/models/stack.py): one gather for all of a layer's, started as soon
+# as it may be, together with any number of others. Not for layers in a loop, which gather each weight where it is used:
+# nothing would hide one gather of them all.
+_PREFETCH = {
     "xla_gpu_all_gather_combine_threshold_bytes": 1_000_000_000,  # more than a layer of any model here
     "xla_gpu_experimental_collective_start_as_early_as_possible": True,
     "xla_gpu_experimental_parallel_collective_overlap_limit": 8,
 }
 
 
-def gather_ahead_options(platform: str) -> dict[str, int | bool]:
-    """Compiler options, for `jax.jit`, of a program that gathers weights a layer ahead on devices of `platform`."""
-    return _GATHER_AHEAD if platform == "gpu" and jaxlib.__version__.startswith(_TRIED) else {}
+def prefetch_options(platform: str) -> dict[str, int | bool]:
+    """Compiler options, for `jax.jit`, of a program that prefetches weights on devices of `platform`."""
+    return _PREFETCH if platform == "gpu" and jaxlib.__version__.startswith(_TRIED) else {}
 
 
 def configure() -> None:

@@ -1,44 +1,41 @@
-"""The compiled programs of a run: gradient of one micro batch, the update, and the held-out loss.
+"""The compiled programs of a training step: gradients of a micro batch, the update, and the held-out loss.
 
-A step is `start`, `add_gradients` for each micro batch (added up in `precision.gradients`), then `update`; before the
-first micro batch `gather` and after the last `reduce`, where mesh.gather and mesh.reduce say so. They are separate
-programs because the number of micro batches varies from step to step with what the packer could fit. The first micro
-batch, too, adds to what is there, zeros: a program of its own for it would have to be compiled as well, and the compiler
-holds another tree of gradients in it (Qwen3-4B, layers unrolled: 14 GiB).
+A step is `start`, `add_gradients` for each micro batch (summed in `precision.gradients`), then `update`; with
+mesh.gather=step and mesh.reduce=step also `gather` before the first micro batch and `reduce` after the last. They are
+separate programs because the number of micro batches varies from step to step with what the packer could fit. The first
+micro batch adds to zeros: a program of its own for it would have to be compiled as well, and XLA holds another tree of
+gradients in it (Qwen3-4B, layers unrolled: 14 GiB).
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsft.data.batch import Batch
 from jsft.kernels.attention import settle_backward
 from jsft.kernels.linear_cross_entropy import LossSums, linear_cross_entropy
-from jsft.mesh import batch_sharding, replicated
+from jsft.mesh import batch_sharding, replicated, shard_batch
 from jsft.models.config import ModelConfig
-from jsft.models.decoder import (
-    accumulates_in_place,
-    divided_matrices,
+from jsft.models.decoder import PackedRows
+from jsft.models.forward import StepArrays, accumulates_in_place, hidden_states, unembedding, unstack_matrices
+from jsft.models.families import abstract_parameters
+from jsft.models.options import DecoderOptions
+from jsft.training.gather_once import (
     gathered_weights,
-    hidden_states,
-    lie_apart,
+    gathers_once,
     reduced_gradients,
-    unembedding,
+    reduces_once,
+    unreduced_form,
+    unstack_form,
+    with_placeholders,
 )
-from jsft.models.module import abstract_parameters
-from jsft.planning.memory import gathers_once, reduces_once
-from jsft.training.optimizer import (
-    TrainState,
-    apply_update,
-    learning_rate_schedule,
-    parameter_dtype,
-    updates_in_place,
-)
-from jsft.training.platform import gather_ahead_options
+from jsft.training.optimizer import TrainState, apply_update, learning_rate_schedule, parameter_dtype, updates_in_place
+from jsft.training.platform import prefetch_options
 
 Tree = Any
 
@@ -50,9 +47,18 @@ class Weights(NamedTuple):
     gathered: dict[str, jax.Array]  # as `gathered_weights` makes them; {}: each layer gathers its own
 
 
-class StepPrograms(NamedTuple):
-    """The jitted functions of a run. Gradients and sums are donated when they are added to."""
+class StepResult(NamedTuple):
+    """What a step gives. metrics: float32 scalars on the devices; gradients: None unless asked for."""
 
+    state: TrainState
+    metrics: dict[str, jax.Array]
+    gradients: Tree | None
+
+
+class StepPrograms(NamedTuple):
+    """The jitted functions of a run. Gradients and sums are donated when they are added to, the state to the update."""
+
+    mesh: Mesh
     start: Callable[[], tuple[Tree, LossSums]]  # zeros
     gather: Callable[[Tree], dict[str, jax.Array]] | None  # `gathered_weights`, where they are made once a step
     add_gradients: Callable[[Weights, Batch, Tree, LossSums], tuple[Tree, LossSums]]
@@ -60,34 +66,44 @@ class StepPrograms(NamedTuple):
     update: Callable[[TrainState, Tree, LossSums, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
     evaluate: Callable[[Tree, Batch], tuple[LossSums, jax.Array]]  # sums, and the sum of the weights
 
-    def weights(self, parameters: Tree) -> Weights:
-        """For a step's micro batches. To be let go of before the update, which wants their memory and the parameters'."""
-        return Weights(parameters, self.gather(parameters) if self.gather else {})
+    def step(
+        self, state: TrainState, micro_batches: Iterable[Batch], weight_sum: float, *, gradients: bool = False
+    ) -> StepResult:
+        """Dispatches one update; nothing here waits for the devices.
 
-    def reduced(self, gradients: Tree) -> Tree:
-        """What the update takes, of the sum over a step's micro batches."""
-        return self.reduce(gradients) if self.reduce else gradients
+        micro_batches: this process's rows of each, as numpy arrays; weight_sum: of the loss weights of the whole batch;
+        gradients: give them back too.
+        """
+        total, sums = self.accumulate(state.parameters, micro_batches)
+        state, metrics = self.update(state, total, sums, jnp.float32(weight_sum))
+        return StepResult(state, metrics, total if gradients else None)
+
+    def accumulate(self, parameters: Tree, micro_batches: Iterable[Batch]) -> tuple[Tree, LossSums]:
+        """Gradients and loss sums over `micro_batches`, as the update takes them.
+
+        Gathered weights are freed on return: their memory is the update's.
+        """
+        total, sums = self.start()
+        weights = Weights(parameters, self.gather(parameters) if self.gather else {})
+        for micro_batch in micro_batches:
+            total, sums = self.add_gradients(weights, shard_batch(micro_batch, self.mesh), total, sums)
+        return self.reduce(total) if self.reduce else total, sums
 
 
-def loss_sums(
-    parameters: Tree, batch: Batch, model: ModelConfig, config: ConfigDict, mesh: Mesh, remat, stacked=None,
-    gathered=None, accumulated=None, typical_length: float | None = None,
-) -> LossSums:
-    """Sums over the supervised tokens of `batch`; `.loss` = sum(loss_weights * -log p(target)), float32.
-
-    `stacked`, `gathered`, `accumulated`: as in `hidden_states`; `typical_length`: as in `settle_backward`.
-    """
+def decoder_options(config: ConfigDict, mesh: Mesh, remat, typical_length: float | None = None) -> DecoderOptions:
+    """The options of a run's decoder. typical_length: as in `settle_backward`."""
     backward = "deterministic" if config.train.deterministic else config.attention.backward
-    hidden = hidden_states(
-        parameters, model, batch.tokens, batch.positions, batch.doc_start, batch.doc_end, mesh=mesh, remat=remat,
-        compute_dtype=jnp.dtype(config.precision.compute), attention=config.attention.implementation,
-        backward=settle_backward(backward, typical_length), ordered=backward == "deterministic",
-        norms=config.norm.implementation, reduce_dtype=jnp.dtype(config.precision.reduce), stacked=stacked,
-        gathered=gathered, reduce_later=bool(gathered) and reduces_once(config, mesh), accumulated=accumulated,
+    return DecoderOptions(
+        mesh=mesh,
+        compute_dtype=config.precision.compute,
+        reduce_dtype=config.precision.reduce,
+        attention=config.attention.implementation,
+        attention_backward=settle_backward(backward, typical_length),
+        norms=config.norm.implementation,
+        remat=remat,
         unroll=_unrolls(config, mesh),
-    )
-    return linear_cross_entropy(
-        hidden, unembedding(parameters, model), batch.targets, batch.loss_weights, mesh=mesh
+        deterministic=backward == "deterministic",
+        defer_reduce=reduces_once(config, mesh),
     )
 
 
@@ -97,33 +113,22 @@ def _unrolls(config: ConfigDict, mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "gpu" if asked is None else asked
 
 
+def loss_sums(
+    parameters: Tree, batch: Batch, model: ModelConfig, options: DecoderOptions, step: StepArrays = StepArrays()
+) -> LossSums:
+    """Sums over the supervised tokens of `batch`; `.loss` = sum(loss_weights * -log p(target)), float32."""
+    rows = PackedRows(batch.tokens, batch.positions, batch.doc_start, batch.doc_end)
+    hidden = hidden_states(parameters, model, rows, options, step)
+    matrix = unembedding(parameters, model)
+    return linear_cross_entropy(hidden, matrix, batch.targets, batch.loss_weights, mesh=options.mesh)
+
+
 def gradient_form(model: ModelConfig, config: ConfigDict, mesh: Mesh) -> Tree:
     """Shapes, in the parameters' dtype, and shardings of the gradients: as the parameters, the matrices of the layers
-    apart where the layers are written out (see `jsft.models.stack`)."""
+    unstacked where the layers are unrolled (`jsft.models.stack`).
+    """
     parameters = abstract_parameters(model, mesh, parameter_dtype(config))
-    if not _unrolls(config, mesh):
-        return parameters
-    return lie_apart(parameters, model, _split_form)
-
-
-def _split_form(p: jax.ShapeDtypeStruct) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """`apart` of a shape."""
-    sharding = NamedSharding(p.sharding.mesh, PartitionSpec(*p.sharding.spec[1:]))
-    return (jax.ShapeDtypeStruct(p.shape[1:], p.dtype, sharding=sharding),) * p.shape[0]
-
-
-def _own_form(form: Tree, model: ModelConfig, mesh: Mesh, unrolled: bool) -> Tree:
-    """`gradient_form` of sums that each device has for itself (`reduce_later` of `hidden_states`)."""
-    whole = abstract_parameters(model, mesh, jnp.float32)["layers"]
-
-    def own(p):
-        shape = (p.shape[0], mesh.size * p.shape[1], p.shape[2])
-        sharding = NamedSharding(mesh, PartitionSpec(None, mesh.axis_names))
-        return jax.ShapeDtypeStruct(shape, p.dtype, sharding=sharding)
-
-    found = {name: own(whole[name]) for name in divided_matrices(model, mesh)}
-    found = {name: _split_form(p) if unrolled else p for name, p in found.items()}
-    return form | {"layers": form["layers"] | found}
+    return unstack_matrices(parameters, model, unstack_form) if _unrolls(config, mesh) else parameters
 
 
 def make_programs(
@@ -134,24 +139,22 @@ def make_programs(
     `typical_length`: as in `settle_backward`.
     """
     dtype = jnp.dtype(config.precision.gradients)
-    schedule = learning_rate_schedule(config, total_steps)
-    whole = replicated(mesh)
+    options = decoder_options(config, mesh, remat, typical_length)
+    evaluation = dataclasses.replace(decoder_options(config, mesh, remat), defer_reduce=False)
+    full = replicated(mesh)
     rows = batch_sharding(mesh)
-    state_sharding = TrainState(shardings, shardings, shardings, whole, whole)
-
+    state_sharding = TrainState(shardings, shardings, shardings, full, full)
     gathers, reduces = gathers_once(config, mesh), reduces_once(config, mesh)
-    # Adding in the backward pass itself gives the sum in the parameters' dtype, so only where that is the one wanted; a
-    # stand-in's has the wanted one.
+    # Gradients are added in the parameters' dtype by the backward pass itself, so only where that is the one wanted.
+    # Placeholders have the wanted one.
     in_place = accumulates_in_place(model, mesh, reduces)
     if dtype != parameter_dtype(config) and not reduces:
         in_place = jax.tree.map(lambda _: False, in_place)
     form = gradient_form(model, config, mesh)
-    kernel = updates_in_place(config, mesh)
-    gradient_shardings = jax.tree.map(lambda p: p.sharding, form)
-    sum_form = _own_form(form, model, mesh, _unrolls(config, mesh)) if reduces else form
-    sum_shardings = jax.tree.map(lambda p: p.sharding, sum_form)
-    gathers_ahead = _unrolls(config, mesh) and mesh.size > 1
-    ahead = gather_ahead_options(mesh.devices.flat[0].platform) if gathers_ahead else None
+    sum_form = unreduced_form(form, model, mesh, options.unroll) if reduces else form
+    form_shardings, sum_shardings = (jax.tree.map(lambda p: p.sharding, tree) for tree in (form, sum_form))
+    platform = mesh.devices.flat[0].platform
+    compiler_options = prefetch_options(platform) if options.unroll and mesh.size > 1 else None
 
     def start():
         gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), sum_form)
@@ -159,17 +162,18 @@ def make_programs(
 
     def add_gradients(weights, batch, gradients, sums):
         parameters, gathered = weights
-        accumulated = gradients if any(jax.tree.leaves(in_place)) else None
-        stacked = parameters if _unrolls(config, mesh) else None
-        if stacked:
-            parameters = lie_apart(parameters, model)
+        step = StepArrays(
+            resident=parameters if options.unroll else None,
+            gathered=gathered,
+            accumulated=gradients if any(jax.tree.leaves(in_place)) else None,
+        )
+        if options.unroll:
+            parameters = unstack_matrices(parameters, model)
         if reduces:
-            own = {name: sum_form["layers"][name] for name in gathered}
-            own = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), own)
-            parameters = parameters | {"layers": parameters["layers"] | own}
+            parameters = with_placeholders(parameters, gathered, sum_form, dtype)
 
         def objective(p):
-            more = loss_sums(p, batch, model, config, mesh, remat, stacked, gathered, accumulated, typical_length)
+            more = loss_sums(p, batch, model, options, step)
             return more.loss, more
 
         (_, more), new = jax.value_and_grad(objective, has_aux=True)(parameters)
@@ -180,6 +184,9 @@ def make_programs(
 
         added = jax.tree.map(add, in_place, gradients, new)
         return added, jax.tree.map(jnp.add, sums, more)
+
+    schedule = learning_rate_schedule(config, total_steps)
+    kernel = updates_in_place(config, mesh)
 
     def update(state, gradients, sums, weight_sum):
         rate = schedule(state.step).astype(jnp.float32)
@@ -196,33 +203,34 @@ def make_programs(
         return state, metrics
 
     def evaluate(parameters, batch):
-        return loss_sums(parameters, batch, model, config, mesh, remat), jnp.sum(batch.loss_weights)
+        return loss_sums(parameters, batch, model, evaluation), jnp.sum(batch.loss_weights)
 
     def gather_all(parameters):
-        return gathered_weights(parameters, model, jnp.dtype(config.precision.compute), mesh)
+        return gathered_weights(parameters, model, options.compute_dtype, mesh)
 
     def reduce_all(gradients):
-        return reduced_gradients(gradients, model, jnp.dtype(config.precision.reduce), mesh)
+        return reduced_gradients(gradients, model, options.reduce_dtype, mesh)
 
     return StepPrograms(
-        jax.jit(start, out_shardings=(sum_shardings, whole)),
-        jax.jit(gather_all, in_shardings=(shardings,), out_shardings=whole) if gathers else None,
-        jax.jit(
+        mesh=mesh,
+        start=jax.jit(start, out_shardings=(sum_shardings, full)),
+        gather=jax.jit(gather_all, in_shardings=(shardings,), out_shardings=full) if gathers else None,
+        add_gradients=jax.jit(
             add_gradients,
-            in_shardings=(Weights(shardings, whole if gathers else {}), rows, sum_shardings, whole),
-            out_shardings=(sum_shardings, whole),
+            in_shardings=(Weights(shardings, full if gathers else {}), rows, sum_shardings, full),
+            out_shardings=(sum_shardings, full),
             donate_argnums=(2, 3),
-            keep_unused=True,  # weights that stand-ins stand for: there all the same, and counted by its memory analysis
-            compiler_options=ahead,
+            keep_unused=True,  # weights that placeholders stand for: resident, so counted by memory_analysis
+            compiler_options=compiler_options,
         ),
-        jax.jit(reduce_all, in_shardings=(sum_shardings,), out_shardings=gradient_shardings) if reduces else None,
-        jax.jit(
+        reduce=jax.jit(reduce_all, in_shardings=(sum_shardings,), out_shardings=form_shardings) if reduces else None,
+        update=jax.jit(
             update,
-            in_shardings=(state_sharding, gradient_shardings, whole, whole),
-            out_shardings=(state_sharding, whole),
+            in_shardings=(state_sharding, form_shardings, full, full),
+            out_shardings=(state_sharding, full),
             donate_argnums=0,
         ),
-        jax.jit(evaluate, in_shardings=(shardings, rows), out_shardings=whole, compiler_options=ahead),
+        evaluate=jax.jit(evaluate, in_shardings=(shardings, rows), out_shardings=full, compiler_options=compiler_options),
     )
 
 

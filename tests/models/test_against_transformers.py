@@ -11,7 +11,7 @@ import pytest
 
 from jsft.hf.load import load_parameters
 from jsft.mesh import make_mesh
-from jsft.models import hidden_states, read_config, unembedding
+from jsft.models import DecoderOptions, PackedRows, hidden_states, read_config, unembedding
 
 T = 60
 # name: family, options of the random model. Query heads to a key head: 1, 2, 5, 7.
@@ -64,7 +64,7 @@ def test_logits(oracle, name):
 
     @jax.jit
     def logits(parameters):
-        hidden = hidden_states(parameters, config, *row, compute_dtype=jnp.float32, mesh=mesh)
+        hidden = hidden_states(parameters, config, PackedRows(*row), DecoderOptions(mesh, jnp.float32))
         return jnp.einsum("btd,vd->btv", hidden, unembedding(parameters, config), precision="highest")[0]
 
     difference = np.max(np.abs(np.asarray(logits(parameters)) - expected))

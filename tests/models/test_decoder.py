@@ -8,12 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jsft.errors import ConfigError
 from jsft.hf.load import load_parameters
 from jsft.mesh import make_mesh, shard_batch
-from jsft.models import Decoder, abstract_parameters, hidden_states, read_config, unembedding
-from jsft.models.decoder import accumulates_in_place
+from jsft.models import (
+    Decoder,
+    DecoderOptions,
+    PackedRows,
+    abstract_parameters,
+    hidden_states,
+    read_config,
+    unembedding,
+)
+from jsft.models.forward import StepArrays, accumulates_in_place
 from jsft.models.layers import _rows_added, linear, sum_rows_in_order, swiglu, swiglu_linear
 from jsft.models.remat import REMAT_NAMES, parse_remat
 
@@ -24,17 +33,18 @@ def one_device():
 def run(model_dir, mesh, batch, **options):
     config = read_config(model_dir)
     parameters = load_parameters(model_dir, config, mesh, jnp.float32)
-    options = {"compute_dtype": jnp.float32} | options
-    return jax.jit(lambda p, b: hidden_states(p, config, *b, mesh=mesh, **options))(parameters, shard_batch(batch, mesh))
+    options = DecoderOptions(mesh, **{"compute_dtype": jnp.float32} | options)
+    rows = PackedRows(*shard_batch(batch, mesh))
+    return jax.jit(lambda p, rows: hidden_states(p, config, rows, options))(parameters, rows)
 
 
-def loss_and_gradient(model_dir, mesh, batch, dtype=jnp.float32, **options):
+def loss_and_gradient(model_dir, mesh, batch, dtype=jnp.float32, accumulated=None, **options):
     config = read_config(model_dir)
     parameters = load_parameters(model_dir, config, mesh, dtype)
-    options = {"compute_dtype": dtype} | options
+    options = DecoderOptions(mesh, **{"compute_dtype": dtype} | options)
 
     def loss(parameters, batch):
-        hidden = hidden_states(parameters, config, *batch, mesh=mesh, **options)
+        hidden = hidden_states(parameters, config, PackedRows(*batch), options, StepArrays(accumulated=accumulated))
         logits = jnp.einsum("btd,vd->btv", hidden.astype(jnp.float32), unembedding(parameters, config))
         return -jnp.mean(jax.nn.log_softmax(logits)[..., 7])
 
@@ -77,7 +87,7 @@ def test_gradients_agree_with_finite_differences(random_model, packed_rows):
 
     @jax.jit
     def loss(parameters):
-        hidden = hidden_states(parameters, config, *batch, compute_dtype=jnp.float32, mesh=mesh)
+        hidden = hidden_states(parameters, config, PackedRows(*batch), DecoderOptions(mesh, jnp.float32))
         return jnp.sum(hidden * factors)
 
     gradient = jax.jit(jax.grad(loss))(parameters)
@@ -126,8 +136,8 @@ def test_gradients_are_added_to_earlier_ones_in_place(random_model, packed_rows,
     in_place = accumulates_in_place(config, mesh)
     assert in_place["layers"]["gate"] and not in_place["final_norm"]
     assert in_place["embedding"] != config.tied_embeddings
-    _, alone = loss_and_gradient(model_dir, mesh, batch, dtype, ordered=ordered)
-    _, found = loss_and_gradient(model_dir, mesh, batch, dtype, ordered=ordered, accumulated=earlier)
+    _, alone = loss_and_gradient(model_dir, mesh, batch, dtype, deterministic=ordered)
+    _, found = loss_and_gradient(model_dir, mesh, batch, dtype, deterministic=ordered, accumulated=earlier)
     expected = jax.tree.map(lambda here, g, e: g + e if here else g, in_place, alone, earlier)
     assert_close(expected, found, tolerance)
     if not config.tied_embeddings:  # rows that no token names
@@ -138,7 +148,7 @@ def test_gradients_are_added_to_earlier_ones_in_place(random_model, packed_rows,
 def test_the_deterministic_backward_pass_is_the_same_gradient(random_model, packed_rows):
     batch = packed_rows([[20, 9], [31]] * 4, 32, 20)
     expected = loss_and_gradient(random_model("qwen3"), make_mesh(), batch)
-    found = loss_and_gradient(random_model("qwen3"), make_mesh(), batch, backward="deterministic", ordered=True)
+    found = loss_and_gradient(random_model("qwen3"), make_mesh(), batch, attention_backward="deterministic", deterministic=True)
     assert_close(expected, found, 1e-6)
 
 
@@ -202,10 +212,26 @@ def test_the_module_runs_the_same_function(random_model, packed_rows):
     batch = packed_rows([[20, 9]], 32, 259)
     config = read_config(random_model("qwen3"))
     mesh = one_device()
-    model = Decoder(config, load_parameters(random_model("qwen3"), config, mesh, jnp.float32))
+    parameters, options = load_parameters(random_model("qwen3"), config, mesh, jnp.float32), DecoderOptions(mesh, jnp.float32)
+    module = Decoder(config, parameters, options)
     np.testing.assert_array_equal(
-        model(*batch, compute_dtype=jnp.float32, mesh=mesh), run(random_model("qwen3"), mesh, batch)
+        module.hidden_states(PackedRows(*batch)), run(random_model("qwen3"), mesh, batch)
     )
+
+
+def test_the_module_is_one_of_flax(random_model):
+    """Called on tokens it gives logits; split, merge and state work on it."""
+    config, mesh = read_config(random_model("qwen3")), make_mesh()
+    parameters = load_parameters(random_model("qwen3"), config, mesh, jnp.float32)
+    module = Decoder(config, parameters, DecoderOptions(mesh, jnp.float32))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 259, (3, 16)), jnp.int32)  # 3 rows on 8 devices
+    logits = module(tokens)
+    assert logits.shape == (3, 16, config.vocab_size) and logits.dtype == jnp.float32
+    graph, state = nnx.split(module)
+    np.testing.assert_array_equal(nnx.merge(graph, state)(tokens), logits)
+    np.testing.assert_allclose(nnx.jit(lambda m, t: m(t))(module, tokens[:1]), logits[:1], rtol=1e-4, atol=1e-4)
+    module.set_parameters(jax.tree.map(jnp.zeros_like, parameters))
+    assert not np.any(module(tokens)) and not np.any(nnx.state(module)["layers"]["gate"][...])
 
 
 def collectives(config, mesh, dtype=jnp.float32, rows=8):
@@ -213,7 +239,7 @@ def collectives(config, mesh, dtype=jnp.float32, rows=8):
     batch = [jax.ShapeDtypeStruct((rows, 32), jnp.int32)] * 4
 
     def loss(parameters, *batch):
-        hidden = hidden_states(parameters, config, *batch, compute_dtype=jnp.bfloat16, mesh=mesh)
+        hidden = hidden_states(parameters, config, PackedRows(*batch), DecoderOptions(mesh, jnp.bfloat16))
         return jnp.mean(jnp.square(hidden.astype(jnp.float32)))
 
     compiled = jax.jit(jax.grad(loss)).lower(abstract, *batch).compile()
@@ -247,7 +273,5 @@ def test_wrong_arguments_are_named(random_model, packed_rows):
     with pytest.raises(ValueError, match="3 rows do not divide over 8"):
         config = read_config(random_model("qwen3"))
         abstract = abstract_parameters(config, make_mesh(), jnp.float32)
-        batch = packed_rows([[3]] * 3, 8, 259)
-        jax.eval_shape(
-            lambda p: hidden_states(p, config, *batch, compute_dtype=jnp.float32, mesh=make_mesh()), abstract
-        )
+        rows, options = PackedRows(*packed_rows([[3]] * 3, 8, 259)), DecoderOptions(make_mesh(), jnp.float32)
+        jax.eval_shape(lambda p: hidden_states(p, config, rows, options), abstract)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jsft.mesh import make_mesh
-from jsft.models import Decoder, ModelConfig, abstract_parameters, initial_parameters, parameter_table
+from jsft.models import Decoder, DecoderOptions, ModelConfig, abstract_parameters, initial_parameters, parameter_table
 from jsft.models.parameters import RowBlocks, count_parameters, disk_tensors, leaves
 
 # name: hidden, layers, heads, kv heads, head_dim, intermediate, vocabulary, tied; billions of parameters
@@ -126,8 +126,10 @@ def test_fresh_weights_do_not_depend_on_the_mesh():
 
 def test_the_module_declares_what_the_table_says():
     config = make_config("qwen3", (64, 2, 4, 2, 32, 128, 320, True, 0))
-    module = Decoder.abstract(config, make_mesh(), jnp.bfloat16)
-    tree = module.parameters()
+    mesh = make_mesh()
+    values = abstract_parameters(config, mesh, jnp.bfloat16)
+    tree = Decoder(config, values, DecoderOptions(mesh, jnp.bfloat16)).parameters()
+    assert jax.tree.structure(tree) == jax.tree.structure(values)
     assert tree["layers"]["query"].shape == (2, 128, 64) and tree["layers"]["query"].dtype == jnp.bfloat16
     assert "fsdp" in tree["layers"]["query"].sharding.spec
 

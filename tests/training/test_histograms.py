@@ -9,8 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from jsft import config as schema
 from jsft.hf.random_model import write_random_model
 from jsft.mesh import make_mesh
-from jsft.models.families import read_config
-from jsft.models.module import initial_parameters
+from jsft.models.families import initial_parameters, read_config
 from jsft.training.histograms import EDGES, make_histograms, named
 from jsft.training.metrics import MetricsWriter
 from jsft.training.optimizer import apply_update, initial_state

@@ -22,8 +22,7 @@ from jsft.errors import NonFiniteError
 from jsft.hf.load import load_parameters
 from jsft.hf.random_model import write_random_model
 from jsft.mesh import make_mesh, shard_batch
-from jsft.models.families import parameter_table, read_config
-from jsft.models.module import abstract_parameters
+from jsft.models.families import abstract_parameters, parameter_table, read_config
 from jsft.models.parameters import disk_tensors, get_leaf
 from jsft.training.loop import Loop
 from jsft.training.metrics import RunLog
@@ -275,11 +274,9 @@ def test_gradient_is_that_of_the_whole_unpacked_batch(world, in_float32, objecti
         world, 256, **FLOAT32, objective__name=name, objective__use_advantage=bool(advantage)
     )
     model, mesh, data, programs, parameters = build(config, 2)
-    batches = [shard_batch(batch, mesh) for batch in data[0].micro_batches]
+    batches = data[0].micro_batches
     assert len(batches) > 2
-    gradients, sums = programs.start()
-    for batch in batches:
-        gradients, sums = programs.add_gradients(programs.weights(parameters), batch, gradients, sums)
+    gradients, _ = programs.accumulate(parameters, batches)
     far = distances(tensors_of(model, gradients), part(in_float32, f"gradient/{objective}"))
     assert max(far.values()) < 2e-5, far
 
@@ -303,11 +300,9 @@ def test_too_many_bad_steps_in_a_row_end_the_run(world):
 def test_micro_batches_are_added_in_bfloat16(world):
     """Each micro batch's gradient is rounded, and so is each sum."""
     model, mesh, data, programs, parameters = build(make_config(world, 128), 1)
-    first, second = (shard_batch(batch, mesh) for batch in data[0].micro_batches[:2])
-    one, sums = programs.add_gradients(programs.weights(parameters), first, *programs.start())
-    two, _ = programs.add_gradients(programs.weights(parameters), second, *programs.start())
+    first, second = data[0].micro_batches[:2]
+    one, two, both = (programs.accumulate(parameters, batches)[0] for batches in ([first], [second], [first, second]))
     a, b = (tensors_of(model, tree) for tree in (one, two))
-    both, _ = programs.add_gradients(programs.weights(parameters), second, one, sums)
     assert {leaf.dtype.name for leaf in jax.tree.leaves((two, both))} == {"bfloat16"}
     for name, total in tensors_of(model, both).items():
         rounded = (a[name] + b[name]).astype(ml_dtypes.bfloat16).astype(np.float32)

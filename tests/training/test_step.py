@@ -14,16 +14,15 @@ from jsft import config as schema
 from jsft.data.batch import Batch
 from jsft.hf.random_model import write_random_model
 from jsft.mesh import make_mesh, shard_batch
-from jsft.models.families import read_config
-from jsft.models.module import abstract_parameters, initial_parameters
+from jsft.models.families import abstract_parameters, initial_parameters, read_config
 from jsft.training import step
 from jsft.training.ahead import compile_ahead
-from jsft.models.stack import together_tree
+from jsft.models.stack import stack_tree
 from jsft.training.histograms import make_histograms
 from jsft.training.optimizer import initial_state, parameter_dtype
 from jsft.models.remat import LADDER
 from jsft.training.parts import Parts, arguments, compile_gradients, programs
-from jsft.training.platform import gather_ahead_options
+from jsft.training.platform import prefetch_options
 
 
 class NoData(NamedTuple):
@@ -72,12 +71,11 @@ def gradients_of(parts, remat, batches):
     """Loss and gradients, as numpy, of `batches` [8 rows each] cut into micro batches of the mesh's rows."""
     jitted = programs(parts, remat)
     parameters = initial_parameters(parts.model, parts.mesh, jnp.float32, 0)
-    total, sums = jitted.start()
-    for batch in batches:
-        for first in range(0, 8, parts.rows):
-            part = shard_batch(Batch(*(x[first : first + parts.rows] for x in batch)), parts.mesh)
-            total, sums = jitted.add_gradients(jitted.weights(parameters), part, total, sums)
-    return float(sums.loss), jax.tree.map(np.asarray, together_tree(jitted.reduced(total)))
+    micro_batches = (
+        Batch(*(x[first : first + parts.rows] for x in batch)) for batch in batches for first in range(0, 8, parts.rows)
+    )
+    total, sums = jitted.accumulate(parameters, micro_batches)
+    return float(sums.loss), jax.tree.map(np.asarray, stack_tree(total))
 
 
 def assert_close(one, two):
@@ -148,15 +146,13 @@ def test_compiled_ahead_a_run_compiles_nothing_more_but_a_length_not_foreseen(mo
     counting = make_histograms(parts.config, parts.mesh, parts.shardings)
     ahead, histograms = compile_ahead(jitted, counting, parts, True, said.append)
     state = initial_state(initial_parameters(model, parts.mesh, jnp.float32, 0), parts.config)
-    batches = [shard_batch(make_batch(8, length, model.vocab_size, 0), parts.mesh) for length in (128, 64, 96)]
-    gradients, sums = ahead.start()
-    for batch in batches[:2]:
-        gradients, sums = ahead.add_gradients(ahead.weights(state.parameters), batch, gradients, sums)
-    ahead.evaluate(state.parameters, batches[0])
+    batches = [make_batch(8, length, model.vocab_size, 0) for length in (128, 64, 96)]
+    ahead.accumulate(state.parameters, batches[:2])
+    ahead.evaluate(state.parameters, shard_batch(batches[0], parts.mesh))
     assert jitted.add_gradients._cache_size() == jitted.evaluate._cache_size() == 0
-    gradients, sums = ahead.add_gradients(ahead.weights(state.parameters), batches[2], gradients, sums)
+    gradients, sums = ahead.accumulate(state.parameters, batches)
     assert jitted.add_gradients._cache_size() == 1
-    expected = gradients_of(parts, "full", [make_batch(8, n, model.vocab_size, 0) for n in (128, 64, 96)])
+    expected = gradients_of(parts, "full", batches)
     assert_close((float(sums.loss), jax.tree.map(np.asarray, gradients)), expected)
     state, metrics = ahead.update(state, gradients, sums, jnp.float32(1))
     counts = histograms(state, gradients, metrics["lr"])
@@ -189,8 +185,8 @@ def test_the_documents_lengths_settle_the_backward_kernel(model, monkeypatch, le
     class Asked(Exception):
         pass
 
-    def asked(*_, backward, ordered, **__):
-        raise Asked(backward, ordered)
+    def asked(parameters, model, rows, options, step):
+        raise Asked(options.attention_backward, options.deterministic)
 
     monkeypatch.setattr(step, "hidden_states", asked)
     parts = make_parts(model, make_mesh(), 128, train__deterministic=deterministic)
@@ -212,8 +208,8 @@ def collectives(text):
 
 
 def test_this_jaxlib_knows_the_options_of_gathering_ahead():
-    options = gather_ahead_options("gpu")
-    assert options and not gather_ahead_options("cpu")
+    options = prefetch_options("gpu")
+    assert options and not prefetch_options("cpu")
     assert float(jax.jit(lambda x: x + 1, compiler_options=options)(1.0)) == 2
 
 
