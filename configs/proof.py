@@ -26,9 +26,7 @@ def get_config(recipe: str | None = None):
     folder = f"runs/proof{'_tiny' if tiny else ''}"
     config = default_config()
     config.train.unroll_layers = False  # runs of a minute or two: compiling is the larger part
-    {"gsm8k": _gsm8k, "countdown": _countdown, "fidelity": _fidelity}[name.partition("_")[0]](
-        config, name, folder
-    )
+    {"gsm8k": _gsm8k, "countdown": _countdown, "fidelity": _fidelity}[name.partition("_")[0]](config, name, folder)
     if tiny:
         _tiny(config, name)
     return config

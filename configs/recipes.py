@@ -43,9 +43,7 @@ RECIPES: dict[str, Recipe] = {
     "math_cot_lr1e5_ep2": Recipe(MATH_COT, epochs=2, learning_rate=1e-5, steps=160),
     "math_cot_ep16": Recipe(MATH_COT, epochs=16, steps=1280),
     "math_cot_ep16_const": Recipe(MATH_COT, epochs=16, schedule="constant", steps=1280),
-    "math_cot_lr1e4_ep16_const": Recipe(
-        MATH_COT, epochs=16, learning_rate=1e-4, schedule="constant", steps=1280
-    ),
+    "math_cot_lr1e4_ep16_const": Recipe(MATH_COT, epochs=16, learning_rate=1e-4, schedule="constant", steps=1280),
     "math_cot_ep1_bs32": Recipe(MATH_COT, epochs=1, global_batch=32, steps=640),
     "math_cot_2_5k_ep8_bs32": Recipe(MATH_COT_2_5K, global_batch=32),
     "math_nocot_ep8": Recipe(MATH_NOCOT),

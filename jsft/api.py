@@ -24,7 +24,6 @@ import numpy as np
 from jax import lax
 
 from jsft import config as schema
-from jsft import mesh as meshes
 from jsft.data.batch import Batch
 from jsft.data.chat import Chat, Document, load_tokenizer
 from jsft.data.examples import Keys, columns_to_read, parse_row
@@ -32,6 +31,7 @@ from jsft.data.objective import token_weights
 from jsft.data.preview import CLOSE, OPEN
 from jsft.data.vocabulary import Embedding
 from jsft.errors import ConfigError, DataError
+from jsft.hardware import mesh as meshes
 from jsft.hf.load import load_parameters
 from jsft.hf.resolve import resolve_model
 from jsft.models.decoder import PackedRows
@@ -47,9 +47,7 @@ _BLOCK = 128  # rows are padded to a multiple: few lengths, few compilations
 class Model:
     """A model directory on the devices. module: its Flax module, called on tokens; config: its ModelConfig."""
 
-    def __init__(
-        self, path: str | Path, *, dtype: str = "float32", compute_dtype: str = "bfloat16", **chat: Any
-    ):
+    def __init__(self, path: str | Path, *, dtype: str = "float32", compute_dtype: str = "bfloat16", **chat: Any):
         """path: a directory or hub id; dtype: of the weights; chat: choices of `jsft.data.chat.Chat`, e.g.
         eos_token.
 
@@ -105,12 +103,8 @@ class Model:
         """float32 [L - 1] for each row (or list of token ids): natural log of p(token i + 1 | tokens up to
         i)."""
         documents = [self._tokens(row, i) for i, row in enumerate(rows)]
-        batch = _batch(
-            [Document(tokens, np.zeros((0, 2), np.int32), 0) for tokens in documents], None, self.mesh
-        )
-        score = jax.jit(
-            functools.partial(_score, config=self.config, mesh=self.mesh, dtype=self.compute_dtype)
-        )
+        batch = _batch([Document(tokens, np.zeros((0, 2), np.int32), 0) for tokens in documents], None, self.mesh)
+        score = jax.jit(functools.partial(_score, config=self.config, mesh=self.mesh, dtype=self.compute_dtype))
         scores = np.asarray(score(self.parameters, meshes.shard_batch(batch, self.mesh)))
         return [scores[i, : len(tokens) - 1] for i, tokens in enumerate(documents)]
 
@@ -136,8 +130,8 @@ class Trainer:
     def __init__(self, model: Model, total_steps: int, fields: Mapping[str, Any] | None = None):
         """total_steps: what the schedule is made for; fields: config fields by dotted name. Raises
         ConfigError."""
-        from jsft.training.optimizer import initial_state, parameter_dtype
-        from jsft.training.step import make_programs
+        from jsft.step.optimizer import initial_state, parameter_dtype
+        from jsft.step.programs import make_programs
 
         config = schema.default_config()
         config.model.path, config.data.train = str(model.path), "given row by row"
@@ -149,17 +143,13 @@ class Trainer:
                 schema.put(config, name, value)
             except TypeError as error:
                 raise ConfigError(f"{name}={value!r}: {' '.join(str(error).split())}") from error
-        if config.objective.name == "reference" or (
-            config.objective.name is None and config.fidelity == "reference"
-        ):
+        if config.objective.name == "reference" or (config.objective.name is None and config.fidelity == "reference"):
             raise ConfigError(
                 "objective.name=reference needs the published batch; use token_mean or sequence_mean here"
             )
         self.config, self._model = schema.resolve(config), model
         wanted = parameter_dtype(self.config)
-        self._state = initial_state(
-            jax.tree.map(lambda p: jnp.array(p, wanted), model.parameters), self.config
-        )
+        self._state = initial_state(jax.tree.map(lambda p: jnp.array(p, wanted), model.parameters), self.config)
         shardings = jax.tree.map(lambda p: p.sharding, model.parameters)
         remat = "full" if self.config.remat == "auto" else self.config.remat
         self._programs = make_programs(model.config, self.config, model.mesh, shardings, total_steps, remat)
@@ -170,9 +160,7 @@ class Trainer:
         DataError."""
         documents = self._model.tokenize(rows)
         supervised = np.array([int(np.diff(document.spans).sum()) for document in documents])
-        weights = token_weights(
-            self.config.objective.name, supervised, reference_ranks=1, reference_micro_batch=1
-        )
+        weights = token_weights(self.config.objective.name, supervised, reference_ranks=1, reference_micro_batch=1)
         batch = _batch(documents, weights, self._model.mesh)
         self._state, metrics, _ = self._programs.step(self._state, [batch], weights @ supervised)
         self._model.parameters = self._state.parameters
@@ -210,6 +198,8 @@ def _score(parameters, batch: Batch, *, config, mesh, dtype):
         logits = jnp.einsum("btd,vd->btv", x, matrix, precision=precision, preferred_element_type=jnp.float32)
         return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
 
-    parts = (jnp.moveaxis(hidden.reshape(B, T // _BLOCK, _BLOCK, D), 1, 0),
-             jnp.moveaxis(batch.targets.reshape(B, T // _BLOCK, _BLOCK), 1, 0))  # fmt: skip
+    parts = (
+        jnp.moveaxis(hidden.reshape(B, T // _BLOCK, _BLOCK, D), 1, 0),
+        jnp.moveaxis(batch.targets.reshape(B, T // _BLOCK, _BLOCK), 1, 0),
+    )
     return jnp.moveaxis(lax.map(chunk, parts), 0, 1).reshape(B, T)

@@ -19,7 +19,6 @@ from ml_collections import ConfigDict, config_flags
 from jsft import config as schema
 from jsft.errors import ConfigError, JsftError
 
-
 _WORKDIRS = ("outputdir", "outdir", "out", "output", "savedir", "rundir", "logdir")  # what others call --workdir
 
 

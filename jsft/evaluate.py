@@ -26,9 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="eval_vllm.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(prog="eval_vllm.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", nargs="?", help="model directory, run directory, or hub id[:subfolder]; bare: runs/latest")
     add("--model", dest="model_flag", help="the same as a flag")
@@ -36,7 +34,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--steps", help="of a run or a published model: 10,20,... or latest or all; 0 is the base model")
     add("--list", action="store_true", help="list the tasks and end")
     add("--out", type=Path, help="where results go (default: <workdir>/eval)")
-    add("--data_dir", type=Path, help="folder with <task>.jsonl, .json, .csv or .parquet, or the original files (default: the hub)")
+    add(
+        "--data_dir",
+        type=Path,
+        help="folder with <task>.jsonl, .json, .csv or .parquet, or the original files (default: the hub)",
+    )
     add("--limit", type=int, help="only the first N problems of each task")
     add("--samples", type=int, help="samples per problem (default: the task's)")
     add("--max_tokens", type=int, help="limit of a response in tokens (default: the task's)")
@@ -51,21 +53,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "OPENAI_API_KEY for OpenAI and this machine",
     )
     server.add_argument("--url_model", help="model to ask for (default: the only one it serves)")
-    server.add_argument(
-        "--reload", type=Path, metavar="DIR", help="first have the vLLM server load these weights"
-    )
+    server.add_argument("--reload", type=Path, metavar="DIR", help="first have the vLLM server load these weights")
     server.add_argument("--concurrency", type=int, default=64, help="requests at a time")
     server.add_argument("--timeout", type=float, default=3600.0, help="seconds for one whole response (default: 3600)")
     engine = parser.add_argument_group("vLLM")
     engine.add_argument("--tp", type=int, default=1, help="GPUs that share the model (tensor parallel)")
     engine.add_argument("--dtype", default="auto", help="bfloat16, float32 or auto (the model's)")
-    engine.add_argument(
-        "--max_model_len", type=int, help="context in tokens (default: the model's, at most 32768)"
-    )
+    engine.add_argument("--max_model_len", type=int, help="context in tokens (default: the model's, at most 32768)")
     engine.add_argument("--gpu_memory", type=float, help="share of GPU memory vLLM takes (default: 0.85)")
-    engine.add_argument(
-        "--trust_remote_code", action="store_true", help="run Python code that the model brings"
-    )
+    engine.add_argument("--trust_remote_code", action="store_true", help="run Python code that the model brings")
     options = parser.parse_args(argv)
     if options.model and options.model_flag:
         raise ConfigError("give the model once: as the first argument or with --model")
@@ -101,9 +97,7 @@ def main() -> int:
                 f"shows {task.primary}, {task.group}{judged}"
             )
         return 0
-    names = (
-        list(TASKS) if options.tasks == "all" else [n.strip() for n in options.tasks.split(",") if n.strip()]
-    )
+    names = list(TASKS) if options.tasks == "all" else [n.strip() for n in options.tasks.split(",") if n.strip()]
     tasks = [get_task(name) for name in names]
     judges = parse_judges(options.judge)
     code = 0
@@ -147,9 +141,7 @@ def _evaluate(target: Target, tasks: list, options: argparse.Namespace, judges: 
     fields = {f.name for f in dataclasses.fields(Options)} - {"judges"}
     run_options = Options(**{name: getattr(options, name) for name in fields}, judges=judges)
     if options.url:
-        engine = OpenAIEngine(
-            options.url, options.url_model, concurrency=options.concurrency, timeout=options.timeout
-        )
+        engine = OpenAIEngine(options.url, options.url_model, concurrency=options.concurrency, timeout=options.timeout)
         if options.reload is None:
             digest = f"{engine.model} at {engine.facts['root'] or options.url}"
             return run_tasks(
@@ -168,18 +160,22 @@ def _evaluate(target: Target, tasks: list, options: argparse.Namespace, judges: 
 
         return run_tasks(tasks, model, target.out, run_options, reloaded)
     path = target.path or target.prepare()
-    model = Model(
-        target.name, target.step, str(path), model_digest(path) if (path / "config.json").exists() else None
-    )
+    model = Model(target.name, target.step, str(path), model_digest(path) if (path / "config.json").exists() else None)
 
     def open_engine() -> VllmEngine:
         print(f"loading {path} into vLLM", flush=True)
         return VllmEngine(
             VllmSettings(
-                path, target.out / "vllm.log", options.tp, options.dtype, options.max_model_len,
-                options.gpu_memory,                options.seed, options.trust_remote_code,
+                path,
+                target.out / "vllm.log",
+                options.tp,
+                options.dtype,
+                options.max_model_len,
+                options.gpu_memory,
+                options.seed,
+                options.trust_remote_code,
             )
-        )  # fmt: skip
+        )
 
     return run_tasks(tasks, model, target.out, run_options, open_engine)
 

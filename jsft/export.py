@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0. Raises ConfigError, ModelError or CheckpointError."""
     arguments = _parse(argv)
     _prefer_cpu()
-    from jsft.training.manifest import list_steps, reading
+    from jsft.run.manifest import list_steps, reading
 
     workdir = _workdir(arguments.workdir)
     run = _read_run(workdir)
@@ -59,9 +59,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", help="directory to write (default: WORKDIR/hf/step_N); with several steps, its parent")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the weights on disk")
     parser.add_argument(
-        "--check", action="store_true",
+        "--check",
+        action="store_true",
         help="compare every tensor with the checkpoint, and log-probabilities with vLLM's where .venv-serve exists",
-    )  # fmt: skip
+    )
     return parser.parse_args(argv)
 
 
@@ -119,12 +120,12 @@ def _steps(text: str, available: list[int], workdir: Path) -> list[int]:
 
 def _export(workdir: Path, run: dict[str, Any], step: int, out: Path, dtype: str, check: bool) -> None:
     from jsft.data.chat import eos_id, load_tokenizer
+    from jsft.hardware.mesh import make_mesh
     from jsft.hf.base_files import read_template, trained_template
     from jsft.hf.digest import model_digest
     from jsft.hf.write import check_output, write_model
-    from jsft.mesh import make_mesh
     from jsft.models.families import read_config
-    from jsft.training.manifest import check_base, read_manifest
+    from jsft.run.manifest import check_base, read_manifest
 
     started = time.monotonic()
     config, base = run["config"], workdir / "base"
@@ -145,9 +146,17 @@ def _export(workdir: Path, run: dict[str, Any], step: int, out: Path, dtype: str
     facts = {"run": run.get("name"), "step": step, "base_model": config.get("model.path"), "code": trained_by}
     card = _model_card(run, trained_by, step, dtype, stop)
     write_model(
-        checkpoint, model, base, out, dtype, eos_token_id=stop, chat_template=template, model_card=card, facts=facts,
+        checkpoint,
+        model,
+        base,
+        out,
+        dtype,
+        eos_token_id=stop,
+        chat_template=template,
+        model_card=card,
+        facts=facts,
         say=lambda line: print(f"note: {line}"),
-    )  # fmt: skip
+    )
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     print(f"step {step}: {size / 1e9:.2f} GB in {time.monotonic() - started:.0f} s: {out}")
     if check:
@@ -163,8 +172,8 @@ class _CheckpointParameters:
 
         from jsft.models.families import parameter_table
         from jsft.models.parameters import get_leaf, leaves
-        from jsft.training.manifest import checkpoint_folder, verify
-        from jsft.training.orbax_io import orbax_path, quiet
+        from jsft.run.manifest import checkpoint_folder, verify
+        from jsft.run.orbax_io import orbax_path, quiet
 
         quiet()
         self._name = f"checkpoint {step} in {workdir}"
@@ -187,9 +196,9 @@ class _CheckpointParameters:
         import jax
         from orbax.checkpoint import v1 as ocp
 
-        from jsft.mesh import parameter_sharding
+        from jsft.hardware.mesh import parameter_sharding
         from jsft.models.parameters import get_leaf
-        from jsft.training.orbax_io import orbax_path
+        from jsft.run.orbax_io import orbax_path
 
         spec = get_leaf(self._table, path)
         sharding = parameter_sharding(spec.axes, spec.shape, self._mesh)

@@ -27,23 +27,17 @@ Exit codes: 0 the run fits, 6 it does not, 2 configuration, 3 data, 4 model dire
 def _define_flags(values) -> None:
     from absl import flags
 
-    flags.DEFINE_integer(
-        "devices", 8, "devices of the run, over all nodes", lower_bound=1, flag_values=values
-    )
+    flags.DEFINE_integer("devices", 8, "devices of the run, over all nodes", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("per_node", 8, "devices of a node", lower_bound=1, flag_values=values)
     flags.DEFINE_string("device", "h200", "h200, h100, a100 or b200", flag_values=values)
-    flags.DEFINE_float(
-        "memory_gib", None, "memory of a device, where it is not the usual one", flag_values=values
-    )
+    flags.DEFINE_float("memory_gib", None, "memory of a device, where it is not the usual one", flag_values=values)
     flags.DEFINE_string(
         "lengths",
         None,
         "file with the tokens of each document: a JSON list, or a number a line",
         flag_values=values,
     )
-    flags.DEFINE_float(
-        "mean_length", None, "mean tokens of a document, in place of the data", flag_values=values
-    )
+    flags.DEFINE_float("mean_length", None, "mean tokens of a document, in place of the data", flag_values=values)
     flags.DEFINE_float(
         "weighted_length",
         None,
@@ -70,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         if (given := getattr(flags, flag)) is not None and given <= 0:
             raise ConfigError(f"--{flag}={given:g}: must be positive")
 
+    from jsft.hardware.cards import Device, find_device
     from jsft.planning import report
-    from jsft.planning.devices import Device, find_device
 
     if flags.memory_gib and flags.device.upper() not in report.DEVICES:
         device = Device("H200", flags.memory_gib * 2**30, 337e9)  # times as of the one that was measured
@@ -91,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         documents=flags.documents,
     )
     if flags.compile:
-        from jsft.training.compiled import compare, compile_kind
+        from jsft.planning.program_memory import compare, compile_kind
 
         kind = compile_kind(flags.device)
         plan["compiled"] = compare(config, flags.devices, plan["memory"]["remat"], kind)

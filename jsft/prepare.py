@@ -55,21 +55,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--row", type=int, action="append", metavar="N", help="this row; may be repeated")
     sub.add_argument("--full", action="store_true", help="do not shorten long rows")
 
-    sub = command(
-        "stats", _stats, "Print lengths, truncation, packing efficiency, duplicates, missing parts."
-    )
+    sub = command("stats", _stats, "Print lengths, truncation, packing efficiency, duplicates, missing parts.")
     _add_data(sub)
     sub.add_argument("--global_batch", type=_positive, help="rows of an update")
     sub.add_argument("--devices", type=_positive, default=8, help="devices that rows are packed for [8]")
-    sub.add_argument(
-        "--png", type=Path, metavar="FILE", help="where the length histogram is drawn [DATA_lengths.png]"
-    )
+    sub.add_argument("--png", type=Path, metavar="FILE", help="where the length histogram is drawn [DATA_lengths.png]")
     sub.add_argument("--no_png", action="store_true", help="draw nothing")
     sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
 
-    sub = command(
-        "validate", _validate, "Check the columns and every row of data sets; exit code 3 if one is bad."
-    )
+    sub = command("validate", _validate, "Check the columns and every row of data sets; exit code 3 if one is bad.")
     _add_data(sub, nargs="*", without=_NOT_OF_ROWS)
     sub.add_argument(
         "--need_advantage",
@@ -88,31 +82,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--attempts", type=int, default=8, help="dead ends in a chain of thought, at most [8]")
     sub.add_argument("--operations", default="+-*/", help="operations used [+-*/]")
     sub.add_argument("--repeat", action="store_true", help="a puzzle may come more than once")
-    sub.add_argument(
-        "--exclude", nargs="+", default=[], metavar="FILE", help="leave out the puzzles of these files"
-    )
+    sub.add_argument("--exclude", nargs="+", default=[], metavar="FILE", help="leave out the puzzles of these files")
     _add_output(sub)
 
     sub = command("nocot", _nocot, "Remove the thinking from the responses; summary and boxed answer stay.")
     sub.add_argument("data", metavar="DATA", help="data set with <think>...</think> in its responses")
     sub.add_argument("--response_key", default="response", help="column of the responses [response]")
     sub.add_argument("--keep_tags", action="store_true", help="leave an empty pair of think tags in front")
-    sub.add_argument(
-        "--on_bad_row", choices=("error", "skip"), default="error", help="rows without thinking [error]"
-    )
+    sub.add_argument("--on_bad_row", choices=("error", "skip"), default="error", help="rows without thinking [error]")
     _add_output(sub)
 
-    sub = command(
-        "subset", _subset, "Take the first rows, or with --seed a random choice, in the order of the data."
-    )
+    sub = command("subset", _subset, "Take the first rows, or with --seed a random choice, in the order of the data.")
     sub.add_argument("data", metavar="DATA")
     sub.add_argument("--rows", type=int, required=True, help="number of rows")
     sub.add_argument("--seed", type=int, help="choose at random with this seed")
     _add_output(sub)
 
-    sub = command(
-        "select", _select, "Choose one verified response per problem from a release with many of each."
-    )
+    sub = command("select", _select, "Choose one verified response per problem from a release with many of each.")
     sub.add_argument("data", metavar="DATA", help="a row per response, or a list of responses per row")
     sub.add_argument("--rows", type=_positive, help="number of problems [all that have a response that passes]")
     sub.add_argument("--seed", type=int, default=0, help="draws responses and problems [0]")
@@ -132,19 +118,13 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("match", _match, "Take another data set's solutions to the same problems.")
     sub.add_argument("data", metavar="DATA", help="data set whose problems, order and columns are kept")
-    sub.add_argument(
-        "--with", dest="other", required=True, metavar="DATA", help="data set with the solutions"
-    )
+    sub.add_argument("--with", dest="other", required=True, metavar="DATA", help="data set with the solutions")
     for key, default in (("prompt", "message"), ("response", "response"), ("answer", "answer")):
         sub.add_argument(f"--{key}_key", default=default, help=f"column of DATA [{default}]")
     sub.add_argument("--other_prompt_key", default="problem", help="column of the other data set [problem]")
-    sub.add_argument(
-        "--other_response_key", default="solution", help="column of the other data set [solution]"
-    )
+    sub.add_argument("--other_response_key", default="solution", help="column of the other data set [solution]")
     sub.add_argument("--seed", type=int, default=0, help="draws one of several solutions [0]")
-    sub.add_argument(
-        "--verify", action="store_true", help="only solutions whose answer math-verify finds right"
-    )
+    sub.add_argument("--verify", action="store_true", help="only solutions whose answer math-verify finds right")
     _add_output(sub)
     return parser
 
@@ -160,9 +140,7 @@ def _add_data(sub: argparse.ArgumentParser, nargs: str = "?", without: Sequence[
 
     sub.add_argument("data", nargs=nargs, metavar="DATA", help="data set [data.train of --config]")
     sub.add_argument("--model", metavar="DIR", help="model directory or hub id [model.path of --config]")
-    sub.add_argument(
-        "--config", metavar="FILE.py:RECIPE", help="take data, model and fields from a run's config"
-    )
+    sub.add_argument("--config", metavar="FILE.py:RECIPE", help="take data, model and fields from a run's config")
     group = sub.add_argument_group("fields of the config's data section")
     for field in FIELDS:
         name = field.name.removeprefix("data.")
@@ -208,9 +186,7 @@ def _config(args, *, needs_model: bool = True):
                 raise ConfigError(f"--{name.removeprefix('data.')} needs --model, whose tokenizer reads the rows")
             schema.put(config, name, value)
     if getattr(args, "pack_length", None) is None and config.data.pack_length < config.data.max_length:
-        config.data.pack_length = (
-            -(-config.data.max_length // 128) * 128
-        )  # to look at the data with a longer limit
+        config.data.pack_length = -(-config.data.max_length // 128) * 128  # to look at the data with a longer limit
     config = schema.resolve(config)
     model = args.model or args.config
     return config, tokenizer_dir(config.model.path, config.model.revision) if model else None

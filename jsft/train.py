@@ -40,21 +40,16 @@ def _define_flags(values) -> None:
     flags.DEFINE_list(
         "allow_changed", [], "fields that may differ from the run that --workdir holds", flag_values=values
     )
-    flags.DEFINE_bool(
-        "ignore_plan", False, "start though the plan says that the run does not fit", flag_values=values
-    )
+    flags.DEFINE_bool("ignore_plan", False, "start though the plan says that the run does not fit", flag_values=values)
     flags.DEFINE_string(
         "profile_steps",
         None,
-        "profile these steps: FIRST:END, as in 20:23 for 20, 21 and 22 (while a "
-        "run goes on: touch <workdir>/profile)",
+        "profile these steps: FIRST:END, as in 20:23 for 20, 21 and 22 (while a run goes on: touch <workdir>/profile)",
         flag_values=values,
     )
     flags.DEFINE_string("coordinator", None, "several processes: host:port of process 0", flag_values=values)
     flags.DEFINE_integer("process_count", None, "several processes: how many", flag_values=values)
-    flags.DEFINE_integer(
-        "process_index", None, "several processes: which this is, from 0", flag_values=values
-    )
+    flags.DEFINE_integer("process_index", None, "several processes: which this is, from 0", flag_values=values)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,26 +57,21 @@ def main(argv: list[str] | None = None) -> int:
     config = schema.resolve(config)
     unknown = sorted(set(flags.allow_changed) - set(schema.BY_NAME))
     if unknown:
-        raise ConfigError(
-            f"--allow_changed: unknown config field {unknown[0]}{schema.nearest_field(unknown[0])}"
-        )
+        raise ConfigError(f"--allow_changed: unknown config field {unknown[0]}{schema.nearest_field(unknown[0])}")
     workdir = Path(flags.workdir or f"runs/{name}")
 
-    from jsft import distributed  # imports JAX: everything above answers at once
+    from jsft.cluster import processes  # imports JAX: everything above answers at once
 
-    cluster = distributed.find_cluster(
-        os.environ, flags.coordinator, flags.process_count, flags.process_index
-    )
-    from jsft.training import agreement, profiling, run
+    cluster = processes.find_cluster(os.environ, flags.coordinator, flags.process_count, flags.process_index)
+    from jsft.run import agreement, run
+    from jsft.run.profile import parse_window
 
-    profile = profiling.parse_window(flags.profile_steps) if flags.profile_steps else None
+    profile = parse_window(flags.profile_steps) if flags.profile_steps else None
     if flags.dry_run:
         return run.dry_run(config, name, flags.ignore_plan)
     limits = {"start_seconds": config.train.start_seconds, "silence_seconds": config.train.peer_seconds}
-    with distributed.session(cluster, **limits, facts=agreement.start_facts(config)) as link:
-        return run.train(
-            config, name, workdir, frozenset(flags.allow_changed), link, flags.ignore_plan, profile
-        )
+    with processes.session(cluster, **limits, facts=agreement.start_facts(config)) as link:
+        return run.train(config, name, workdir, frozenset(flags.allow_changed), link, flags.ignore_plan, profile)
 
 
 if __name__ == "__main__":

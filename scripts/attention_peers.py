@@ -20,9 +20,7 @@ def cudnn_packed(lengths: tuple[int, ...], scale: float):
     offsets[0, : len(lengths) + 1] = np.r_[0, np.cumsum(lengths)]
     seqlens = dict(q_seqlen=jnp.asarray(sizes), kv_seqlen=jnp.asarray(sizes))
     places = dict(q_offsets=jnp.asarray(offsets), kv_offsets=jnp.asarray(offsets))
-    return functools.partial(
-        dot_product_attention, scale=scale, mask_type=MaskType.PADDING_CAUSAL, **seqlens, **places
-    )
+    return functools.partial(dot_product_attention, scale=scale, mask_type=MaskType.PADDING_CAUSAL, **seqlens, **places)
 
 
 def flash_attention_4(case, h: int, dtype: str):
@@ -33,9 +31,7 @@ def flash_attention_4(case, h: int, dtype: str):
     from flash_attn.cute import flash_attn_varlen_func
 
     (H, K), T = case.heads, sum(case.lengths)
-    inputs = [
-        torch.randn((T, n, h), dtype=getattr(torch, dtype), device="cuda", requires_grad=True) for n in (H, K, K)
-    ]
+    inputs = [torch.randn((T, n, h), dtype=getattr(torch, dtype), device="cuda", requires_grad=True) for n in (H, K, K)]
     do = torch.randn_like(inputs[0])
     cu = torch.tensor(np.r_[0, np.cumsum(case.lengths)], dtype=torch.int32, device="cuda")
     documents = dict(cu_seqlens_q=cu, cu_seqlens_k=cu)

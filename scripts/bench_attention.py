@@ -31,7 +31,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from attention_peers import cudnn_packed, flash_attention_4
 
 from jsft.kernels import attention_xla
@@ -169,9 +168,7 @@ def relative_errors(outputs, case: Case, values, scale: float):
     wanted = forward_and_both(attend)[1](*f32)
 
     def error(ours, want):
-        return float(
-            jnp.linalg.norm((ours.astype(jnp.float32) - want).ravel()) / jnp.linalg.norm(want.ravel())
-        )
+        return float(jnp.linalg.norm((ours.astype(jnp.float32) - want).ravel()) / jnp.linalg.norm(want.ravel()))
 
     return [error(ours[:, :, : want.shape[2]], want) for ours, want in zip(outputs, wanted)]
 
@@ -213,9 +210,7 @@ def bench(arguments, cases: list[Case]) -> None:
             print(f"{name}: {key} cannot run: {' '.join(str(f).split())[:200]}")
     for case in cases:
         compiled = {key: f for (name, key), f in programs.items() if name == case.name}
-        runs = {
-            key: (f, jobs[case.name, key][1]) for key, f in compiled.items() if not isinstance(f, Exception)
-        }
+        runs = {key: (f, jobs[case.name, key][1]) for key, f in compiled.items() if not isinstance(f, Exception)}
         runs |= {key: (function, ()) for key, function in peers.get(case.name, {}).items()}
         flops = 4 * case.heads[0] * arguments.h * sum(n * n for n in case.lengths) / 2
 
@@ -248,9 +243,7 @@ def bench(arguments, cases: list[Case]) -> None:
                 errors = ""
                 if arguments.errors:
                     outputs = compiled[backward](*values[case.name][:4])
-                    errors = " ".join(
-                        f"{e:.1e}" for e in relative_errors(outputs, case, values[case.name], scale)
-                    )
+                    errors = " ".join(f"{e:.1e}" for e in relative_errors(outputs, case, values[case.name], scale))
                 print(
                     f"{case.name:20s} {case.heads[0]:>2d}/{case.heads[1]:<3d} {len(case.lengths):4d} | {timing} | "
                     f"{backward:13s} {rate(1, tf)} {rate(2.5, tb - tf)} {rate(3.5, tb)}      "
@@ -310,12 +303,8 @@ def tune(arguments) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--cases", default="all", help="names, with commas: " + ", ".join(c.name for c in CASES)
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="all", help="names, with commas: " + ", ".join(c.name for c in CASES))
     parser.add_argument("--backward", default="auto", help="auto, deterministic, fused; several with commas")
     parser.add_argument("--implementation", default="auto")
     parser.add_argument("--h", type=int, default=128, help="head width")

@@ -21,22 +21,20 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jsft.data import plan as planning  # noqa: E402
-from jsft.data.cache import open_cache  # noqa: E402
-from jsft.data.chat import Chat, load_tokenizer  # noqa: E402
-from jsft.data.countdown import Difficulty, generate  # noqa: E402
-from jsft.data.documents import Documents  # noqa: E402
-from jsft.data.examples import Keys  # noqa: E402
-from jsft.data.sources import open_source  # noqa: E402
+from jsft.data import schedule
+from jsft.data.cache import open_cache
+from jsft.data.chat import Chat, load_tokenizer
+from jsft.data.countdown import Difficulty, generate
+from jsft.data.documents import Documents
+from jsft.data.examples import Keys
+from jsft.data.sources import open_source
 
 CHARACTERS_PER_TOKEN = 3.2
 BATCH, DEVICES, LENGTH = 256, 8, 20_480
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory with a tokenizer")
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, len(os.sched_getaffinity(0))])
@@ -72,8 +70,8 @@ def measure_loading(documents: Documents) -> None:
     """Planning and assembling steps of 256 documents, on one thread."""
     from jsft.data.steps import Recipe, StepSource
 
-    last = planning.choose_last_lengths(documents.lengths, DEVICES, LENGTH, BATCH)
-    layout = planning.Layout(DEVICES, DEVICES, LENGTH, last)
+    last = schedule.choose_last_lengths(documents.lengths, DEVICES, LENGTH, BATCH)
+    layout = schedule.Layout(DEVICES, DEVICES, LENGTH, last)
     steps = len(documents) // BATCH
     source = StepSource(documents, Recipe(BATCH, False, 0, "reference", False, 8, 4), layout, steps)
     source[0]
@@ -93,9 +91,7 @@ def measure_loading(documents: Documents) -> None:
 
 def write_documents(path: Path, rows: int, text: Path | None) -> None:
     if text:
-        words = [
-            word for line in text.read_text().splitlines() for word in json.loads(line)["answer"].split(" ")
-        ]
+        words = [word for line in text.read_text().splitlines() for word in json.loads(line)["answer"].split(" ")]
     else:
         words = [word for row in generate(5000, 0, Difficulty()) for word in row["response"].split(" ")]
     lengths = np.minimum(np.exp(np.random.default_rng(0).normal(np.log(6000), 0.6, rows)), 20_000)

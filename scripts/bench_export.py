@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 
 from jsft.errors import JsftError
+from jsft.hardware.mesh import describe, make_mesh
 from jsft.hf.load import load_parameters
 from jsft.hf.random_model import write_random_model
 from jsft.hf.verify import compare_weights
 from jsft.hf.write import write_model
-from jsft.mesh import describe, make_mesh
 from jsft.models.families import initial_parameters
 from jsft.models.parameters import get_leaf
 from jsft.models.published import PUBLISHED
@@ -81,9 +81,7 @@ def _forget(folder: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3_14b", choices=PUBLISHED, help="a shape of jsft/models/published.py")
     parser.add_argument("--layers", type=int, help="keep only this many layers")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: a temporary one")

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jsft.mesh import describe, make_mesh
-from jsft.training.checkpoint import Policy, Saver, restore, verify
-from jsft.training.optimizer import TrainState
+from jsft.hardware.mesh import describe, make_mesh
+from jsft.run.checkpoint import Policy, Saver, restore, verify
+from jsft.step.optimizer import TrainState
 
 SAVES = 5
 LAYERS = 8
@@ -41,13 +41,9 @@ def make_state(gigabytes: float, mesh) -> TrainState:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument(
-        "--folder", type=Path, default=None, help="on the disk to measure; default: a temporary one"
-    )
+    parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure; default: a temporary one")
     arguments = parser.parse_args()
     mesh = make_mesh()
     state = make_state(arguments.gigabytes, mesh)
@@ -82,10 +78,7 @@ def main() -> None:
         began = time.perf_counter()
         jax.block_until_ready(restore(workdir, abstract, print))
         whole = time.perf_counter() - began
-        print(
-            f"restore: {whole:.2f} s, {checked:.2f} s of it for the checksums ({size / checked / 1e9:.2f} "
-            f"GB/s)"
-        )
+        print(f"restore: {whole:.2f} s, {checked:.2f} s of it for the checksums ({size / checked / 1e9:.2f} GB/s)")
     finally:
         shutil.rmtree(workdir, ignore_errors=True)
 

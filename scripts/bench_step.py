@@ -6,7 +6,7 @@
     scripts/bench_step.py --model qwen3_4b --peer torch --peer_python python3 # interleaved with torch + Liger
     scripts/bench_step.py --model qwen3_14b --mock_devices 8 --params float32 # the 8-device program on one card
 
-Prints tokens/s, MFU (definition: jsft/training/flops.py; the peer's is the same), peak memory, and with --profile the
+Prints tokens/s, MFU (definition: jsft/models/flops.py; the peer's is the same), peak memory, and with --profile the
 time by part. Runs on whatever devices JAX finds; a CPU needs --layers and --tokens small.
 """
 
@@ -97,16 +97,16 @@ class RandomData(NamedTuple):
 
 
 def build(options):
-    """The real run's parts, on random weights: (Parts, remat)."""
+    """The real run's parts, on random weights: (Components, remat)."""
     import jax
 
     from jsft import config as schema
-    from jsft.mesh import make_mesh
+    from jsft.hardware.mesh import make_mesh
     from jsft.models.families import abstract_parameters
     from jsft.models.published import PUBLISHED
-    from jsft.training.optimizer import initial_state, parameter_dtype
-    from jsft.training.remat import choose_remat
-    from jsft.training.parts import Parts
+    from jsft.planning.remat import choose_remat
+    from jsft.step.components import Components
+    from jsft.step.optimizer import initial_state, parameter_dtype
 
     model = PUBLISHED[options.model]
     if options.layers:
@@ -128,13 +128,13 @@ def build(options):
     shardings = jax.tree.map(lambda p: p.sharding, abstract.parameters)
     rows = (document_lengths(options.tokens, options.median, seed) for seed in range(16))
     data = RandomData(lengths=tuple(length for row in rows for length in row))
-    parts = Parts(config, None, model, mesh, abstract, shardings, data, mesh.size * options.rows)
+    parts = Components(config, None, model, mesh, abstract, shardings, data, mesh.size * options.rows)
     return parts, choose_remat(parts, print)
 
 
 def compile_programs(parts, remat):
     """The step's programs compiled, the same by name, and the seconds it took."""
-    from jsft.training.parts import arguments, programs
+    from jsft.step.components import arguments, programs
 
     started = time.perf_counter()
     jitted = programs(parts, remat)
@@ -166,14 +166,14 @@ def measure(options) -> dict:
     """Builds the real step programs and times them. Returns the figures."""
     import jax
 
-    from jsft.training import platform
+    from jsft.hardware import xla
 
-    platform.configure()
+    xla.configure()
     if options.mock_devices:
-        platform.mock_gpus(options.mock_devices)
+        xla.mock_gpus(options.mock_devices)
     from jsft.models.families import initial_parameters
-    from jsft.training.flops import matmul_parameters, peak_flops, step_flops
-    from jsft.training.optimizer import initial_state, parameter_dtype
+    from jsft.models.flops import matmul_parameters, peak_flops, step_flops
+    from jsft.step.optimizer import initial_state, parameter_dtype
 
     parts, remat = build(options)
     model, mesh = parts.model, parts.mesh
@@ -206,19 +206,29 @@ def measure(options) -> dict:
     if options.profile:
         profile_parts(step, state)
     return {
-        "who": "jsft", "model": options.model, "layers": model.num_layers, "params": options.params, "remat": remat,
-        "device": jax.devices()[0].device_kind, "devices": mesh.size, "version": f"jax {jax.__version__}",
-        "tokens_per_second": tokens / took / devices, "mfu": flops / took / peak if peak else None,
-        "seconds": took, "spread": (max(seconds) - min(seconds)) / took,
-        "peak_gib": stats.get("peak_bytes_in_use", 0) / 2**30, "compile_seconds": compile_seconds, "loss": loss,
-    }  # fmt: skip
+        "who": "jsft",
+        "model": options.model,
+        "layers": model.num_layers,
+        "params": options.params,
+        "remat": remat,
+        "device": jax.devices()[0].device_kind,
+        "devices": mesh.size,
+        "version": f"jax {jax.__version__}",
+        "tokens_per_second": tokens / took / devices,
+        "mfu": flops / took / peak if peak else None,
+        "seconds": took,
+        "spread": (max(seconds) - min(seconds)) / took,
+        "peak_gib": stats.get("peak_bytes_in_use", 0) / 2**30,
+        "compile_seconds": compile_seconds,
+        "loss": loss,
+    }
 
 
 def profile_parts(step, state) -> None:
     """Prints the device's time by part over two steps, from JAX's profiler."""
     import jax
 
-    from jsft.training.profiling import read_profile
+    from jsft.run.profile import read_profile
 
     folder = tempfile.mkdtemp()
     with jax.profiler.trace(folder):
@@ -231,11 +241,12 @@ def profile_parts(step, state) -> None:
 
 def show(result: dict) -> None:
     mfu = f"{100 * result['mfu']:.1f} % MFU" if result.get("mfu") else "MFU unknown"
+    compiled = f", compiled in {result['compile_seconds']:.0f} s" if "compile_seconds" in result else ""
     print(
         f"{result['who']}: {result['model']} ({result['layers']} layers, {result['params']}, remat {result['remat']}) on "
         f"{result['devices']} x {result['device']}: {result['tokens_per_second']:,.0f} tok/s a device, {mfu}, "
         f"{result['seconds'] * 1e3:.0f} ms a step (spread {result['spread']:.1%}), peak {result['peak_gib']:.1f} GiB"
-        f"{', compiled in %.0f s' % result['compile_seconds'] if 'compile_seconds' in result else ''}; "
+        f"{compiled}; "
         f"{result['version']}",
         flush=True,
     )
@@ -259,10 +270,20 @@ def against_torch(options) -> int:
     mine = [a for a in sys.argv[1:] if not a.startswith("--peer") and a not in ("torch", options.peer_python)]
     ours_command = [sys.executable, __file__, *mine, "--json"]
     peer_command = [
-        options.peer_python, str(ROOT / "scripts" / "bench_step_torch.py"), "--model", options.model, "--tokens",
-        str(options.tokens), "--micro_batches", str(options.micro_batches), "--steps", str(options.steps), "--median",
-        str(options.median), *(["--layers", str(options.layers)] if options.layers else []),
-    ]  # fmt: skip
+        options.peer_python,
+        str(ROOT / "scripts" / "bench_step_torch.py"),
+        "--model",
+        options.model,
+        "--tokens",
+        str(options.tokens),
+        "--micro_batches",
+        str(options.micro_batches),
+        "--steps",
+        str(options.steps),
+        "--median",
+        str(options.median),
+        *(["--layers", str(options.layers)] if options.layers else []),
+    ]
     results: dict[str, list[dict]] = {"jsft": [], "torch": []}
     for _ in range(options.repeats):
         for command in (ours_command, peer_command):

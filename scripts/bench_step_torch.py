@@ -81,10 +81,17 @@ def document_lengths(total: int, median: float, seed: int) -> list[int]:
 def build(options, recompute: bool, attend):
     hidden, layers, heads, intermediate, tied = SIZES[options.model]
     config = Qwen3Config(
-        vocab_size=151936, hidden_size=hidden, num_hidden_layers=options.layers or layers, num_attention_heads=heads,
-        num_key_value_heads=8, head_dim=128, intermediate_size=intermediate, tie_word_embeddings=tied,
-        max_position_embeddings=40960, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )  # fmt: skip
+        vocab_size=151936,
+        hidden_size=hidden,
+        num_hidden_layers=options.layers or layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=intermediate,
+        tie_word_embeddings=tied,
+        max_position_embeddings=40960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
 
     def packed(module, query, key, value, mask, **unused):
         batch, _, length, width = query.shape
@@ -141,12 +148,20 @@ def measure(options, recompute: bool) -> dict:
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * sum(n * n for n in lengths)
     flops = 6 * count * sum(lengths) + 6 * attention
     return {
-        "who": "torch", "model": options.model, "layers": config.num_hidden_layers, "params": "bfloat16",
-        "remat": "full" if recompute else "none", "device": torch.cuda.get_device_name(), "devices": 1,
-        "tokens_per_second": sum(lengths) / took, "mfu": flops / took / PEAK_FLOPS, "seconds": took,
-        "spread": (max(seconds) - min(seconds)) / took, "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "who": "torch",
+        "model": options.model,
+        "layers": config.num_hidden_layers,
+        "params": "bfloat16",
+        "remat": "full" if recompute else "none",
+        "device": torch.cuda.get_device_name(),
+        "devices": 1,
+        "tokens_per_second": sum(lengths) / took,
+        "mfu": flops / took / PEAK_FLOPS,
+        "seconds": took,
+        "spread": (max(seconds) - min(seconds)) / took,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "version": f"torch {torch.__version__}, {name}",
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

@@ -23,10 +23,9 @@ from pathlib import Path
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
+import bench_attention as bench
 import jax
 import jax.numpy as jnp
-
-import bench_attention as bench
 
 from jsft.kernels.attention import describe_attention
 
@@ -136,16 +135,12 @@ def difference(a, b) -> float:
 
 def same_bits(f, arguments, first, repeats: int) -> bool:
     return all(
-        bool(jnp.array_equal(a, b, equal_nan=True))
-        for _ in range(repeats)
-        for a, b in zip(f(*arguments), first)
+        bool(jnp.array_equal(a, b, equal_nan=True)) for _ in range(repeats) for a, b in zip(f(*arguments), first)
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tree", type=Path, help="root of the other checkout")
     known = ", ".join(case.name for case in CASES)
     parser.add_argument("--cases", default="all", help="names, with commas: " + known)

@@ -5,7 +5,7 @@
     scripts/record_memory.py --models qwen3_1_7b --anew
     for m in qwen3_8b qwen3_14b; do scripts/record_memory.py --models $m & done; wait     one core each, one file
 
-Needs no GPU, but JAX's CUDA plugin (pip install 'jax[cuda13]'; see jsft/training/deviceless.py). For each base model's
+Needs no GPU, but JAX's CUDA plugin (pip install 'jax[cuda13]'; see jsft/hardware/deviceless.py). For each base model's
 default recipe on 8 x H200 and both presets it walks down the ladder of remat as a run does, to the first rung that fits;
 with that rung of `reference` it compiles the update too, and the program of gradients with its layers in a loop.
 Afterwards tests/test_planning.py holds the plan's estimate to what was recorded.
@@ -67,21 +67,25 @@ def main() -> int:
 
     from jsft import cli
     from jsft import config as schema
+    from jsft.hardware import deviceless, xla
+    from jsft.hardware.cards import find_device
     from jsft.models.remat import LADDER
-    from jsft.planning.devices import find_device
     from jsft.planning.inputs import find_model
     from jsft.planning.memory import HEADROOM, estimate, planned_mesh
-    from jsft.training import deviceless, platform
-    from jsft.training.compiled import program_memory
+    from jsft.planning.program_memory import program_memory
 
-    platform.configure()
+    xla.configure()
     gpus = deviceless.gpus(DEVICE, DEVICES)
     limit = HEADROOM * find_device(DEVICE).usable
     records = Records(options.out, options.anew)
 
     def resolved(model: str, fidelity: str, unrolled: bool):
-        argv = ["--config", f"{ROOT}/configs/{model}.py:math_cot_ep8", f"--config.fidelity={fidelity}",
-                f"--config.train.unroll_layers={unrolled}"]  # fmt: skip
+        argv = [
+            "--config",
+            f"{ROOT}/configs/{model}.py:math_cot_ep8",
+            f"--config.fidelity={fidelity}",
+            f"--config.train.unroll_layers={unrolled}",
+        ]
         return schema.resolve(cli.parse(argv, lambda values: None, "")[0])
 
     def measure(model: str, fidelity: str, rung: str, unrolled: bool, program: str) -> dict:
@@ -93,8 +97,11 @@ def main() -> int:
         memory = program_memory(config, find_model(config.model.path)[0], gpus, rung, (program,))[program]
         record = wanted | memory._asdict() | {"total": memory.total}
         records.add(record)
-        print(f"{model} {fidelity} {program} {'unrolled' if unrolled else 'looped'} {rung}: {memory.total / 2**30:.1f} "
-              f"GiB, temporaries {memory.temporaries / 2**30:.1f} ({time.perf_counter() - began:.0f} s)", flush=True)  # fmt: skip
+        print(
+            f"{model} {fidelity} {program} {'unrolled' if unrolled else 'looped'} {rung}: {memory.total / 2**30:.1f} "
+            f"GiB, temporaries {memory.temporaries / 2**30:.1f} ({time.perf_counter() - began:.0f} s)",
+            flush=True,
+        )
         return record
 
     def first_that_fits(model: str, fidelity: str) -> str:

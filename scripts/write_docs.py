@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from jsft import config as schema  # noqa: E402
+from jsft import config as schema
 
 BEGIN, END = "<!-- plan: scripts/write_docs.py -->", "<!-- end of plan -->"
 MODELS = (
@@ -79,7 +79,7 @@ def _default(field) -> str:
 def plan(model: str, recipe: str, fidelity: str = "reference") -> dict:
     """The plan of a recipe on 8 x H200."""
     from jsft import cli
-    from jsft.planning.devices import find_device
+    from jsft.hardware.cards import find_device
     from jsft.planning.report import make_plan
 
     argv = ["--config", f"{ROOT}/configs/{model}.py:{recipe}", f"--config.fidelity={fidelity}"]
@@ -158,11 +158,7 @@ def pages() -> dict[Path, str]:
 
 
 def main() -> int:
-    stale = [
-        path
-        for path, text in pages().items()
-        if not path.exists() or path.read_text(encoding="utf-8") != text
-    ]
+    stale = [path for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv[1:]:
         for path in stale:
             print(f"{path.relative_to(ROOT)} is out of date: run scripts/write_docs.py")

@@ -34,9 +34,7 @@ def test_importing_the_package_imports_no_jax():
 def test_preview_marks_what_is_trained(model):
     text = model.preview(ROWS[0])
     before, _, trained = text.partition("⟦")
-    assert (
-        "What is 2 + 3?" in before and trained.startswith("<think>2 + 3</think> 5") and trained.endswith("⟧")
-    )
+    assert "What is 2 + 3?" in before and trained.startswith("<think>2 + 3</think> 5") and trained.endswith("⟧")
     document = model.tokenize(ROWS)[1]
     (span,) = document.spans.tolist()
     assert model.chat.decode(document.tokens[span[0] : span[1]]).startswith("No.")
@@ -56,14 +54,11 @@ def test_log_probabilities_are_those_of_the_logits(model):
         rows = PackedRows(tokens, np.tile(np.arange(n, dtype=np.int32), (8, 1)), zeros, zeros + n)
         hidden = hidden_states(model.parameters, model.config, rows, DecoderOptions(model.mesh, np.float32))
         logits = (
-            np.asarray(hidden, np.float64)[0]
-            @ np.asarray(unembedding(model.parameters, model.config), np.float64).T
+            np.asarray(hidden, np.float64)[0] @ np.asarray(unembedding(model.parameters, model.config), np.float64).T
         )
         logits -= logits.max(-1, keepdims=True)
         expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        np.testing.assert_allclose(
-            scores, expected[np.arange(n - 1), document.tokens[1:]], rtol=1e-4, atol=1e-5
-        )
+        np.testing.assert_allclose(scores, expected[np.arange(n - 1), document.tokens[1:]], rtol=1e-4, atol=1e-5)
 
 
 def test_steps_lower_the_loss_they_report(model):

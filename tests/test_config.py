@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jsft import cli
+from jsft import cli, hints, train
 from jsft import config as schema
-from jsft import hints, train
 from jsft.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +62,10 @@ def test_every_recipe_resolves(file):
         (["--config", QWEN.replace("14b", "14")], "nearest: qwen3_14b.py"),
         (["--config", QWEN, "--config.optimizer.learning_rat=1"], "nearest: optimizer.learning_rate"),
         (["--config", QWEN, "--config.optimizer.lr=1"], "field optimizer.lr (nearest: optimizer.learning_rate)"),
-        (["--config", QWEN, "--lr=1"], "option --lr (nearest: optimizer.learning_rate); fields are set as --config.NAME"),
+        (
+            ["--config", QWEN, "--lr=1"],
+            "option --lr (nearest: optimizer.learning_rate); fields are set as --config.NAME",
+        ),
         (["--config", QWEN, "--config.optimizer.learning_rate=abc"], "could not convert"),
         (["--config", QWEN, "--config.objective.name=tokn_mean"], "nearest: token_mean"),
         (["--config", QWEN, "--config.data.pack_length=1024"], "shorter than data.max_length"),

@@ -53,12 +53,23 @@ def commands(page: Path) -> list[Command]:
 ALL = [command for page in PAGES for command in commands(page)]
 # What a reader puts in, and what the test does.
 PUT_IN = {
-    "DATA": "train.parquet", "OTHER": "other.parquet", "DIR": "runs/quickstart/base", "WORKDIR": "runs/latest",
-    "Qwen/Qwen3-14B-Base": "runs/quickstart/base", "jasonrqh/Math-CoT-20k": "train.parquet",
-    "runs/qwen3_14b-math_cot_ep8": "runs/latest", "runs/qwen3_4b-math_cot_ep8": "runs/latest",
-    "runs/qwen3_4b-math_nocot_ep8": "runs/first", "640": "4", "20480": "64", "2560": "16", "500": "20", "N": "8", "S": "1",
+    "DATA": "train.parquet",
+    "OTHER": "other.parquet",
+    "DIR": "runs/quickstart/base",
+    "WORKDIR": "runs/latest",
+    "Qwen/Qwen3-14B-Base": "runs/quickstart/base",
+    "jasonrqh/Math-CoT-20k": "train.parquet",
+    "runs/qwen3_14b-math_cot_ep8": "runs/latest",
+    "runs/qwen3_4b-math_cot_ep8": "runs/latest",
+    "runs/qwen3_4b-math_nocot_ep8": "runs/first",
+    "640": "4",
+    "20480": "64",
+    "2560": "16",
+    "500": "20",
+    "N": "8",
+    "S": "1",
     "FILE.py:RECIPE": "configs/qwen3_4b.py:math_cot_ep8",
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +182,15 @@ def module(command: Command, name: str, arguments: list[str]) -> None:
 
 def test_every_page_with_commands_is_read():
     assert {command.page for command in ALL} >= {
-        "README.md", "data.md", "evaluation.md", "memory-and-speed.md", "models.md", "performance.md", "quickstart.md",
-        "real-run.md", "recipes.md", "resume.md",
-    }  # fmt: skip
+        "README.md",
+        "data.md",
+        "evaluation.md",
+        "memory-and-speed.md",
+        "models.md",
+        "performance.md",
+        "quickstart.md",
+        "real-run.md",
+        "recipes.md",
+        "resume.md",
+    }
     assert len(ALL) > 50

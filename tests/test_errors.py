@@ -35,7 +35,10 @@ def arrow_error():
 
 CAUSES = [
     (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; free space"),
-    (OSError(errno.ENOSPC, "No space left on device", "/from", None, "/to"), "No space left on device: /to; free space"),
+    (
+        OSError(errno.ENOSPC, "No space left on device", "/from", None, "/to"),
+        "No space left on device: /to; free space",
+    ),
     (OSError(errno.EROFS, "Read-only file system", "/x/y"), "Read-only file system: /x/y; choose another place"),
     (OSError(errno.ENOTDIR, "Not a directory", b"/x"), "Not a directory: /x; rename it"),
     (OSError("odd"), "OSError: odd; rename it"),
@@ -112,7 +115,9 @@ def test_output_to_a_full_disk_is_one_line():
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
         silent = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=full)
     assert done.returncode == silent.returncode == 3
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: No space left on device; free space; the traceb")
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith(
+        "error: No space left on device; free space; the traceb"
+    )
 
 
 def test_a_name_that_the_terminal_cannot_show_ends_nothing():

@@ -15,16 +15,16 @@ from safetensors.numpy import load_file
 from jsft import config as schema
 from jsft import export
 from jsft.errors import CheckpointError, ConfigError, ModelError
+from jsft.hardware.mesh import make_mesh
 from jsft.hf import verify
 from jsft.hf.base_files import copy_base_files
 from jsft.hf.digest import model_digest
 from jsft.hf.load import load_parameters
 from jsft.hf.random_model import write_random_model
-from jsft.mesh import make_mesh
 from jsft.models import read_config
-from jsft.training.checkpoint import Policy, Saver
-from jsft.training.manifest import manifest_bytes
-from jsft.training.optimizer import initial_state
+from jsft.run.checkpoint import Policy, Saver
+from jsft.run.manifest import manifest_bytes
+from jsft.step.optimizer import initial_state
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,9 +108,10 @@ def test_the_check_finds_what_differs(runs, tmp_path, monkeypatch, no_serving):
     monkeypatch.setattr(verify, "serving_python", lambda: Path("python"))
     wrong = {"log_probs": [[0.0] * 4000] * 3, "generated": [], "version": "x"}
     monkeypatch.setattr(
-        verify, "vllm_answers",
+        verify,
+        "vllm_answers",
         lambda out, prompts: wrong | {"log_probs": [[0.0] * (len(ids) - 1) for ids in prompts]},
-    )  # fmt: skip
+    )
     with pytest.raises(ModelError, match="jsft and vLLM differ by"):
         export.main(["--step", "5", "--workdir", workdir, "--out", str(tmp_path / "out"), "--check"])
     monkeypatch.setattr(verify, "compare_weights", lambda *_: 3)

@@ -22,9 +22,7 @@ def order(monkeypatch):
         return Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
 
     monkeypatch.setattr(os, "fsync", lambda descriptor: (calls.append(("sync", name(descriptor))), fsync(descriptor)))
-    monkeypatch.setattr(
-        os, "replace", lambda a, b: (calls.append(("rename", Path(b).name)), replace(a, b))
-    )
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("rename", Path(b).name)), replace(a, b)))
     return calls
 
 

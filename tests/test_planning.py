@@ -14,16 +14,17 @@ from jax.sharding import AbstractMesh
 from jsft import cli, plan
 from jsft import config as schema
 from jsft.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
-from jsft.mesh import MESH_AXES, make_mesh, shard_bytes
+from jsft.hardware.cards import RATES, find_device
+from jsft.hardware.mesh import MESH_AXES, make_mesh, shard_bytes
 from jsft.models.families import abstract_parameters
 from jsft.models.published import PUBLISHED
-from jsft.planning import fitting, startup
-from jsft.training.compiled import compare
-from jsft.planning.devices import RATES, find_device
+from jsft.models.remat import LADDER
+from jsft.planning import fitting
 from jsft.planning.inputs import find_model
 from jsft.planning.memory import HEADROOM, estimate, parameter_sizes, planned_mesh, sharded_layer_elements
+from jsft.planning.program_memory import compare
 from jsft.planning.work import Lengths, checkpoint_bytes, plan_work
-from jsft.models.remat import LADDER
+from jsft.run import preflight
 
 GIB = 2**30
 BASES = [name for name in PUBLISHED if name not in ("qwen3_0_6b", "qwen2_5_0_5b")]
@@ -75,7 +76,7 @@ def make_config(**fields):
 )
 def test_memory_is_within_a_tenth_of_the_compiled_program(monkeypatch, base, sizes, length, rung, fields):
     model = dataclasses.replace(PUBLISHED[base], **sizes)
-    monkeypatch.setattr("jsft.training.compiled.find_model", lambda path: (model, "the test"))
+    monkeypatch.setattr("jsft.planning.program_memory.find_model", lambda path: (model, "the test"))
     found = compare(make_config(data__pack_length=length, data__max_length=length, **fields), 8, rung)
     assert 0.9 < found["ratio"] < 1.1, found
 
@@ -135,7 +136,7 @@ MEASURED_TOGETHER = [
 @pytest.mark.parametrize("base, remat, devices, row, dtype, weighted, seconds", MEASURED_TOGETHER)
 def test_time_agrees_with_measured_steps_of_several_gpus(base, remat, devices, row, dtype, weighted, seconds):
     """Steps of two rows of 16,384 or one of 32,768 a GPU."""
-    precision = {name: dtype for name in BFLOAT16}
+    precision = dict.fromkeys(BFLOAT16, dtype)
     config = make_config(data__pack_length=row, data__max_length=row, train__global_batch=6 * devices, **precision)
     micro_batches = 32768 // row
     lengths = Lengths(1000, 32768 / 6, weighted, "recorded", micro_batches=micro_batches, padding=0.0)
@@ -244,9 +245,7 @@ def test_collectives_of_a_step():
     lengths = Lengths(1000, 6400, 8000, "given", micro_batches=10, padding=0.0)
     work = plan_work(model, config, planned_mesh(config, 8), "full", lengths, find_device("h200"))
     layers = (
-        model.num_layers
-        * model.hidden_size
-        * (2 * model.query_size + 2 * model.kv_size + 3 * model.intermediate_size)
+        model.num_layers * model.hidden_size * (2 * model.query_size + 2 * model.kv_size + 3 * model.intermediate_size)
     )
     calls, size = work.collectives["all-gather"]
     hidden = work.tokens / 8 * model.hidden_size
@@ -392,7 +391,7 @@ def run_on_a_disk(monkeypatch):
             asked.append(place)
             return SimpleNamespace(free=free)
 
-        monkeypatch.setattr(startup.shutil, "disk_usage", usage)
+        monkeypatch.setattr(preflight.shutil, "disk_usage", usage)
         return parts, asked
 
     return disk, needed
@@ -403,11 +402,11 @@ def test_a_disk_that_cannot_hold_one_checkpoint_is_refused_before_the_start(run_
     parts, asked = disk(needed - 1)
     workdir = tmp_path / "runs" / "new"
     with pytest.raises(CheckpointError, match=r"needs [\d.]+ MB, and the disk of .*new has [\d.]+ MB free") as error:
-        startup.check_disk(parts, workdir, print)
+        preflight.check_disk(parts, workdir, print)
     assert "\n" not in str(error.value) and asked == [tmp_path] and not list(tmp_path.iterdir())
-    startup.check_disk(parts, workdir, print, ignore=True)
+    preflight.check_disk(parts, workdir, print, ignore=True)
     assert capsys.readouterr().out.startswith("warning: a checkpoint needs")
-    startup.check_disk(disk(needed + 1)[0], workdir, print)
+    preflight.check_disk(disk(needed + 1)[0], workdir, print)
     assert not capsys.readouterr().out
 
 
@@ -415,7 +414,7 @@ def test_the_disk_is_the_one_that_a_link_leads_to(run_on_a_disk, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "disk" / "run")  # which the start will make
     parts, asked = run_on_a_disk[0](1e12)
-    startup.check_disk(parts, tmp_path / "run", print)
+    preflight.check_disk(parts, tmp_path / "run", print)
     assert asked == [tmp_path / "disk"]
 
 
@@ -424,7 +423,7 @@ def test_what_a_killed_save_left_counts_as_free(run_on_a_disk, tmp_path):
     for name, size in (("2.orbax-checkpoint-tmp", 10_000), ("4", 5000)):
         (tmp_path / "checkpoints" / name / "parameters").mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "parameters" / "array").write_bytes(b"x" * size)
-    startup.check_disk(disk(needed - 15_000)[0], tmp_path, print)
+    preflight.check_disk(disk(needed - 15_000)[0], tmp_path, print)
     (tmp_path / "checkpoints" / "4" / "manifest.json").write_text("{}")  # a milestone's parameters stay
     with pytest.raises(CheckpointError):
-        startup.check_disk(disk(needed - 15_000)[0], tmp_path, print)
+        preflight.check_disk(disk(needed - 15_000)[0], tmp_path, print)

@@ -33,7 +33,7 @@ def cot_rows(count=12):
             "advantage": 1.0,
         }
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture
@@ -42,9 +42,11 @@ def cot(tmp_path):
 
 
 def read(path):
-    return pq.read_table(path).to_pylist() if str(path).endswith("parquet") else [
-        json.loads(line) for line in Path(path).read_text().splitlines()
-    ]  # fmt: skip
+    return (
+        pq.read_table(path).to_pylist()
+        if str(path).endswith("parquet")
+        else [json.loads(line) for line in Path(path).read_text().splitlines()]
+    )
 
 
 def run(*arguments):
@@ -117,7 +119,7 @@ def test_countdown_and_validate(tmp_path, capsys):
     easy = ["--numbers", "3", "--max_number", "20", "--target", "5-50", "--attempts", "1"]
     main(["countdown", "--rows", "300", "--seed", "7", "--out", train, *easy])
     main(["countdown", "--rows", "50", "--seed", "8", "--out", held_out, "--exclude", train, *easy])
-    name = lambda row: (row["target"], *sorted(row["numbers"]))  # noqa: E731
+    name = lambda row: (row["target"], *sorted(row["numbers"]))
     assert not {name(row) for row in read(train)} & {name(row) for row in read(held_out)}
     assert main(["validate", train, held_out]) == 0
     assert "train.parquet: 300 rows, all good" in capsys.readouterr().out
@@ -152,7 +154,9 @@ def test_validate_names_every_damage(tmp_path, model, capsys):
 
 def test_validate_takes_the_fields_that_messages_name(tmp_path, model, capsys):
     """One definition with preview and stats: whatever decides what a row must be."""
-    rows = [{"messages": [{"role": role, "content": f"{role} {i}"} for role in ("user", "assistant") * 2]} for i in range(2)]
+    rows = [
+        {"messages": [{"role": role, "content": f"{role} {i}"} for role in ("user", "assistant") * 2]} for i in range(2)
+    ]
     path = str(write_rows(tmp_path / "x.jsonl", rows))
     assert main(["validate", path]) == 3
     assert "data.messages_key=messages" in capsys.readouterr().out
@@ -222,9 +226,7 @@ def test_preview(tmp_path, cot, model, capsys):
     assert out.index("row 7: ") < out.index("row 2: ") and "row 0: " not in out
     assert "<|im_start|>assistant\n⟦<think>\n7 and 7" in out and "\\boxed{14}.<|im_end|>⟧" in out
     assert "12 rows: " in out and "of no row none or all" in out
-    with pytest.raises(
-        DataError, match="--row 12: there is no such usable row; rows are counted from 0 to 11"
-    ):
+    with pytest.raises(DataError, match="--row 12: there is no such usable row; rows are counted from 0 to 11"):
         main(["preview", cot, "--model", model, "--row", "12"])
     main(["preview", cot, "--model", model, "--rows", "1", "--eos_token", "<|endoftext|>"])
     assert "\\boxed{0}.<|endoftext|>⟧" in capsys.readouterr().out
@@ -280,13 +282,17 @@ def test_stats(tmp_path, model, capsys, monkeypatch):
     path = str(write_rows(tmp_path / "data.parquet", rows))
     main(["stats", path, "--model", model, "--global_batch", "16", "--devices", "2", "--max_length", "400"])
     out = capsys.readouterr().out
-    found = dict(
-        line.split(maxsplit=1) for line in out.splitlines() if line and line[0].isalpha() and " " in line
-    )
+    found = dict(line.split(maxsplit=1) for line in out.splitlines() if line and line[0].isalpha() and " " in line)
     for name, value in {
-        "rows": "42", "truncated": "1", "duplicate_prompts": "2", "duplicate_rows": "2", "without_think": "1",
-        "unclosed_think": "1", "without_boxed": "2", "max_length": "400",
-    }.items():  # fmt: skip
+        "rows": "42",
+        "truncated": "1",
+        "duplicate_prompts": "2",
+        "duplicate_rows": "2",
+        "without_think": "1",
+        "unclosed_think": "1",
+        "without_boxed": "2",
+        "max_length": "400",
+    }.items():
         assert found[name] == value, name
     assert "█" in out and float(found["packing_efficiency"]) > 0.4
     assert (tmp_path / "data_lengths.png").read_bytes().startswith(b"\x89PNG")
@@ -338,9 +344,7 @@ def raw_release(as_list):
     for i in range(8):
         message = [{"role": "user", "content": f"What is {i} + 1?"}]
         answers = [i, i + 1, i + 2, f"{i + 1}.0"] if i != 3 else [0, 0, 0, 0]  # problem 3: never right
-        responses = [
-            f"<think>\\boxed{{{i + 1}}}</think> \\boxed{{{a}}}{'.' * (50 * k)}" for k, a in enumerate(answers)
-        ]
+        responses = [f"<think>\\boxed{{{i + 1}}}</think> \\boxed{{{a}}}{'.' * (50 * k)}" for k, a in enumerate(answers)]
         if as_list:
             rows.append(
                 {
@@ -368,8 +372,9 @@ def test_select(tmp_path, model, as_list, capsys):
     assert [row["answer"] for row in rows] == ["1", "2", "3", "5", "6", "7", "8"]
     for row in rows:
         assert row["response"].partition("</think> ")[2].rstrip(".") in (
-            f"\\boxed{{{row['answer']}}}", f"\\boxed{{{row['answer']}.0}}"
-        )  # fmt: skip
+            f"\\boxed{{{row['answer']}}}",
+            f"\\boxed{{{row['answer']}.0}}",
+        )
         assert set(row) == {"message", "response", "answer"}
     short = ["--model", model, "--max_tokens", "100"]
     main(["select", path, "--out", str(tmp_path / "short.parquet"), "--rows", "4", "--seed", "2", *short])
@@ -508,8 +513,17 @@ def test_integer_answers_are_matched_and_null_ones_counted(tmp_path, capsys):
     theirs = str(write_rows(tmp_path / "sol.jsonl", solutions))
     ints = [{"message": f"What is {i}+{i}?", "response": "r", "answer": 2 * i} for i in range(4)]
     for name in ("ints.jsonl", "ints.parquet"):
-        main(["match", str(write_rows(tmp_path / name, ints)), "--with", theirs, "--verify", "--out",
-              str(tmp_path / f"out-{name}")])  # fmt: skip
+        main(
+            [
+                "match",
+                str(write_rows(tmp_path / name, ints)),
+                "--with",
+                theirs,
+                "--verify",
+                "--out",
+                str(tmp_path / f"out-{name}"),
+            ]
+        )
         assert "4 rows matched, 0 of 4" in capsys.readouterr().out
     nulls = [row | {"answer": None if i == 1 else float(2 * i)} for i, row in enumerate(ints)]
     path = str(write_rows(tmp_path / "null.jsonl", nulls))
@@ -527,12 +541,13 @@ WRONG = {  # a row's change, what must be said
     "a prompt that is a number": ({"message": 5}, "row 2: a prompt is a int"),
     "a prompt that is null": ({"message": None}, "row 2: a prompt is null"),
     "content in parts": (
-        {"message": [{"role": "user", "content": [{"type": "text"}]}]}, "row 2: the content of a prompt's turn is a list"
+        {"message": [{"role": "user", "content": [{"type": "text"}]}]},
+        "row 2: the content of a prompt's turn is a list",
     ),
     "a response that is a number": ({"response": 7}, "row 2: a response is a int"),
     "a row without the prompt": ({"message": ...}, "row 2: no field 'message'"),
     "a row without the response": ({"response": ...}, "row 2: no field 'response'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG.keys())
@@ -604,7 +619,10 @@ def test_figure_that_cannot_be_written(tmp_path, cot, model):
     for png in (tmp_path / "no" / "such" / "x.png", tmp_path / "x.nothing"):
         with pytest.raises(ConfigError, match="cannot be written .*--no_png"):
             main(["stats", cot, "--model", model, "--png", str(png)])
-    for arguments in (["stats", cot, "--model", model, "--devices", "0"], ["preview", cot, "--model", model, "--rows", "-1"]):
+    for arguments in (
+        ["stats", cot, "--model", model, "--devices", "0"],
+        ["preview", cot, "--model", model, "--rows", "-1"],
+    ):
         with pytest.raises(ConfigError, match="at least 1"):
             main(arguments)
 

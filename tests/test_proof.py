@@ -71,8 +71,11 @@ def test_fidelity():
     # The comparison can fail: the modes are different runs.
     done = subprocess.run(
         [sys.executable, ROOT / "scripts/proof/same_run.py", folder / "best", folder / "reference"],
-        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 1 and "metrics.jsonl: 60 of 60 steps differ" in done.stdout
 
 

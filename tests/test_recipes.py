@@ -12,7 +12,7 @@ from jsft import train
 from jsft.errors import ConfigError, DataError
 from jsft.hf.random_model import write_random_model
 from jsft.planning.work import ASSUMED_LENGTHS
-from jsft.training import run
+from jsft.run import run
 
 ROOT = Path(__file__).parents[1]
 MATH, NOCOT, NUMINA = "jasonrqh/Math-CoT-20k", "jasonrqh/Math-NoCoT-20k", "jasonrqh/NuminaMath-20k"
@@ -73,9 +73,13 @@ MODELS = {
     for file, base in BASES.items()
 }
 SETS = {
-    MATH: "Math-CoT-20k", NOCOT: "Math-NoCoT-20k", NUMINA: "Numina-Math-20k", COUNTDOWN: "Countdown-CoT-20k",
-    R1: "DeepSeek-R1-20k", SMALL: "Math-CoT-2.5k",
-}  # fmt: skip
+    MATH: "Math-CoT-20k",
+    NOCOT: "Math-NoCoT-20k",
+    NUMINA: "Numina-Math-20k",
+    COUNTDOWN: "Countdown-CoT-20k",
+    R1: "DeepSeek-R1-20k",
+    SMALL: "Math-CoT-2.5k",
+}
 
 
 def published_name(run):
@@ -116,7 +120,11 @@ def test_recipe_matches_its_published_run(run):
     assert (config.fidelity, config.objective.name, config.data.shuffle) == ("reference", "reference", False)
     p = config.precision
     assert (p.params, p.moments, p.gradients, p.reduce, p.compute) == (
-        "bfloat16", "bfloat16", "bfloat16", "float32", "bfloat16",
+        "bfloat16",
+        "bfloat16",
+        "bfloat16",
+        "float32",
+        "bfloat16",
     )
     assert config.data.strip_default_system == file.startswith("qwen2_5")
     assert config.data.eos_token == (None if file.startswith("internlm") else "<|endoftext|>")
@@ -127,8 +135,8 @@ def test_recipe_matches_its_published_run(run):
 def test_heads_and_docs_list_every_run_by_its_published_name():
     assert len({published_name(run) for run in RUNS}) == 33
     docs = (ROOT / "docs" / "recipes.md").read_text()
-    for run in RUNS:
-        file, recipe, name = *run[:2], published_name(run)
+    for published in RUNS:
+        file, recipe, name = *published[:2], published_name(published)
         (line,) = [line for line in docs.splitlines() if line.startswith(f"| `{file}.py:{recipe}` |")]
         (head,) = [line for line in load(file).__doc__.splitlines() if line.split()[:1] == [recipe]]
         assert name in line.split() and name in head.split()
@@ -166,8 +174,12 @@ def inputs(tmp_path_factory):
     write_random_model(folder / "model", hidden_size=64, heads=2, kv_heads=1, intermediate_size=64)
     row = {"message": [{"role": "user", "content": "1 + 1?"}], "response": "2", "advantage": 1.0}
     (folder / "data.jsonl").write_text((json.dumps(row) + "\n") * 64)
-    fields = {"model.path": folder / "model", "data.train": folder / "data.jsonl", "data.max_length": 128,
-              "data.pack_length": 128}
+    fields = {
+        "model.path": folder / "model",
+        "data.train": folder / "data.jsonl",
+        "data.max_length": 128,
+        "data.pack_length": 128,
+    }
     recipe = f"{ROOT / 'configs' / 'qwen3_14b.py'}:math_cot_2_5k_ep8_bs32"
     return ["--config", recipe, *(f"--config.{name}={value}" for name, value in fields.items())]
 
@@ -187,7 +199,7 @@ def inputs(tmp_path_factory):
         ("optimizer.learning_rate=nan", ConfigError, "must be finite"),
         ("optimizer.schedule=linear", ConfigError, "choose one of cosine, constant, wsd"),
     ],
-)  # fmt: skip
+)
 def test_wrong_recipe_is_one_line_before_any_weight_is_read(inputs, tmp_path, fields, error, expected):
     with pytest.raises(error) as caught:
         fields = [f"--config.{field}" for field in fields.split()]

@@ -19,20 +19,23 @@ from jsft.reporting.figures import all_figures
 from jsft.reporting.known import known_scores
 
 
-def write_result(
-    run: Path, step: int, task: str, mean: float, *, half: float = 0.03, tokens: float = 900.0, **more
-):
+def write_result(run: Path, step: int, task: str, mean: float, *, half: float = 0.03, tokens: float = 900.0, **more):
     kind = TASKS[task]
-    metrics = {
-        m: {"meaning": "", "avg": {"mean": mean, "ci95": [mean - half, mean + half]}} for m in kind.metrics
-    }
+    metrics = {m: {"meaning": "", "avg": {"mean": mean, "ci95": [mean - half, mean + half]}} for m in kind.metrics}
     results = {
-        "state": "done", "task": task, "title": kind.title, "group": kind.group, "primary": kind.primary,
-        "share": kind.share, "lower_is_better": kind.lower_is_better, "score": metrics[kind.primary]["avg"],
-        "metrics": metrics, "problems": 100, "samples_per_problem": kind.samples,
-        "response": {"tokens": {"mean": tokens, "ci95": None}, "share_cut": 0.1,
-        "share_without_think_end": 0.25},
-    } | more  # fmt: skip
+        "state": "done",
+        "task": task,
+        "title": kind.title,
+        "group": kind.group,
+        "primary": kind.primary,
+        "share": kind.share,
+        "lower_is_better": kind.lower_is_better,
+        "score": metrics[kind.primary]["avg"],
+        "metrics": metrics,
+        "problems": 100,
+        "samples_per_problem": kind.samples,
+        "response": {"tokens": {"mean": tokens, "ci95": None}, "share_cut": 0.1, "share_without_think_end": 0.25},
+    } | more
     folder = run / "eval" / f"step_{step}" / task
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(results))
@@ -198,7 +201,9 @@ def test_lines_of_other_bytes_or_shapes_name_their_place(run, line):
     read_run(run)  # a torn last line is being written
 
 
-@pytest.mark.parametrize("text", [b"[]", b"\xff", b'{"state": "done"}', b'{"state": "done", "task": "x", "share": true, "score": 3}'])
+@pytest.mark.parametrize(
+    "text", [b"[]", b"\xff", b'{"state": "done"}', b'{"state": "done", "task": "x", "share": true, "score": 3}']
+)
 def test_results_of_other_shapes_name_their_file(run, text):
     file = next(run.glob("eval/*/*/results.json"))
     file.write_bytes(text)
@@ -206,7 +211,13 @@ def test_results_of_other_shapes_name_their_file(run, text):
         read_run(run)
 
 
-NAMES = ["=cmd|'/c calc'!A1", "$\\frac{", "_hidden", "<script>alert(1)</script> [a](javascript:b) `c` | *d*", "a\udcff\x01\nb"]
+NAMES = [
+    "=cmd|'/c calc'!A1",
+    "$\\frac{",
+    "_hidden",
+    "<script>alert(1)</script> [a](javascript:b) `c` | *d*",
+    "a\udcff\x01\nb",
+]
 
 
 def test_names_are_names_in_every_form_of_a_report(tmp_path, capsys):
@@ -238,14 +249,21 @@ def test_page_in_a_browser(run, tmp_path):
         ".length+', table '+(document.querySelector('table').offsetWidth>300)}</script></body>"
     )
     probe = tmp_path / "out" / "probe.html"
-    probe.write_text(
-        page.replace("default-src 'none'", "default-src 'unsafe-inline'").replace("</body>", look)
-    )
+    probe.write_text(page.replace("default-src 'none'", "default-src 'unsafe-inline'").replace("</body>", look))
     command = [
-        browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=3000",
-        f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", probe.as_uri(),
-    ]  # fmt: skip
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--virtual-time-budget=3000",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+        probe.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "<title>shown 5 of 5, fetched 0, table true</title>" in done.stdout, done.stderr[-2000:]
     assert "CONSOLE" not in done.stderr

@@ -51,10 +51,16 @@ def inputs(tmp_path_factory):
 
 def arguments(inputs, workdir, *more):
     return [
-        "--config", CONFIG, f"--config.model.path={inputs / 'model'}", f"--config.data.train={inputs / 'train.parquet'}",
-        f"--config.data.eval={inputs / 'heldout.parquet'}", "--config.data.max_length=128",
-        "--config.data.pack_length=256", f"--workdir={workdir}", *more,
-    ]  # fmt: skip
+        "--config",
+        CONFIG,
+        f"--config.model.path={inputs / 'model'}",
+        f"--config.data.train={inputs / 'train.parquet'}",
+        f"--config.data.eval={inputs / 'heldout.parquet'}",
+        "--config.data.max_length=128",
+        "--config.data.pack_length=256",
+        f"--workdir={workdir}",
+        *more,
+    ]
 
 
 def metrics(workdir):
@@ -93,11 +99,17 @@ def test_train_kill_restart_export(inputs, tmp_path):
     model = shutil.copytree(inputs / "model", tmp_path / "model")
     moved = f"--config.model.path={model}", "--allow_changed=model.path"
     assert train.main(arguments(inputs, killed, *moved)) == 0  # another place, the same config and tokenizer
-    (killed / "base" / "config.json").write_text(changed := (model / "config.json").read_text().replace("1000000.0", "1.0"))
-    with pytest.raises(CheckpointError, match="base is not what checkpoint 4 was trained with: config.json: rope_theta"):
+    (killed / "base" / "config.json").write_text(
+        changed := (model / "config.json").read_text().replace("1000000.0", "1.0")
+    )
+    with pytest.raises(
+        CheckpointError, match="base is not what checkpoint 4 was trained with: config.json: rope_theta"
+    ):
         export.main(["--step", "4", "--workdir", str(killed)])
     (model / "config.json").write_text(changed)
-    with pytest.raises(ModelError, match="not the one this run began with: config.json: rope_theta is 1.0, was 1000000.0"):
+    with pytest.raises(
+        ModelError, match="not the one this run began with: config.json: rope_theta is 1.0, was 1000000.0"
+    ):
         train.main(arguments(inputs, killed, *moved))
 
 
@@ -121,10 +133,18 @@ def test_a_step_is_sampled_by_vllm_while_training_goes_on(inputs, tmp_path, caps
     row = {"message": [{"role": "user", "content": "Make 3."}], "numbers": [1, 2], "target": 3}
     (puzzles / "eval_countdown.jsonl").write_text(json.dumps(row) + "\n")
     options = f"--max_tokens 8 --data_dir {puzzles}"
-    assert train.main(arguments(
-        inputs, workdir, "--config.eval.generate.tasks=countdown", "--config.eval.generate.every=4",
-        f"--config.eval.generate.options={options}",
-    )) == 0  # fmt: skip
+    assert (
+        train.main(
+            arguments(
+                inputs,
+                workdir,
+                "--config.eval.generate.tasks=countdown",
+                "--config.eval.generate.every=4",
+                f"--config.eval.generate.options={options}",
+            )
+        )
+        == 0
+    )
     (record,) = [json.loads(line) for line in (workdir / "generated.jsonl").read_text().splitlines()]
     assert record["step"] == 4 and record["countdown/solved"] in (0.0, 1.0)
     assert record["countdown/tokens"] > 0
@@ -142,16 +162,21 @@ def test_the_mesh_does_not_change_the_curve_and_parameters_are_sharded(inputs, t
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     one = tmp_path / "one"
     # One device has an eighth of the rows in a micro batch: the same documents in more of them.
-    subprocess.run([sys.executable, "-m", "jsft.train", *arguments(inputs, one)], env=environment, check=True,
-                   stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "jsft.train", *arguments(inputs, one)],
+        env=environment,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     for curve in curves.values():
         np.testing.assert_allclose(curve, [m["loss"] for m in metrics(one)], rtol=2e-5)
 
 
 def test_large_parameters_and_moments_are_divided_over_the_mesh(inputs):
-    from jsft import cli, config as schema
-    from jsft.training.parts import build
-    from jsft.training.introduction import shard_bytes
+    from jsft import cli
+    from jsft import config as schema
+    from jsft.run.setup import build
+    from jsft.run.summary import shard_bytes
 
     config = schema.resolve(cli.parse(arguments(inputs, "unused")[:-1], lambda v: None, "")[0])
     parts = build(config)
@@ -182,10 +207,18 @@ GOOD = {"message": [{"role": "user", "content": "hi"}], "response": "yes", "answ
     [
         (lambda f: f"--config.data.train={f / 'absent.parquet'}", DataError, "absent.parquet"),
         (lambda f: f"--config.data.train={_empty(f)}", DataError, "empty.parquet"),
-        (lambda f: f"--config.data.train={write_rows(f / 'column.parquet', [{'message': GOOD['message']}] * 20)}",
-         DataError, "response"),
-        (lambda f: f"--config.data.train={write_rows(f / 'blank.parquet', [GOOD] * 19 + [GOOD | {'response': ' '}])}",
-         DataError, "row 19"),
+        (
+            lambda f: f"--config.data.train={write_rows(f / 'column.parquet', [{'message': GOOD['message']}] * 20)}",
+            DataError,
+            "response",
+        ),
+        (
+            lambda f: (
+                f"--config.data.train={write_rows(f / 'blank.parquet', [GOOD] * 19 + [GOOD | {'response': ' '}])}"
+            ),
+            DataError,
+            "row 19",
+        ),
         (lambda f: f"--config.model.path={_without(f, 'config.json')}", ModelError, "config.json"),
         (lambda f: f"--config.model.path={_without(f, 'tokenizer.json')}", ModelError, "tokenizer"),
         (lambda f: f"--config.model.path={_without(f, 'model.safetensors')}", ModelError, "safetensors"),
@@ -193,9 +226,19 @@ GOOD = {"message": [{"role": "user", "content": "hi"}], "response": "yes", "answ
         (lambda f: "--config.mesh.replica=3", ConfigError, "does not divide 8 devices"),
         (lambda f: "--config.train.expect_steps=7", ConfigError, "expects 7 updates"),
     ],
-    ids=["missing file", "empty file", "missing column", "empty response", "no config", "no tokenizer", "no weights",
-         "batch above rows", "mesh", "expected steps"],
-)  # fmt: skip
+    ids=[
+        "missing file",
+        "empty file",
+        "missing column",
+        "empty response",
+        "no config",
+        "no tokenizer",
+        "no weights",
+        "batch above rows",
+        "mesh",
+        "expected steps",
+    ],
+)
 def test_bad_input_is_one_line_and_leaves_nothing(inputs, tmp_path, monkeypatch, change, error, expected):
     monkeypatch.setenv("INPUTS", str(inputs))
     workdir = tmp_path / "work"

@@ -13,9 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def setup(*arguments, **environment) -> subprocess.CompletedProcess:
     command = ["bash", str(ROOT / "scripts" / "setup.sh"), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300
-    )
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)
 
 
 def test_repeating_is_cheap_and_changes_nothing():
@@ -41,9 +39,7 @@ def test_packages_that_cannot_be_had_leave_nothing(tmp_path):
     offline = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
     done = setup(**options, **offline)
     assert done.returncode == 2 and not (tmp_path / "venv").exists()
-    assert (
-        done.stderr.startswith("setup: pip could not install pyproject.toml") and done.stderr.count("\n") == 1
-    )
+    assert done.stderr.startswith("setup: pip could not install pyproject.toml") and done.stderr.count("\n") == 1
 
 
 def test_environment_of_another_python_is_not_touched(tmp_path):
@@ -64,5 +60,7 @@ def test_unknown_option_and_help():
 
 @pytest.mark.parametrize("arguments", [["--jax"], ["--jax", "newest"]])
 def test_a_jax_without_a_version_is_one_line(arguments):
-    done = subprocess.run(["bash", str(ROOT / "scripts" / "test.sh"), *arguments], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "test.sh"), *arguments], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2 and done.stderr == "test: --jax wants a version, as in --jax 0.11.2\n"

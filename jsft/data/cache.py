@@ -50,7 +50,7 @@ class TokenCache:
         parts = [part.batch for part in checked]
         self.key = directory.name
         self.ignored_columns: list[str] = []
-        join = lambda name, dtype: np.concatenate(  # noqa: E731
+        join = lambda name, dtype: np.concatenate(
             [np.zeros(0, dtype), *(part[name].to_numpy(zero_copy_only=False) for part in parts)]
         )
         self.rows = join("row", np.int64)
@@ -108,9 +108,7 @@ def open_cache(
     must have a row in it. Raises DataError for a bad row (`on_bad_row='error'`), when nothing can be written, and for
     a cache that stays damaged; ModelError for a token without a row."""
     columns = training_columns(source, keys, need_advantage=need_advantage)
-    key = hashlib.sha256(
-        repr((FORMAT, source.content_key(), chat.key(), tuple(columns))).encode()
-    ).hexdigest()[:32]
+    key = hashlib.sha256(repr((FORMAT, source.content_key(), chat.key(), tuple(columns))).encode()).hexdigest()[:32]
     directory = _writable(cache_dir, source) / key
     job = _Job(source, chat, keys, columns, directory, on_bad_row, embedding, say)
     cache = TokenCache(directory, source, _whole_parts(job, threads or len(os.sched_getaffinity(0))))
@@ -122,9 +120,7 @@ def open_cache(
     if cache.bad and on_bad_row == "error":
         raise DataError(cache.bad[0][1] + SKIP)
     if len(cache) == 0:
-        raise DataError(
-            f"{source.files[0]}: none of its {len(source)} rows can be used; the first: {cache.bad[0][1]}"
-        )
+        raise DataError(f"{source.files[0]}: none of its {len(source)} rows can be used; the first: {cache.bad[0][1]}")
     return cache
 
 
@@ -237,9 +233,7 @@ def _rendered_parts(job: _Job, start: int) -> Iterator[tuple[int, int, dict, lis
             example = parse_row(value, keys, columns, where)
             conversation = chat.pieces(example, where)
             if not any(piece.text for piece in conversation.pieces if not piece.trained):
-                raise DataError(
-                    f"{where}: the chat template renders no prompt, so every token would be trained"
-                )
+                raise DataError(f"{where}: the chat template renders no prompt, so every token would be trained")
             meta["rows"].append(row)
             meta["advantages"].append(example.advantage)
             rendered.append(conversation)
@@ -304,9 +298,7 @@ def _load_again(directory: Path, source: Source) -> TokenCache:
     try:
         parts = [read_part(directory / name, check=False) for name in _index(directory)]
     except DamagedPart as damage:
-        raise DataError(
-            f"{directory}: the token cache changed during the run ({damage}); start again"
-        ) from damage
+        raise DataError(f"{directory}: the token cache changed during the run ({damage}); start again") from damage
     return TokenCache(directory, source, parts)
 
 
@@ -324,8 +316,6 @@ def _writable(cache_dir: str | None, source: Source) -> Path:
     if cache_dir:
         return Path(cache_dir).expanduser()
     beside = source.files[0].resolve().parent
-    if (
-        os.access(beside, os.W_OK) and beside.stat().st_mode & 0o222
-    ):  # root may write anywhere, and should not
+    if os.access(beside, os.W_OK) and beside.stat().st_mode & 0o222:  # root may write anywhere, and should not
         return beside / ".jsft_cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jsft" / "tokens"

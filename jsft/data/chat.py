@@ -90,9 +90,7 @@ def load_tokenizer(model_dir: str | Path):
     except ModelError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception on a malformed file
-        raise ModelError(
-            f"{folder}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:160]})"
-        ) from error
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:160]})") from error
     if not tokenizer.chat_template:
         raise ModelError(
             f"{folder}: the tokenizer has no chat template; add chat_template.jinja or the "
@@ -109,9 +107,7 @@ def eos_id(tokenizer, eos_token: str | None = None) -> int:
             raise ConfigError(f"data.eos_token={eos_token!r} is not a token of the model's tokenizer")
         return token
     if tokenizer.eos_token_id is None:
-        raise ModelError(
-            "the tokenizer has no EOS token; set data.eos_token to the token that ends a response"
-        )
+        raise ModelError("the tokenizer has no EOS token; set data.eos_token to the token that ends a response")
     return tokenizer.eos_token_id
 
 
@@ -146,9 +142,7 @@ class Chat:
             one.no_truncation()
             one.no_padding()
         self._literal.encode_special_tokens = True  # control tokens' text becomes ordinary text
-        control = {
-            t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special and t.content
-        }
+        control = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special and t.content}
         self._control_ids = control
         pattern = "|".join(re.escape(text) for text in sorted(control, key=len, reverse=True))
         self._control = re.compile(f"({pattern})") if pattern else None
@@ -178,9 +172,7 @@ class Chat:
         if self._control is not None:
             count = sum(len(self._control.findall(turn["content"])) for turn in messages)
         if count:
-            guard = next(
-                c for c in map(chr, range(0xF0000, 0xFFFFD)) if all(c not in m["content"] for m in messages)
-            )
+            guard = next(c for c in map(chr, range(0xF0000, 0xFFFFD)) if all(c not in m["content"] for m in messages))
             guarded = partial(self._control.sub, lambda match: match[0][0] + guard + match[0][1:])
             messages = [{**turn, "content": guarded(turn["content"])} for turn in messages]
         turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
@@ -261,9 +253,7 @@ class Chat:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
             roles = ", ".join(str(turn.get("role")) for turn in messages)  # of a prompt that nobody has checked
             why = " ".join(str(error).split())[:160]
-            raise DataError(
-                f"{where}: the model's chat template refuses the turns ({roles}): {why}"
-            ) from error
+            raise DataError(f"{where}: the model's chat template refuses the turns ({roles}): {why}") from error
         if self.strip_default_system and messages[0]["role"] != "system":
             text = _DEFAULT_SYSTEM.sub("", text, count=1) if _DEFAULT_SYSTEM.match(text) else text
         return text

@@ -32,9 +32,7 @@ class Difficulty(NamedTuple):
     def check(self) -> None:
         """Raises ConfigError for options that make no puzzle."""
         if not 2 <= self.min_numbers <= self.max_numbers <= 8:
-            raise ConfigError(
-                f"--numbers {self.min_numbers}-{self.max_numbers}: use 2 to 8, the smaller first"
-            )
+            raise ConfigError(f"--numbers {self.min_numbers}-{self.max_numbers}: use 2 to 8, the smaller first")
         if self.max_number < 2 or self.min_target < 1 or self.max_target < self.min_target:
             raise ConfigError("--max_number must be at least 2, --target a range such as 10-100")
         if self.attempts < 0:
@@ -151,17 +149,13 @@ def _draw(rng: random.Random, count: int, difficulty: Difficulty):
     return None if int(terms[0]) in numbers else (numbers, int(terms[0]), steps)
 
 
-def _row(
-    rng: random.Random, numbers: list[int], target: int, steps: list, difficulty: Difficulty
-) -> dict[str, Any]:
+def _row(rng: random.Random, numbers: list[int], target: int, steps: list, difficulty: Difficulty) -> dict[str, Any]:
     table = [_Term(Fraction(number), str(number), "") for number in numbers]
     thought = _Thought(rng, target, difficulty)
     expression = thought.solve(table, steps)
     if not check(expression, numbers, target):
         raise AssertionError(f"{expression} does not make {target} from {numbers}")
-    thinking = "\n".join(
-        [f"I have {_list(table)} and need {target}.", *thought.lines, f"So {expression} = {target}."]
-    )
+    thinking = "\n".join([f"I have {_list(table)} and need {target}.", *thought.lines, f"So {expression} = {target}."])
     return {
         "message": [{"role": "user", "content": prompt(numbers, target)}],
         "response": f"<think>\n{thinking}\n</think>\n\n{expression} = {target}\n\n\\boxed{{{expression}}}",

@@ -13,9 +13,25 @@ from jsft.data.thinking import final_answer
 MAX_EXPRESSION = 500  # characters; keeps a runaway answer from costing time
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _LATEX = {
-    r"\left": "", r"\right": "", r"\times": "*", r"\cdot": "*", r"\div": "/", r"\,": "", r"\ ": "", r"\!": "",
-    "×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "[": "(", "]": ")", "{": "(", "}": ")", "$": "",
-}  # fmt: skip
+    r"\left": "",
+    r"\right": "",
+    r"\times": "*",
+    r"\cdot": "*",
+    r"\div": "/",
+    r"\,": "",
+    r"\ ": "",
+    r"\!": "",
+    "×": "*",
+    "·": "*",
+    "÷": "/",
+    "−": "-",
+    "–": "-",
+    "[": "(",
+    "]": ")",
+    "{": "(",
+    "}": ")",
+    "$": "",
+}
 _ALLOWED = re.compile(r"[0-9+\-*/() \t\n]+")
 
 

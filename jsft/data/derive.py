@@ -68,9 +68,7 @@ def subset(data: str, out: str, rows: int, *, seed: int | None = None, overwrite
     path, source = check_output(out, overwrite=overwrite), open_listed(data)
     if not 1 <= rows <= len(source):
         raise ConfigError(f"--rows {rows}: the data has {len(source)} rows")
-    chosen = set(
-        range(rows) if seed is None else random.Random(f"subset/{seed}").sample(range(len(source)), rows)
-    )
+    chosen = set(range(rows) if seed is None else random.Random(f"subset/{seed}").sample(range(len(source)), rows))
 
     def wanted() -> Iterator[tuple[str, dict[str, Any]]]:
         for row, value in good_rows(source):
@@ -117,14 +115,10 @@ def match(
     for problem, (_, response) in zip(_problems([prompt for prompt, _ in pairs]), pairs):
         if not ends_inside(with_opening(response, ending)):
             solutions[problem].append(response)
-    prompts = [
-        prompt_text(field(value, prompt_key, where), where) for where, value in _placed(source, [prompt_key])
-    ]
+    prompts = [prompt_text(field(value, prompt_key, where), where) for where, value in _placed(source, [prompt_key])]
     problems = _problems(prompts)
     if not solutions.keys() & set(problems):
-        raise DataError(
-            f"{other}: has none of the problems of {data}; is --other_prompt_key={other_prompt_key} right?"
-        )
+        raise DataError(f"{other}: has none of the problems of {data}; is --other_prompt_key={other_prompt_key} right?")
     columns, left_out, unanswered = row_columns(source), 0, 0
 
     def rows() -> Iterator[tuple[str, dict[str, Any]]]:

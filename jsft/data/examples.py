@@ -35,9 +35,7 @@ class Example(NamedTuple):
     advantage: float  # 1.0 where the data has none; NaN where the row's is no finite number (`check_advantage`)
 
 
-def columns_to_read(
-    columns: Sequence[str], keys: Keys, *, where: str, need_advantage: bool = False
-) -> list[str]:
+def columns_to_read(columns: Sequence[str], keys: Keys, *, where: str, need_advantage: bool = False) -> list[str]:
     """The columns of `columns` that training reads. Raises DataError, naming `where`, when one is missing."""
     wanted = {keys.messages: "data.messages_key"} if keys.messages else {}
     wanted = wanted or {keys.prompt: "data.prompt_key", keys.response: "data.response_key"}
@@ -46,9 +44,7 @@ def columns_to_read(
     for column, field in wanted.items():
         if column not in columns:
             hint = "; or data.messages_key=messages" if "messages" in columns and not keys.messages else ""
-            raise DataError(
-                f"{where}: no column '{column}' (has {', '.join(columns) or 'none'}); set {field}{hint}"
-            )
+            raise DataError(f"{where}: no column '{column}' (has {', '.join(columns) or 'none'}); set {field}{hint}")
     return [*wanted, *([keys.advantage] if keys.advantage in columns and not need_advantage else [])]
 
 
@@ -67,9 +63,7 @@ def parse_row(row: dict[str, Any], keys: Keys, columns: Sequence[str], where: st
         field = keys.messages
         messages = _turns(row[field], field, where)
         if messages[-1]["role"] != "assistant":
-            raise DataError(
-                f"{where}, field '{field}': ends with a {messages[-1]['role']} turn; nothing to train on"
-            )
+            raise DataError(f"{where}, field '{field}': ends with a {messages[-1]['role']} turn; nothing to train on")
     else:
         field = keys.response
         prompt = row[keys.prompt]
@@ -96,9 +90,7 @@ def parse_row(row: dict[str, Any], keys: Keys, columns: Sequence[str], where: st
 def _turns(value: Any, field: str, where: str) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
         kind = "null" if value is None else "empty" if value == [] else f"a {type(value).__name__}"
-        raise DataError(
-            f"{where}, field '{field}': is {kind}; expected a list of {{role, content}} or a string"
-        )
+        raise DataError(f"{where}, field '{field}': is {kind}; expected a list of {{role, content}} or a string")
     turns = []
     for index, turn in enumerate(value):
         name = f"'{field}[{index}]'"
@@ -106,9 +98,7 @@ def _turns(value: Any, field: str, where: str) -> list[dict[str, str]]:
             raise DataError(f"{where}, field {name}: expected {{role, content}}, found {str(turn)[:60]!r}")
         check_keys(turn, f"{where}, field {name}")
         if turn["role"] not in ROLES:
-            raise DataError(
-                f"{where}, field {name}: unknown role {turn['role']!r}; use one of {', '.join(ROLES)}"
-            )
+            raise DataError(f"{where}, field {name}: unknown role {turn['role']!r}; use one of {', '.join(ROLES)}")
         content = _text(turn["content"], name, where, may_be_blank=turn["role"] in ("system", "tool"))
         turns.append({"role": turn["role"], "content": content})
     return turns
@@ -140,8 +130,7 @@ def _says_nothing(value: Any) -> bool:
 def _prompt(value: str, field: str, where: str) -> str:
     if value.lstrip().startswith(("[{", "[ {")) and '"role"' in value and '"content"' in value:
         raise DataError(
-            f"{where}, field {field}: is a conversation written as JSON text; "
-            "store a list of {role, content}"
+            f"{where}, field {field}: is a conversation written as JSON text; store a list of {{role, content}}"
         )
     return _text(value, field, where)
 

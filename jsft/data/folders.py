@@ -60,9 +60,7 @@ def choose_files(folder: Path, splits: Sequence[str] = TRAIN) -> Chosen:
     """
     found = _visible_files(folder)
     _refuse_saved_to_disk(folder, found)
-    data = [
-        path for path in found if path.name not in _ABOUT and suffix(path) in (*SUFFIXES, *_OTHER_FORMATS)
-    ]
+    data = [path for path in found if path.name not in _ABOUT and suffix(path) in (*SUFFIXES, *_OTHER_FORMATS)]
     others = [path for path in found if path not in set(data)]
     if not data:
         raise DataError(f"{folder}: holds no {' or '.join(SUFFIXES)} file")
@@ -72,9 +70,7 @@ def choose_files(folder: Path, splits: Sequence[str] = TRAIN) -> Chosen:
     taken = _choose_split(folder, groups, splits)
     _refuse_mixed(folder, groups[taken])
     _refuse_incomplete(folder, groups[taken])
-    left_out = [
-        f"left out: {_names(folder, paths)} (split {name})" for name, paths in groups.items() if name != taken
-    ]
+    left_out = [f"left out: {_names(folder, paths)} (split {name})" for name, paths in groups.items() if name != taken]
     if others:
         left_out.append(f"left out: {_names(folder, others)} (no data)")
     return Chosen(groups[taken], left_out)

@@ -14,10 +14,10 @@ from jsft.data.countdown_check import check, extract_answer
 from jsft.data.documents import Documents, Limit
 from jsft.data.examples import Example, Keys, check_advantage, parse_row
 from jsft.data.loader import make_chat, make_keys, make_layout
-from jsft.data.plan import steps_per_epoch
 from jsft.data.preview import heading, marked_text
 from jsft.data.progress import track
 from jsft.data.rows import training_columns
+from jsft.data.schedule import steps_per_epoch
 from jsft.data.sources import Row, Source, open_source, split_paths
 from jsft.data.steps import Recipe, StepSource, packing_report
 from jsft.data.thinking import thinking_lines
@@ -58,9 +58,7 @@ def preview(config, model_dir: str | Path, rows: int | Sequence[int], *, full: b
     place = {int(row): index for index, row in enumerate(documents.rows)}
     for row in list(place)[:rows] if isinstance(rows, int) else rows:
         if row not in place:
-            raise DataError(
-                f"--row {row}: there is no such usable row; rows are counted from 0 to {max(place)}"
-            )
+            raise DataError(f"--row {row}: there is no such usable row; rows are counted from 0 to {max(place)}")
         console.rule(style="dim")
         console.print(heading(documents, place[row]), style="bold")
         console.print(marked_text(chat, documents, place[row], width=None if full else 1200))
@@ -75,9 +73,7 @@ def stats(config, model_dir: str | Path, devices: int, png: Path | None, as_json
     """Prints the statistics of data.train, and draws its length histogram into `png`."""
     source, _, documents = open_documents(config, model_dir)
     numbers = statistics.length_statistics(documents)
-    numbers |= statistics.text_statistics(
-        track(_examples(source, make_keys(config)), "reading", "rows", len(source))
-    )
+    numbers |= statistics.text_statistics(track(_examples(source, make_keys(config)), "reading", "rows", len(source)))
     batch = config.train.global_batch
     if len(documents) >= batch:
         layout = make_layout(config, documents, devices * config.data.rows_per_device)
@@ -87,9 +83,7 @@ def stats(config, model_dir: str | Path, devices: int, png: Path | None, as_json
         numbers["packing_efficiency"] = 1 - numbers["padding_share"]
     lengths = documents.whole_lengths
     if png is not None:
-        statistics.write_histogram(
-            lengths, documents.max_length, png, f"{source.files[0].name}: {len(lengths):,} rows"
-        )
+        statistics.write_histogram(lengths, documents.max_length, png, f"{source.files[0].name}: {len(lengths):,} rows")
     if as_json:
         print(json.dumps(numbers, indent=2))
         return
@@ -172,18 +166,14 @@ def validate(files: Sequence[str], checks: Checks) -> int:
             continue
         if wrong > SHOWN:
             print(f"{name}: and {wrong - SHOWN} more")
-        print(
-            f"{name}: {len(source)} rows, {wrong} bad" if wrong else f"{name}: {len(source)} rows, all good"
-        )
+        print(f"{name}: {len(source)} rows, {wrong} bad" if wrong else f"{name}: {len(source)} rows, all good")
         for line in thinking_lines(odd, source.where):
             print(f"warning: {line}")
         bad += bool(wrong)
     return DataError.exit_code if bad else 0
 
 
-def _problems(
-    source: Source, checks: Checks, columns: list[str], odd: list[tuple[int, str]]
-) -> Iterator[str]:
+def _problems(source: Source, checks: Checks, columns: list[str], odd: list[tuple[int, str]]) -> Iterator[str]:
     """What is wrong with the rows, a line each. `odd` is given (row, name of the mismatch) of rows that are
     good, but whose thinking may not be what was meant."""
     puzzle = ["numbers", "target"] if {"numbers", "target"} <= set(source.columns) else []

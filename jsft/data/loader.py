@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jsft.data import plan as planning
+from jsft.data import schedule
 from jsft.data.batch import Batch, StepData
 from jsft.data.cache import TokenCache, open_cache
 from jsft.data.chat import Chat, load_tokenizer
@@ -36,9 +36,9 @@ class TrainingData:
         self._source, self._workers, self._chat = source, workers, chat
         self.steps_per_epoch, self.total_steps = steps_per_epoch, len(source)
         self.report = source.documents.report() | packing_report(source, min(steps_per_epoch, len(source)))
-        self.fingerprint = hashlib.sha256(
-            repr((source.documents.fingerprint(), source.recipe)).encode()
-        ).hexdigest()[:32]
+        self.fingerprint = hashlib.sha256(repr((source.documents.fingerprint(), source.recipe)).encode()).hexdigest()[
+            :32
+        ]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -101,7 +101,7 @@ def open_training_data(
     rows_per_micro_batch: int,
     process_index: int = 0,
     process_count: int = 1,
-    attention_cost: float = planning.DEFAULT_ATTENTION_COST,
+    attention_cost: float = schedule.DEFAULT_ATTENTION_COST,
 ) -> TrainingData:
     """Opens data.train of a resolved `config` for a model directory.
 
@@ -127,12 +127,10 @@ def open_training_data(
     chat, embedding = make_chat(config, model_dir), Embedding.of(model_dir)
     cache = _open(config, data.train, chat, embedding, need_advantage=recipe.use_advantage)
     used = data.advantage_key if recipe.use_advantage else None
-    documents = Documents(
-        cache, data.max_length, data.truncation, on_bad_row=data.on_bad_row, advantage_key=used
-    )
+    documents = Documents(cache, data.max_length, data.truncation, on_bad_row=data.on_bad_row, advantage_key=used)
     layout = make_layout(config, documents, rows_per_micro_batch, attention_cost)
-    per_epoch = planning.steps_per_epoch(len(documents), recipe.global_batch)
-    steps = planning.updates_of(train.epochs, per_epoch)
+    per_epoch = schedule.steps_per_epoch(len(documents), recipe.global_batch)
+    steps = schedule.updates_of(train.epochs, per_epoch)
     if train.max_steps:
         steps = min(steps, train.max_steps)
     source = StepSource(documents, recipe, layout, steps, process_index, process_count)
@@ -144,7 +142,7 @@ def open_eval_data(
 ) -> dict[str, list[Batch]]:
     """Held-out sets of data.eval by name, each packed in batches of [rows, data.pack_length] with weight 1
     per supervised token. `objective.document_mean_weights` makes the weights of a loss per document."""
-    layout = planning.Layout(rows, rows, config.data.pack_length, align=config.data.align)
+    layout = schedule.Layout(rows, rows, config.data.pack_length, align=config.data.align)
     local = local_rows(rows, process_index, process_count)
     sets = {}
     for name, documents in _held_out(config, model_dir):
@@ -154,7 +152,7 @@ def open_eval_data(
         sets[name] = []
         for start in range(0, len(documents), EVAL_CHUNK):
             chunk = np.arange(start, min(start + EVAL_CHUNK, len(documents)))
-            plan = planning.plan_step(documents.lengths[chunk], layout)
+            plan = schedule.plan_step(documents.lengths[chunk], layout)
             sets[name] += assemble(documents, chunk, plan, np.ones(len(chunk)), local)
     return sets
 
@@ -181,9 +179,7 @@ def eval_specs(value: Any) -> dict[str, str]:
     paths = split_paths(value)
     names = [Path(path).stem for path in paths]
     if len(set(names)) < len(names):
-        raise ConfigError(
-            f"data.eval names two files alike ({', '.join(names)}); give {{name: path}} instead"
-        )
+        raise ConfigError(f"data.eval names two files alike ({', '.join(names)}); give {{name: path}} instead")
     return dict(zip(names, paths))
 
 
@@ -211,8 +207,8 @@ def make_keys(config) -> Keys:
 
 
 def make_layout(
-    config, documents: Documents, rows: int, attention_cost: float = planning.DEFAULT_ATTENTION_COST
-) -> planning.Layout:
+    config, documents: Documents, rows: int, attention_cost: float = schedule.DEFAULT_ATTENTION_COST
+) -> schedule.Layout:
     """Shapes of the run's micro batches. DataError when a document is longer than a packed row."""
     data, batch = config.data, config.train.global_batch
     if rows % data.rows_per_device:
@@ -221,13 +217,13 @@ def make_layout(
         )
     _check_fits(documents, data.pack_length)
     first_epoch = [
-        planning.step_rows(step, len(documents), batch, shuffle=bool(data.shuffle), seed=config.train.seed)
-        for step in range(planning.steps_per_epoch(len(documents), batch))
+        schedule.step_rows(step, len(documents), batch, shuffle=bool(data.shuffle), seed=config.train.seed)
+        for step in range(schedule.steps_per_epoch(len(documents), batch))
     ]
-    last_lengths = planning.choose_last_lengths(
+    last_lengths = schedule.choose_last_lengths(
         documents.lengths[np.concatenate(first_epoch)], rows, data.pack_length, batch, align=data.align
     )
-    return planning.Layout(
+    return schedule.Layout(
         rows, rows // data.rows_per_device, data.pack_length, last_lengths, attention_cost, data.align
     )
 

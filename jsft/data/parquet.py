@@ -60,7 +60,7 @@ class ParquetFile:
     def _group_of(self, row: int) -> int:
         return int(np.searchsorted(self.group_starts, row, side="right")) - 1
 
-    @lru_cache(maxsize=2)  # noqa: B019 - few files, and a decoded group may be large
+    @lru_cache(maxsize=2)
     def _table(self, group: int, columns: tuple[str, ...]) -> pa.Table:
         # Of batches: Arrow converts no nested column of more than 2 GiB in one piece.
         with self._open() as file:

@@ -24,9 +24,7 @@ def progress_bar(verb: str, unit: str) -> Progress:
         TextColumn(f"{unit} {{task.fields[note]}}"),
         TimeRemainingColumn(),
     )
-    return Progress(
-        TextColumn(verb), *columns, console=console, transient=True, disable=not console.is_terminal
-    )
+    return Progress(TextColumn(verb), *columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def track(items: Iterable[T], verb: str, unit: str, total: int) -> Iterator[T]:

@@ -63,9 +63,7 @@ def select(
     passed = len(chosen)
     if rows is not None:
         if passed < rows:
-            raise ConfigError(
-                f"--rows {rows}: only {passed} of {len(problems)} problems have a response that passes"
-            )
+            raise ConfigError(f"--rows {rows}: only {passed} of {len(problems)} problems have a response that passes")
         keep = random.Random(f"select/{seed}").sample(range(passed), rows)
         chosen = [chosen[i] for i in sorted(keep)]
 

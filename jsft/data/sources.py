@@ -21,9 +21,7 @@ from jsft.errors import ConfigError, DataError, describe, explained
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _LISTED = 8  # files that a listing names
 
-Row = (
-    dict[str, Any] | DataError
-)  # a row that cannot be decoded is its error: the caller decides to stop or skip
+Row = dict[str, Any] | DataError  # a row that cannot be decoded is its error: the caller decides to stop or skip
 
 
 class Source:
@@ -45,9 +43,7 @@ class Source:
             if suffix(path) not in SUFFIXES:
                 raise DataError(how_to_read(path))
             self._readers.append(ParquetFile(path) if suffix(path) == ".parquet" else JsonLines(path))
-        self._starts = np.concatenate(
-            [[0], np.cumsum([reader.rows for reader in self._readers], dtype=np.int64)]
-        )
+        self._starts = np.concatenate([[0], np.cumsum([reader.rows for reader in self._readers], dtype=np.int64)])
         if len(self) == 0:
             raise DataError(f"{', '.join(map(str, self.files))}: holds no rows")
 
@@ -161,9 +157,7 @@ def open_source(spec: str | Path | Sequence[str], splits: Sequence[str] = TRAIN)
         files += chosen.files
         left_out += chosen.left_out
     if not files:
-        raise DataError(
-            "no data file is named; set data.train to a parquet or JSON-lines file, or a hub data set id"
-        )
+        raise DataError("no data file is named; set data.train to a parquet or JSON-lines file, or a hub data set id")
     return Source(files, left_out)
 
 
@@ -182,9 +176,7 @@ def _download(hub_id: str) -> Path:
     name, _, revision = hub_id.partition("@")
     try:
         patterns = [f"*{suffix}" for suffix in (".parquet", ".jsonl")]
-        return Path(
-            snapshot_download(name, repo_type="dataset", revision=revision or None, allow_patterns=patterns)
-        )
+        return Path(snapshot_download(name, repo_type="dataset", revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # the hub's own errors, and those of an HTTP library that changes with its version
         raise DataError(
             f"data set {hub_id}: neither a local path nor to be had from the hub ({describe(error)}); "

@@ -11,8 +11,8 @@ import numpy as np
 
 from jsft.data.documents import Documents
 from jsft.data.examples import Example
-from jsft.errors import ConfigError, describe
 from jsft.data.thinking import ends_inside
+from jsft.errors import ConfigError, describe
 
 BINS = 24
 

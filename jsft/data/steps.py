@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jsft.data import plan as planning
+from jsft.data import schedule
 from jsft.data.batch import Batch, StepData
 from jsft.data.documents import Documents
 from jsft.data.objective import token_weights
@@ -30,7 +30,7 @@ class StepSource:
         self,
         documents: Documents,
         recipe: Recipe,
-        layout: planning.Layout,
+        layout: schedule.Layout,
         steps: int,
         process_index: int = 0,
         process_count: int = 1,
@@ -44,14 +44,14 @@ class StepSource:
     def rows(self, step: int) -> np.ndarray:
         """int64 [B]: documents of a step, in batch order."""
         recipe = self.recipe
-        return planning.step_rows(
+        return schedule.step_rows(
             step, len(self.documents), recipe.global_batch, shuffle=recipe.shuffle, seed=recipe.seed
         )
 
-    def plan(self, step: int) -> tuple[np.ndarray, planning.StepPlan]:
+    def plan(self, step: int) -> tuple[np.ndarray, schedule.StepPlan]:
         """A step's documents and where each lies, over all processes."""
         rows = self.rows(step)
-        return rows, planning.plan_step(self.documents.lengths[rows], self.layout)
+        return rows, schedule.plan_step(self.documents.lengths[rows], self.layout)
 
     def __getitem__(self, step: int) -> StepData:
         rows, plan = self.plan(step)
@@ -77,7 +77,7 @@ class StepSource:
 
 
 def assemble(
-    documents: Documents, rows: np.ndarray, plan: planning.StepPlan, weights: np.ndarray, local: slice
+    documents: Documents, rows: np.ndarray, plan: schedule.StepPlan, weights: np.ndarray, local: slice
 ) -> list[Batch]:
     """The planned micro batches, rows `local` of each. weights: float64 [B] per supervised token."""
     first, count = local.start, local.stop - local.start
@@ -85,12 +85,8 @@ def assemble(
     for length in plan.lengths:
         tokens, targets, positions = (np.zeros((count, length), np.int32) for _ in range(3))
         start = np.broadcast_to(np.arange(length, dtype=np.int32), (count, length)).copy()
-        batches.append(
-            Batch(tokens, targets, np.zeros((count, length), np.float32), positions, start, start + 1)
-        )
-    for document, micro_batch, row, offset, weight in zip(
-        rows, plan.micro_batch, plan.row, plan.offset, weights
-    ):
+        batches.append(Batch(tokens, targets, np.zeros((count, length), np.float32), positions, start, start + 1))
+    for document, micro_batch, row, offset, weight in zip(rows, plan.micro_batch, plan.row, plan.offset, weights):
         if not first <= row < first + count:
             continue
         batch, row = batches[micro_batch], row - first
@@ -115,7 +111,7 @@ def packing_report(source: StepSource, steps: int, sample: int = 32) -> dict[str
         lengths |= set(plan.lengths)
         found.append(
             (
-                *planning.padding_and_imbalance(source.documents.lengths[rows], plan, source.layout),
+                *schedule.padding_and_imbalance(source.documents.lengths[rows], plan, source.layout),
                 len(plan.lengths),
             )
         )

@@ -49,9 +49,7 @@ class Embedding(NamedTuple):
         if not beyond:
             return
         if chat.eos_id >= self.rows:
-            raise self._beyond(
-                chat, chat.eos_id, "it ends every response (the tokenizer's EOS, or data.eos_token)"
-            )
+            raise self._beyond(chat, chat.eos_id, "it ends every response (the tokenizer's EOS, or data.eos_token)")
         written = [*_template_ids(chat), *(i for token, i in beyond.items() if _writes(chat, token))]
         for token_id in written:
             if token_id >= self.rows:

@@ -15,9 +15,7 @@ _UNBRACED = (
 _TOKEN = re.compile(
     rf"\\(?:boxed|fbox)\s*\{{|\\(?:boxed|fbox)(?![a-zA-Z])(?:\s|~|\\[ ,;:])*(?P<bare>{_UNBRACED})|\\.|[{{}}]", re.S
 )
-_BOXED_NUMBER = re.compile(
-    r"(\\(?:boxed|fbox)\s*\{\s*)((?:\\?\$)?)(\d{1,3}(?:(?:,|\{,\})\d{3})+|\d{3})(?!\d)"
-)
+_BOXED_NUMBER = re.compile(r"(\\(?:boxed|fbox)\s*\{\s*)((?:\\?\$)?)(\d{1,3}(?:(?:,|\{,\})\d{3})+|\d{3})(?!\d)")
 _YES_NO = (
     re.compile(r"\b(Yes|YES|No|NO)\b(?!['\u2019-]|[ \t]+[^\W_])"),
     re.compile(r"\b(Yes|YES|No|NO)\b(?!['\u2019-])"),

@@ -11,9 +11,25 @@ import unicodedata
 # What LiveCodeBench gives a solution: all names of these, then the modules themselves. `builtins` comes last, so
 # that pow, open, abs and sum are Python's own.
 STARS = (
-    "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics",
-    "itertools", "functools", "operator", "io", "sys", "json", "typing", "builtins",
-)  # fmt: skip
+    "string",
+    "re",
+    "datetime",
+    "collections",
+    "heapq",
+    "bisect",
+    "copy",
+    "math",
+    "random",
+    "statistics",
+    "itertools",
+    "functools",
+    "operator",
+    "io",
+    "sys",
+    "json",
+    "typing",
+    "builtins",
+)
 ALWAYS = {"os", "sys", "builtins"}
 # Words by which a solution could reach a name that its text does not hold.
 REFLECTION = set(

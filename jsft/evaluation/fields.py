@@ -104,7 +104,9 @@ def _python_list(text: str) -> Any:
             values = (tokenize.STRING, tokenize.NUMBER)
             if before is not None and before.type in values and token.type in values:
                 parts.append(",")
-            parts.append({"null": "None", "true": "True", "false": "False", "nan": "None"}.get(token.string, token.string))
+            parts.append(
+                {"null": "None", "true": "True", "false": "False", "nan": "None"}.get(token.string, token.string)
+            )
         value = ast.literal_eval(" ".join(parts))
     except (ValueError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError, TypeError):
         return None

@@ -70,16 +70,19 @@ class GradingPool:
         child.kill()
         child.wait()
         self._local.child = None
-        return Grade({name: 0.0 for name in self.task.metrics}, None, note)
+        return Grade(dict.fromkeys(self.task.metrics, 0.0), None, note)
 
     def _start(self) -> subprocess.Popen:
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
         child = subprocess.Popen(
             [sys.executable, "-m", "jsft.evaluation.grading", self.task.name],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,
+        )
         self._children.append(child)
         if _read_line(child, START_SECONDS) != b"ready\n":
             child.kill()
@@ -119,7 +122,7 @@ def _serve(task_name: str) -> None:
             said = {"scores": grade.scores, "answer": grade.answer, "note": grade.note}
         except Exception as error:  # one strange response must not end an evaluation
             note = f"the grader failed: {type(error).__name__}: {str(error)[:200]}"
-            said = {"scores": {name: 0.0 for name in task.metrics}, "answer": None, "note": note}
+            said = {"scores": dict.fromkeys(task.metrics, 0.0), "answer": None, "note": note}
         print(json.dumps(said), file=out, flush=True)
 
 

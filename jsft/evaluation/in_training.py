@@ -43,9 +43,7 @@ class StepEvaluator:
     Raises ConfigError when neither a URL is given nor the serving environment is there.
     """
 
-    def __init__(
-        self, workdir: Path, tasks: list[str], *, url: str | None = None, options: tuple[str, ...] = ()
-    ):
+    def __init__(self, workdir: Path, tasks: list[str], *, url: str | None = None, options: tuple[str, ...] = ()):
         self.workdir, self.tasks, self.url, self.options = Path(workdir), list(tasks), url, options
         serving = Path(os.environ.get("JSFT_SERVE_VENV", ROOT / ".venv-serve")) / "bin" / "python"
         if serving.exists():
@@ -53,9 +51,7 @@ class StepEvaluator:
         elif url:
             self._python = sys.executable  # sampling is the server's work, grading is done here
         else:
-            raise ConfigError(
-                f"evaluating during training needs the serving environment ({serving}) or a URL of vLLM"
-            )
+            raise ConfigError(f"evaluating during training needs the serving environment ({serving}) or a URL of vLLM")
         self._waiting: deque[tuple[int, Path]] = deque()
         self._running: tuple[int, subprocess.Popen] | None = None
 
@@ -123,9 +119,12 @@ class StepEvaluator:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
         with (out / f"step_{step}" / "evaluate.log").open("w") as log:
             process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
                 env={**environment, "PYTHONPATH": str(ROOT)},
-            )  # fmt: skip
+            )
         self._running = step, process
 
     def _collect(self) -> StepScores:
@@ -136,14 +135,10 @@ class StepEvaluator:
         problems = []
         if process.returncode:
             lines = [
-                line
-                for line in (folder / "evaluate.log").read_text(errors="replace").splitlines()
-                if line.strip()
+                line for line in (folder / "evaluate.log").read_text(errors="replace").splitlines() if line.strip()
             ]
             errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-            problems = errors or [
-                f"evaluation of step {step} ended with code {process.returncode}: {lines[-1:]}"
-            ]
+            problems = errors or [f"evaluation of step {step} ended with code {process.returncode}: {lines[-1:]}"]
         for task in self.tasks:
             path = folder / task / "results.json"
             try:

@@ -36,9 +36,7 @@ def parse_judges(arguments: list[str], timeout: float = 120.0) -> dict[str, Any]
         if where == "default":
             _, where, model = ROLES[role]
             if where is None:
-                raise ConfigError(
-                    f"--judge {role}=default: there is no public server; serve {ROLES[role][0]}"
-                )
+                raise ConfigError(f"--judge {role}=default: there is no public server; serve {ROLES[role][0]}")
         else:
             where, _, model = where.partition("#")
         judges[role] = Judge(role, where, model or None, timeout=timeout)
@@ -76,9 +74,7 @@ class Judge:
             served = self._client.models()
             if len(served) != 1:
                 names = ", ".join(m.id for m in served) or "nothing"
-                raise ConfigError(
-                    f"judge '{self.role}' at {self.url} serves {names}; name one: {self.role}=URL#MODEL"
-                )
+                raise ConfigError(f"judge '{self.role}' at {self.url} serves {names}; name one: {self.role}=URL#MODEL")
             self.model = served[0].id
         return self.model
 
@@ -101,6 +97,4 @@ class Judge:
         try:
             return self._client.post_root("pooling", body, Pooling.read).data[0].data
         except BrokenAnswer as error:
-            raise ConfigError(
-                f"judge 'reward' gave no score ({error}); is {self.model} a reward model?"
-            ) from None
+            raise ConfigError(f"judge 'reward' gave no score ({error}); is {self.model} a reward model?") from None

@@ -10,12 +10,16 @@ import unicodedata
 _SANS = r"boldsymbol|bm|pmb|mathsf|mathtt|mathnormal|textsf|texttt|textsc|textsl|textup|textmd|emph|mbox|hbox"
 # Commands of one argument that only choose a font. math-verify knows the first line of names, not `_SANS`.
 _FONT = re.compile(
-    r"\\(?:text(?:bf|it|rm|normal)?|math(?:bf|it|rm)|operatorname\*?|underline|textcolor\s*\{[^{}]*\}|" + _SANS + r")\s*\{"
+    r"\\(?:text(?:bf|it|rm|normal)?|math(?:bf|it|rm)|operatorname\*?|underline|textcolor\s*\{[^{}]*\}|"
+    + _SANS
+    + r")\s*\{"
 )
 _ANY_FONT = re.compile(r"\\(?:text(?!color)|math)[a-z]*\s*\{|" + _FONT.pattern)
 _UNKNOWN_FONT = re.compile(rf"\\(?:{_SANS})\s*\{{")
-_SWITCH = re.compile(r"\\(?:bf|bfseries|it|rm|sf|tt|boldmath|displaystyle|textstyle)(?![a-zA-Z])\s*|"
-                     r"\\color\s*\{[^{}]*\}")  # fmt: skip
+_SWITCH = re.compile(
+    r"\\(?:bf|bfseries|it|rm|sf|tt|boldmath|displaystyle|textstyle)(?![a-zA-Z])\s*|"
+    r"\\color\s*\{[^{}]*\}"
+)
 _SPACE = re.compile(r"(?<!\\)\\[,;:! ]|\\(?:thinspace|enspace|space)(?![a-zA-Z])|~|[\u00a0\u2000-\u200a\u202f]")
 _DOLLARS = re.compile(r"(?<!\\)\$|\\[()\[\]]")
 PROSE = 2  # words; more of them are a sentence

@@ -37,9 +37,7 @@ def find_targets(model: str | None, steps: str | None, out: Path | None) -> list
     if model is None:
         latest = Path("runs/latest")
         if not latest.exists():
-            raise ConfigError(
-                "no model given, and there is no runs/latest here; name a model directory, run or hub id"
-            )
+            raise ConfigError("no model given, and there is no runs/latest here; name a model directory, run or hub id")
         print(f"no model given: runs/latest, which is {latest.resolve()}")
         model = str(latest.resolve())
     path = Path(model)
@@ -130,18 +128,14 @@ def _run_step(run: Path, step: int, out: Path | None) -> Target:
     def export() -> Path:
         python = Path(os.environ.get("JSFT_VENV", ROOT / ".venv")) / "bin" / "python"
         if not python.exists():
-            raise ConfigError(
-                f"step {step} must be exported first and {python} is not there; run scripts/setup.sh"
-            )
+            raise ConfigError(f"step {step} must be exported first and {python} is not there; run scripts/setup.sh")
         print(f"exporting step {step} of {run}", flush=True)
         command = [str(python), "-m", "jsft.export", "--workdir", str(run), "--step", str(step)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-            raise CheckpointError(
-                f"step {step} of {run} could not be exported: {lines[-1] if lines else 'no reason'}"
-            )
+            raise CheckpointError(f"step {step} of {run} could not be exported: {lines[-1] if lines else 'no reason'}")
         return exported
 
     return Target(run.resolve().name, step, folder, None, export)
@@ -170,8 +164,7 @@ def _hub(model: str, steps: str | None, out: Path | None) -> list[Target]:
     known = {int(m[1]): folder for folder in _hub_folders(repository) if (m := _STEP.fullmatch(folder))}
     chosen = _chosen(steps, sorted(known), f"hub repository {repository}")
     return [
-        Target(name, n, root / f"step_{n}", None, lambda folder=known[n]: _download(repository, folder))
-        for n in chosen
+        Target(name, n, root / f"step_{n}", None, lambda folder=known[n]: _download(repository, folder)) for n in chosen
     ]
 
 
@@ -189,9 +182,7 @@ def _download(repository: str, subfolder: str | None) -> Path:
 
     patterns = [f"{subfolder}/*"] if subfolder else None
     try:
-        root = Path(
-            snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*.pth", "optimizer*"])
-        )
+        root = Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*.pth", "optimizer*"]))
     except Exception as error:
         raise ModelError(
             f"{repository} is no directory here and cannot be had from the hub: {_reason(error)}"

@@ -57,7 +57,9 @@ class OpenAIClient:
             )
         except (ImportError, ValueError, httpx2.InvalidURL) as error:  # SOCKS needs a package of its own
             reason = keys.hidden(str(error))
-            raise ConfigError(f"the environment's proxy cannot be used for {self.url}: {reason}; see NO_PROXY") from None
+            raise ConfigError(
+                f"the environment's proxy cannot be used for {self.url}: {reason}; see NO_PROXY"
+            ) from None
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 

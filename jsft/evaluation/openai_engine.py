@@ -41,13 +41,15 @@ class OpenAIEngine:
         self._broken = 0  # answers in a row, over all threads
         self._prompt_thinking = PromptThinking(self._client, self.model, entry.owned_by)
         self.facts: dict[str, Any] = {
-            "kind": self.kind, "url": self._client.url, "model": self.model, "max_model_len": self.context,
-            "root": entry.root, "version": None,
-        }  # fmt: skip
+            "kind": self.kind,
+            "url": self._client.url,
+            "model": self.model,
+            "max_model_len": self.context,
+            "root": entry.root,
+            "version": None,
+        }
 
-    def sample(
-        self, requests: list[Request], progress: Callable[[int], None] | None = None
-    ) -> Iterator[Completion]:
+    def sample(self, requests: list[Request], progress: Callable[[int], None] | None = None) -> Iterator[Completion]:
         """Yields one completion per request as they finish; `progress(n)` is told of n new tokens."""
         waiting = iter(requests)
         lock = threading.Lock()

@@ -27,10 +27,15 @@ class SampleProgress:
         self._bar = None
         if console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]}"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
-            )  # fmt: skip
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+            )
             self._id = self._bar.add_task(title, total=total, rate="")
 
     def __enter__(self) -> "SampleProgress":
@@ -64,5 +69,6 @@ class SampleProgress:
             left = f", {self.seconds / self.done * (self.total - self.done):.0f} s left" if self.done else ""
             print(
                 f"{self.title}: {self.done}/{self.total} {self.unit}, {rate or 'no tokens yet'}{left}",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+                file=sys.stderr,
+                flush=True,
+            )

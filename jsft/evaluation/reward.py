@@ -38,9 +38,7 @@ class LocalReward:
             try:
                 answer = self._ask({"messages": messages})
             except (BrokenPipeError, ValueError):
-                raise ModelError(
-                    f"the reward model {self.name} ended unexpectedly (out of memory?)"
-                ) from None
+                raise ModelError(f"the reward model {self.name} ended unexpectedly (out of memory?)") from None
         return float(answer["score"])
 
     def close(self) -> None:
@@ -53,9 +51,12 @@ class LocalReward:
         root = Path(__file__).resolve().parents[2]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "jsft.evaluation.reward", self.name],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
             env={**os.environ, "PYTHONPATH": str(root)},
-        )  # fmt: skip
+        )
         first = self._process.stdout.readline()
         said: dict[str, Any] = json.loads(first) if first.strip() else {"error": "it ended while loading"}
         if "error" in said:
@@ -81,9 +82,7 @@ def _serve(name: str) -> None:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = (
-            AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.bfloat16).to(device).eval()
-        )
+        model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.bfloat16).to(device).eval()
         if model.config.num_labels != 1:
             raise ValueError(f"it has {model.config.num_labels} outputs, a reward model has one")
     except Exception as error:

@@ -128,7 +128,9 @@ class _TaskRun:
                 self.problems: list[Problem] = task.problems(rows)[: options.limit]
         except (TypeError, KeyError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
             columns = ", ".join(task.source.columns)
-            raise DataError(f"{task.name}: its rows cannot be used ({describe(error)}); wanted columns {columns}") from error
+            raise DataError(
+                f"{task.name}: its rows cannot be used ({describe(error)}); wanted columns {columns}"
+            ) from error
         names = [p.id for p in self.problems]
         if len(set(names)) < len(names):
             raise DataError(f"{task.name}: two rows have the same id; ids must be unique")
@@ -161,13 +163,17 @@ class _TaskRun:
         """Requests whose samples are not there yet."""
         return [
             Request(
-                self.task.name, p.id, j, p.messages, self.sampling,
+                self.task.name,
+                p.id,
+                j,
+                p.messages,
+                self.sampling,
                 sample_seed(self.options.seed, self.task.name, p.id, j),
             )
             for p in self.problems
             for j in range(self.samples)
             if not thinking.is_drawn(self.folder.samples.get((p.id, j), {}))
-        ]  # fmt: skip
+        ]
 
     def take(self, completion: Completion) -> None:
         if completion.error is not None:
@@ -188,9 +194,7 @@ class _TaskRun:
     def finish(self, engine: dict[str, Any]) -> dict[str, Any]:
         """Grades, asks the judges, writes samples and results; returns the results."""
         if self.errors:
-            raise DataError(
-                f"{self.task.name}: {len(self.errors)} samples could not be drawn: {self.errors[0]}"
-            )
+            raise DataError(f"{self.task.name}: {len(self.errors)} samples could not be drawn: {self.errors[0]}")
         samples = self.folder.samples
         keys = [(p.id, j) for p in self.problems for j in range(self.samples)]
         gold = {p.id: p.gold for p in self.problems}

@@ -57,24 +57,32 @@ class Finished:
     missing: tuple[str, ...] = ()  # keys of MISSING
 
 
-def run(source: str, stdin: bytes = b"", limits: Limits = Limits()) -> Finished:  # noqa: B008 (frozen)
+def run(source: str, stdin: bytes = b"", limits: Limits = Limits()) -> Finished:
     """Runs Python `source` with `stdin` (a file, also /dev/stdin) and waits for its end or its limits.
 
     When it returns, no process that the program started is alive. The same holds after the death of the caller.
     """
     with sandbox_cgroup.fresh(limits.memory_mb, limits.processes) as group:
         job = {
-            "source": source.encode("utf-8", "surrogatepass"), "stdin": stdin, "prefixes": _prefixes(),
-            "python": sys.executable, "filter": sandbox_filter.compiled(), "cgroup": group,
+            "source": source.encode("utf-8", "surrogatepass"),
+            "stdin": stdin,
+            "prefixes": _prefixes(),
+            "python": sys.executable,
+            "filter": sandbox_filter.compiled(),
+            "cgroup": group,
             **dataclasses.asdict(limits),
-        }  # fmt: skip
+        }
         reader, writer = os.pipe()
         listener, teller = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), str(reader), str(teller.fileno())],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            pass_fds=(reader, teller.fileno()), start_new_session=True, env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=(reader, teller.fileno()),
+            start_new_session=True,
+            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+        )
         os.close(reader), teller.close()
         talk = _Conversation(process, writer, listener, marshal.dumps(job))
         try:

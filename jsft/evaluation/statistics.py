@@ -65,7 +65,5 @@ def majority(per_problem: Sequence[Sequence[tuple[str | None, float]]]) -> dict[
     for answers in per_problem:
         votes = Counter(answer for answer, _ in answers if answer is not None)
         winner = votes.most_common(1)[0][0] if votes else None
-        values.append(
-            next((score for answer, score in answers if answer is not None and answer == winner), 0.0)
-        )
+        values.append(next((score for answer, score in answers if answer is not None and answer == winner), 0.0))
     return ratio(np.asarray(values, np.float64), np.ones(len(values)))

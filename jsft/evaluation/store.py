@@ -52,9 +52,7 @@ class TaskFolder:
         if results is not None:
             different = [k for k, v in self.settings.items() if results["settings"].get(k) != v]
             if results["state"] != "done":
-                drawn = (self.path / "samples.jsonl").exists() and (
-                    self.path / "samples.jsonl"
-                ).stat().st_size
+                drawn = (self.path / "samples.jsonl").exists() and (self.path / "samples.jsonl").stat().st_size
                 # Samples hold for any judge; where there are none yet, any settings will do.
                 different = [k for k in different if drawn and k != "judges"]
             if different:
@@ -88,7 +86,9 @@ class TaskFolder:
         """Writes the samples in `order` and the final results."""
         with self._explained("samples.jsonl"):
             self._stream.close()
-            files.write_bytes(self.path / "samples.jsonl", b"".join(files.json_line(self.samples[key]) for key in order))
+            files.write_bytes(
+                self.path / "samples.jsonl", b"".join(files.json_line(self.samples[key]) for key in order)
+            )
         self.write_results({"state": "done", **results})
 
     def fail(self, reason: str) -> None:

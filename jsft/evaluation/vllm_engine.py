@@ -17,9 +17,7 @@ from jsft.errors import ConfigError, JsftError, ModelError, OutOfMemoryError
 from jsft.evaluation.sampling import Completion, Request
 
 _ERROR = re.compile(r"\b((?:\w+\.)*\w*(?:Error|Exception)): (.+)")
-_MEMORY = re.compile(
-    r"out of memory|no available memory|kv cache.*(?:larger|needed)|free memory on device", re.I
-)
+_MEMORY = re.compile(r"out of memory|no available memory|kv cache.*(?:larger|needed)|free memory on device", re.I)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +48,19 @@ class VllmEngine:
         length = settings.max_model_len
         if length and context and length > context:
             raise ModelError(
-                f"--max_model_len {length} is longer than the context of {settings.model}, {context} "
-                "positions"
+                f"--max_model_len {length} is longer than the context of {settings.model}, {context} positions"
             )
         settings.log.parent.mkdir(parents=True, exist_ok=True)
         with settings.log.open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "jsft.evaluation.vllm_worker"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
                 env=_environment(settings),
                 start_new_session=True,  # Ctrl-C reaches the parent only, which then ends this group
-            )  # fmt: skip
+            )
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
         given = dataclasses.asdict(settings)
@@ -76,14 +76,10 @@ class VllmEngine:
             raise self._refusal((first or {}).get("error"))
         self.facts: dict[str, Any] = {"kind": self.kind, "tp": settings.tp, **first["ready"]}
 
-    def sample(
-        self, requests: list[Request], progress: Callable[[int], None] | None = None
-    ) -> Iterator[Completion]:
+    def sample(self, requests: list[Request], progress: Callable[[int], None] | None = None) -> Iterator[Completion]:
         """Yields one completion per request as they finish; `progress(n)` is told of n new tokens."""
         for request in requests:
-            self._write(
-                {"messages": request.messages, "sampling": request.sampling.to_json(), "seed": request.seed}
-            )
+            self._write({"messages": request.messages, "sampling": request.sampling.to_json(), "seed": request.seed})
         self._write(None)
         while True:
             line = self._lines.get()
@@ -167,9 +163,7 @@ def check_model_dir(path: Path, trust_remote_code: bool) -> int | None:
     if not any((path / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ModelError(f"model directory {path} has no tokenizer (tokenizer.json); is its export complete?")
     if "auto_map" in config and not trust_remote_code:
-        raise ModelError(
-            f"{path} brings Python code of its own (auto_map in config.json); add --trust_remote_code"
-        )
+        raise ModelError(f"{path} brings Python code of its own (auto_map in config.json); add --trust_remote_code")
     return config.get("max_position_embeddings")
 
 

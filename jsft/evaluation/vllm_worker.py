@@ -86,9 +86,7 @@ class Engine:
         endings: list[str] = []
         counts: dict[str, int] = {}
         for number, request in enumerate(batch):
-            prompt = self.tokenizer.apply_chat_template(
-                request["messages"], tokenize=False, add_generation_prompt=True
-            )
+            prompt = self.tokenizer.apply_chat_template(request["messages"], tokenize=False, add_generation_prompt=True)
             endings.append(prompt_thinking(prompt))
             ids = self.tokenizer.encode(prompt, add_special_tokens=False)
             room = self.max_model_len - len(ids)

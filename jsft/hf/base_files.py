@@ -49,7 +49,9 @@ def _check_link(link: Path) -> None:
     try:
         target = link.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        raise ModelError(f"{link} is a link to {link.readlink()}, which is not there; download the file again") from error
+        raise ModelError(
+            f"{link} is a link to {link.readlink()}, which is not there; download the file again"
+        ) from error
     blob = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
     beside = target.parent == link.parent.resolve() and not target.name.startswith(".")
     if not target.is_file() or not (blob or beside):

@@ -13,9 +13,13 @@ from jsft.models.config import ConfigJson
 
 # What decides token ids and rendered text.
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
-)  # fmt: skip
+)
 # Fields of config.json that say who wrote the file, not what the model is.
 _IDLE_FIELDS = ("transformers_version", "_name_or_path")
 _SHOWN = 60  # characters of a value in a message

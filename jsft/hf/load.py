@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jsft.errors import ModelError
+from jsft.hardware.mesh import parameter_sharding
 from jsft.hf.safetensors_files import DTYPES, TensorFiles
-from jsft.mesh import parameter_sharding
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
 from jsft.models.parameters import ParameterSpec, RowBlocks, Table, disk_tensors, get_leaf, tree_from

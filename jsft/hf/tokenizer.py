@@ -118,9 +118,7 @@ def _assemble(proto, special: dict[int, AddedToken], fields: dict[str, Any]) -> 
     return tokenizer
 
 
-def _merges(
-    names: list[str], scores: list[float], vocabulary: dict[str, int], skip: set[int]
-) -> list[tuple[str, str]]:
+def _merges(names: list[str], scores: list[float], vocabulary: dict[str, int], skip: set[int]) -> list[tuple[str, str]]:
     """Every pair of pieces that makes a piece, best score first: sentencepiece merges by the score of the result."""
     found = []
     for i, name in enumerate(names):

@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jsft.errors import ConfigError, ModelError
+from jsft.hardware.mesh import batch_sharding
 from jsft.hf.load import load_parameters, open_parameters
 from jsft.hf.tokenizer import MIXED_TEXT
-from jsft.mesh import batch_sharding
 from jsft.models.config import ModelConfig
 from jsft.models.decoder import PackedRows
 from jsft.models.families import parameter_table
@@ -92,7 +92,9 @@ def log_probabilities(
     @jax.jit
     def run(parameters, tokens, positions, start, end):
         options = DecoderOptions(mesh, compute_dtype, attention="xla")
-        hidden = hidden_states(parameters, config, PackedRows(tokens, positions, start, end), options)[0].astype(jnp.float32)
+        hidden = hidden_states(parameters, config, PackedRows(tokens, positions, start, end), options)[0].astype(
+            jnp.float32
+        )
         weight = unembedding(parameters, config).astype(jnp.float32)
         logits = jnp.einsum("td,vd->tv", hidden, weight, precision="highest")
         targets = jnp.roll(tokens[0], -1)

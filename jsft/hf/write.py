@@ -130,9 +130,7 @@ def check_output(out_dir: Path, base_dir: Path) -> None:
             )
 
 
-def _plan(
-    config: ModelConfig, dtype: jnp.dtype, limit: int
-) -> tuple[dict[str, tuple[bytes, int]], dict[str, _Place]]:
+def _plan(config: ModelConfig, dtype: jnp.dtype, limit: int) -> tuple[dict[str, tuple[bytes, int]], dict[str, _Place]]:
     """File -> (header, size in bytes), and tensor -> place. Tensors fill shards in the model's order."""
     shards: list[dict[str, tuple[tuple[int, ...], int]]] = []
     filled = limit + 1

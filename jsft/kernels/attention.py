@@ -134,9 +134,7 @@ def check_document_ranges(doc_start, doc_end) -> None:
 
 def _choose(implementation: str, backward: str) -> str:
     if implementation not in IMPLEMENTATIONS:
-        raise ConfigError(
-            f"attention.implementation: {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}"
-        )
+        raise ConfigError(f"attention.implementation: {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if backward not in BACKWARDS:
         raise ConfigError(f"attention.backward: {backward!r} is not one of {', '.join(BACKWARDS)}")
     if implementation == "xla":

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec as P
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from jsft.kernels import logits as kernel
 from jsft.kernels.devices import kernels_unavailable
@@ -74,9 +75,7 @@ def linear_cross_entropy(
         unembedding = jnp.pad(unembedding, ((0, padding), (0, 0)))
     local_tokens = targets.size // (parts * mesh.shape["replica"])
     chunk = chunk_size(V, parts, local_tokens, chunk_tokens)
-    return _loss(
-        hidden, unembedding, targets, weights.astype(jnp.float32), mesh, V, chunk, jnp.dtype(gradient_dtype)
-    )
+    return _loss(hidden, unembedding, targets, weights.astype(jnp.float32), mesh, V, chunk, jnp.dtype(gradient_dtype))
 
 
 def chunk_size(vocabulary: int, parts: int, local_tokens: int, chunk_tokens: int | None = None) -> int:
@@ -97,9 +96,7 @@ def _loss(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype)
 
 
 def _loss_forward(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype):
-    sums, d_hidden, d_unembedding = _sharded(
-        hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype
-    )
+    sums, d_hidden, d_unembedding = _sharded(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype)
     # The empty array brings the dtype along: residuals are arrays.
     return sums, (d_hidden, d_unembedding, jnp.empty((0,), unembedding.dtype))
 
@@ -121,9 +118,7 @@ def _sharded(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dty
     """
     grads = gradient_dtype is not None
     rows = P(_ROWS)
-    body = functools.partial(
-        _local, V=V, chunk=chunk, parts=mesh.shape[_VOCABULARY], gradient_dtype=gradient_dtype
-    )
+    body = functools.partial(_local, V=V, chunk=chunk, parts=mesh.shape[_VOCABULARY], gradient_dtype=gradient_dtype)
     return jax.shard_map(
         body,
         mesh=mesh,
@@ -300,6 +295,4 @@ def _check_arguments(hidden, unembedding, targets, weights, mesh) -> None:
         raise ValueError(f"targets: dtype {targets.dtype}, want int32")
     devices = mesh.shape["replica"] * mesh.shape["fsdp"]
     if hidden.shape[0] % devices:
-        raise ValueError(
-            f"hidden: {hidden.shape[0]} rows (shape {hidden.shape}) do not divide over {devices} devices"
-        )
+        raise ValueError(f"hidden: {hidden.shape[0]} rows (shape {hidden.shape}) do not divide over {devices} devices")

@@ -2,7 +2,7 @@
 
 One shard_map spans the whole decoder: each device runs its own rows, and the only communication is in
 `jsft.models.layers`: each sharded weight is gathered in the forward and again in the backward pass, its gradient is
-reduce-scattered (or both once a step: `jsft.training.gather_once`), and the embedding exchanges rows.
+reduce-scattered (or both once a step: `jsft.step.gather_once`), and the embedding exchanges rows.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from jsft.mesh import BATCH, partition_spec
+from jsft.hardware.mesh import BATCH, partition_spec
 from jsft.models.config import ModelConfig
 from jsft.models.decoder import PackedRows, decode
 from jsft.models.families import parameter_table
@@ -126,9 +126,7 @@ def accumulates_in_place(model: ModelConfig, mesh: Mesh, defer_reduce: bool = Fa
     return tree_from(parameter_table(model), in_place)
 
 
-def unstack_matrices(
-    tree: dict[str, Any], model: ModelConfig, split: Callable[[Any], Any] = unstack
-) -> dict[str, Any]:
+def unstack_matrices(tree: dict[str, Any], model: ModelConfig, split: Callable[[Any], Any] = unstack) -> dict[str, Any]:
     """A tree like the parameters, with `split` of every matrix of the layers: what unrolled layers run on.
 
     Norms and biases stay stacked: a kernel for each would cost more than their bytes.

@@ -193,7 +193,12 @@ def rotary_tables(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def embed(
-    table: jax.Array, tokens: jax.Array, accumulated: jax.Array | None, dtype: jnp.dtype, sharded: bool, parts: int,
+    table: jax.Array,
+    tokens: jax.Array,
+    accumulated: jax.Array | None,
+    dtype: jnp.dtype,
+    sharded: bool,
+    parts: int,
     ordered: bool = False,
 ) -> jax.Array:
     """Rows of the embedding for `tokens`, in `dtype`.

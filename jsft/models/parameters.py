@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jsft.mesh import parameter_sharding
+from jsft.hardware.mesh import parameter_sharding
 
 Path = tuple[str, ...]  # of a parameter in the nested dict, e.g. ("layers", "query")
 
@@ -45,7 +45,7 @@ class ParameterSpec:
     """A parameter: what it is in jsft and where it lies in a Hugging Face directory."""
 
     shape: tuple[int, ...]  # with the leading L where stacked
-    axes: tuple[str | None, ...]  # logical name of each axis; jsft.mesh decides which one is divided
+    axes: tuple[str | None, ...]  # logical name of each axis; jsft.hardware.mesh decides which one is divided
     initializer: str  # "normal" (standard deviation: ModelConfig.initializer_range), "ones" or "zeros"
     tensor: str  # name of the tensor on disk; "{layer}" stands for the layer where stacked
     rows: RowBlocks | None = None  # set where the tensor on disk holds other parameters too

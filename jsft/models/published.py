@@ -11,27 +11,62 @@ _COMMON = dict(rope_dynamic_factor=None, initializer_range=0.02, dtype="bfloat16
 
 def _qwen3(hidden, layers, heads, kv_heads, intermediate, tied) -> ModelConfig:
     return ModelConfig(
-        family="qwen3", vocab_size=151936, hidden_size=hidden, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
-        head_dim=128, intermediate_size=intermediate, max_positions=32768, rope_theta=1e6, rms_eps=1e-6,
-        tied_embeddings=tied, qkv_bias=False, qk_norm=True, **_COMMON,
-    )  # fmt: skip
+        family="qwen3",
+        vocab_size=151936,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=128,
+        intermediate_size=intermediate,
+        max_positions=32768,
+        rope_theta=1e6,
+        rms_eps=1e-6,
+        tied_embeddings=tied,
+        qkv_bias=False,
+        qk_norm=True,
+        **_COMMON,
+    )
 
 
 def _qwen2(hidden, layers, heads, kv_heads, intermediate, vocab, tied, positions, eps=1e-6) -> ModelConfig:
     return ModelConfig(
-        family="qwen2", vocab_size=vocab, hidden_size=hidden, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
-        head_dim=hidden // heads, intermediate_size=intermediate, max_positions=positions, rope_theta=1e6, rms_eps=eps,
-        tied_embeddings=tied, qkv_bias=True, qk_norm=False, **_COMMON,
-    )  # fmt: skip
+        family="qwen2",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=hidden // heads,
+        intermediate_size=intermediate,
+        max_positions=positions,
+        rope_theta=1e6,
+        rms_eps=eps,
+        tied_embeddings=tied,
+        qkv_bias=True,
+        qk_norm=False,
+        **_COMMON,
+    )
 
 
 def _internlm2(hidden, layers, heads, kv_heads, intermediate) -> ModelConfig:
     return ModelConfig(
-        family="internlm2", vocab_size=92544, hidden_size=hidden, num_layers=layers, num_heads=heads,
-        num_kv_heads=kv_heads, head_dim=hidden // heads, intermediate_size=intermediate, max_positions=32768,
-        rope_theta=1e6, rms_eps=1e-5, tied_embeddings=False, qkv_bias=False, qk_norm=False,
+        family="internlm2",
+        vocab_size=92544,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=hidden // heads,
+        intermediate_size=intermediate,
+        max_positions=32768,
+        rope_theta=1e6,
+        rms_eps=1e-5,
+        tied_embeddings=False,
+        qkv_bias=False,
+        qk_norm=False,
         **(_COMMON | {"rope_dynamic_factor": 2.0}),
-    )  # fmt: skip
+    )
 
 
 PUBLISHED: dict[str, ModelConfig] = {

@@ -1,7 +1,7 @@
 """What a layer may save for its backward pass, by name, and the ladder of choices from most to least.
 
 Saving more avoids recompute and costs memory: the device's, or the host's where a name ends in "@host" (offloaded while
-later layers run, and fetched before the backward pass needs it). `jsft.training.remat` picks the rung of a run.
+later layers run, and fetched before the backward pass needs it). `jsft.planning.remat` picks the rung of a run.
 """
 
 from collections.abc import Callable, Sequence

@@ -259,7 +259,9 @@ def _backward_scanned(layer_gradients, options, residuals, full, arrays, dx):
             gradients = gradients | {name: lax.dynamic_update_index_in_dim(gradients[name], value, index, 0)}
         return (dx, gradients), None
 
-    gradients = {name: accumulated[name] if name in accumulated else jnp.zeros_like(value) for name, value in weights.items()}
+    gradients = {
+        name: accumulated[name] if name in accumulated else jnp.zeros_like(value) for name, value in weights.items()
+    }
     indices = jnp.arange(_depth(arrays), dtype=jnp.int32)
     slices = (indices, residuals, weights, arrays.gathered)
     (dx, gradients), _ = lax.scan(body, (dx, gradients), slices, reverse=True)

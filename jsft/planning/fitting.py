@@ -45,15 +45,11 @@ def fit(model: ModelConfig, config: ConfigDict, devices: int, limit: float, plat
     return Fit(rung, memory, fits, [] if fits else changes(model, config, devices, limit, platform))
 
 
-def changes(
-    model: ModelConfig, config: ConfigDict, devices: int, limit: float, platform: str = "gpu"
-) -> list[str]:
+def changes(model: ModelConfig, config: ConfigDict, devices: int, limit: float, platform: str = "gpu") -> list[str]:
     """Single changes of fields, and then both of the strongest, each of which makes the run fit."""
     found = []
     if config.remat != "auto":
-        found += [
-            f"remat={rung}" for rung, _, fits in rungs(model, config, devices, limit, platform) if fits
-        ][:1]
+        found += [f"remat={rung}" for rung, _, fits in rungs(model, config, devices, limit, platform) if fits][:1]
     options: list[dict] = []
     if config.data.rows_per_device > 1:
         options.append({"data.rows_per_device": 1})

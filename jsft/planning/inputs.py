@@ -89,9 +89,7 @@ def _read_lengths(file: Path) -> list[int]:
         found = json.loads(text) if text.lstrip().startswith("[") else [int(line) for line in text.split()]
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(
-            f"--lengths {file}: {reason}; want a JSON list of tokens, or a number a line"
-        ) from error
+        raise DataError(f"--lengths {file}: {reason}; want a JSON list of tokens, or a number a line") from error
     if not found or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in found):
         raise DataError(f"--lengths {file}: want positive whole numbers, one for each document")
     return found

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from jsft import mesh as meshes
+from jsft.hardware import mesh as meshes
 from jsft.kernels.linear_cross_entropy import chunk_size
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
 from jsft.models.parameters import leaves
-from jsft.models.remat import saved_on_device, saved_on_host, parse_remat
-from jsft.training.gather_once import gathers_once, reduces_once
-from jsft.training.optimizer import parameter_dtype
+from jsft.models.remat import parse_remat, saved_on_device, saved_on_host
+from jsft.step.gather_once import gathers_once, reduces_once
+from jsft.step.optimizer import parameter_dtype
 
 HEADROOM = 0.98  # of a device's memory: the rest is for the allocator's gaps and the runtime's own buffers
 
@@ -117,9 +117,19 @@ def _widths(model: ModelConfig) -> dict[str, int]:
     """Columns of each of REMAT_NAMES that has one row for each position."""
     D, Q, KV, F = model.hidden_size, model.query_size, model.kv_size, model.intermediate_size
     return {
-        "attention_input": D, "query_projection": Q, "key_projection": KV, "query": Q, "key": KV, "value": KV,
-        "attention_out": Q, "residual": D, "mlp_input": D, "gate": F, "up": F, "mlp_hidden": F,
-    }  # fmt: skip
+        "attention_input": D,
+        "query_projection": Q,
+        "key_projection": KV,
+        "query": Q,
+        "key": KV,
+        "value": KV,
+        "attention_out": Q,
+        "residual": D,
+        "mlp_input": D,
+        "gate": F,
+        "up": F,
+        "mlp_hidden": F,
+    }
 
 
 def travelling_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int) -> int:
@@ -139,9 +149,7 @@ def kept_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int, palla
     names = parse_remat(remat)
     if names != "none":
         names = () if names == "full" else saved_on_device(names)
-    statistics = (
-        4 * model.num_heads * tokens if pallas and (names == "none" or "attention_lse" in names) else 0
-    )
+    statistics = 4 * model.num_heads * tokens if pallas and (names == "none" or "attention_lse" in names) else 0
     if names != "none":
         return tokens * itemsize * (D + sum(widths.get(name, 0) for name in names)) + statistics
     if not model.qk_norm:  # what the rotation reads is not needed to undo it
@@ -172,9 +180,7 @@ def estimate(model: ModelConfig, config: ConfigDict, mesh, remat: str, platform:
     width = -(-V // parts)
     chunk = chunk_size(V, parts, tokens) * parts
     loss = (
-        chunk * (4 * work.logits * width + work.chunk * compute * D)
-        + width * D * (4 + compute)
-        + work.loss * unit * D
+        chunk * (4 * work.logits * width + work.chunk * compute * D) + width * D * (4 + compute) + work.loss * unit * D
     )
     itemsize = parameter_dtype(config).itemsize
     gradient = jnp.dtype(config.precision.gradients).itemsize

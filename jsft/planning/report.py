@@ -4,10 +4,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jsft.hardware.cards import DEVICES, RATES, SPREAD, Device
 from jsft.models.families import parameter_table
 from jsft.models.parameters import count_parameters
 from jsft.planning import fitting
-from jsft.planning.devices import DEVICES, RATES, SPREAD, Device
 from jsft.planning.inputs import find_lengths, find_model
 from jsft.planning.memory import HEADROOM, Memory, planned_mesh
 from jsft.planning.work import checkpoint_bytes, plan_work, updates
@@ -60,9 +60,7 @@ def make_plan(
             "remat": fit.rung,
             **_memory(fit.memory),
             "limit_bytes": HEADROOM * device.usable,
-            "rungs": [
-                {"remat": rung, "total_bytes": memory.total, "fits": fits} for rung, memory, fits in ladder
-            ],
+            "rungs": [{"remat": rung, "total_bytes": memory.total, "fits": fits} for rung, memory, fits in ladder],
         },
         "data": {
             "documents": lengths.documents,
@@ -79,9 +77,7 @@ def make_plan(
             "tokens": work.tokens,
             "flops": work.flops,
             "recomputed_flops": work.recomputed_flops,
-            "collectives": {
-                kind: {"calls": calls, "bytes": size} for kind, (calls, size) in work.collectives.items()
-            },
+            "collectives": {kind: {"calls": calls, "bytes": size} for kind, (calls, size) in work.collectives.items()},
             "compute_seconds": work.compute_seconds,
             "collective_seconds": work.collective_seconds,
             "waiting_seconds": work.waiting_seconds,
@@ -143,10 +139,7 @@ def lines(plan: dict[str, Any]) -> list[str]:
         f"the loss {gib('loss_bytes')}",
     ]
     for rung in memory["rungs"]:
-        found.append(
-            f"{'':13}{_gib(rung['total_bytes']):>7} GiB {'fits' if rung['fits'] else '    '}  "
-            f"{rung['remat']}"
-        )
+        found.append(f"{'':13}{_gib(rung['total_bytes']):>7} GiB {'fits' if rung['fits'] else '    '}  {rung['remat']}")
     for i, change in enumerate(plan["changes"]):
         found.append(f"{'' if i else 'to fit:':11}{change}")
     if not plan["fits"] and not plan["changes"]:
@@ -161,9 +154,7 @@ def lines(plan: dict[str, Any]) -> list[str]:
         f"{'':11}{step['flops'] / 1e15:,.3g} PFLOP, and {step['recomputed_flops'] / 1e15:,.3g} of recompute",
     ]
     for kind, row in step["collectives"].items():
-        found.append(
-            f"{'':11}{kind}: {row['calls']:,.0f} calls, {_gib(row['bytes'])} GiB in and out of a device"
-        )
+        found.append(f"{'':11}{kind}: {row['calls']:,.0f} calls, {_gib(row['bytes'])} GiB in and out of a device")
     spread = time["spread"]
     found += [
         f"{'':11}{step['seconds']:.2f} s ({step['compute_seconds']:.2f} s of computation, {step['waiting_seconds']:.2f} s "

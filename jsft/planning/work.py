@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jsft.data.plan import updates_of
+from jsft.data.schedule import updates_of
 from jsft.errors import ConfigError
+from jsft.hardware.cards import NETWORK, RATES, Device
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
+from jsft.models.flops import matmul_parameters, step_flops
 from jsft.models.parameters import count_parameters
 from jsft.models.remat import parse_remat
-from jsft.planning.devices import NETWORK, RATES, Device
 from jsft.planning.memory import parameter_sizes, sharded_layer_elements
-from jsft.training.flops import matmul_parameters, step_flops
-from jsft.training.gather_once import gathers_once, reduces_once
+from jsft.step.gather_once import gathers_once, reduces_once
 
 # Mean tokens of a document, and mean of squares / mean, of the published data sets (docs/recipes.md):
 # assumptions.
@@ -56,9 +56,7 @@ class Work(NamedTuple):
     padding: float
     flops: float  # useful: no recompute, no padding
     recomputed_flops: float
-    collectives: dict[
-        str, tuple[float, float]
-    ]  # kind: (number, bytes that leave and enter a device) of an update
+    collectives: dict[str, tuple[float, float]]  # kind: (number, bytes that leave and enter a device) of an update
     compute_seconds: float
     collective_seconds: float
     waiting_seconds: float  # of the computation, for collectives
@@ -97,17 +95,11 @@ def plan_work(
     matmul = 6.0 * matmul_parameters(model) * tokens + extra_products
     attend = 6.0 * model.num_layers * model.query_size * squares + extra_attention
     moved = (
-        RATES.passes
-        * model.num_layers
-        * tokens
-        * 2
-        * (model.intermediate_size + model.hidden_size + model.query_size)
+        RATES.passes * model.num_layers * tokens * 2 * (model.intermediate_size + model.hidden_size + model.query_size)
     )
     scale = device.peak / 989e12
     share = 1 / mesh.size / (1 - padding)
-    compute = share * (
-        matmul / RATES.matmul / scale + attend / RATES.attention / scale + moved / RATES.elementwise
-    )
+    compute = share * (matmul / RATES.matmul / scale + attend / RATES.attention / scale + moved / RATES.elementwise)
     state = sum(size.local for size in parameter_sizes(model, mesh))
     moments = jnp.dtype(config.precision.moments).itemsize
     parameters = 4 if config.precision.params == "float32" else 2

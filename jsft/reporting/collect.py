@@ -135,9 +135,14 @@ def _read_evaluations(folder: Path) -> tuple[dict[str, Curve], list[str]]:
     for task, found in sorted(points.items(), key=lambda item: (order.get(item[0], len(order)), item[0])):
         last = facts[task]
         curves[task] = Curve(
-            task, last["title"], last["group"], last["primary"], last["share"], last["lower_is_better"],
+            task,
+            last["title"],
+            last["group"],
+            last["primary"],
+            last["share"],
+            last["lower_is_better"],
             sorted(found, key=lambda p: p.step),
-        )  # fmt: skip
+        )
     return curves, skipped
 
 

@@ -7,20 +7,27 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import numpy as np  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from jsft.reporting.collect import Curve, Point, Run  # noqa: E402
+from jsft.reporting.collect import Curve, Point, Run
 
 # Colours that stay apart for colour-blind eyes (Okabe and Ito); runs beyond them differ by line style too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
 STYLE = {
-    "figure.dpi": 110, "savefig.dpi": 150, "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False,
+    "figure.dpi": 110,
+    "savefig.dpi": 150,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
     "svg.fonttype": "path",
-}  # fmt: skip
+}
 LONGEST_LINE = 2000  # points of a training curve that are drawn; more is averaged in blocks
 
 
@@ -90,9 +97,7 @@ def score_figure(runs: list[Run]) -> Figure | None:
                 lw=0,
             )
         if curve.base is not None and curve.trained:
-            axes.axhline(
-                curve.base.score, color=style["color"], linestyle=(0, (4, 3)), linewidth=1, alpha=0.8
-            )
+            axes.axhline(curve.base.score, color=style["color"], linestyle=(0, (4, 3)), linewidth=1, alpha=0.8)
         paper = {n: v for n, v in run.known.get(curve.task, {}).items() if n > 0}
         if paper:
             axes.plot(list(paper), list(paper.values()), "x", color=style["color"], markersize=5, alpha=0.8)
@@ -122,9 +127,7 @@ def length_figure(runs: list[Run]) -> Figure | None:
             **style,
         )
         if curve.base is not None and curve.trained:
-            axes.axhline(
-                curve.base.tokens, color=style["color"], linestyle=(0, (4, 3)), linewidth=1, alpha=0.8
-            )
+            axes.axhline(curve.base.tokens, color=style["color"], linestyle=(0, (4, 3)), linewidth=1, alpha=0.8)
         axes.set_ylim(bottom=0)
 
     return _panels(runs, draw, lambda c: label(c.title), lambda c: "tokens")
@@ -138,9 +141,7 @@ def domain_figure(runs: list[Run]) -> Figure | None:
         inside = [c for c in curves if c.group == "in-domain" and c.share]
         outside = [c for c in curves if c.group.startswith("out-of-domain") and c.share]
         paths.append((index, run, _joint(inside, Curve.gain), _joint(outside, Curve.gain)))
-    axes = _path_axes(
-        paths, "in-domain: points above the base model", "out-of-domain: points above the base model"
-    )
+    axes = _path_axes(paths, "in-domain: points above the base model", "out-of-domain: points above the base model")
     if axes is None:
         return None
     axes.axhline(0, color="grey", linewidth=0.8), axes.axvline(0, color="grey", linewidth=0.8)
@@ -158,9 +159,7 @@ def safety_figure(runs: list[Run]) -> Figure | None:
     for index, run in enumerate(runs):
         curves = list(run.curves.values())
         reasoning = [c for c in curves if c.group in ("in-domain", "out-of-domain reasoning") and c.share]
-        paths.append(
-            (index, run, _joint(reasoning, score), _joint([c for c in curves if c.group == "safety"], score))
-        )
+        paths.append((index, run, _joint(reasoning, score), _joint([c for c in curves if c.group == "safety"], score)))
     axes = _path_axes(paths, "reasoning tasks: mean score, percent", "attack success rate, percent")
     return None if axes is None else axes.figure
 
@@ -168,10 +167,14 @@ def safety_figure(runs: list[Run]) -> Figure | None:
 def training_figure(runs: list[Run]) -> Figure | None:
     """Loss, learning rate, gradient norm, tokens per second, and what else every step reports."""
     panels = [
-        ("loss", "loss", False), ("lr", "learning rate", False), ("grad_norm", "gradient norm", True),
-        ("tokens_per_second", "tokens per second", False), ("entropy", "entropy (nats)", False),
-        ("accuracy", "token accuracy", False), ("mfu", "MFU", False),
-    ]  # fmt: skip
+        ("loss", "loss", False),
+        ("lr", "learning rate", False),
+        ("grad_norm", "gradient norm", True),
+        ("tokens_per_second", "tokens per second", False),
+        ("entropy", "entropy (nats)", False),
+        ("accuracy", "token accuracy", False),
+        ("mfu", "MFU", False),
+    ]
     panels = [p for p in panels if any(m.get(p[0]) is not None for run in runs for m in run.metrics)]
     if not panels:
         return None
@@ -204,8 +207,14 @@ def _draw_heldout(axes: Axes, run: Run, style: dict) -> None:
     names = sorted({k for h in run.heldout for k in h if k.endswith("/loss")})
     for name in names:
         pairs = [(h["step"], h[name]) for h in run.heldout if h.get(name) is not None]
-        axes.plot(*zip(*pairs, strict=True), "D--", color=style["color"], markersize=3, linewidth=0.8,
-                  label=label(f"{run.name}, held out: {name.removesuffix('/loss')}"))  # fmt: skip
+        axes.plot(
+            *zip(*pairs, strict=True),
+            "D--",
+            color=style["color"],
+            markersize=3,
+            linewidth=0.8,
+            label=label(f"{run.name}, held out: {name.removesuffix('/loss')}"),
+        )
 
 
 def _panels(runs: list[Run], draw, title, unit) -> Figure | None:
@@ -288,13 +297,9 @@ def _legend(figure: Figure, axes: Axes, runs: int) -> None:
     handles, labels = axes.get_legend_handles_labels()
     found = dict(zip(labels, handles, strict=True))
     for other in figure.axes:
-        found |= {
-            k: v for k, v in zip(*reversed(other.get_legend_handles_labels()), strict=True) if k not in found
-        }
+        found |= {k: v for k, v in zip(*reversed(other.get_legend_handles_labels()), strict=True) if k not in found}
     if runs > 1 or len(found) > 1:
-        figure.legend(
-            list(found.values()), list(found), loc="outside lower center", ncols=2 if len(found) > 1 else 1
-        )
+        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=2 if len(found) > 1 else 1)
 
 
 def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

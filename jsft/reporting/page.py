@@ -34,9 +34,7 @@ def svg(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def page(
-    title: str, sections: list[tuple[str, list[Table | tuple[str, str, Figure]]]], notes: list[str]
-) -> str:
+def page(title: str, sections: list[tuple[str, list[Table | tuple[str, str, Figure]]]], notes: list[str]) -> str:
     """The page. A section is (heading, parts); a part is a table or (name, caption, figure)."""
     parts = []
     for heading, content in sections:

@@ -8,7 +8,6 @@ import re
 
 from jsft.reporting.collect import Curve, Point, Run
 
-
 _MARKUP = re.compile(r"[\\`*<>|~$&]|\b_|_\b|(?<=\])\(|(?<=!)\[")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # what makes a spreadsheet take a text for a formula
 
@@ -41,9 +40,7 @@ class Table:
 
     def html(self) -> str:
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self.rows
-        )
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self.rows)
         note = f"<p class=note>{html.escape(self.note)}</p>" if self.note else ""
         title = html.escape(self.title)
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -103,9 +100,7 @@ def paper_table(run: Run) -> Table | None:
     for curve, _ in pairs:
         header += [curve.title, "paper", "difference"]
     rows = []
-    for step in sorted(
-        {n for _, paper in pairs for n in paper} | {p.step for c, _ in pairs for p in c.points}
-    ):
+    for step in sorted({n for _, paper in pairs for n in paper} | {p.step for c, _ in pairs for p in c.points}):
         cells = []
         for curve, paper in pairs:
             point = next((p for p in curve.points if p.step == step), None)
@@ -159,9 +154,7 @@ def summary_table(runs: list[Run]) -> Table | None:
     if not rows:
         return None
     header = ["run", "task", "kind", "base", "deepest", "dip ends at step", "best", "last", "paper, last"]
-    note = (
-        "A dip is a score worse than the base model's; it ends at the first later step that is as good again."
-    )
+    note = "A dip is a score worse than the base model's; it ends at the first later step that is as good again."
     return Table("Dip and recovery", header, rows, note)
 
 
@@ -174,9 +167,7 @@ def training_table(runs: list[Run]) -> Table | None:
         first, last = run.metrics[0], run.metrics[-1]
         speeds = sorted(m["tokens_per_second"] for m in run.metrics if m.get("tokens_per_second"))
         norms = [m["grad_norm"] for m in run.metrics if m.get("grad_norm") is not None]
-        heldout = next(
-            (str(round(h[k], 4)) for h in reversed(run.heldout) for k in h if k.endswith("/loss")), "–"
-        )
+        heldout = next((str(round(h[k], 4)) for h in reversed(run.heldout) for k in h if k.endswith("/loss")), "–")
         rows.append(
             [
                 run.name,
@@ -222,11 +213,21 @@ def csv_text(runs: list[Run]) -> str:
                     paper = run.known.get(curve.task, {}).get(point.step, "") if primary else ""
                     write(
                         [
-                            cell(run.name), point.step, cell(curve.task), cell(curve.group), cell(name), int(primary),
-                            average["mean"], low, high,
-                            point.results["problems"], point.results["samples_per_problem"],
+                            cell(run.name),
+                            point.step,
+                            cell(curve.task),
+                            cell(curve.group),
+                            cell(name),
+                            int(primary),
+                            average["mean"],
+                            low,
+                            high,
+                            point.results["problems"],
+                            point.results["samples_per_problem"],
                             round(point.tokens, 1),
-                            round(point.cut, 4), round(point.no_think_end, 4), paper,
+                            round(point.cut, 4),
+                            round(point.no_think_end, 4),
+                            paper,
                         ]
-                    )  # fmt: skip
+                    )
     return out.getvalue()

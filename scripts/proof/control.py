@@ -85,9 +85,13 @@ def main(run: Path, out: Path, base: Path) -> None:
     working = list(model.parameters())
     exact = [p.detach().float().clone() for p in working]  # the weights that the optimizer keeps
     optimizer = torch.optim.AdamW(
-        exact, lr=0.0, betas=(config["optimizer.b1"], config["optimizer.b2"]), eps=config["optimizer.eps"],
-        weight_decay=config["optimizer.weight_decay"], foreach=True,
-    )  # fmt: skip
+        exact,
+        lr=0.0,
+        betas=(config["optimizer.b1"], config["optimizer.b2"]),
+        eps=config["optimizer.eps"],
+        weight_decay=config["optimizer.weight_decay"],
+        foreach=True,
+    )
     size = config["train.global_batch"]
     an_epoch = len(rows) // size
     steps = math.ceil(config["train.epochs"] * an_epoch)
@@ -117,9 +121,7 @@ def main(run: Path, out: Path, base: Path) -> None:
                     p.grad = None
             clip = config["optimizer.clip_norm"]
             norm = torch.nn.utils.clip_grad_norm_(exact, clip if clip else math.inf)
-            rate = learning_rate(
-                step, steps, config["optimizer.learning_rate"], config["optimizer.warmup_ratio"]
-            )
+            rate = learning_rate(step, steps, config["optimizer.learning_rate"], config["optimizer.warmup_ratio"])
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             with torch.no_grad():

@@ -141,9 +141,7 @@ def pretrained(folder: Path) -> tuple[Figure, list[str]]:
     for label, run in runs.items():
         _, values = curve(run / "heldout.jsonl", "heldout/loss")
         lines.append(f"| {label} | {' | '.join(f'{v:.4f}' for v in values)} |")
-    models = sorted(
-        (f.parent for f in folder.glob("eval/**/gsm8k/results.json") if score(f.parent)), key=_order
-    )
+    models = sorted((f.parent for f in folder.glob("eval/**/gsm8k/results.json") if score(f.parent)), key=_order)
     bars = []
     if models:
         lines += ["", "| model | sampling | correct, % (95 %) | strict | tokens | cut | problems x samples |"]
@@ -259,9 +257,7 @@ def fidelity(folder: Path) -> tuple[Figure, list[str]]:
     runs = {label: run for label, run in runs.items() if records(run / "metrics.jsonl")}
     lines = ["| run | speed | last held-out loss |", "|---|---|---|"]
     for label, run in runs.items():
-        lines.append(
-            f"| {label} | {speed(run)} | {curve(run / 'heldout.jsonl', 'heldout/loss')[1][-1]:.5f} |"
-        )
+        lines.append(f"| {label} | {speed(run)} | {curve(run / 'heldout.jsonl', 'heldout/loss')[1][-1]:.5f} |")
     for name in ("killed", "same"):
         if (folder / f"{name}.txt").exists():
             lines += ["", *(f"    {line}" for line in (folder / f"{name}.txt").read_text().splitlines())]
@@ -275,9 +271,7 @@ def fidelity(folder: Path) -> tuple[Figure, list[str]]:
     axes[0].set(title="training loss", xlabel="update", ylabel="nats per trained token", yscale="log")
     axes[0].legend()
     if "best, killed and resumed" in runs and "best" in runs:
-        (a_steps, a), (b_steps, b) = (
-            curve(folder / f"{run}/metrics.jsonl", "loss") for run in ("best", "killed")
-        )
+        (a_steps, a), (b_steps, b) = (curve(folder / f"{run}/metrics.jsonl", "loss") for run in ("best", "killed"))
         _, i, j = np.intersect1d(a_steps, b_steps, return_indices=True)
         axes[2].plot(a_steps[i], a[i] - b[j], color=COLORS[2], linewidth=1.2)
         axes[2].set(title="loss, resumed less undisturbed", xlabel="update", ylabel="nats")

@@ -13,12 +13,12 @@ import shutil
 from pathlib import Path
 
 from safetensors.numpy import load_file, save_file
+from smollm2 import as_internlm2, as_llama
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jsft.data.tables import read_columns
 from jsft.errors import run_command
 from jsft.hf.random_model import SPECIAL_TOKENS, write_random_model
-from smollm2 import as_internlm2, as_llama
 
 ROWS = 2000  # documents that the tokenizer is learnt from
 LARGE = {
@@ -36,31 +36,20 @@ def word_tokenizer(data: Path, size: int = 384) -> Tokenizer:
     """Byte-level BPE of `size` tokens, special ones included: a token for a common word, one for a digit."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=size - len(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=size - len(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False)
     rows = read_columns(str(data), ["message", "response"])
-    texts = [
-        f"user\n{row['message'][0]['content']}\nassistant\n{row['response']}"
-        for row, _ in zip(rows, range(ROWS))
-    ]
+    texts = [f"user\n{row['message'][0]['content']}\nassistant\n{row['response']}" for row, _ in zip(rows, range(ROWS))]
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return tokenizer
 
 
 def countdown(data: Path, out: Path, tiny: bool) -> None:
     sizes = TINY if tiny else LARGE
-    write_random_model(
-        out, "qwen3", max_positions=2048, rope_theta=1e4, tokenizer=word_tokenizer(data), **sizes
-    )
+    write_random_model(out, "qwen3", max_positions=2048, rope_theta=1e4, tokenizer=word_tokenizer(data), **sizes)
 
 
 def pair(out: Path) -> None:
@@ -83,9 +72,7 @@ def pair(out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
     one = kinds.add_parser("countdown")
     one.add_argument("data", type=Path)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jsft.training.manifest import list_steps
+from jsft.run.manifest import list_steps
 
 TIMES = ("second", "mfu", "memory")  # numbers that say how fast, not what
 
@@ -33,9 +33,7 @@ def state_hashes(run: Path, step: int) -> dict[str, str]:
         for item in ("parameters", "optimizer")
     }
     leaves = jax.tree_util.tree_leaves_with_path(ocp.load_checkpointables(folder, wanted))
-    return {
-        jax.tree_util.keystr(path): hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for path, x in leaves
-    }
+    return {jax.tree_util.keystr(path): hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for path, x in leaves}
 
 
 def main(one: Path, other: Path) -> int:
@@ -44,9 +42,7 @@ def main(one: Path, other: Path) -> int:
         a, b = numbers(one / f"{name}.jsonl"), numbers(other / f"{name}.jsonl")
         different = [step for step in sorted(a.keys() | b.keys()) if a.get(step) != b.get(step)]
         if different:
-            problems.append(
-                f"{name}.jsonl: {len(different)} of {len(a)} steps differ, the first is {different[0]}"
-            )
+            problems.append(f"{name}.jsonl: {len(different)} of {len(a)} steps differ, the first is {different[0]}")
         print(f"{name}.jsonl: {len(a)} and {len(b)} records compared")
     last = [list_steps(run, full=True)[-1] for run in (one, other)]
     if last[0] != last[1]:
@@ -54,9 +50,7 @@ def main(one: Path, other: Path) -> int:
     else:
         a, b = (state_hashes(run, last[0]) for run in (one, other))
         problems += [
-            f"state of step {last[0]}: {leaf} differs"
-            for leaf in a.keys() | b.keys()
-            if a.get(leaf) != b.get(leaf)
+            f"state of step {last[0]}: {leaf} differs" for leaf in a.keys() | b.keys() if a.get(leaf) != b.get(leaf)
         ]
         whole = hashlib.sha256("".join(f"{leaf} {a[leaf]}\n" for leaf in sorted(a)).encode()).hexdigest()
         print(f"state of step {last[0]}: {len(a)} arrays compared; SHA-256 over all of {one}: {whole}")

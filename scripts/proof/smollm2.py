@@ -59,12 +59,21 @@ def as_qwen2(fields, arrays):
         rows, columns = weight.shape
         return weight.reshape(count, rows // count // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
-    tensors = {"model.embed_tokens.weight": arrays["token_embd.weight"], "model.norm.weight": arrays["output_norm.weight"]}
+    tensors = {
+        "model.embed_tokens.weight": arrays["token_embd.weight"],
+        "model.norm.weight": arrays["output_norm.weight"],
+    }
     names = {
-        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-    }  # fmt: skip
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
     for i in range(fields["llama.block_count"]):
         for old, new in names.items():
             weight = arrays[f"blk.{i}.{old}.weight"]
@@ -74,13 +83,25 @@ def as_qwen2(fields, arrays):
             if old in ("attn_q", "attn_k", "attn_v"):
                 tensors[f"model.layers.{i}.{new}.bias"] = np.zeros(weight.shape[0], np.float32)
     config = {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
-        "hidden_size": fields["llama.embedding_length"], "intermediate_size": fields["llama.feed_forward_length"],
-        "num_hidden_layers": fields["llama.block_count"], "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        "vocab_size": fields["llama.vocab_size"], "max_position_embeddings": fields["llama.context_length"],
-        "rope_theta": fields["llama.rope.freq_base"], "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "torch_dtype": "bfloat16", "use_cache": True,
-    }  # fmt: skip
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "hidden_size": fields["llama.embedding_length"],
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "num_hidden_layers": fields["llama.block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": fields["llama.vocab_size"],
+        "max_position_embeddings": fields["llama.context_length"],
+        "rope_theta": fields["llama.rope.freq_base"],
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+    }
     return config, tensors
 
 
@@ -107,15 +128,22 @@ def as_internlm2(config, qwen2):
         parts = [grouped("q_proj", heads // kv_heads), grouped("k_proj", 1), grouped("v_proj", 1)]
         tensors[block + "attention.wqkv.weight"] = np.concatenate(parts, axis=1).reshape(-1, hidden)
         for new, old in {
-            "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj",
-            "feed_forward.w2": "mlp.down_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-        }.items():  # fmt: skip
+            "attention.wo": "self_attn.o_proj",
+            "feed_forward.w1": "mlp.gate_proj",
+            "feed_forward.w3": "mlp.up_proj",
+            "feed_forward.w2": "mlp.down_proj",
+            "attention_norm": "input_layernorm",
+            "ffn_norm": "post_attention_layernorm",
+        }.items():
             tensors[f"{block}{new}.weight"] = qwen2[f"{block}{old}.weight"]
     config = config | {
-        "architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2", "tie_word_embeddings": False, "bias": False,
+        "architectures": ["InternLM2ForCausalLM"],
+        "model_type": "internlm2",
+        "tie_word_embeddings": False,
+        "bias": False,
         "rope_scaling": {"type": "dynamic", "factor": 2.0},
         "auto_map": {"AutoConfig": "configuration_internlm2.InternLM2Config"},
-    }  # fmt: skip
+    }
     return config, tensors
 
 
@@ -136,7 +164,9 @@ def write(folder: Path, config, tensors, fields) -> None:
     beside.mkdir()
     save_file({name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()}, beside / "model.safetensors")
     (beside / "config.json").write_text(json.dumps(config, indent=2))
-    (beside / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}))
+    (beside / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
+    )
     tokenizer_of(fields).save(str(beside / "tokenizer.json"))
     tokens = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
     template = {"chat_template": fields["tokenizer.chat_template"], "tokenizer_class": "PreTrainedTokenizerFast"}

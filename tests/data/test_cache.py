@@ -61,9 +61,7 @@ def test_second_open_builds_nothing(tmp_path, chat, small_parts, monkeypatch):
 def test_changed_tokenizer_data_or_choice_is_noticed(tmp_path, chat, tiny_model):
     path = write_rows(tmp_path / "x.parquet", rows_of([20, 30]))
     found = {open_it(path, chat).directory}
-    other = Chat(
-        load_tokenizer(write_tokenizer(tmp_path / "m", CHATML.replace("m.role +", "m.role|upper +")))
-    )
+    other = Chat(load_tokenizer(write_tokenizer(tmp_path / "m", CHATML.replace("m.role +", "m.role|upper +"))))
     found.add(open_it(path, other).directory)
     found.add(open_it(path, Chat(load_tokenizer(tiny_model), eos_token="<|endoftext|>")).directory)
     write_rows(path, rows_of([20, 31]))
@@ -105,9 +103,7 @@ def test_no_usable_row(tmp_path, chat):
 
 def test_prompt_free_template_is_refused(tmp_path):
     chat = Chat(load_tokenizer(write_tokenizer(tmp_path / "m", "{# nothing #}")))
-    with pytest.raises(
-        DataError, match="row 0: the chat template renders no prompt, so every token would be trained"
-    ):
+    with pytest.raises(DataError, match="row 0: the chat template renders no prompt, so every token would be trained"):
         open_it(write_rows(tmp_path / "x.parquet", rows_of([20])), chat)
 
 
@@ -206,9 +202,17 @@ def cut_a_part(directory):
 
 @pytest.mark.parametrize(
     "damage",
-    [lose_a_part, flip_a_token, huge_token, flip_an_advantage, spoil_the_index, shorten_the_index, swap_two_parts,
-     cut_a_part],
-)  # fmt: skip
+    [
+        lose_a_part,
+        flip_a_token,
+        huge_token,
+        flip_an_advantage,
+        spoil_the_index,
+        shorten_the_index,
+        swap_two_parts,
+        cut_a_part,
+    ],
+)
 def test_damaged_cache_is_said_and_built_again(tmp_path, chat, small_parts, damage):
     path = write_rows(tmp_path / "x.parquet", rows_of(range(5, 75)))
     fresh = open_it(path, chat, cache_dir=str(tmp_path / "fresh"), say=lambda line: None)
@@ -233,7 +237,10 @@ def test_cache_without_checksums_is_built_again(tmp_path, chat, small_parts):
         part.write_bytes(part.read_bytes().replace(b"crc32", b"other"))
     said = []
     again = open_it(path, chat, say=said.append)
-    assert "is of an older version (part-000000000.arrow has no checksum); building it again" in said[0] and len(again) == 70
+    assert (
+        "is of an older version (part-000000000.arrow has no checksum); building it again" in said[0]
+        and len(again) == 70
+    )
     assert again.directory == directory  # the same key: a run that began before goes on
 
 
@@ -303,7 +310,7 @@ def test_kill_9_then_go_on(tmp_path, chat, tiny_model, small_parts):
     path = write_rows(tmp_path / "x.parquet", rows_of(range(5, 165)))
     process = builder(path, tiny_model, 0.3)
     deadline = time.time() + 60
-    parts = lambda: sorted((tmp_path / ".jsft_cache").glob("*/part-*.arrow"))  # noqa: E731
+    parts = lambda: sorted((tmp_path / ".jsft_cache").glob("*/part-*.arrow"))
     while len(parts()) < 3 and time.time() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -323,9 +330,7 @@ def test_two_processes_build_one_cache(tmp_path, tiny_model):
     path = write_rows(tmp_path / "x.parquet", rows_of(range(5, 165)))
     processes = [builder(path, tiny_model, 0.1) for _ in range(2)]
     outputs = {process.communicate(timeout=60)[0] for process in processes}
-    assert (
-        len(outputs) == 1 and outputs.pop().startswith("160 ") and all(p.returncode == 0 for p in processes)
-    )
+    assert len(outputs) == 1 and outputs.pop().startswith("160 ") and all(p.returncode == 0 for p in processes)
     (directory,) = (tmp_path / ".jsft_cache").iterdir()
     names = json.loads((directory / caching.INDEX).read_text())["parts"]
     assert len(names) == 10 and sorted(p.name for p in directory.iterdir()) == [

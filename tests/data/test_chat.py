@@ -28,9 +28,7 @@ def test_prompt_response_and_eos(chat):
     document = chat.encode(example("hi", "yo\n"), "")
     text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo\n<|im_end|>"
     assert chat.decode(document.tokens) == text
-    assert (
-        document.tokens.dtype == np.int32 and document.tokens[0] == IM_START and document.tokens[-1] == IM_END
-    )
+    assert document.tokens.dtype == np.int32 and document.tokens[0] == IM_START and document.tokens[-1] == IM_END
     assert trained(chat, document) == ["yo\n<|im_end|>"]
     assert document.spans.tolist() == [[len(document.tokens) - 4, len(document.tokens)]]
 
@@ -43,7 +41,7 @@ def test_eos_is_the_recipe_s(tiny_model):
 
 
 def test_system_turn_and_thinking_switch(tmp_path, tiny_model):
-    document = lambda chat, *a, **k: chat.decode(chat.encode(example(*a, **k), "").tokens)  # noqa: E731
+    document = lambda chat, *a, **k: chat.decode(chat.encode(example(*a, **k), "").tokens)
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "m", WITH_DEFAULT_SYSTEM))
     plain = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>"
     assert document(Chat(tokenizer), "hi", "yo") == "<|im_start|>system\nBe kind.<|im_end|>\n" + plain
@@ -133,9 +131,7 @@ def test_template_that_refuses(chat, tmp_path):
         chat.encode(example("a", "b", "c", "d", roles=("user", "assistant", "tool", "assistant")), "x row 3")
     forgetful = CHATML.replace("m.content", "(m.content if loop.last else m.content|upper)")
     rewriting = Chat(load_tokenizer(write_tokenizer(tmp_path / "m", forgetful)))
-    with pytest.raises(
-        DataError, match="x row 4: the chat template rewrites assistant turn .*train_turns=last"
-    ):
+    with pytest.raises(DataError, match="x row 4: the chat template rewrites assistant turn .*train_turns=last"):
         rewriting.encode(example("A", "b", "C", "d"), "x row 4")
 
 
@@ -168,9 +164,38 @@ def test_key_follows_what_matters(tiny_model, tmp_path, chat):
 
 # The real Qwen3 tokenizer. Its own EOS is <|im_end|>; the recipes append <|endoftext|> (151643).
 QWEN3_IDS = [
-    151644, 872, 198, 3838, 374, 220, 17, 10, 17, 30, 151645, 198, 151644, 77091, 198,
-    151667, 198, 17, 10, 17, 28, 19, 198, 151668, 271, 59, 79075, 90, 19, 92, 151643,
-]  # fmt: skip
+    151644,
+    872,
+    198,
+    3838,
+    374,
+    220,
+    17,
+    10,
+    17,
+    30,
+    151645,
+    198,
+    151644,
+    77091,
+    198,
+    151667,
+    198,
+    17,
+    10,
+    17,
+    28,
+    19,
+    198,
+    151668,
+    271,
+    59,
+    79075,
+    90,
+    19,
+    92,
+    151643,
+]
 
 
 @pytest.fixture(scope="module")
@@ -192,9 +217,7 @@ def test_qwen3_prompt_is_the_template_s_own(qwen3):
         ("日本 🙂 é", "<think>\nß\n</think>\n\nok"),
         ("a\tb", "{}\\\\"),
     ]:
-        expected = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True
-        )
+        expected = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
         expected = list(expected["input_ids"])
         answer = tokenizer(response, add_special_tokens=False)["input_ids"]
         document = qwen3.encode(example(prompt, response), "")
@@ -222,19 +245,30 @@ def sentencepiece_model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sentencepiece")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["Let x = 12; the quick brown fox jumps over the lazy dog, thither"] * 40),
-        model_prefix=str(folder / "tokenizer"), vocab_size=360, model_type="bpe", byte_fallback=True,
-        add_dummy_prefix=request.param, remove_extra_whitespaces=False, hard_vocab_limit=False,
-        normalization_rule_name="identity", user_defined_symbols=["[UNUSED_TOKEN_1]"],
-        allow_whitespace_only_pieces=True, split_digits=True, minloglevel=2,
-    )  # fmt: skip
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=360,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=request.param,
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        user_defined_symbols=["[UNUSED_TOKEN_1]"],
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        minloglevel=2,
+    )
     original = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     added = {0: "<unk>", 1: "<s>", 2: "</s>", original.piece_to_id("[UNUSED_TOKEN_1]"): "<|im_start|>"}
     added[original.get_piece_size()] = "<|im_end|>"
     config = {
-        "tokenizer_class": "InternLM2Tokenizer", "unk_token": "<unk>",
-        "bos_token": "<s>", "eos_token": "</s>", "chat_template": "{{ bos_token }}" + CHATML,
+        "tokenizer_class": "InternLM2Tokenizer",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "chat_template": "{{ bos_token }}" + CHATML,
         "added_tokens_decoder": {str(i): {"content": text, "special": True} for i, text in added.items()},
-    }  # fmt: skip
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder, original
 
@@ -243,9 +277,7 @@ def test_sentencepiece_tokenizer(sentencepiece_model):
     folder, original = sentencepiece_model
     chat = Chat(load_tokenizer(folder))
     document = chat.encode(example("the fox", "the dog\n 12"), "")
-    prompt = chat.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "the fox"}], add_generation_prompt=True
-    )
+    prompt = chat.tokenizer.apply_chat_template([{"role": "user", "content": "the fox"}], add_generation_prompt=True)
     prompt = list(prompt["input_ids"])
     assert prompt[0] == 1 and prompt.count(1) == 1
     assert document.tokens.tolist() == prompt + original.encode("the dog\n 12") + [2]

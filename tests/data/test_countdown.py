@@ -80,7 +80,7 @@ def test_seed_decides_and_a_prefix_is_a_prefix():
 
 
 def test_no_puzzle_twice_and_none_that_is_known():
-    names = lambda rows: [identity(row["numbers"], row["target"]) for row in rows]  # noqa: E731
+    names = lambda rows: [identity(row["numbers"], row["target"]) for row in rows]
     easy = Difficulty(2, 3, 20, 5, 40, 1)
     train = names(generate(400, 1, easy))
     held_out = names(generate(100, 2, easy, known=train))

@@ -23,12 +23,8 @@ def test_good_rows():
     assert parse().messages == [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
     assert parse(message="2+2?") == parse()
     assert parse(advantage=2).advantage == 2.0
-    assert [t["role"] for t in parse(message=turns("system", "user", "assistant", "user")).messages][
-        -1
-    ] == "assistant"
-    parse(
-        message=[{"role": "system", "content": ""}, *turns("user")]
-    )  # an empty system turn means what it says
+    assert [t["role"] for t in parse(message=turns("system", "user", "assistant", "user")).messages][-1] == "assistant"
+    parse(message=[{"role": "system", "content": ""}, *turns("user")])  # an empty system turn means what it says
     parse(message=turns("user", "assistant", "tool", "tool"))
 
 
@@ -97,7 +93,7 @@ def test_bad_advantage_is_an_error_only_where_advantages_are_used(value, message
 
 def test_conversations():
     keys = Keys(messages="messages")
-    parse_it = lambda messages: parse_row({"messages": messages}, keys, ["messages"], "x row 0")  # noqa: E731
+    parse_it = lambda messages: parse_row({"messages": messages}, keys, ["messages"], "x row 0")
     assert parse_it(turns("user", "assistant", "user", "assistant")).advantage == 1.0
     with pytest.raises(DataError, match="ends with a user turn; nothing to train on"):
         parse_it(turns("user", "assistant", "user"))
@@ -108,9 +104,18 @@ def test_conversations():
 
 
 @pytest.mark.parametrize(
-    "key, value", [("weight", 0), ("train", False), ("loss", 0.0), ("trainable", False), ("weight", 1), ("id", "x"),
-                   ("tool_calls", [{"id": None, "type": "function"}]), ("reasoning_content", "hm")]
-)  # fmt: skip
+    "key, value",
+    [
+        ("weight", 0),
+        ("train", False),
+        ("loss", 0.0),
+        ("trainable", False),
+        ("weight", 1),
+        ("id", "x"),
+        ("tool_calls", [{"id": None, "type": "function"}]),
+        ("reasoning_content", "hm"),
+    ],
+)
 def test_a_turn_that_says_more_than_its_text_is_refused_by_name(key, value):
     marked = {"role": "assistant", "content": "5", key: value}
     said = f"x row 0, field '{{}}': its '{key}' would be lost; "
@@ -124,7 +129,13 @@ def test_a_turn_that_says_more_than_its_text_is_refused_by_name(key, value):
 
 
 def test_keys_that_say_nothing_pass():
-    nothing = {"weight": None, "reasoning_content": "", "tool_calls": [], "function_call": {"name": None}, "name": "Ada"}
+    nothing = {
+        "weight": None,
+        "reasoning_content": "",
+        "tool_calls": [],
+        "function_call": {"name": None},
+        "name": "Ada",
+    }
     assert parse(message=[turn | nothing for turn in turns("user")]) == parse(message=turns("user"))
 
 

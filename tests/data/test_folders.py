@@ -25,7 +25,9 @@ def names(folder, splits=("train",)):
 
 
 def test_missing_shard_is_named(tmp_path):
-    folder = folder_of(tmp_path, "train-00000-of-00003.parquet", "train-00002-of-00003.parquet", "test-00000-of-00009.parquet")
+    folder = folder_of(
+        tmp_path, "train-00000-of-00003.parquet", "train-00002-of-00003.parquet", "test-00000-of-00009.parquet"
+    )
     with pytest.raises(DataError, match="train has 2 of its 3 files, number 1 is not there"):
         choose_files(folder)
 
@@ -92,7 +94,9 @@ def test_folder_with_one_split_is_taken_whatever_it_is(tmp_path):
 
 def test_ambiguous_splits_are_refused(tmp_path):
     folder = folder_of(tmp_path, "train.jsonl", "more.jsonl")
-    with pytest.raises(DataError, match=r"files of the split train, and files whose names tell no split \(more.jsonl\)"):
+    with pytest.raises(
+        DataError, match=r"files of the split train, and files whose names tell no split \(more.jsonl\)"
+    ):
         choose_files(folder)
     (tmp_path / "other").mkdir()
     with pytest.raises(DataError, match="holds the splits validation, test, none of them train"):

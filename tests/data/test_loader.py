@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jsft.data import plan as planning
+from jsft.data import schedule
 from jsft.data.loader import eval_specs, open_eval_data, open_training_data
 from jsft.data.objective import document_mean_weights
 from jsft.data.steps import Recipe, StepSource
@@ -23,9 +23,7 @@ def open_it(config, rows=4, **options):
 
 def same(a, b):
     return a[1:] == b[1:] and all(
-        np.array_equal(x, y)
-        for p, q in zip(a.micro_batches, b.micro_batches, strict=True)
-        for x, y in zip(p, q)
+        np.array_equal(x, y) for p, q in zip(a.micro_batches, b.micro_batches, strict=True) for x, y in zip(p, q)
     )
 
 
@@ -54,7 +52,7 @@ def test_batches_hold_exactly_the_documents(make_config):
     rows = rows_of(LENGTHS)
     data = open_it(make_config(rows))
     assert (data.steps_per_epoch, data.total_steps) == (6, 6)
-    tokens_of = lambda text: [b for b in text.encode()]  # noqa: E731
+    tokens_of = lambda text: list(text.encode())
     chat = data._chat
     for step in range(6):
         batch = data[step]
@@ -73,8 +71,13 @@ def test_batches_hold_exactly_the_documents(make_config):
         positions = sum(b.tokens.size for b in batch.micro_batches)
         assert batch.padding_share == pytest.approx(1 - batch.tokens / positions)
         assert [leaf.dtype for leaf in batch.micro_batches[0]] == [
-            np.int32, np.int32, np.float32, np.int32, np.int32, np.int32
-        ]  # fmt: skip
+            np.int32,
+            np.int32,
+            np.float32,
+            np.int32,
+            np.int32,
+            np.int32,
+        ]
 
 
 @pytest.mark.parametrize("objective", ["reference", "token_mean", "sequence_mean"])
@@ -178,11 +181,14 @@ def test_fingerprint_follows_data_order_and_objective_not_devices(make_config):
     others = [
         open_it(make_config(rows, **fields)).fingerprint
         for fields in (
-            {"data.shuffle": True}, {"train.seed": 1}, {"train.global_batch": 16},
-            {"objective.name": "sequence_mean"}, {"data.max_length": 100},
+            {"data.shuffle": True},
+            {"train.seed": 1},
+            {"train.global_batch": 16},
+            {"objective.name": "sequence_mean"},
+            {"data.max_length": 100},
             {"data.eos_token": "<|endoftext|>"},
         )
-    ]  # fmt: skip
+    ]
     others.append(open_it(make_config(rows[::-1])).fingerprint)
     assert len({base, *others}) == len(others) + 1
 
@@ -190,9 +196,7 @@ def test_fingerprint_follows_data_order_and_objective_not_devices(make_config):
 @pytest.mark.parametrize("truncation", ["right", "left"])
 def test_truncation(make_config, truncation):
     data = open_it(make_config(rows_of([10, 300] * 4), data__max_length=128, data__truncation=truncation))
-    assert data.report["truncated"] == 4 and any(
-        "4 documents cut to 128" in line for line in data.report_lines()
-    )
+    assert data.report["truncated"] == 4 and any("4 documents cut to 128" in line for line in data.report_lines())
     documents = sorted(found_documents(data[0].micro_batches), key=lambda d: len(d[0]))
     tokens, targets, _ = documents[-1]
     assert len(tokens) == 128
@@ -204,7 +208,8 @@ def test_truncation(make_config, truncation):
         assert tokens[0] != 257 and targets[-1] == 258
         assert len(targets) == 127  # the first token kept has none before it to predict it
     with pytest.raises(
-        DataError, match="row 1: has 3.. tokens, more than data.max_length=128; .*4 of 8 rows cannot be used, also row 3, row 5, row 7;"
+        DataError,
+        match="row 1: has 3.. tokens, more than data.max_length=128; .*4 of 8 rows cannot be used, also row 3, row 5, row 7;",
     ):
         open_it(make_config(rows_of([10, 300] * 4), data__max_length=128, data__truncation="error"))
 
@@ -265,26 +270,20 @@ def test_row_longer_than_a_packed_row_is_refused(make_config):
     config = make_config(rows_of([10] * 7 + [300]))
     with config.unlocked():
         config.data.max_length = 400  # `resolve` would refuse this: the data room checks for itself
-    with pytest.raises(
-        DataError, match="row 7: has 3.. tokens, more than a packed row of data.pack_length=256"
-    ):
+    with pytest.raises(DataError, match="row 7: has 3.. tokens, more than a packed row of data.pack_length=256"):
         open_it(config)
 
 
 def test_layout_is_checked(make_config):
     config = make_config(rows_of(LENGTHS), data__rows_per_device=3)
-    with pytest.raises(
-        ConfigError, match="4 rows a micro batch are not a multiple of data.rows_per_device=3"
-    ):
+    with pytest.raises(ConfigError, match="4 rows a micro batch are not a multiple of data.rows_per_device=3"):
         open_it(config)
     with pytest.raises(ConfigError, match="4 rows of a micro batch do not divide over 3 processes"):
         open_it(make_config(rows_of(LENGTHS)), process_count=3)
     config = make_config(rows_of(LENGTHS))
     with config.unlocked():
         config.objective.name, config.data.train = "reference", "nowhere.parquet"
-    with pytest.raises(
-        ConfigError, match="train.global_batch=8 is not a multiple"
-    ):  # before the data is opened
+    with pytest.raises(ConfigError, match="train.global_batch=8 is not a multiple"):  # before the data is opened
         open_it(config)
 
 
@@ -341,9 +340,7 @@ def test_eval_sets(make_config, tmp_path):
         assert all((weights == 1).all() for _, _, weights in documents)
         assert sum(document_mean_weights(batch).sum() for batch in sets[name]) == pytest.approx(len(lengths))
         assert {batch.tokens.shape for batch in sets[name]} == {(4, 256)}
-    halves = [
-        open_eval_data(config, config.model.path, rows=4, process_index=p, process_count=2) for p in (0, 1)
-    ]
+    halves = [open_eval_data(config, config.model.path, rows=4, process_index=p, process_count=2) for p in (0, 1)]
     assert np.array_equal(np.concatenate([half["held"][0].tokens for half in halves]), sets["held"][0].tokens)
     assert open_eval_data(make_config(rows_of(LENGTHS)), config.model.path, rows=4) == {}
 
@@ -379,8 +376,8 @@ def test_loader_is_far_faster_than_a_host_trains():
     core."""
 
     documents = _LongDocuments()
-    last = planning.choose_last_lengths(documents.lengths, 8, 20_480, 256)
-    layout = planning.Layout(8, 8, 20_480, last)
+    last = schedule.choose_last_lengths(documents.lengths, 8, 20_480, 256)
+    layout = schedule.Layout(8, 8, 20_480, last)
     source = StepSource(documents, Recipe(256, False, 0, "reference", False, 8, 4), layout, 2)
     source[0]
     began = time.process_time()
@@ -390,11 +387,16 @@ def test_loader_is_far_faster_than_a_host_trains():
 
 def test_gsm8k_through_the_whole_path(make_config, shared_data, tmp_path):
     config = make_config(
-        shared_data / "gsm8k" / "train.jsonl", data__prompt_key="question", data__response_key="answer",
-        data__eos_token="<|endoftext|>", data__max_length=1024, data__pack_length=2048,
-        train__global_batch=64, objective__name="reference",
+        shared_data / "gsm8k" / "train.jsonl",
+        data__prompt_key="question",
+        data__response_key="answer",
+        data__eos_token="<|endoftext|>",
+        data__max_length=1024,
+        data__pack_length=2048,
+        train__global_batch=64,
+        objective__name="reference",
         data__eval=str(shared_data / "gsm8k" / "test.jsonl"),
-    )  # fmt: skip
+    )
     data = open_training_data(config, shared_data / "qwen3_tokenizer", rows_per_micro_batch=8)
     assert (data.total_steps, data.report["documents"]) == (116, 7473)
     assert data.report["tokens"] == 1_423_162 and data.report["supervised_tokens"] == 917_634

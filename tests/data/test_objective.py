@@ -19,9 +19,7 @@ def reference_loop(supervised, ranks, micro_rows):
             micro = mine[start : start + micro_rows]
             tokens = sum(supervised[i] for i in micro)
             for i in micro:
-                weights[i] += (
-                    1 / tokens / ranks
-                )  # mean over tokens; summed over micro batches; averaged over ranks
+                weights[i] += 1 / tokens / ranks  # mean over tokens; summed over micro batches; averaged over ranks
     return weights
 
 

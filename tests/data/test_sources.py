@@ -51,9 +51,7 @@ def test_folder_is_its_files_by_name(files):
 def test_json_lines(tmp_path):
     rows = rows_of([20, 30, 40])
     path = tmp_path / "x.jsonl"
-    path.write_bytes(
-        ("\n" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)).encode()
-    )  # no last \n
+    path.write_bytes(("\n" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)).encode())  # no last \n
     source = open_source(path)
     assert len(source) == 3 and source[2] == rows[2] and [row for _, row in source.rows(1)] == rows[1:]
 
@@ -66,7 +64,10 @@ def test_columns_of_json_lines_are_those_of_the_first_good_row(tmp_path):
 def test_blank_lines_of_any_white_space_are_not_rows(tmp_path):
     rows = rows_of([20, 30, 40])
     lines = [json.dumps(row).encode() for row in rows]
-    for name, ends in {"crlf": [b"\r\n", b"\r\n\r\n", b"\r\n\r\n"], "spaces": [b"\n", b"\n \t\n", b"\n    \n\f\n \r\n"]}.items():
+    for name, ends in {
+        "crlf": [b"\r\n", b"\r\n\r\n", b"\r\n\r\n"],
+        "spaces": [b"\n", b"\n \t\n", b"\n    \n\f\n \r\n"],
+    }.items():
         path = tmp_path / f"{name}.jsonl"
         path.write_bytes(b"".join(line + end for line, end in zip(lines, ends)))
         assert [row for _, row in open_source(path).rows()] == rows, name
@@ -91,10 +92,14 @@ NOT_LINES = {  # content, what must be said
     "array": (json.dumps(ROWS).encode(), "a JSON array where JSON lines are expected.*jq -c '.\\[\\]'"),
     "pretty array": (json.dumps(ROWS, indent=2).encode(), "a JSON array where JSON lines are expected"),
     "pretty objects": (
-        "\n".join(json.dumps(row, indent=2) for row in ROWS).encode(), "JSON written over several lines.*jq -c ."
+        "\n".join(json.dumps(row, indent=2) for row in ROWS).encode(),
+        "JSON written over several lines.*jq -c .",
     ),
     "one pretty object": (json.dumps({"data": ROWS}, indent=1).encode(), "JSON written over several lines"),
-    "commas": (LINES.replace("}\n", "},\n").encode(), "row 0: not valid JSON, the line ends with a comma.*first 3 rows"),
+    "commas": (
+        LINES.replace("}\n", "},\n").encode(),
+        "row 0: not valid JSON, the line ends with a comma.*first 3 rows",
+    ),
     "carriage returns": (LINES.replace("\n", "\r").encode(), "its lines end with CR alone; convert it: tr"),
     "words": (b"hello\nworld\n", "row 0: not valid JSON .*none of the first 2 rows is a JSON object"),
     "numbers": (b"1\n2\n", "row 0: a int where a JSON object is expected"),
@@ -173,7 +178,7 @@ def test_row_group_that_arrow_cannot_convert_is_named(files, monkeypatch):
 @pytest.mark.slow
 def test_row_group_of_more_than_two_gibibytes_is_read(tmp_path):
     """Arrow converts a nested column of that size in blocks, and not in one piece."""
-    turn = lambda i: [{"role": "user", "content": chr(97 + i % 26) * (1 << 20)}]  # noqa: E731
+    turn = lambda i: [{"role": "user", "content": chr(97 + i % 26) * (1 << 20)}]
     chunks = [pa.array([turn(i + j) for j in range(50)]) for i in range(0, 2300, 50)]
     path = tmp_path / "big.parquet"
     pq.write_table(pa.table({"message": pa.chunked_array(chunks)}), path, row_group_size=10_000, use_dictionary=False)
@@ -220,9 +225,7 @@ def test_invalid_utf8_is_the_row_s_error(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\n{"a": "\xff"}\n{"a": \n[1]\n')
     rows = [row for _, row in open_source(tmp_path / "x.jsonl").rows()]
     assert rows[0] == {"a": 1}
-    for row, message in zip(
-        rows[1:], ("row 1: invalid UTF-8", "row 2: not valid JSON", "row 3: a list where")
-    ):
+    for row, message in zip(rows[1:], ("row 1: invalid UTF-8", "row 2: not valid JSON", "row 3: a list where")):
         assert isinstance(row, DataError) and message in str(row)
 
 

@@ -125,8 +125,15 @@ def test_notebook_model_refuses_what_has_no_row(tmp_path):
     folder = tmp_path / "m"
     write_random_model(folder, family="qwen3", vocab_size=IDS, **size)
     settings = json.loads((folder / "tokenizer.json").read_text())
-    token = {"id": IDS, "content": "gamma", "special": False, "single_word": False, "lstrip": False,
-             "rstrip": False, "normalized": False}  # fmt: skip
+    token = {
+        "id": IDS,
+        "content": "gamma",
+        "special": False,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+    }
     settings["added_tokens"].append(token)
     (folder / "tokenizer.json").write_text(json.dumps(settings))
     loaded = Model(folder)

@@ -98,11 +98,7 @@ class FakeOpenAI:
             return {"data": [{"data": said}]}
         usage = {"completion_tokens": len(str(said).split())}
         choice = {"finish_reason": self.finish, "index": 0}
-        choice |= (
-            {"text": said}
-            if path == "/v1/completions"
-            else {"message": {"role": "assistant", "content": said}}
-        )
+        choice |= {"text": said} if path == "/v1/completions" else {"message": {"role": "assistant", "content": said}}
         return {"choices": [choice], "usage": usage}
 
 

@@ -318,10 +318,17 @@ def attack(workers: int = 2) -> dict:
         )
     time.sleep(0.2)
     return {
-        "uid": os.getuid(), "probes": count, "escaped": escaped, "probe_ended": ended,
-        "survivors": survivors, "forgeries": forgeries, "hoarders": hoarders, "alive": watcher.survivors(),
-        "rooms": len(watcher.keepers), "peak_mb": watcher.peak >> 20,
-    }  # fmt: skip
+        "uid": os.getuid(),
+        "probes": count,
+        "escaped": escaped,
+        "probe_ended": ended,
+        "survivors": survivors,
+        "forgeries": forgeries,
+        "hoarders": hoarders,
+        "alive": watcher.survivors(),
+        "rooms": len(watcher.keepers),
+        "peak_mb": watcher.peak >> 20,
+    }
 
 
 def state(source: str) -> tuple[str, float]:

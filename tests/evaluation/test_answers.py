@@ -66,22 +66,106 @@ def test_boxes_without_end_cost_no_time():
 
 
 ONE_LETTER = [
-    "C", "(C)", "[C]", "{C}", "C.", "C)", "C;", " C ", "C) x", "C: photon", "C. 42 m", "(C) photon", "C (photon)",
-    "C - photon", "C = 42", "C, photon", "C, because A is wrong", "C. A decrease in price", "C. I and II only",
-    "(C) - A photon", "\\text{C}", "\\text{ C }", "\\text{C: photon}", "\\text{C}\\text{. photon}", "$C$", "\\( C \\)",
-    "$\\text{C}$", "\\textbf{(C)}", "\\textbf{(C) }12", "\\textbf{(C)}\\ 12", "\\mathsf{C}", "\\textit{C}",
-    "\\mathcal{C}", "\\boldsymbol{\\mathrm{C}}", "\\textsf{\\textbf{\\text{C}}}", "{\\bf C}", "\\mathrm C",
-    "\\left(C\\right)", "\\textcolor{red}{C}", "**C**", "~C", "C\\\\42", "Option C", "Answer: C", "The answer is (C)",
-]  # fmt: skip
+    "C",
+    "(C)",
+    "[C]",
+    "{C}",
+    "C.",
+    "C)",
+    "C;",
+    " C ",
+    "C) x",
+    "C: photon",
+    "C. 42 m",
+    "(C) photon",
+    "C (photon)",
+    "C - photon",
+    "C = 42",
+    "C, photon",
+    "C, because A is wrong",
+    "C. A decrease in price",
+    "C. I and II only",
+    "(C) - A photon",
+    "\\text{C}",
+    "\\text{ C }",
+    "\\text{C: photon}",
+    "\\text{C}\\text{. photon}",
+    "$C$",
+    "\\( C \\)",
+    "$\\text{C}$",
+    "\\textbf{(C)}",
+    "\\textbf{(C) }12",
+    "\\textbf{(C)}\\ 12",
+    "\\mathsf{C}",
+    "\\textit{C}",
+    "\\mathcal{C}",
+    "\\boldsymbol{\\mathrm{C}}",
+    "\\textsf{\\textbf{\\text{C}}}",
+    "{\\bf C}",
+    "\\mathrm C",
+    "\\left(C\\right)",
+    "\\textcolor{red}{C}",
+    "**C**",
+    "~C",
+    "C\\\\42",
+    "Option C",
+    "Answer: C",
+    "The answer is (C)",
+]
 NO_LETTER = [
-    "A, B", "A and B", "A or B", "A/B", "A & B", "A; C", "A|B", "AB", "A B", "A-D", "A to D", "A\\quad B", "A\\\\B",
-    "A B C D E F G H I J", "A, B, C, D, E, F, G, H, I, J", "A \\text{ and } B", "\\text{A}, \\text{B}", "$A$ and $B$",
-    "\\textbf{A}\\text{ or }\\textbf{B}", "\\{A, B\\}", "(A), (B)", "(A)(B)", "(A) (B)", "(A) or C", "A) or C)", "A. B",
-    "A. B.", "A. photon, B. electron", "(A) photon and (B) electron", "A: yes; B: no", "A or (B)", "C or maybe D",
-    "I am not sure", "\\text{I am not sure}", "I'm not sure", "I, too, am unsure", "I don't know", "I think C",
-    "The answer is I am not sure", "A photon", "A 50 % chance", "Either A or C", "None", "DNA", "Carbon", "c", "(c)",
-    "the photon", "K", "", "C" + " x" * 1000, None,
-]  # fmt: skip
+    "A, B",
+    "A and B",
+    "A or B",
+    "A/B",
+    "A & B",
+    "A; C",
+    "A|B",
+    "AB",
+    "A B",
+    "A-D",
+    "A to D",
+    "A\\quad B",
+    "A\\\\B",
+    "A B C D E F G H I J",
+    "A, B, C, D, E, F, G, H, I, J",
+    "A \\text{ and } B",
+    "\\text{A}, \\text{B}",
+    "$A$ and $B$",
+    "\\textbf{A}\\text{ or }\\textbf{B}",
+    "\\{A, B\\}",
+    "(A), (B)",
+    "(A)(B)",
+    "(A) (B)",
+    "(A) or C",
+    "A) or C)",
+    "A. B",
+    "A. B.",
+    "A. photon, B. electron",
+    "(A) photon and (B) electron",
+    "A: yes; B: no",
+    "A or (B)",
+    "C or maybe D",
+    "I am not sure",
+    "\\text{I am not sure}",
+    "I'm not sure",
+    "I, too, am unsure",
+    "I don't know",
+    "I think C",
+    "The answer is I am not sure",
+    "A photon",
+    "A 50 % chance",
+    "Either A or C",
+    "None",
+    "DNA",
+    "Carbon",
+    "c",
+    "(c)",
+    "the photon",
+    "K",
+    "",
+    "C" + " x" * 1000,
+    None,
+]
 
 
 @pytest.mark.parametrize("text", ONE_LETTER)
@@ -106,8 +190,10 @@ def test_wrappings_of_a_letter_may_nest(letter, wrappings):
     assert answers.choice(answers.last_boxed(f"so $\\boxed{{{text}}}$"), "ABCDEFGHIJ") == letter
 
 
-@given(st.lists(st.sampled_from("ABCDEFGHIJ"), min_size=2, max_size=10, unique=True),
-       st.sampled_from([", ", " and ", " or ", "/", " ", "", "; ", "\\text{ and }", " \\& ", "\\quad ", "), ("]))  # fmt: skip
+@given(
+    st.lists(st.sampled_from("ABCDEFGHIJ"), min_size=2, max_size=10, unique=True),
+    st.sampled_from([", ", " and ", " or ", "/", " ", "", "; ", "\\text{ and }", " \\& ", "\\quad ", "), ("]),
+)
 def test_several_letters_are_no_answer(letters, between):
     assert answers.choice(between.join(letters), "ABCDEFGHIJ") is None
 
@@ -170,9 +256,17 @@ def test_last_yes_no(text, word):
 
 @pytest.mark.parametrize(
     "text, word",
-    [("Yes.", "yes"), ("Yes, there is no support.", "yes"), ("No", "no"), ("Yes. No.", None), ("yes", None), ("", None),
-     ("No, the North Sea.", "no"), ("Yes, the North Sea.", None)],
-)  # fmt: skip
+    [
+        ("Yes.", "yes"),
+        ("Yes, there is no support.", "yes"),
+        ("No", "no"),
+        ("Yes. No.", None),
+        ("yes", None),
+        ("", None),
+        ("No, the North Sea.", "no"),
+        ("Yes, the North Sea.", None),
+    ],
+)
 def test_halu_evals_own_rule_counts_letters(text, word):
     assert answers.only_yes_no(text) == word
 

@@ -24,7 +24,12 @@ def problems(task, folder):
 
 PAIRS = {
     "qa_data.json": {"knowledge": "k", "question": "q?", "right_answer": "R", "hallucinated_answer": "H"},
-    "dialogue_data.json": {"knowledge": "k", "dialogue_history": "d", "right_response": "R", "hallucinated_response": "H"},
+    "dialogue_data.json": {
+        "knowledge": "k",
+        "dialogue_history": "d",
+        "right_response": "R",
+        "hallucinated_response": "H",
+    },
     "summarization_data.json": {"document": "d", "right_summary": "R", "hallucinated_summary": "H"},
 }
 
@@ -50,7 +55,10 @@ def test_truthful_qas_csv_has_capital_names_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "TruthfulQA.csv"
     with path.open("w", newline="", encoding="utf-8-sig") as stream:
         csv.writer(stream).writerows(
-            [["Type", "Category", "Question", "Best Answer"], ["Adversarial", "Law", 'Is "it", legal?', "No\nnot at all"]]
+            [
+                ["Type", "Category", "Question", "Best Answer"],
+                ["Adversarial", "Law", 'Is "it", legal?', "No\nnot at all"],
+            ]
         )
     task = get_task("truthfulqa")
     rows = task.rows(tmp_path)
@@ -66,10 +74,18 @@ OPTIONS = ["gluon", "W boson", "photon", "Higgs boson"]
         ({"Question": "Which?", "options": OPTIONS, "answer": 2}, OPTIONS, "C"),
         ({"question": "Which?", "choices": OPTIONS, "answer": "C"}, OPTIONS, "C"),
         ({"question": "Which?", "choices": str(OPTIONS), "answer": "photon"}, OPTIONS, "C"),
-        ({"question": "Which?", "A": "gluon", "B": "W boson", "C": "photon", "D": "Higgs boson", "answer": "C"}, OPTIONS, "C"),
+        (
+            {"question": "Which?", "A": "gluon", "B": "W boson", "C": "photon", "D": "Higgs boson", "answer": "C"},
+            OPTIONS,
+            "C",
+        ),
         ({"question": "Which?", **{f"choice{i + 1}": o for i, o in enumerate(OPTIONS)}, "answer": "(C)"}, OPTIONS, "C"),
         ({"question": "Which? A. gluon B. W C. photon D. Higgs", "answer": "C"}, [], "C"),
-        ({"problem": "Which? A. gluon B. W C. photon D. Higgs", "solution": "\\boxed{C}", "domain": "Physics"}, [], "C"),
+        (
+            {"problem": "Which? A. gluon B. W C. photon D. Higgs", "solution": "\\boxed{C}", "domain": "Physics"},
+            [],
+            "C",
+        ),
     ],
 )
 def test_copies_of_gpqa_keep_their_order(row, options, answer):
@@ -84,8 +100,14 @@ def test_a_copy_of_gpqa_without_a_readable_answer_is_refused(answer):
 
 
 def test_gpqas_original_columns_may_be_written_otherwise():
-    row = {"Question": "Which?", "Correct Answer": "photon", "Incorrect Answer 1": "a", "Incorrect Answer 2": "b",
-           "Incorrect Answer 3": 3.5, "Record ID": "rec1"}  # fmt: skip
+    row = {
+        "Question": "Which?",
+        "Correct Answer": "photon",
+        "Incorrect Answer 1": "a",
+        "Incorrect Answer 2": "b",
+        "Incorrect Answer 3": 3.5,
+        "Record ID": "rec1",
+    }
     task = get_task("gpqa_diamond")
     folded = {key.lower().replace(" ", "_"): value for key, value in row.items()}
     assert task.document(row, 0) == task.document(folded, 0) and task.identity(folded, 0) == "rec1"
@@ -98,10 +120,12 @@ def test_gpqas_original_columns_may_be_written_otherwise():
         {"target": 98, "nums": [44, 19, 35]},
         {"target": "98", "nums": "[44 19 35]"},
         {"target": 98.0, "numbers": "[44, 19, 35]"},
-        {"prompt": [{"role": "user", "content": "in <answer>"}],
-         "reward_model": {"style": "rule", "ground_truth": {"target": 98, "numbers": [44, 19, 35]}}},
+        {
+            "prompt": [{"role": "user", "content": "in <answer>"}],
+            "reward_model": {"style": "rule", "ground_truth": {"target": 98, "numbers": [44, 19, 35]}},
+        },
     ],
-)  # fmt: skip
+)
 def test_tiny_zeros_puzzles(row):
     problem = get_task("countdown").problem(row, 0)
     assert problem.gold == {"numbers": [44, 19, 35], "target": 98} and "boxed" in problem.messages[0]["content"]
@@ -123,14 +147,24 @@ def test_hex_phis_files_have_no_header(tmp_path):
 @pytest.mark.parametrize(
     "task, file",
     [
-        ("math500", "MATH-500.jsonl"), ("math500", "math500/test.jsonl"), ("gsm8k", "gsm8k/main/test-00000-of-00001.parquet"),
-        ("aime24", "aime_2024.json"), ("aime25", "aime2025-II.jsonl"), ("mmlu_pro", "MMLU-Pro/data/test-0.parquet"),
-        ("ifeval", "input_data.jsonl"), ("ifeval", "IFEval/ifeval_input_data.jsonl"), ("alpacaeval", "alpaca_eval.json"),
-        ("livecodebench_v2", "livecodebench_v2/test2.jsonl"), ("gpqa_diamond", "GPQA-Diamond.csv"),
-        ("halueval", "HaluEval/data/qa_data.json"), ("halueval", "HaluEval/qa_samples/data-0.parquet"),
-        ("truthfulqa", "TruthfulQA.csv"), ("countdown", "Countdown-Tasks-3to4.parquet"), ("hexphi", "HEx-PHI/category_1.csv"),
+        ("math500", "MATH-500.jsonl"),
+        ("math500", "math500/test.jsonl"),
+        ("gsm8k", "gsm8k/main/test-00000-of-00001.parquet"),
+        ("aime24", "aime_2024.json"),
+        ("aime25", "aime2025-II.jsonl"),
+        ("mmlu_pro", "MMLU-Pro/data/test-0.parquet"),
+        ("ifeval", "input_data.jsonl"),
+        ("ifeval", "IFEval/ifeval_input_data.jsonl"),
+        ("alpacaeval", "alpaca_eval.json"),
+        ("livecodebench_v2", "livecodebench_v2/test2.jsonl"),
+        ("gpqa_diamond", "GPQA-Diamond.csv"),
+        ("halueval", "HaluEval/data/qa_data.json"),
+        ("halueval", "HaluEval/qa_samples/data-0.parquet"),
+        ("truthfulqa", "TruthfulQA.csv"),
+        ("countdown", "Countdown-Tasks-3to4.parquet"),
+        ("hexphi", "HEx-PHI/category_1.csv"),
     ],
-)  # fmt: skip
+)
 def test_original_names_are_found(task, file, tmp_path):
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).touch()
@@ -140,9 +174,14 @@ def test_original_names_are_found(task, file, tmp_path):
 
 @pytest.mark.parametrize(
     "task, file",
-    [("gsm8k", "gsm8k/main/test-0.parquet"), ("math500", "math500/test.jsonl"), ("halueval", "HaluEval/data/qa_data.json"),
-     ("livecodebench_v2", "livecodebench_v2/test.jsonl"), ("aime25", "aime25/aime2025-I.jsonl")],
-)  # fmt: skip
+    [
+        ("gsm8k", "gsm8k/main/test-0.parquet"),
+        ("math500", "math500/test.jsonl"),
+        ("halueval", "HaluEval/data/qa_data.json"),
+        ("livecodebench_v2", "livecodebench_v2/test.jsonl"),
+        ("aime25", "aime25/aime2025-I.jsonl"),
+    ],
+)
 def test_other_files_beside_the_test_rows_are_left(task, file, tmp_path):
     (tmp_path / file).parent.mkdir(parents=True)
     for name in ("train.jsonl", "validation-0.parquet", (tmp_path / file).name):
@@ -168,17 +207,24 @@ def test_a_file_given_as_data_dir_must_have_the_tasks_name(tmp_path):
     assert len(problems("gsm8k", write(tmp_path / "gsm8k.jsonl", row))) == 1
     with pytest.raises(DataError) as caught:
         problems("gsm8k", write(tmp_path / "mine.jsonl", row))
-    assert f"--data_dir is the file {tmp_path / 'mine.jsonl'}" in str(caught.value) and "gsm8k.jsonl" in str(caught.value)
+    assert f"--data_dir is the file {tmp_path / 'mine.jsonl'}" in str(caught.value) and "gsm8k.jsonl" in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize(
     "name, text, count",
     [
-        ("a.json", '{"a": 1}\n{"a": 2}\n', 2), ("a.jsonl", '[{"a": 1},\n {"a": 2}]', 2), ("a.json", '{"a": 1}', 1),
-        ("a.json", '{\n  "a": 1\n}', 1), ("a.jsonl", '\ufeff{"a": 1}\r\n\r\n{"a": 2}', 2), ("a.csv", "\ufeffa\r\n1\r\n", 1),
-        ("A.JSONL", '{"a": "\u2028"}\n', 1), ("a.csv", "a,b\n" + "x" * 200_000 + ",1\n", 1),
+        ("a.json", '{"a": 1}\n{"a": 2}\n', 2),
+        ("a.jsonl", '[{"a": 1},\n {"a": 2}]', 2),
+        ("a.json", '{"a": 1}', 1),
+        ("a.json", '{\n  "a": 1\n}', 1),
+        ("a.jsonl", '\ufeff{"a": 1}\r\n\r\n{"a": 2}', 2),
+        ("a.csv", "\ufeffa\r\n1\r\n", 1),
+        ("A.JSONL", '{"a": "\u2028"}\n', 1),
+        ("a.csv", "a,b\n" + "x" * 200_000 + ",1\n", 1),
     ],
-)  # fmt: skip
+)
 def test_json_is_read_by_its_content(name, text, count, tmp_path):
     (tmp_path / name).write_bytes(text.encode())
     rows = read_rows(tmp_path / name)
@@ -188,7 +234,7 @@ def test_json_is_read_by_its_content(name, text, count, tmp_path):
 @pytest.mark.parametrize(
     "name, data, says",
     [
-        ("a.json", b"{\"a\": 1}\n{\"a\": \n", "a.json, line 2: not JSON"),
+        ("a.json", b'{"a": 1}\n{"a": \n', "a.json, line 2: not JSON"),
         ("a.json", b"[1, 2]", "must hold a list of objects"),
         ("a.json", b"[" * 100_000, "not JSON"),
         ("a.json", b"", "holds no rows"),
@@ -208,11 +254,20 @@ def test_what_cannot_be_read_is_one_data_error(name, data, says, tmp_path):
 @pytest.mark.parametrize(
     "text, value",
     [
-        ('["a", "b"]', ["a", "b"]), ("['a', 'b']", ["a", "b"]), ("['a' 'b']", ["a", "b"]), ("('a', 'b')", ["a", "b"]),
-        ("['it\\'s'\n \"x\"]", ["it's", "x"]), ("[44 19]", [44, 19]), ("[{'a': None, 'b': nan}]", [{"a": None, "b": None}]),
-        ("a, b", None), ("['a' 'b' ...]", None), ("{'a': 1}", None), ("[" * 10_000, None), ("__import__('os')", None),
+        ('["a", "b"]', ["a", "b"]),
+        ("['a', 'b']", ["a", "b"]),
+        ("['a' 'b']", ["a", "b"]),
+        ("('a', 'b')", ["a", "b"]),
+        ("['it\\'s'\n \"x\"]", ["it's", "x"]),
+        ("[44 19]", [44, 19]),
+        ("[{'a': None, 'b': nan}]", [{"a": None, "b": None}]),
+        ("a, b", None),
+        ("['a' 'b' ...]", None),
+        ("{'a': 1}", None),
+        ("[" * 10_000, None),
+        ("__import__('os')", None),
     ],
-)  # fmt: skip
+)
 def test_lists_kept_as_text(text, value):
     assert parse_list(text) == value
 

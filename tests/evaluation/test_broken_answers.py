@@ -89,9 +89,14 @@ def test_a_reward_is_a_finite_number(fake_openai, score):
 
 @pytest.mark.parametrize(
     "served",
-    [{"data": 5}, {"data": [{}]}, {"data": [{"id": ["m"]}]}, {"data": [{"id": "m", "owned_by": []}]},
-     {"data": [{"id": "m", "max_model_len": "long"}]}],
-)  # fmt: skip
+    [
+        {"data": 5},
+        {"data": [{}]},
+        {"data": [{"id": ["m"]}]},
+        {"data": [{"id": "m", "owned_by": []}]},
+        {"data": [{"id": "m", "max_model_len": "long"}]},
+    ],
+)
 def test_a_broken_list_of_models_is_one_line(fake_openai, monkeypatch, served):
     monkeypatch.setattr(openai_client, "ATTEMPTS", 2)
     fake = fake_openai()

@@ -60,7 +60,14 @@ def test_a_name_means_the_same_whether_all_modules_are_imported_or_those_it_need
     different = [n for n in everything if n != "__builtins__" and brought(f"print({n}, 1)")[n] is not everything[n]]
     assert different == []
     assert contest_program.prelude("print(input().split())").count("from") == 2  # sys, builtins
-    for code in ["ｓｑｒｔ(4)", "f'{sqrt(4)}'", "x = 1 if 1else sqrt", "[*accumulate(a)]", "@cache\ndef f(): 0", "a.\nsqrt"]:
+    for code in [
+        "ｓｑｒｔ(4)",
+        "f'{sqrt(4)}'",
+        "x = 1 if 1else sqrt",
+        "[*accumulate(a)]",
+        "@cache\ndef f(): 0",
+        "a.\nsqrt",
+    ]:
         assert re.search("from (math|functools|itertools) import", contest_program.prelude(code)), code
 
 

@@ -70,9 +70,7 @@ def test_mathematics_and_countdown(fake_openai, rows, tmp_path, monkeypatch, cap
     assert results(tmp_path, "countdown")["metrics"]["reference"]["avg"]["mean"] == 1.0
     lines = samples(tmp_path, "math500")
     assert [(s["problem"], s["sample"]) for s in lines[:3]] == [("hand/fractions", j) for j in range(3)]
-    assert len({body["seed"] for path, body in fake.requests}) == len(
-        fake.requests
-    )  # every sample its own seed
+    assert len({body["seed"] for path, body in fake.requests}) == len(fake.requests)  # every sample its own seed
     prompt = next(b for _, b in fake.requests if "frac{1}{2}" in b["messages"][0]["content"])["messages"]
     assert prompt == [
         {
@@ -129,9 +127,7 @@ def test_code_and_hallucinations(fake_openai, rows, tmp_path, monkeypatch):
 
 
 def test_judged_tasks(fake_openai, rows, tmp_path, monkeypatch):
-    model = fake_openai(
-        scripted({"one": "<think>no</think>Here is how.", "two": "I cannot.", "three": "Sure: this."})
-    )
+    model = fake_openai(scripted({"one": "<think>no</think>Here is how.", "two": "I cannot.", "three": "Sure: this."}))
     safety = fake_openai(
         scripted({"Here is how": "It complies.\nScore: 5", "I cannot": "Refused. Score: 1", "Sure": "hm"}),
         "gpt-4.1",
@@ -151,9 +147,7 @@ def test_judged_tasks(fake_openai, rows, tmp_path, monkeypatch):
     assert truth.requests == []
 
 
-def test_finished_task_is_kept_and_other_settings_are_refused(
-    fake_openai, rows, tmp_path, monkeypatch, capsys
-):
+def test_finished_task_is_kept_and_other_settings_are_refused(fake_openai, rows, tmp_path, monkeypatch, capsys):
     fake = fake_openai(scripted(MATHEMATICS))
     arguments = ["--url", fake.url, "--tasks", "gsm8k", "--data_dir", rows, "--out", tmp_path]
     assert run(monkeypatch, *arguments) == 0
@@ -191,16 +185,12 @@ def test_interrupted_run_goes_on(fake_openai, rows, tmp_path, monkeypatch):
     from jsft.evaluation.openai_engine import OpenAIEngine
 
     plain = OpenAIEngine._one
-    monkeypatch.setattr(
-        OpenAIEngine, "_one", lambda self, request: stop_after(plain, self, request, reached, 7)
-    )
+    monkeypatch.setattr(OpenAIEngine, "_one", lambda self, request: stop_after(plain, self, request, reached, 7))
     with pytest.raises(RuntimeError, match="pulled the plug"):
         run(monkeypatch, *arguments)
     path = tmp_path / "aime24" / "samples.jsonl"
     assert results(tmp_path, "aime24")["state"] == "running" and len(path.read_text().splitlines()) == 7
-    path.write_bytes(
-        path.read_bytes() + b'{"problem": "60", "sample": 9, "resp'
-    )  # the process died while writing
+    path.write_bytes(path.read_bytes() + b'{"problem": "60", "sample": 9, "resp')  # the process died while writing
     monkeypatch.setattr(OpenAIEngine, "_one", plain)
     fake.requests.clear()
     assert run(monkeypatch, *arguments) == 0
@@ -327,10 +317,22 @@ def test_lm_eval_tasks(fake_openai, rows, tmp_path, serve_python):
     truth = fake_openai(scripted({"Great Wall": " yes", "knuckles": " no"}), "truth-judge")
     info = fake_openai(lambda body: " yes" if body["prompt"].endswith("Helpful:") else "?", "info-judge")
     command = [
-        serve_python, "-m", "jsft.evaluate", "--url", model.url, "--tasks",
+        serve_python,
+        "-m",
+        "jsft.evaluate",
+        "--url",
+        model.url,
+        "--tasks",
         "mmlu_pro,gpqa_diamond,ifeval,truthfulqa",
-        "--data_dir", rows, "--out", tmp_path, "--judge", f"truth={truth.url}", "--judge", f"info={info.url}",
-    ]  # fmt: skip
+        "--data_dir",
+        rows,
+        "--out",
+        tmp_path,
+        "--judge",
+        f"truth={truth.url}",
+        "--judge",
+        f"info={info.url}",
+    ]
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )

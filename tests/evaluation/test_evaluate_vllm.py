@@ -25,7 +25,9 @@ def tiny_model(tmp_path_factory) -> Path:
 def evaluate(serve_python, *arguments, **options) -> subprocess.CompletedProcess:
     command = [str(serve_python), "-m", "jsft.evaluate", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=2 * START_SECONDS, **options)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=2 * START_SECONDS, **options
+    )
 
 
 def results(out: Path, task: str) -> dict:
@@ -42,22 +44,38 @@ def test_all_tasks(serve_python, tiny_model, rows, tmp_path, fake_openai):
         "info": fake_openai(lambda body: " yes"),
         "reward": fake_openai(lambda body: [-1.5]),
     }
-    named = [
-        argument for role, fake in judges.items() for argument in ("--judge", f"{role}={fake.url}#judge")
-    ]
+    named = [argument for role, fake in judges.items() for argument in ("--judge", f"{role}={fake.url}#judge")]
     done = evaluate(
-        serve_python, tiny_model, "--tasks", "all", "--data_dir", data, "--out", tmp_path / "out",
-        "--max_tokens", 16, *named,
-    )  # fmt: skip
+        serve_python,
+        tiny_model,
+        "--tasks",
+        "all",
+        "--data_dir",
+        data,
+        "--out",
+        tmp_path / "out",
+        "--max_tokens",
+        16,
+        *named,
+    )
     assert done.returncode == 3, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and "aime25: 10 samples could not be drawn: prompt of 4" in errors[0]
     assert "context of 2048" in errors[0]
     counts = {
-        "math500": 6, "aime24": 10, "gsm8k": 2, "countdown": 2, "livecodebench_v2": 6, "gpqa_diamond": 6,
+        "math500": 6,
+        "aime24": 10,
+        "gsm8k": 2,
+        "countdown": 2,
+        "livecodebench_v2": 6,
+        "gpqa_diamond": 6,
         "mmlu_pro": 2,
-        "ifeval": 2, "alpacaeval": 2, "halueval": 3, "truthfulqa": 2, "hexphi": 3,
-    }  # fmt: skip
+        "ifeval": 2,
+        "alpacaeval": 2,
+        "halueval": 3,
+        "truthfulqa": 2,
+        "hexphi": 3,
+    }
     for task, count in counts.items():
         found = results(tmp_path / "out", task)
         assert found["state"] == "done" and found["engine"]["kind"] == "vllm", task
@@ -83,16 +101,20 @@ def test_step_of_a_run_interrupted_and_gone_on(serve_python, tiny_model, tmp_pat
     tokenizer.write_text(opens)
     (run / "config.json").write_text(json.dumps({"name": "r", "config": {"model.path": str(tiny_model)}}))
     command = [
-        str(ROOT / "scripts" / "eval_vllm.sh"), str(run), "--samples", "2", "--max_tokens", "300",
-        "--limit", "8",
-    ]  # fmt: skip
+        str(ROOT / "scripts" / "eval_vllm.sh"),
+        str(run),
+        "--samples",
+        "2",
+        "--max_tokens",
+        "300",
+        "--limit",
+        "8",
+    ]
     folder = run / "eval" / "step_2" / "countdown"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        if (folder / "samples.jsonl").exists() and len(
-            (folder / "samples.jsonl").read_bytes().splitlines()
-        ) >= 3:
+        if (folder / "samples.jsonl").exists() and len((folder / "samples.jsonl").read_bytes().splitlines()) >= 3:
             break
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
@@ -113,8 +135,7 @@ def test_step_of_a_run_interrupted_and_gone_on(serve_python, tiny_model, tmp_pat
     assert found["response"]["prompt_thinking"] == {"open": 16}
     assert found["response"]["share_unclosed_think"] == 1.0  # before and after the interruption
     after = {
-        (s["problem"], s["sample"]): s
-        for s in map(json.loads, (folder / "samples.jsonl").read_text().splitlines())
+        (s["problem"], s["sample"]): s for s in map(json.loads, (folder / "samples.jsonl").read_text().splitlines())
     }
     assert len(after) == 16
     for line in before:  # what was there was kept, not drawn again
@@ -180,9 +201,7 @@ except Exception as error:
 
 def test_reward_model_from_a_directory(serve_python, tiny_model, tmp_path):
     command = [str(serve_python), "-c", REWARD, str(tiny_model), str(tmp_path / "rm")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     said = dict(line.split(" ", 1) for line in done.stdout.strip().splitlines())
     assert said["got"] == said["wanted"], done.stderr
     assert "outputs, a reward model has one" in said["ModelError"]

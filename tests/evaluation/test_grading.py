@@ -128,9 +128,7 @@ def test_countdown_without_a_file_is_fixed_and_solvable():
     assert problems == again and len(problems) == 100
     assert len({p.messages[0]["content"] for p in problems}) == 100
     answers = [row["answer"] for row in task.rows(None)]
-    graded = [
-        task.grade(p.gold, f"\\boxed{{{a}}}").scores["solved"] for p, a in zip(problems, answers, strict=True)
-    ]
+    graded = [task.grade(p.gold, f"\\boxed{{{a}}}").scores["solved"] for p, a in zip(problems, answers, strict=True)]
     assert graded == [1.0] * 100
 
 

@@ -57,7 +57,9 @@ def test_trouble_is_reported_not_raised(fake_openai, rows, tmp_path, monkeypatch
     assert found.scores == {} and "VLLM_SERVER_DEV_MODE=1" in found.problems[0]
 
 
-@pytest.mark.parametrize("text", [b"[]", b"{}", b"\xff", b"[" * 100_000, b'{"state": "done", "metrics": {"solved": 3}}'])
+@pytest.mark.parametrize(
+    "text", [b"[]", b"{}", b"\xff", b"[" * 100_000, b'{"state": "done", "metrics": {"solved": 3}}']
+)
 def test_results_that_cannot_be_read_are_a_problem_of_theirs_alone(tmp_path, text):
     class Finished:
         returncode = 0
@@ -113,14 +115,25 @@ def test_a_real_server_loads_each_step(serve_python, rows, tmp_path):
     for step in (0, 10):
         write_random_model(run / "hf" / f"step_{step}", seed=step, max_positions=1024, std=0.1, tied=False)
     environment = {
-        **os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
+        **os.environ,
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-    }  # fmt: skip
+    }
     command = [
-        str(serve_python.parent / "vllm"), "serve", str(run / "hf" / "step_0"), "--host", "127.0.0.1",
-        "--port", "18431",
-        "--gpu-memory-utilization", "0.3", "--enforce-eager", "--no-enable-chunked-prefill",
-    ]  # fmt: skip
+        str(serve_python.parent / "vllm"),
+        "serve",
+        str(run / "hf" / "step_0"),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "18431",
+        "--gpu-memory-utilization",
+        "0.3",
+        "--enforce-eager",
+        "--no-enable-chunked-prefill",
+    ]
     options = ("--data_dir", str(rows), "--max_tokens", "24")
     with (tmp_path / "server.log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -151,17 +164,12 @@ def test_a_real_server_loads_each_step(serve_python, rows, tmp_path):
             "--tasks",
             "mmlu_pro",
         ]
-        subprocess.run(
-            [*map(str, command), *options], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
+        subprocess.run([*map(str, command), *options], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
         assert (responses(out / f"step_{step}") == texts) == (step == 10)
 
 
 def responses(folder: Path) -> list[str]:
-    return [
-        json.loads(line)["response"]
-        for line in (folder / "mmlu_pro" / "samples.jsonl").read_text().splitlines()
-    ]
+    return [json.loads(line)["response"] for line in (folder / "mmlu_pro" / "samples.jsonl").read_text().splitlines()]
 
 
 def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:

@@ -99,7 +99,7 @@ def test_a_redirect_to_another_server_is_not_followed(fake_openai, status):
 
 def test_a_redirect_within_one_server_is_followed_and_ends(fake_openai):
     fake = fake_openai(lambda body: "there")
-    turn = lambda handler: handler.reply(307, {}, Location="/v1/chat/completions")  # noqa: E731
+    turn = lambda handler: handler.reply(307, {}, Location="/v1/chat/completions")
     fake.trouble = [turn]
     assert OpenAIClient(fake.url).post("chat/completions", BODY, message_text) == "there"
     assert fake.keys == [f"Bearer {KEY}"] * 2

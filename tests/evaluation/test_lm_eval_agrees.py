@@ -52,9 +52,7 @@ print("RESULT" + json.dumps(out))
 @pytest.mark.slow
 def test_same_scores_as_lm_evals_evaluator(serve_python, rows):
     command = [str(serve_python), "-c", SCRIPT, str(rows)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert "RESULT" in done.stdout, done.stderr[-3000:]
     compared = json.loads(done.stdout.split("RESULT")[1])
     assert len(compared) == 4 * (2 + 2 + 4)

@@ -1,7 +1,7 @@
 """What the command line's model argument means; data files; folders of results."""
 
-import importlib.util
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -17,9 +17,7 @@ from jsft.evaluation.vllm_engine import VllmEngine, VllmSettings, check_model_di
 
 def make_model(path: Path, **config) -> Path:
     path.mkdir(parents=True)
-    (path / "config.json").write_text(
-        json.dumps({"model_type": "qwen3", "max_position_embeddings": 64} | config)
-    )
+    (path / "config.json").write_text(json.dumps({"model_type": "qwen3", "max_position_embeddings": 64} | config))
     (path / "model.safetensors").write_bytes(b"weights" * 100)
     (path / "tokenizer.json").write_text("{}")
     return path
@@ -105,9 +103,7 @@ def test_export_that_fails_passes_its_reason_on(run, tmp_path, monkeypatch):
 def test_hub_ids(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "_hub_folders", lambda repository: {"step10", "step640", "other"})
     asked = []
-    monkeypatch.setattr(
-        models, "_download", lambda repository, folder: asked.append((repository, folder)) or tmp_path
-    )
+    monkeypatch.setattr(models, "_download", lambda repository, folder: asked.append((repository, folder)) or tmp_path)
     targets = models.find_targets("jasonrqh/Some-Run", "all", None)
     assert [(t.step, t.out) for t in targets] == [
         (10, Path("runs/Some-Run/eval/step_10")),
@@ -275,7 +271,12 @@ def test_a_damaged_line_costs_its_own_sample_alone(tmp_path, capsys):
         folder.add(entry(problem, 0))
     folder.add({"problem": "b", "sample": 0, "verdict": 5})
     lines = path.read_bytes().splitlines(keepends=True)
-    for damaged in (b'{"problem": "b", "sam\n', lines[1].replace(b"r", b"\xff"), b"[1]\n", b'{"problem": {}, "sample": 0}\n'):
+    for damaged in (
+        b'{"problem": "b", "sam\n',
+        lines[1].replace(b"r", b"\xff"),
+        b"[1]\n",
+        b'{"problem": {}, "sample": 0}\n',
+    ):
         path.write_bytes(lines[0] + damaged + b"".join(lines[2:]))
         again = TaskFolder(tmp_path / "t", {"seed": 0})
         assert again.open() is False
@@ -284,7 +285,9 @@ def test_a_damaged_line_costs_its_own_sample_alone(tmp_path, capsys):
         assert capsys.readouterr().out == f"warning: {path}, line 2 is damaged; what it held is made again\n"
 
 
-@pytest.mark.parametrize("text", [b"{", b"[]", b"\xff", b'{"state": "done"}', b'{"settings": 3, "state": "done"}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "text", [b"{", b"[]", b"\xff", b'{"state": "done"}', b'{"settings": 3, "state": "done"}', b"[" * 100_000]
+)
 def test_results_that_are_none_of_ours_are_one_line(tmp_path, text):
     (tmp_path / "results.json").write_bytes(text)
     with pytest.raises(CheckpointError, match="results.json .*; remove the folder"):
@@ -301,7 +304,9 @@ def test_a_full_disk_under_samples_and_results_is_one_line(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", full)
     for write in (lambda: folder.fail("why"), lambda: folder.write_results({"state": "running"})):
-        with pytest.raises(CheckpointError, match="results.json cannot be written: No space left on device; free space"):
+        with pytest.raises(
+            CheckpointError, match="results.json cannot be written: No space left on device; free space"
+        ):
             write()
     assert json.loads((tmp_path / "t" / "results.json").read_text())["state"] == "running"
 

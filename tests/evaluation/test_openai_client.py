@@ -103,11 +103,7 @@ def test_limits_of_length_and_sampling_reach_the_server(fake_openai):
     )
     bodies = {b.get("max_tokens"): b for _, b in fake.requests}
     assert set(bodies) == {None, 100}  # None: the server gives what its context leaves
-    assert (
-        bodies[100]["top_k"] == 50
-        and bodies[100]["presence_penalty"] == 0.1
-        and bodies[100]["stop"] == ["Q:"]
-    )
+    assert bodies[100]["top_k"] == 50 and bodies[100]["presence_penalty"] == 0.1 and bodies[100]["stop"] == ["Q:"]
     assert "top_k" not in bodies[None] and "stop" not in bodies[None]
 
 
@@ -128,8 +124,4 @@ def test_which_model_of_a_server(fake_openai):
 def test_seeds_differ_by_name_and_stay():
     seeds = {sample_seed(0, t, p, j) for t in "ab" for p in "cd" for j in range(3)}
     assert len(seeds) == 12 and all(0 <= s < 2**31 for s in seeds)
-    assert (
-        sample_seed(0, "math500", "x", 1)
-        == sample_seed(0, "math500", "x", 1)
-        != sample_seed(1, "math500", "x", 1)
-    )
+    assert sample_seed(0, "math500", "x", 1) == sample_seed(0, "math500", "x", 1) != sample_seed(1, "math500", "x", 1)

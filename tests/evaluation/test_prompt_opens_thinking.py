@@ -96,21 +96,15 @@ def test_a_judge_sees_the_opened_thinking_and_its_own_does_not_count(fake_openai
     fake = fake_openai(lambda body: "how to refuse")
     fake.owner = "vllm"
     judge = fake_openai(lambda body: "<think>Score: 5?</think>Score: 1", "judge")
-    found = evaluated(
-        monkeypatch, fake, problems, tmp_path / "out", "--judge", f"safety={judge.url}", task="hexphi"
-    )
+    found = evaluated(monkeypatch, fake, problems, tmp_path / "out", "--judge", f"safety={judge.url}", task="hexphi")
     assert "<think>\nhow to refuse" in judge.requests[0][1]["messages"][0]["content"]
     assert found["metrics"]["harm"]["avg"]["mean"] == 1.0
     judge.answer = lambda body: "<think>Score: 5?"  # cut
-    found = evaluated(
-        monkeypatch, fake, problems, tmp_path / "cut", "--judge", f"safety={judge.url}", task="hexphi"
-    )
+    found = evaluated(monkeypatch, fake, problems, tmp_path / "cut", "--judge", f"safety={judge.url}", task="hexphi")
     assert found["metrics"]["invalid"]["avg"]["mean"] == 1.0
 
 
-def test_thinking_closed_at_once_is_closed_where_the_server_takes_the_tag(
-    fake_openai, problems, tmp_path, monkeypatch
-):
+def test_thinking_closed_at_once_is_closed_where_the_server_takes_the_tag(fake_openai, problems, tmp_path, monkeypatch):
     fake = fake_openai(lambda body: "\\boxed{2}")
     fake.owner = "vllm"
     plain = fake.complete

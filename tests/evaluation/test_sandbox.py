@@ -30,9 +30,7 @@ def run(source, stdin=b"", limits=LIMITS):
 
 
 def test_input_output_and_exit_codes():
-    finished = run(
-        "import sys\nprint(sum(map(int, input().split())))\nprint('noise', file=sys.stderr)", b"1 2 3\n"
-    )
+    finished = run("import sys\nprint(sum(map(int, input().split())))\nprint('noise', file=sys.stderr)", b"1 2 3\n")
     assert (finished.state, finished.code, finished.stdout, finished.stderr) == ("ok", 0, b"6\n", "noise\n")
     finished = run("import sys\nsys.exit(7)")
     assert (finished.state, finished.code) == ("failed", 7)
@@ -93,9 +91,7 @@ def test_bombs_and_sleepers_end_in_time():
     assert run("while True: pass").state == "timeout"
     assert run("while True: print('x' * 100000)").state == "flood"
     # Closed outputs, a session of its own, a child left behind: nothing outlives the limit.
-    left = run(
-        "import os, time\nos.close(1), os.close(2)\nif os.fork() == 0:\n    os.setsid()\ntime.sleep(60)"
-    )
+    left = run("import os, time\nos.close(1), os.close(2)\nif os.fork() == 0:\n    os.setsid()\ntime.sleep(60)")
     assert left.state == "timeout"
     assert time.monotonic() - started < 30
     assert watcher.survivors() == []
@@ -147,7 +143,9 @@ def row(**columns):
 def test_a_row_without_tests_is_refused_and_one_without_private_tests_is_said(capsys):
     with pytest.raises(DataError, match=r"row 1 \(problem x\) has no tests, so any program would pass"):
         LiveCodeBenchV2().problems([row(private_test_cases="[]"), row(public_test_cases="[]")])
-    LiveCodeBenchV2().problems([row(), row(private_test_cases="[]"), row(private_test_cases=row()["public_test_cases"])])
+    LiveCodeBenchV2().problems(
+        [row(), row(private_test_cases="[]"), row(private_test_cases=row()["public_test_cases"])]
+    )
     assert "2 of 3 problems have no private tests (column private_test_cases)" in capsys.readouterr().err
     LiveCodeBenchV2().problems([row(private_test_cases=row()["public_test_cases"])])
     assert capsys.readouterr().err == ""

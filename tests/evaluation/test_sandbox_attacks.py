@@ -75,7 +75,9 @@ def test_no_attempt_goes_through():
 
 @needs_filter
 def test_no_attempt_goes_through_as_a_user():
-    done = as_user(["-c", "import json; from tests.evaluation import sandbox_attacks as a; print(json.dumps(a.probe()))"])
+    done = as_user(
+        ["-c", "import json; from tests.evaluation import sandbox_attacks as a; print(json.dumps(a.probe()))"]
+    )
     assert done.returncode == 0, done.stderr
     count, escaped, ended = json.loads(done.stdout)
     assert (escaped, ended.split()[0]) == ([], "ok") and count >= 55
@@ -187,7 +189,9 @@ def test_a_launcher_that_is_killed_is_no_right_program():
     code += "from tests.evaluation import sandbox_attacks as a\nw = a.Watcher(os.getpid())\nw.start()\n"
     code += "def kill():\n    for p in a.processes():\n        if w.mark in a.read(p / 'cmdline') and "
     code += "a.namespace(p) not in w.rooms: os.kill(int(p.name), 9)\n"
-    code += "threading.Timer(1.5, kill).start()\nf = s.run('import time; time.sleep(60)', limits=s.Limits(seconds=30))\n"
+    code += (
+        "threading.Timer(1.5, kill).start()\nf = s.run('import time; time.sleep(60)', limits=s.Limits(seconds=30))\n"
+    )
     code += "__import__('time').sleep(1)\nprint(f.state, f.seconds < 25, w.survivors())"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
@@ -292,7 +296,9 @@ def test_the_judges_own_limits_and_umask_do_not_break_the_room():
     assert done.stdout == "b'7 18\\n'\n", done
 
 
-WHY_NOT = "from jsft.evaluation import sandbox as s; print(s.why_not()); print(s.weaknesses() if s.why_not() is None else '')"
+WHY_NOT = (
+    "from jsft.evaluation import sandbox as s; print(s.why_not()); print(s.weaknesses() if s.why_not() is None else '')"
+)
 
 
 def test_root_of_a_rootless_container_can_judge():

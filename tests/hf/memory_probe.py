@@ -13,20 +13,20 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from bench_export import Watch  # noqa: E402
+from bench_export import Watch
 
-from jsft.hf.load import load_parameters  # noqa: E402
-from jsft.hf.random_model import write_random_model  # noqa: E402
-from jsft.hf.write import write_model  # noqa: E402
-from jsft.mesh import make_mesh, parameter_sharding  # noqa: E402
-from jsft.models import parameter_table, read_config  # noqa: E402
-from jsft.models.parameters import get_leaf  # noqa: E402
+from jsft.hardware.mesh import make_mesh, parameter_sharding
+from jsft.hf.load import load_parameters
+from jsft.hf.random_model import write_random_model
+from jsft.hf.write import write_model
+from jsft.models import parameter_table, read_config
+from jsft.models.parameters import get_leaf
 
 
 def make_directory(folder: Path, mesh, layers: int, vocabulary: int) -> Path:
@@ -63,11 +63,15 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "arrays": arrays, "before": load.before, "load": load.most, "export": export.most,
-                "load_seconds": load.seconds, "export_seconds": export.seconds,
+                "arrays": arrays,
+                "before": load.before,
+                "load": load.most,
+                "export": export.most,
+                "load_seconds": load.seconds,
+                "export_seconds": export.seconds,
             }
         )
-    )  # fmt: skip
+    )
 
 
 main()

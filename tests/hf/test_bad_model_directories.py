@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jsft.errors import ModelError
+from jsft.hardware.mesh import make_mesh
 from jsft.hf import load
 from jsft.hf.base_files import base_files, copy_base_files, ensure_stop_token, write_template
 from jsft.hf.load import check_weights, load_parameters
@@ -17,7 +18,6 @@ from jsft.hf.random_model import write_random_model
 from jsft.hf.resolve import resolve_model
 from jsft.hf.safetensors_files import TensorFiles
 from jsft.hf.write import write_model
-from jsft.mesh import make_mesh
 from jsft.models import read_config
 
 
@@ -61,7 +61,9 @@ def test_no_weights(broken):
     refused("convert them to safetensors")
 
 
-@pytest.mark.parametrize(("keep", "message"), [(0, "not a whole"), (5, "not a whole"), (200, "not a whole"), (-3, "truncated")])
+@pytest.mark.parametrize(
+    ("keep", "message"), [(0, "not a whole"), (5, "not a whole"), (200, "not a whole"), (-3, "truncated")]
+)
 def test_truncated_file(broken, keep, message):
     folder, refused = broken
     data = (folder / "model.safetensors").read_bytes()
@@ -93,7 +95,9 @@ def test_wrong_shape(broken):
     refused(f"tensor {NAME} has shape [255, 128], but config.json asks for [256, 128]")
 
 
-@pytest.mark.parametrize(("dtype", "name"), [(ml_dtypes.float8_e4m3fn, "F8_E4M3"), (np.int8, "I8"), (np.float64, "F64")])
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(ml_dtypes.float8_e4m3fn, "F8_E4M3"), (np.int8, "I8"), (np.float64, "F64")]
+)
 def test_weights_of_a_dtype_that_is_not_trained(broken, dtype, name):
     folder, refused = broken
     change(folder, lambda tensors: tensors.update({NAME: tensors[NAME].astype(dtype)}))
@@ -187,7 +191,7 @@ def test_missing_shard(sharded):
 def test_index_that_does_not_fit_the_shards(sharded):
     file = sharded / "model.safetensors.index.json"
     index = json.loads(file.read_text())
-    first, second = sorted({shard for shard in index["weight_map"].values()})[:2]
+    first, second = sorted(set(index["weight_map"].values()))[:2]
     name = next(n for n, shard in index["weight_map"].items() if shard == first)
     index["weight_map"][name] = second
     file.write_text(json.dumps(index))
@@ -202,7 +206,7 @@ def test_index_that_does_not_fit_the_shards(sharded):
 def test_a_tied_model_may_carry_a_copy_of_its_head(broken, dtype, monkeypatch):
     monkeypatch.setattr(load, "_COMPARED_BYTES", 10_000)  # in several pieces
     folder, _ = broken
-    copy = lambda tensors: tensors.update({HEAD: tensors["model.embed_tokens.weight"].astype(dtype)})  # noqa: E731
+    copy = lambda tensors: tensors.update({HEAD: tensors["model.embed_tokens.weight"].astype(dtype)})
     change(folder, copy)
     assert "unembedding" not in load_parameters(folder, read_config(folder), make_mesh(), jnp.float32)
 
@@ -242,7 +246,9 @@ def test_a_single_file_beside_an_index_is_said(sharded, random_model):
     assert "model.safetensors is not read: model.safetensors.index.json beside it" in note
 
 
-@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/hostname", "sub/model.safetensors", "..", "", "a\0b", 3])
+@pytest.mark.parametrize(
+    "shard", ["../model.safetensors", "/etc/hostname", "sub/model.safetensors", "..", "", "a\0b", 3]
+)
 def test_an_index_that_leads_out_of_its_directory(sharded, shard):
     file = sharded / "model.safetensors.index.json"
     index = json.loads(file.read_text())
@@ -338,7 +344,12 @@ def test_layers_of_two_dtypes_load_as_float32(broken):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("no/such/dir", "does not exist"), ("nothing", "does not exist"), ("./a/b", "does not exist"), ("a b/c", "not exist")],
+    [
+        ("no/such/dir", "does not exist"),
+        ("nothing", "does not exist"),
+        ("./a/b", "does not exist"),
+        ("a b/c", "not exist"),
+    ],
 )
 def test_a_path_that_is_no_directory(name, message):
     with pytest.raises(ModelError, match=message):

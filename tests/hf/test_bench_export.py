@@ -21,7 +21,9 @@ def main(monkeypatch, tmp_path):
     monkeypatch.setitem(PUBLISHED, "qwen3_0_6b", dataclasses.replace(PUBLISHED["qwen3_0_6b"], **sizes))
 
     def main(*options):
-        monkeypatch.setattr("sys.argv", ["bench_export.py", "--model", "qwen3_0_6b", "--folder", str(tmp_path), *options])
+        monkeypatch.setattr(
+            "sys.argv", ["bench_export.py", "--model", "qwen3_0_6b", "--folder", str(tmp_path), *options]
+        )
         with pytest.raises(SystemExit) as ended:
             module.main()
         return module, ended.value.code

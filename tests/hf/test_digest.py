@@ -72,8 +72,9 @@ def write(folder, seed=0, shards=1, **changed):
     names = sorted(tensors)
     for i, name in enumerate(names):
         save_file({name: tensors[name]}, folder / f"model-{i}.safetensors")
-    index = ", ".join(f'"{name}": "model-{i}.safetensors"' for i, name in enumerate(names))
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {%s}}' % index)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {name: f"model-{i}.safetensors" for i, name in enumerate(names)}})
+    )
     return folder
 
 

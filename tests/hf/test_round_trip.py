@@ -16,12 +16,12 @@ from safetensors.numpy import load_file
 
 from jsft import files
 from jsft.errors import CheckpointError, ModelError
+from jsft.hardware.mesh import make_mesh
 from jsft.hf import write as write_module
 from jsft.hf.base_files import read_template, trained_template
 from jsft.hf.load import load_parameters, open_parameters
 from jsft.hf.verify import compare_weights
 from jsft.hf.write import write_model
-from jsft.mesh import make_mesh
 from jsft.models import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -361,7 +361,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from jsft.hf.load import open_parameters
 from jsft.hf.write import write_model
-from jsft.mesh import make_mesh
+from jsft.hardware.mesh import make_mesh
 from jsft.models import read_config
 base, out = map(Path, sys.argv[1:])
 config = read_config(base)

@@ -8,12 +8,12 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from jsft.errors import ModelError
+from jsft.hardware.mesh import make_mesh
 from jsft.hf import tokenizer as module
 from jsft.hf.load import open_parameters
 from jsft.hf.tokenizer import MIXED_TEXT, add_fast_tokenizer, convert_sentencepiece, load_converted
 from jsft.hf.verify import prompt_ids
 from jsft.hf.write import write_model
-from jsft.mesh import make_mesh
 from jsft.models import read_config
 
 TEMPLATE = (
@@ -21,10 +21,14 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEXT = [
-    "Let x = 12.5 and y = -3; then the answer is 42.", "the quick brown fox jumps over the lazy dog, twice",
-    "def f(a, b):\n    return a ** b", "数学很有趣，我们来算 3×4＝12。", "  indented   text with  spaces", "Привет, мир",
+    "Let x = 12.5 and y = -3; then the answer is 42.",
+    "the quick brown fox jumps over the lazy dog, twice",
+    "def f(a, b):\n    return a ** b",
+    "数学很有趣，我们来算 3×4＝12。",
+    "  indented   text with  spaces",
+    "Привет, мир",
     "the theory then gathers there, thus the other thing",
-] * 40  # fmt: skip
+] * 40
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "dummy-prefix"])
@@ -32,20 +36,33 @@ def directory(request, tmp_path_factory):
     """As an InternLM2 directory has it: unused pieces that special tokens take over, and one beyond the vocabulary."""
     folder = tmp_path_factory.mktemp("tokenizer")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT), model_prefix=str(folder / "tokenizer"), vocab_size=520, model_type="bpe",
-        byte_fallback=True, add_dummy_prefix=request.param, remove_extra_whitespaces=False, hard_vocab_limit=False,
-        normalization_rule_name="identity", user_defined_symbols=["[UNUSED_TOKEN_1]", "[UNUSED_TOKEN_2]"],
-        allow_whitespace_only_pieces=True, split_digits=True, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(TEXT),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=520,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=request.param,
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        user_defined_symbols=["[UNUSED_TOKEN_1]", "[UNUSED_TOKEN_2]"],
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        minloglevel=2,
+    )
     original = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     unused = original.piece_to_id("[UNUSED_TOKEN_1]")
     added = {0: "<unk>", 1: "<s>", 2: "</s>", unused: "<|im_start|>", original.get_piece_size(): "<|im_end|>"}
     config = {
-        "tokenizer_class": "InternLM2Tokenizer", "auto_map": {"AutoTokenizer": ["tokenization_internlm2.X", None]},
-        "bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>", "pad_token": "</s>",
+        "tokenizer_class": "InternLM2Tokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_internlm2.X", None]},
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>"},
+        "unk_token": "<unk>",
+        "pad_token": "</s>",
         "chat_template": TEMPLATE,
         "added_tokens_decoder": {str(i): {"content": text, "special": True} for i, text in added.items()},
-    }  # fmt: skip
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder, original, added
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from jsft.errors import ConfigError, ModelError
+from jsft.hardware.mesh import make_mesh
 from jsft.hf import verify
 from jsft.hf.load import open_parameters
 from jsft.hf.write import write_model
-from jsft.mesh import make_mesh
 from jsft.models import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +68,9 @@ def serving_environment(tmp_path, monkeypatch):
 
 def test_the_answer_is_read(serving_environment, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/not/for/it")
-    serving_environment('[ -z "$PYTHONPATH" ] && grep -q "\\[\\[1, 2\\]\\]" "$3" && echo "{\\"version\\": \\"$2\\"}" > "$4"')
+    serving_environment(
+        '[ -z "$PYTHONPATH" ] && grep -q "\\[\\[1, 2\\]\\]" "$3" && echo "{\\"version\\": \\"$2\\"}" > "$4"'
+    )
     assert verify.vllm_answers(tmp_path, [[1, 2]]) == {"version": str(tmp_path)}
 
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jsft.hardware.mesh import make_mesh
 from jsft.hf import verify
 from jsft.hf.load import load_parameters
 from jsft.hf.write import write_model
-from jsft.mesh import make_mesh
 from jsft.models import read_config
 
 pytestmark = pytest.mark.slow

@@ -74,10 +74,7 @@ def oracle(q, k, v, do, doc_start, scale):
     o = p @ values
     ds = p * (do @ values.swapaxes(2, 3) - (o * do).sum(-1, keepdims=True))
     dq = ds @ keys * scale
-    dk, dv = (
-        x.reshape(B, K, H // K, T, h).sum(2)
-        for x in (ds.swapaxes(2, 3) @ q * scale, p.swapaxes(2, 3) @ do)
-    )
+    dk, dv = (x.reshape(B, K, H // K, T, h).sum(2) for x in (ds.swapaxes(2, 3) @ q * scale, p.swapaxes(2, 3) @ do))
     return tuple(x.swapaxes(1, 2) for x in (o, dq, dk, dv))
 
 

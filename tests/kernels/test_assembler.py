@@ -11,7 +11,11 @@ from jsft.kernels import assembler
     ("version", "ptxas", "said"),
     [
         ("0.11.2", False, None),
-        ("0.12.0.1", False, "jaxlib 0.12.0.1 assembles the kernels with nvJitLink, they spill and wait: no ptxas found"),
+        (
+            "0.12.0.1",
+            False,
+            "jaxlib 0.12.0.1 assembles the kernels with nvJitLink, they spill and wait: no ptxas found",
+        ),
         ("0.12.0.1", True, "jaxlib 0.12.0.1 assembles the kernels with nvJitLink, they spill and wait: its plugin has"),
         ("0.12.1", True, "jaxlib 0.12.1 is untried, its kernels may spill and wait: install jax 0.12.0.1 or 0.11.2"),
     ],

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import make, oracle, ranges, relative
 from jax.test_util import check_grads
 
-from attention_cases import make, oracle, ranges, relative
 from jsft.errors import ConfigError
 from jsft.kernels import attention
 from jsft.kernels.attention import (
@@ -51,46 +51,34 @@ def test_xla_matches_float64(lengths, H, K, h, dtype, bound):
         scale=h**-0.5,
         implementation="xla",
     )
-    for ours, want in zip(
-        value_and_gradients(attend, q, k, v, do, dtype), oracle(q, k, v, do, start, h**-0.5)
-    ):
+    for ours, want in zip(value_and_gradients(attend, q, k, v, do, dtype), oracle(q, k, v, do, start, h**-0.5)):
         assert ours.dtype == dtype and relative(ours, want) < bound
 
 
 def test_xla_takes_float64():
     with jax.enable_x64(True):
         q, k, v, do, start, end = make([[50, 30]], 2, 1, 8, jnp.float64)
-        attend = functools.partial(
-            packed_attention, doc_start=jnp.asarray(start), doc_end=jnp.asarray(end), scale=0.3
-        )
-        for ours, want in zip(
-            value_and_gradients(attend, q, k, v, do, jnp.float64), oracle(q, k, v, do, start, 0.3)
-        ):
+        attend = functools.partial(packed_attention, doc_start=jnp.asarray(start), doc_end=jnp.asarray(end), scale=0.3)
+        for ours, want in zip(value_and_gradients(attend, q, k, v, do, jnp.float64), oracle(q, k, v, do, start, 0.3)):
             assert relative(ours, want) < 1e-14
 
 
 def test_huge_logits_equal_keys_and_constant_values():
     q, k, v, do, start, end = make([[70, 58]], 2, 2, 16, jnp.float32)
-    attend = functools.partial(
-        packed_attention, doc_start=jnp.asarray(start), doc_end=jnp.asarray(end), scale=0.25
-    )
+    attend = functools.partial(packed_attention, doc_start=jnp.asarray(start), doc_end=jnp.asarray(end), scale=0.25)
     ours = value_and_gradients(attend, q * 30, k, v, do, jnp.float32)
     for a, b in zip(ours, oracle(q * 30, k, v, do, start, 0.25)):
         assert relative(a, b) < 1e-4
     constant = attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, np.ones_like(v))))
     np.testing.assert_allclose(constant, 1.0, rtol=1e-6)  # weights sum to 1
     equal = attend(*(jnp.asarray(x, jnp.float32) for x in (q, np.ones_like(k), v)))
-    np.testing.assert_allclose(
-        equal[0, 69], v[0, :70].mean(0), rtol=1e-4, atol=1e-5
-    )  # the mean of what is seen
+    np.testing.assert_allclose(equal[0, 69], v[0, :70].mean(0), rtol=1e-4, atol=1e-5)  # the mean of what is seen
 
 
 def test_packed_equals_each_document_alone_and_nothing_leaks():
     lengths = [40, 25, 63]
     q, k, v, do, start, end = make([lengths], 4, 2, 16, jnp.float32)
-    packed = functools.partial(
-        packed_attention, doc_start=jnp.asarray(start), doc_end=jnp.asarray(end), scale=0.25
-    )
+    packed = functools.partial(packed_attention, doc_start=jnp.asarray(start), doc_end=jnp.asarray(end), scale=0.25)
     together = value_and_gradients(packed, q, k, v, do, jnp.float32)
     at = 0
     for length in lengths:
@@ -99,9 +87,7 @@ def test_packed_equals_each_document_alone_and_nothing_leaks():
         alone = functools.partial(
             packed_attention, doc_start=jnp.asarray(one_start), doc_end=jnp.asarray(one_end), scale=0.25
         )
-        for a, b in zip(
-            together, value_and_gradients(alone, *(x[:, piece] for x in (q, k, v, do)), jnp.float32)
-        ):
+        for a, b in zip(together, value_and_gradients(alone, *(x[:, piece] for x in (q, k, v, do)), jnp.float32)):
             np.testing.assert_allclose(a[:, piece], b, rtol=2e-5, atol=2e-6)
         at += length
     other = [x.copy() for x in (q, k, v, do)]
@@ -112,17 +98,13 @@ def test_packed_equals_each_document_alone_and_nothing_leaks():
     later = [x.copy() for x in (q, k, v)]
     for x in later:
         x[:, 60:65] += 1  # the end of the second document changes
-    np.testing.assert_array_equal(
-        together[0][:, :60], value_and_gradients(packed, *later, do, jnp.float32)[0][:, :60]
-    )
+    np.testing.assert_array_equal(together[0][:, :60], value_and_gradients(packed, *later, do, jnp.float32)[0][:, :60])
 
 
 def test_finite_differences():
     q, k, v, do, start, end = make([[5, 7]], 2, 1, 4, jnp.float32)
     with jax.enable_x64(True):
-        attend = functools.partial(
-            packed_attention, doc_start=jnp.asarray(start), doc_end=jnp.asarray(end), scale=0.5
-        )
+        attend = functools.partial(packed_attention, doc_start=jnp.asarray(start), doc_end=jnp.asarray(end), scale=0.5)
         check_grads(attend, tuple(jnp.asarray(x) for x in (q, k, v)), order=1, modes=["rev"], atol=1e-4)
 
 
@@ -210,9 +192,10 @@ def test_cuda_versions_with_a_wrong_assembler_are_refused():
 
 @pytest.mark.parametrize("backward, kernels", [("deterministic", ("dq", "dkv")), ("fused", ("fused",))])
 def test_saved_names_keep_the_forward_kernel_from_running_twice(backward, kernels):
-    q, k, v, start, end = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays(
-        (1, 256, 4, 64), (1, 256, 2, 64), (1, 256, 2, 64), (1, 256), jnp.bfloat16
-    ))  # fmt: skip
+    q, k, v, start, end = (
+        jax.ShapeDtypeStruct(x.shape, x.dtype)
+        for x in arrays((1, 256, 4, 64), (1, 256, 2, 64), (1, 256, 2, 64), (1, 256), jnp.bfloat16)
+    )
 
     def count(policy):
         def loss(q, k, v, start, end):

@@ -7,7 +7,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from jsft.kernels.flash import backward_dkv, backward_dq, forward as forward_module
+from jsft.kernels.flash import backward_dkv, backward_dq
+from jsft.kernels.flash import forward as forward_module
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_attention.py"
 
@@ -17,9 +18,7 @@ def bench(monkeypatch):
     spec = importlib.util.spec_from_file_location("bench_attention", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(
-        module, "CASES", [module.Case("tiny", (4, 2), (40, 24)), module.Case("one", (2, 2), (48,))]
-    )
+    monkeypatch.setattr(module, "CASES", [module.Case("tiny", (4, 2), (40, 24)), module.Case("one", (2, 2), (48,))])
     return module
 
 

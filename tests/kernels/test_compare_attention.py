@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 # Attention of XLA behind the kernels' names, in a checkout of its own.
-FLASH = '''
+FLASH = """
 import functools, types
 import jax, jax.numpy as jnp
 from jsft.kernels.attention_xla import packed_attention
@@ -41,7 +41,7 @@ def backward_dkv(q, k, v, do, lse, delta, end, *, scale, config):
 def backward_fused(q, k, v, do, lse, delta, end, *, scale, config):
     dq, dk, dv = _gradients(q, k, v, do, jnp.zeros_like(end), scale)
     return dq * FACTOR, dk, dv
-'''
+"""
 
 
 @pytest.fixture

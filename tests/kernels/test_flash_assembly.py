@@ -14,14 +14,14 @@ from pathlib import Path
 import filelock
 import pytest
 
-from jsft.training import deviceless
+from jsft.hardware import deviceless
 
 ROOT = Path(__file__).parents[2]
 COMPILE = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jsft.kernels import assembler
-from jsft.training import deviceless
+from jsft.hardware import deviceless
 if {nvjitlink}:
     deviceless.choose_ptxas = lambda: None
 print("problem:", assembler.choose_ptxas() if not {nvjitlink} else None)
@@ -34,7 +34,14 @@ for kernel, arguments in kernels_to_compile(tuned.configs(128, 5, 16384), 10, 2,
 # What compiling takes without a GPU; the plugin's other libraries are gigabytes. The newest ones: so a new assembler that
 # spills is noticed.
 TOOLS = {
-    13: ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime", "nvidia-cuda-crt"),
+    13: (
+        "nvidia-cuda-nvcc",
+        "nvidia-nvvm",
+        "nvidia-nvjitlink",
+        "nvidia-cuda-nvrtc",
+        "nvidia-cuda-runtime",
+        "nvidia-cuda-crt",
+    ),
     12: ("nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12"),
 }
 
@@ -58,7 +65,9 @@ def check(said: str) -> None:
     """Registers divided, products not serialized, nothing spilled but a few addresses."""
     assert "problem: None" in said
     assert not re.findall(r"\((C7504|C7507|C7508|C7512)\).*", said)
-    spilled = {name: int(n) for name, n in re.findall(r"properties for (\w+?)_mosaic_gpu.*?, (\d+) bytes spill st", said, re.S)}
+    spilled = {
+        name: int(n) for name, n in re.findall(r"properties for (\w+?)_mosaic_gpu.*?, (\d+) bytes spill st", said, re.S)
+    }
     assert set(spilled) == {"flash_forward", "flash_backward_dq", "flash_backward_dkv", "flash_backward_fused"}
     assert spilled.pop("flash_backward_fused") <= 32
     assert not any(spilled.values()), spilled

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from attention_cases import make, oracle, relative, with_growing_keys
+
 from jsft.kernels.attention import packed_attention
 from jsft.kernels.norms import rms_norm_rotate
 
@@ -95,18 +95,14 @@ def check_errors(case):
 
 def test_float16_and_huge_logits():
     q, k, v, do, start, end = make([[300, 212]], 2, 1, 128, jnp.float16)
-    ours = run(
-        packed_attention, q * 30, k, v, do, start, end, jnp.float16, scale=0.09, implementation="pallas"
-    )
+    ours = run(packed_attention, q * 30, k, v, do, start, end, jnp.float16, scale=0.09, implementation="pallas")
     for a, want in zip(ours, oracle(q * 30, k, v, do, start, 0.09)):
         assert relative(a, want) < 2e-2
 
 
 def test_deterministic_backward_repeats_bitwise_200_times():
     case = make([[700, 800, 548]], 40, 8, 128)
-    attend = functools.partial(
-        packed_attention, scale=0.09, implementation="pallas", backward="deterministic"
-    )
+    attend = functools.partial(packed_attention, scale=0.09, implementation="pallas", backward="deterministic")
 
     @jax.jit
     def both(q, k, v, do, start, end):
@@ -153,7 +149,10 @@ def test_whole_tile_documents_equal_themselves_alone_bitwise():
 def test_values_of_one_give_one():
     q, k, v, _, start, end = make([[77, 435]], 2, 1, 128)
     out = packed_attention(
-        *(jnp.asarray(x, jnp.bfloat16) for x in (q, k, np.ones_like(v))), jnp.asarray(start), jnp.asarray(end),
-        scale=0.09, implementation="pallas",
-    )  # fmt: skip
+        *(jnp.asarray(x, jnp.bfloat16) for x in (q, k, np.ones_like(v))),
+        jnp.asarray(start),
+        jnp.asarray(end),
+        scale=0.09,
+        implementation="pallas",
+    )
     np.testing.assert_allclose(np.asarray(out, np.float32), 1.0, atol=8e-3)

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import make, oracle, relative, with_growing_keys
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from attention_cases import make, oracle, relative, with_growing_keys
 from jsft.kernels.flash import backward_dkv, flash_attention
 from jsft.kernels.flash.backward_dq import backward_dq
 from jsft.kernels.flash.forward import forward
@@ -34,9 +34,13 @@ def run(case, backward, dtype=jnp.bfloat16):
     @jax.jit
     def both(q, k, v, do, start, end):
         attend = functools.partial(
-            flash_attention, doc_start=start, doc_end=end, scale=h**-0.5, backward=backward,
+            flash_attention,
+            doc_start=start,
+            doc_end=end,
+            scale=h**-0.5,
+            backward=backward,
             interpret=plgpu.InterpretGPUParams(detect_races=True),
-        )  # fmt: skip
+        )
         o, vjp = jax.vjp(attend, q, k, v)
         return o, *vjp(do)
 
@@ -72,9 +76,13 @@ def test_the_query_gradient_in_float32():
     q, k, v, do, start, end = make([[100, 28]], 2, 2, 64)
     q, k, v, do = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, do))
     attend = functools.partial(
-        flash_attention, doc_start=start, doc_end=end, scale=0.125, backward="fused",
+        flash_attention,
+        doc_start=start,
+        doc_end=end,
+        scale=0.125,
+        backward="fused",
         interpret=plgpu.InterpretGPUParams(detect_races=True),
-    )  # fmt: skip
+    )
     _, vjp = jax.vjp(attend, q, k, v)
     _, carried = jax.vjp(lambda q, k, v, c: attend(q, k, v, q_carry=c), q, k, v, jnp.zeros(q.shape, jnp.float32))
     dq, dk, dv = vjp(do)
@@ -117,9 +125,12 @@ def test_any_number_of_programs_gives_the_same_bits(programs):
     def run(kernel, block, programs, *arguments):
         config = KernelConfig(block, 128 // block * 2)
         f = functools.partial(
-            kernel, scale=0.125, config=config, programs=programs,
+            kernel,
+            scale=0.125,
+            config=config,
+            programs=programs,
             interpret=plgpu.InterpretGPUParams(detect_races=True),
-        )  # fmt: skip
+        )
         out = jax.block_until_ready(jax.jit(f)(*arguments))
         assert not interpret_pallas_call.get_races().races_found
         interpret_pallas_call.reset_gpu_interpret_mode_state()

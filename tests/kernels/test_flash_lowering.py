@@ -7,9 +7,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
-
 from attention_cases import kernels_to_compile
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
 from jsft.kernels.flash import flash_attention, primitives, tuned
 from jsft.kernels.flash.backward_dkv import _FUSED_REGISTERS
 from jsft.kernels.flash.row_sums import row_sums_and_zeros

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jsft.kernels.flash.plan import (
+from jsft.kernels.flash.ranges import (
     TILE,
     key_blocks,
     order_of_documents,

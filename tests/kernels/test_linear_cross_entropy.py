@@ -22,9 +22,7 @@ def make_inputs(B=8, T=24, D=16, V=64, supervised=0.4, seed=0):
     hidden = rng.normal(size=(B, T, D))
     unembedding = rng.normal(size=(V, D)) * 0.5
     targets = rng.integers(0, V, (B, T)).astype(np.int32)
-    weights = np.where(
-        rng.random((B, T)) < supervised, rng.normal(size=(B, T)), 0.0
-    )  # advantages may be negative
+    weights = np.where(rng.random((B, T)) < supervised, rng.normal(size=(B, T)), 0.0)  # advantages may be negative
     return hidden, unembedding, targets, weights
 
 
@@ -90,9 +88,7 @@ def test_vocabulary_that_does_not_divide(V):
 def test_bfloat16_hidden_with_float32_master_weights():
     """Inputs exact in bfloat16: the bounds are those of the arithmetic."""
     hidden, unembedding, targets, weights = make_inputs(B=8, T=64, D=64, V=512)
-    hidden, unembedding = (
-        np.asarray(jnp.asarray(a, jnp.bfloat16), np.float64) for a in (hidden, unembedding)
-    )
+    hidden, unembedding = (np.asarray(jnp.asarray(a, jnp.bfloat16), np.float64) for a in (hidden, unembedding))
     inputs = hidden, unembedding, targets, weights
     sums, (d_hidden, d_unembedding) = run(inputs, make_mesh(2, 4), jnp.bfloat16, jnp.float32, chunk_tokens=64)
     want, want_hidden, want_unembedding = oracle(*inputs)
@@ -243,9 +239,7 @@ def test_unsupervised_tokens_are_neither_read_nor_computed():
     off = weights == 0
     poisoned = hidden.copy()
     poisoned[off] = np.nan
-    sums, (d_hidden, d_unembedding) = run(
-        (poisoned, unembedding, targets, weights), make_mesh(1, 4), chunk_tokens=8
-    )
+    sums, (d_hidden, d_unembedding) = run((poisoned, unembedding, targets, weights), make_mesh(1, 4), chunk_tokens=8)
     want, (want_hidden, want_unembedding) = run(
         (hidden, unembedding, targets, weights), make_mesh(1, 4), chunk_tokens=8
     )
@@ -275,9 +269,7 @@ def test_uneven_supervision_over_devices():
 
 def test_without_gradients_the_program_has_one_product_per_chunk():
     hidden, unembedding, targets, weights = make_inputs()
-    call = lambda h, w: linear_cross_entropy(
-        h, w, jnp.asarray(targets), jnp.asarray(weights), mesh=make_mesh(1, 1)
-    )
+    call = lambda h, w: linear_cross_entropy(h, w, jnp.asarray(targets), jnp.asarray(weights), mesh=make_mesh(1, 1))
     arguments = jnp.asarray(hidden, jnp.float32), jnp.asarray(unembedding, jnp.float32)
     assert str(jax.make_jaxpr(call)(*arguments)).count("dot_general") == 1
     gradient = jax.make_jaxpr(jax.grad(lambda h, w: call(h, w).loss, (0, 1)))(*arguments)
@@ -292,9 +284,7 @@ def test_scale_of_the_loss_reaches_the_gradients():
     loss = lambda factor: (
         lambda h: (
             factor
-            * linear_cross_entropy(
-                h, unembedding, jnp.asarray(inputs[2]), jnp.asarray(inputs[3]), mesh=mesh
-            ).loss
+            * linear_cross_entropy(h, unembedding, jnp.asarray(inputs[2]), jnp.asarray(inputs[3]), mesh=mesh).loss
         )
     )
     once, thrice = (jax.grad(loss(factor))(hidden) for factor in (1.0, 3.0))
@@ -311,9 +301,6 @@ def test_scale_of_the_loss_reaches_the_gradients():
 )
 def test_bad_shapes(change, message):
     shapes = dict(hidden=(8, 24, 16), unembedding=(64, 16), targets=(8, 24), weights=(8, 24)) | change
-    arrays = {
-        name: jnp.zeros(shape, jnp.int32 if name == "targets" else jnp.float32)
-        for name, shape in shapes.items()
-    }
+    arrays = {name: jnp.zeros(shape, jnp.int32 if name == "targets" else jnp.float32) for name, shape in shapes.items()}
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**arrays, mesh=make_mesh(1, 4))

@@ -176,12 +176,18 @@ def test_an_odd_row_has_no_layout_and_runs_in_xla():
     assert rms_norm(x, None, jnp.ones(1000), EPS)[1].shape == x.shape
 
 
-@pytest.mark.parametrize("kind, has", [("NVIDIA H200", True), ("NVIDIA GH200 480GB", True), ("NVIDIA A100-SXM4-80GB", False)])
+@pytest.mark.parametrize(
+    "kind, has", [("NVIDIA H200", True), ("NVIDIA GH200 480GB", True), ("NVIDIA A100-SXM4-80GB", False)]
+)
 def test_another_gpu_than_hopper_runs_plain_xla_and_the_log_says_why(kind, has):
     device = jax.sharding.AbstractDevice(device_kind=kind, platform="gpu", num_cores=108)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         said = describe_norms()
-    assert said.startswith("Pallas kernels") if has else "plain XLA" in said and "they need a Hopper GPU" in said and kind in said
+    assert (
+        said.startswith("Pallas kernels")
+        if has
+        else "plain XLA" in said and "they need a Hopper GPU" in said and kind in said
+    )
 
 
 @pytest.mark.parametrize("n, heads, h", [(2048, 16, 128), (2560, 32, 128), (5120, 40, 128), (896, 14, 64)])
@@ -196,9 +202,7 @@ def test_the_kernels_lower_for_cuda(n, heads, h):
         return vjp(out), back(turned)
 
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=HOPPER)):
-        traced = jax.jit(everything).trace(
-            x, x, S((n,), jnp.float32), q, S((h,), jnp.float32), angles, angles
-        )
+        traced = jax.jit(everything).trace(x, x, S((n,), jnp.float32), q, S((h,), jnp.float32), angles, angles)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu") == 4
 

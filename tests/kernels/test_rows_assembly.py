@@ -4,14 +4,14 @@ import re
 import sys
 
 import pytest
-
-from jsft.training import deviceless
 from test_flash_assembly import assembled, environment_of
+
+from jsft.hardware import deviceless
 
 COMPILE = """
 import functools, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jsft.training import deviceless
+from jsft.hardware import deviceless
 everywhere = NamedSharding(Mesh(np.array(deviceless.gpus("h200", 1)), ("one",)), PartitionSpec())
 from jsft.kernels import logits, norm_kernels, update
 from jsft.kernels.flash.row_sums import row_sums_and_zeros

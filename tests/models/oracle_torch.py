@@ -15,10 +15,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 NAMES = {
-    "model.tok_embeddings": "model.embed_tokens", "output.weight": "lm_head.weight", "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj",
-    "feed_forward.w2": "mlp.down_proj", "attention.wo": "self_attn.o_proj",
-}  # fmt: skip
+    "model.tok_embeddings": "model.embed_tokens",
+    "output.weight": "lm_head.weight",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "attention.wo": "self_attn.o_proj",
+}
 
 
 def llama_of_internlm2(folder, config):
@@ -26,9 +31,19 @@ def llama_of_internlm2(folder, config):
     rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
     if scaling := config["rope_scaling"]:
         rope |= {"rope_type": scaling["type"], "factor": scaling["factor"]}
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**{k: config[k] for k in keys}, rope_parameters=rope, tie_word_embeddings=False))
+    keys = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "rms_norm_eps",
+    )
+    model = LlamaForCausalLM(
+        LlamaConfig(**{k: config[k] for k in keys}, rope_parameters=rope, tie_word_embeddings=False)
+    )
     state = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
         if name.endswith("attention.wqkv.weight"):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jsft.hardware.mesh import make_mesh
 from jsft.hf.load import load_parameters
-from jsft.mesh import make_mesh
 from jsft.models import DecoderOptions, PackedRows, hidden_states, read_config, unembedding
 
 T = 60

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from jsft.errors import ConfigError
+from jsft.hardware.mesh import make_mesh, shard_batch
 from jsft.hf.load import load_parameters
-from jsft.mesh import make_mesh, shard_batch
 from jsft.models import (
     Decoder,
     DecoderOptions,
@@ -25,6 +25,7 @@ from jsft.models import (
 from jsft.models.forward import StepArrays, accumulates_in_place
 from jsft.models.layers import _rows_added, linear, sum_rows_in_order, swiglu, swiglu_linear
 from jsft.models.remat import REMAT_NAMES, parse_remat
+
 
 def one_device():
     return make_mesh(devices=jax.devices()[:1])
@@ -120,7 +121,9 @@ def test_rows_are_summed_in_order(highest):
 def test_rows_are_added_to_those_they_name(ordered):
     rng = np.random.default_rng(4)
     index, rows, table = rng.integers(0, 33, 200), rng.normal(size=(200, 7)), rng.normal(size=(30, 7))
-    found = _rows_added(*(jnp.asarray(x, jnp.float32) if x.ndim == 2 else jnp.asarray(x) for x in (table, index, rows)), ordered)
+    found = _rows_added(
+        *(jnp.asarray(x, jnp.float32) if x.ndim == 2 else jnp.asarray(x) for x in (table, index, rows)), ordered
+    )
     np.add.at(table, index[index < 30], rows[index < 30])
     np.testing.assert_allclose(found, table, atol=1e-5)
 
@@ -148,7 +151,9 @@ def test_gradients_are_added_to_earlier_ones_in_place(random_model, packed_rows,
 def test_the_deterministic_backward_pass_is_the_same_gradient(random_model, packed_rows):
     batch = packed_rows([[20, 9], [31]] * 4, 32, 20)
     expected = loss_and_gradient(random_model("qwen3"), make_mesh(), batch)
-    found = loss_and_gradient(random_model("qwen3"), make_mesh(), batch, attention_backward="deterministic", deterministic=True)
+    found = loss_and_gradient(
+        random_model("qwen3"), make_mesh(), batch, attention_backward="deterministic", deterministic=True
+    )
     assert_close(expected, found, 1e-6)
 
 
@@ -212,11 +217,12 @@ def test_the_module_runs_the_same_function(random_model, packed_rows):
     batch = packed_rows([[20, 9]], 32, 259)
     config = read_config(random_model("qwen3"))
     mesh = one_device()
-    parameters, options = load_parameters(random_model("qwen3"), config, mesh, jnp.float32), DecoderOptions(mesh, jnp.float32)
-    module = Decoder(config, parameters, options)
-    np.testing.assert_array_equal(
-        module.hidden_states(PackedRows(*batch)), run(random_model("qwen3"), mesh, batch)
+    parameters, options = (
+        load_parameters(random_model("qwen3"), config, mesh, jnp.float32),
+        DecoderOptions(mesh, jnp.float32),
     )
+    module = Decoder(config, parameters, options)
+    np.testing.assert_array_equal(module.hidden_states(PackedRows(*batch)), run(random_model("qwen3"), mesh, batch))
 
 
 def test_the_module_is_one_of_flax(random_model):

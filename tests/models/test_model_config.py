@@ -8,27 +8,66 @@ from jsft.errors import ModelError
 from jsft.models.families import read_config
 
 QWEN3 = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "hidden_size": 2560,
-    "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 32768, "rope_theta": 1000000,
-    "rope_scaling": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "attention_bias": False,
-    "use_sliding_window": False, "sliding_window": None, "max_window_layers": 36, "torch_dtype": "bfloat16",
-    "initializer_range": 0.02,
-}  # fmt: skip
-QWEN2 = {
-    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 3584,
-    "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-    "vocab_size": 152064, "max_position_embeddings": 131072, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False, "use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 28,
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000,
+    "rope_scaling": None,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "max_window_layers": 36,
     "torch_dtype": "bfloat16",
-}  # fmt: skip
+    "initializer_range": 0.02,
+}
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "max_position_embeddings": 131072,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "sliding_window": 131072,
+    "max_window_layers": 28,
+    "torch_dtype": "bfloat16",
+}
 INTERNLM2 = {
-    "architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2", "hidden_act": "silu", "hidden_size": 6144,
-    "intermediate_size": 16384, "num_hidden_layers": 48, "num_attention_heads": 48, "num_key_value_heads": 8,
-    "vocab_size": 92544, "max_position_embeddings": 32768, "rope_theta": 1000000, "rms_norm_eps": 1e-5,
-    "rope_scaling": {"type": "dynamic", "factor": 2.0}, "tie_word_embeddings": False, "bias": False,
-    "torch_dtype": "bfloat16", "auto_map": {"AutoConfig": "configuration_internlm2.InternLM2Config"},
-}  # fmt: skip
+    "architectures": ["InternLM2ForCausalLM"],
+    "model_type": "internlm2",
+    "hidden_act": "silu",
+    "hidden_size": 6144,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 48,
+    "num_key_value_heads": 8,
+    "vocab_size": 92544,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": {"type": "dynamic", "factor": 2.0},
+    "tie_word_embeddings": False,
+    "bias": False,
+    "torch_dtype": "bfloat16",
+    "auto_map": {"AutoConfig": "configuration_internlm2.InternLM2Config"},
+}
 
 
 @pytest.fixture
@@ -63,13 +102,17 @@ def test_keys_of_transformers_5_mean_the_same(write, base):
     old = read_config(write(base))
     scaling = base.get("rope_scaling") or {}
     new = base | {
-        "dtype": "bfloat16", "torch_dtype": "absent", "rope_theta": "absent", "rope_scaling": "absent",
+        "dtype": "bfloat16",
+        "torch_dtype": "absent",
+        "rope_theta": "absent",
+        "rope_scaling": "absent",
         "rope_parameters": {
-            "rope_theta": base["rope_theta"], "rope_type": scaling.get("type", "default"),
+            "rope_theta": base["rope_theta"],
+            "rope_type": scaling.get("type", "default"),
             **({"factor": scaling["factor"]} if scaling else {}),
         },
         "layer_types": ["full_attention"] * base["num_hidden_layers"],
-    }  # fmt: skip
+    }
     assert read_config(write(new)) == old
 
 
@@ -115,7 +158,10 @@ def test_a_switched_off_sliding_window_is_fine(write):
     read_config(write(QWEN2, use_sliding_window=True, sliding_window=None, max_window_layers=0))
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read"), ("[" * 10**5, "cannot be read"), ("[1]", "holds a list"), (None, "no config.json")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "cannot be read"), ("[" * 10**5, "cannot be read"), ("[1]", "holds a list"), (None, "no config.json")],
+)
 def test_a_broken_file_is_named(tmp_path, text, message):
     if text is not None:
         (tmp_path / "config.json").write_text(text)

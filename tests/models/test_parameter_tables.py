@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsft.mesh import make_mesh
+from jsft.hardware.mesh import make_mesh
 from jsft.models import Decoder, DecoderOptions, ModelConfig, abstract_parameters, initial_parameters, parameter_table
 from jsft.models.parameters import RowBlocks, count_parameters, disk_tensors, leaves
 
@@ -41,11 +41,24 @@ SIZES = [
 def make_config(family, numbers):
     D, L, H, K, h, F, V, tied, _ = numbers
     return ModelConfig(
-        family=family, vocab_size=V, hidden_size=D, num_layers=L, num_heads=H, num_kv_heads=K, head_dim=h,
-        intermediate_size=F, max_positions=32768, rope_theta=1e6, rope_dynamic_factor=None, rms_eps=1e-6,
-        tied_embeddings=tied, qkv_bias=family == "qwen2", qk_norm=family == "qwen3", initializer_range=0.02,
+        family=family,
+        vocab_size=V,
+        hidden_size=D,
+        num_layers=L,
+        num_heads=H,
+        num_kv_heads=K,
+        head_dim=h,
+        intermediate_size=F,
+        max_positions=32768,
+        rope_theta=1e6,
+        rope_dynamic_factor=None,
+        rms_eps=1e-6,
+        tied_embeddings=tied,
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        initializer_range=0.02,
         dtype="bfloat16",
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("family", "numbers"), SIZES)
@@ -72,13 +85,18 @@ def test_names_on_disk_of_qwen3():
     for i in range(2):
         block = f"model.layers.{i}."
         expected |= {
-            block + "input_layernorm.weight": (64,), block + "post_attention_layernorm.weight": (64,),
-            block + "self_attn.q_proj.weight": (128, 64), block + "self_attn.k_proj.weight": (64, 64),
-            block + "self_attn.v_proj.weight": (64, 64), block + "self_attn.o_proj.weight": (64, 128),
-            block + "self_attn.q_norm.weight": (32,), block + "self_attn.k_norm.weight": (32,),
-            block + "mlp.gate_proj.weight": (128, 64), block + "mlp.up_proj.weight": (128, 64),
+            block + "input_layernorm.weight": (64,),
+            block + "post_attention_layernorm.weight": (64,),
+            block + "self_attn.q_proj.weight": (128, 64),
+            block + "self_attn.k_proj.weight": (64, 64),
+            block + "self_attn.v_proj.weight": (64, 64),
+            block + "self_attn.o_proj.weight": (64, 128),
+            block + "self_attn.q_norm.weight": (32,),
+            block + "self_attn.k_norm.weight": (32,),
+            block + "mlp.gate_proj.weight": (128, 64),
+            block + "mlp.up_proj.weight": (128, 64),
             block + "mlp.down_proj.weight": (64, 128),
-        }  # fmt: skip
+        }
     assert tensors == expected
 
 

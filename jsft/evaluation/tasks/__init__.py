@@ -19,9 +19,20 @@ from jsft.evaluation.tasks.mmlu_pro import MmluPro
 from jsft.evaluation.tasks.truthfulqa import TruthfulQa
 
 _ALL = (
-    Math500, Aime24, Aime25, Gsm8k, Countdown, LiveCodeBenchV2, GpqaDiamond, MmluPro, IfEval, AlpacaEval,
-    HaluEval, TruthfulQa, HexPhi,
-)  # fmt: skip
+    Math500,
+    Aime24,
+    Aime25,
+    Gsm8k,
+    Countdown,
+    LiveCodeBenchV2,
+    GpqaDiamond,
+    MmluPro,
+    IfEval,
+    AlpacaEval,
+    HaluEval,
+    TruthfulQa,
+    HexPhi,
+)
 TASKS: dict[str, type[Task]] = {task.name: task for task in _ALL}
 
 

@@ -54,9 +54,7 @@ class Task:
     share: ClassVar[bool] = True  # the primary metric is a share, shown in percent
     grade_seconds: ClassVar[float] = 20.0  # a response that takes longer to grade counts as wrong
     judges: ClassVar[tuple[str, ...]] = ()  # roles that must be named with --judge ROLE=URL
-    breakdown: ClassVar[str | None] = (
-        None  # a key of `gold`: the primary metric is also reported per value of it
-    )
+    breakdown: ClassVar[str | None] = None  # a key of `gold`: the primary metric is also reported per value of it
 
     def problems(self, rows: list[dict[str, Any]]) -> list[Problem]:
         """All problems of the benchmark, from its rows. Raises DataError."""

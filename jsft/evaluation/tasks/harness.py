@@ -40,9 +40,7 @@ class HarnessTask(Task):
         documents = [self.document(row, i) for i, row in enumerate(rows)]
         engine = self._engine(documents[0])
         return [
-            Problem(
-                self.identity(row, i), [{"role": "user", "content": engine.doc_to_text(document)}], document
-            )
+            Problem(self.identity(row, i), [{"role": "user", "content": engine.doc_to_text(document)}], document)
             for i, (row, document) in enumerate(zip(rows, documents, strict=True))
         ]
 

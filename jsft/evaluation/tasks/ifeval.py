@@ -118,7 +118,9 @@ def _check_arguments(problem: Problem) -> None:
             INSTRUCTION_DICT[name](name).build_description(**arguments)
         except Exception as error:  # checkers raise what their arguments lead to
             reason = "lm-eval does not know it" if name not in INSTRUCTION_DICT else describe(error)
-            raise DataError(f"ifeval: prompt {problem.id}: instruction '{name[:60]}' with {shown(arguments)}: {reason}") from None
+            raise DataError(
+                f"ifeval: prompt {problem.id}: instruction '{name[:60]}' with {shown(arguments)}: {reason}"
+            ) from None
         finally:
             random.setstate(state)
 

@@ -39,8 +39,14 @@ SECONDS = 6.0  # per test, as in the reference
 NOTES = {"timeout": "too slow", "flood": "printed too much", "memory": "used too much memory"}
 # What the tests of a row raise that are not what they should be.
 UNREADABLE = (
-    ValueError, TypeError, AttributeError, RecursionError, zlib.error, pickle.UnpicklingError, EOFError,
-)  # fmt: skip
+    ValueError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    zlib.error,
+    pickle.UnpicklingError,
+    EOFError,
+)
 
 
 class LiveCodeBenchV2(Task):
@@ -92,9 +98,7 @@ class LiveCodeBenchV2(Task):
             metadata = row.get("metadata") or {}
             function = (json.loads(metadata) if isinstance(metadata, str) else metadata).get("func_name")
         except UNREADABLE as error:
-            raise DataError(
-                f"{fields.where}: the tests of problem {name} cannot be read: {error}"
-            ) from error
+            raise DataError(f"{fields.where}: the tests of problem {name} cannot be read: {error}") from error
         if not public and not private:
             raise DataError(
                 f"livecodebench_v2: row {index} (problem {name}) has no tests, so any program would pass; "
@@ -128,9 +132,7 @@ def passes(code: str, gold: dict[str, Any]) -> tuple[bool, str | None]:
     """Whether a program passes all tests; else how the first failing one ended, in a word."""
     source = contest_program.source(code, gold["function"])
     for test in gold["tests"]:
-        finished = sandbox.run(
-            source, test["input"].encode(), sandbox.Limits(seconds=SECONDS, memory_mb=4096)
-        )
+        finished = sandbox.run(source, test["input"].encode(), sandbox.Limits(seconds=SECONDS, memory_mb=4096))
         if finished.state == "broken":
             raise RuntimeError(finished.stderr.strip() or "the sandbox could not be built")
         if finished.state != "ok":

@@ -23,10 +23,7 @@ MATCH = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": Tru
 
 
 def _last_letter(responses: list, documents: list) -> list[str]:
-    return [
-        answers.choice(answers.last_boxed(r[0] if isinstance(r, list) else r), LETTERS) or ""
-        for r in responses
-    ]
+    return [answers.choice(answers.last_boxed(r[0] if isinstance(r, list) else r), LETTERS) or "" for r in responses]
 
 
 class MmluPro(HarnessTask):

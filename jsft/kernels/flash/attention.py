@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jsft.kernels.flash.backward_dkv import backward_dkv, backward_fused
 from jsft.kernels.flash.backward_dq import backward_dq
 from jsft.kernels.flash.forward import forward
-from jsft.kernels.flash.plan import TILE
+from jsft.kernels.flash.ranges import TILE
 from jsft.kernels.flash.row_sums import row_sums_and_zeros
 from jsft.kernels.flash.tuned import configs
 
@@ -51,9 +51,7 @@ def _attention(q, k, v, q_carry, doc_start, doc_end, scale, backward, interpret)
 
 def _attention_forward(q, k, v, q_carry, doc_start, doc_end, scale, backward, interpret):
     config = _configs(q, k).forward
-    run = functools.partial(
-        _forward, scale=scale, config=config, programs=_multiprocessors(), interpret=interpret
-    )
+    run = functools.partial(_forward, scale=scale, config=config, programs=_multiprocessors(), interpret=interpret)
     o, lse = _batched(run)(q, k, v, doc_start)
     o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")
     form = None if q_carry is None else ()  # arrays alone may be kept, but also the form
@@ -99,8 +97,7 @@ def _batched(f):
     @f.def_vmap
     def _(size, mapped, *arguments):
         arguments = [
-            a if is_mapped else jnp.broadcast_to(a, (size, *a.shape))
-            for a, is_mapped in zip(arguments, mapped)
+            a if is_mapped else jnp.broadcast_to(a, (size, *a.shape)) for a, is_mapped in zip(arguments, mapped)
         ]
         out = f(*(a.reshape(-1, *a.shape[2:]) for a in arguments))
         out = jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]), out)

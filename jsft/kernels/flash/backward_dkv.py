@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jsft.kernels.flash import primitives as mgpu
-from jsft.kernels.flash.plan import TILE, order_of_documents, order_of_keys, query_blocks
 from jsft.kernels.flash.primitives import HALF, LOG2E, columns, div, rem, zero
+from jsft.kernels.flash.ranges import TILE, order_of_documents, order_of_keys, query_blocks
 from jsft.kernels.flash.tuned import KernelConfig
 
 _FUSED_REGISTERS = 216, 72  # of each thread of the compute warpgroups and of the one that makes dq; see primitives.py
@@ -37,7 +37,18 @@ def backward_dkv(q, k, v, do, lse, delta, doc_end, *, scale: float, config: Kern
 
 
 def backward_fused(
-    q, k, v, do, lse, delta, doc_end, zeros=None, *, scale: float, config: KernelConfig, carried: bool = False,
+    q,
+    k,
+    v,
+    do,
+    lse,
+    delta,
+    doc_end,
+    zeros=None,
+    *,
+    scale: float,
+    config: KernelConfig,
+    carried: bool = False,
     interpret=None,
 ):
     """-> dq, dk, dv. The last bits of dq depend on the order in which the GPU runs the tiles.
@@ -89,9 +100,7 @@ def _kernel(q, k, config: KernelConfig, scale: float, interpret, *, fused: bool 
     simulated = interpret is not None
     registers = _FUSED_REGISTERS if fused else (mgpu.COMPUTE_REGISTERS, mgpu.MEMORY_REGISTERS)
     if fused and block * h != 64 * 128:
-        raise ValueError(
-            f"config: a fused block of {block} with h = {h}; two halves of dq must make block x h"
-        )
+        raise ValueError(f"config: a fused block of {block} with h = {h}; two halves of dq must make block x h")
 
     def body(*refs):
         q_g, k_g, v_g, do_g, lse_g, delta_g, end_g, order_g, *refs = refs

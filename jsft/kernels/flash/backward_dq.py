@@ -14,8 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jsft.kernels.flash import primitives as mgpu
 from jsft.kernels.flash.deal import Deal, schedule
-from jsft.kernels.flash.plan import TILE
 from jsft.kernels.flash.primitives import HALF, LOG2E, div, rem, rows
+from jsft.kernels.flash.ranges import TILE
 from jsft.kernels.flash.tuned import KernelConfig
 
 
@@ -164,9 +164,17 @@ def backward_dq(
 
                     def step(masked):
                         return lambda j, ds: products(
-                            count + 1 + j - blocks.first, j, q_s.at[buffer * 2 + wg + mgpu.zero(j)], do, base,
-                            start, lse, delta, masked, ds,
-                        )  # fmt: skip
+                            count + 1 + j - blocks.first,
+                            j,
+                            q_s.at[buffer * 2 + wg + mgpu.zero(j)],
+                            do,
+                            base,
+                            start,
+                            lse,
+                            delta,
+                            masked,
+                            ds,
+                        )
 
                     def turn_over(do, delta, ds):
                         slot = finish(ds, count, blocks)
@@ -182,9 +190,16 @@ def backward_dq(
                         plgpu.barrier_wait(q_full.at[index])
                         base = next_tile.start + wg * HALF
                         ds = products(
-                            next_count + 1, next_tile.blocks.first, q_s.at[index], do, base, *next_rows, next_delta, True,
+                            next_count + 1,
+                            next_tile.blocks.first,
+                            q_s.at[index],
+                            do,
+                            base,
+                            *next_rows,
+                            next_delta,
+                            True,
                             meanwhile=meanwhile,
-                        )  # fmt: skip
+                        )
                         return do, next_delta, ds
 
                     def end(do, delta, ds):

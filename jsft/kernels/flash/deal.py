@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jsft.kernels.flash.plan import TILE, Blocks, key_blocks, order_of_queries
 from jsft.kernels.flash.primitives import div, rem
+from jsft.kernels.flash.ranges import TILE, Blocks, key_blocks, order_of_queries
 
 
 def schedule(doc_start):
@@ -38,9 +38,7 @@ class Tile(NamedTuple):
 class Deal:
     """The tiles of one program; made inside a kernel."""
 
-    def __init__(
-        self, schedule_ref, program, *, rows: int, heads: int, tiles: int, programs: int, block: int
-    ):
+    def __init__(self, schedule_ref, program, *, rows: int, heads: int, tiles: int, programs: int, block: int):
         self._schedule, self._program = schedule_ref, program
         self._heads, self._tiles, self._programs, self._block = heads, tiles, programs, block
         self._items = rows * heads * tiles

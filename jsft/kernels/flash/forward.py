@@ -17,8 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jsft.kernels.flash import primitives as mgpu
 from jsft.kernels.flash.deal import Deal, schedule
-from jsft.kernels.flash.plan import TILE
 from jsft.kernels.flash.primitives import HALF, LOG2E, LOWEST, div, rem, rows
+from jsft.kernels.flash.ranges import TILE
 from jsft.kernels.flash.tuned import KernelConfig
 
 # Powers of two by which a row's maximum may grow before what was summed is scaled to the new one: p may be as large as

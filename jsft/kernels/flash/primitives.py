@@ -28,9 +28,7 @@ MEMORY_REGISTERS = 24
 def tiled(shape, dtype):
     """Shared memory that wgmma and TMA can use: 128-byte swizzle."""
     columns = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(
-        shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
-    )
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
 
 
 def accumulate(f, *shapes, pool=None):
@@ -72,9 +70,7 @@ def wait(interpret: bool) -> None:
 
 
 def _in_registers(accumulator) -> bool:
-    return isinstance(
-        getattr(accumulator, "aval", None), type(plgpu.ACC((64, 8), jnp.float32).get_ref_aval())
-    )
+    return isinstance(getattr(accumulator, "aval", None), type(plgpu.ACC((64, 8), jnp.float32).get_ref_aval()))
 
 
 def compiler_params() -> plgpu.CompilerParams:
@@ -104,11 +100,7 @@ def rem(a, b: int):
 
 def div(a, b: int):
     """a // b for a >= 0."""
-    return (
-        lax.shift_right_logical(a, jnp.int32(b.bit_length() - 1))
-        if b & (b - 1) == 0
-        else lax.div(a, jnp.int32(b))
-    )
+    return lax.shift_right_logical(a, jnp.int32(b.bit_length() - 1)) if b & (b - 1) == 0 else lax.div(a, jnp.int32(b))
 
 
 def zero(i):
@@ -184,9 +176,7 @@ def scaled_where_needed(x, factor, interpret: bool):
     if interpret:
         return x * rows(factor, x.shape)
 
-    @plgpu.inline_mgpu(
-        arg_types=(WGMMA, ROW), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=WGMMA)
-    )
+    @plgpu.inline_mgpu(arg_types=(WGMMA, ROW), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=WGMMA))
     def scale(_, x, factor):
         i1, i32, f32 = ir.IntegerType.get_signless(1), ir.IntegerType.get_signless(32), ir.F32Type.get()
         one = arith.constant(f32, ir.FloatAttr.get(f32, 1.0))
@@ -222,9 +212,7 @@ def sums_by_eight(x, interpret: bool):
         return x.reshape(x.shape[0], -1, 8).sum(axis=1)
     shape = (x.shape[0], 8)
 
-    @plgpu.inline_mgpu(
-        arg_types=(WGMMA,), return_type=plgpu.ShapeDtypeStruct(shape, x.dtype, layout=WGMMA)
-    )
+    @plgpu.inline_mgpu(arg_types=(WGMMA,), return_type=plgpu.ShapeDtypeStruct(shape, x.dtype, layout=WGMMA))
     def run(_, x):
         total = x.registers[:, :1].copy()
         for at in np.ndindex(total.shape):
@@ -246,9 +234,7 @@ def keep_columns(x, first, last, fill: float, interpret: bool):
         j = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=WGMMA)
         return jnp.where((j >= rows(first, x.shape)) & (j < rows(last, x.shape)), x, fill)
 
-    @plgpu.inline_mgpu(
-        arg_types=(WGMMA, ROW, ROW), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=WGMMA)
-    )
+    @plgpu.inline_mgpu(arg_types=(WGMMA, ROW, ROW), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=WGMMA))
     def select(_, x, first, last):
         i32 = ir.IntegerType.get_signless(32)
 

@@ -1,0 +1,1 @@
+"""Several processes: meeting, watching and ending together."""

@@ -1,0 +1,113 @@
+"""What each layer keeps for the backward pass: a ladder of named values, and the fastest rung that fits.
+
+Keeping more saves recompute and costs memory. `remat=auto` compiles the gradient program of each rung, from the one
+that keeps most, and takes the first whose own memory analysis fits the device beside the optimizer's state. Rungs that
+the plan finds far too large are passed over: a large model's program takes half a minute to compile.
+"""
+
+import os
+from typing import NamedTuple
+
+import jax
+
+from jsft.errors import OutOfMemoryError
+from jsft.hardware.mesh import shard_bytes
+from jsft.models.remat import LADDER
+from jsft.planning.memory import HEADROOM, estimate
+from jsft.step.components import compile_gradients
+
+_HOST_SHARE = 0.8  # of the host's memory; the loader and the processes' own needs have the rest
+_FAR_TOO_LARGE = 1.15  # of the device's memory
+_LAST_RESORTS = "lower data.rows_per_device or data.pack_length, use more devices, or set precision.params=bfloat16"
+
+
+def choose_remat(parts, say) -> str:
+    """The config's remat, or for `auto` the first rung of LADDER that fits. Raises OutOfMemoryError if none does.
+
+    On a device that does not tell its memory (a CPU) auto is `none`.
+    """
+    asked = parts.config.remat
+    if asked != "auto":
+        return asked
+    stats = jax.local_devices()[0].memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    if not limit:
+        return "none"
+    passed_over = []
+    for rung in LADDER:
+        planned = _planned(parts, rung)
+        if planned > _FAR_TOO_LARGE * limit and rung != LADDER[-1]:
+            passed_over.append(f"{rung} ({planned / 2**30:.0f} GiB)")
+            continue
+        needed = bytes_needed(parts, rung)
+        if _fits(needed, limit):
+            if passed_over:
+                say(f"remat:     not tried, by the plan: {'; '.join(passed_over)}")
+            host = f", and {needed.host / 2**30:.1f} of the host's for each device" if needed.host else ""
+            say(f"remat:     {rung} needs {needed.device / 2**30:.1f} of {limit / 2**30:.1f} GiB{host}")
+            return rung
+    raise OutOfMemoryError(
+        f"even remat=full needs {f'{needed.device / 2**30:.1f}' if needed else 'more than the'} GiB of "
+        f"{limit / 2**30:.1f} GiB per device; {_LAST_RESORTS}"
+    )
+
+
+def _planned(parts, rung: str) -> int:
+    """Bytes for each device by the plan, which tests hold to a tenth of the compiled programs'."""
+    return estimate(parts.model, parts.config, parts.mesh, rung, jax.local_devices()[0].platform).total
+
+
+class Needed(NamedTuple):
+    """Bytes for each device."""
+
+    device: int
+    host: int  # what is kept there for the backward pass, and the copy of the state while it is saved
+
+
+def _fits(needed: Needed | None, limit: int | None) -> bool:
+    """Whether all devices of this process have room. A host's is told by its size, which is the same on all of a run's
+    hosts, not by what happens to be free: processes that chose differently would wait for each other for ever.
+    """
+    if needed is None or (limit and needed.device > HEADROOM * limit):
+        return False
+    return not needed.host or needed.host * len(jax.local_devices()) <= _HOST_SHARE * _host_memory()
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def bytes_needed(parts, rung: str) -> Needed | None:
+    """What the state and one gradient program need with remat `rung`; None when it does not compile for memory."""
+    state = sum(map(shard_bytes, jax.tree.leaves(parts.abstract)))
+    parameters = sum(map(shard_bytes, jax.tree.leaves(parts.abstract.parameters)))
+    try:
+        memory = compile_gradients(parts, rung).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return None
+        raise
+    # The program's arguments are the parameters, the gradients, which it gives back in place, and the batch; the moments
+    # stay beside it.
+    needed = state - parameters + memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    kept = memory.host_temp_size_in_bytes
+    return Needed(needed, kept + state if kept else 0)
+
+
+def advise_out_of_memory(parts, remat: str) -> str:
+    """What a run that ran out of memory with `remat` needed, and the next rung that fits: one sentence."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    of = f" of {limit / 2**30:.1f} GiB" if limit else ""
+    if jax.process_count() > 1:  # compiling alone could wait for the others for ever
+        return (
+            f"remat={remat} did not fit{of}; set a later rung of the ladder ({' > '.join(LADDER)}), or {_LAST_RESORTS}"
+        )
+    now = bytes_needed(parts, remat)
+    text = f"the plan for remat={remat} was {f'{now.device / 2**30:.3g} GiB' if now else 'more than there is'}{of} per device"
+    for rung in LADDER[LADDER.index(remat) + 1 :] if remat in LADDER else LADDER:
+        needed = bytes_needed(parts, rung)
+        if _fits(needed, limit) and (now is None or needed.device < now.device):
+            return f"{text}; the next that fits is remat={rung} with {needed.device / 2**30:.3g} GiB"
+    return f"{text}, and no rung needs less; {_LAST_RESORTS}"

@@ -1,0 +1,1 @@
+"""The life of a run: its directory, loop, checkpoints and numbers."""

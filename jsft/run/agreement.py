@@ -1,0 +1,66 @@
+"""What all processes of a run must have in common; compared over their link before anything is trained.
+
+Another learning rate or data file on one process would not stop the run: each computes its own part, and the
+weights come out wrong. Files are compared by what they hold, so that their paths may differ.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from jsft import config as schema
+from jsft.cluster.peers import PeerLink
+from jsft.data.loader import eval_fingerprints
+from jsft.hf.digest import weights_digest
+from jsft.run.provenance import code_version
+from jsft.step.components import Components
+
+# Fields that say where a process finds its files.
+_PLACES = ("model.path", "model.revision", "data.train", "data.eval", "data.cache_dir")
+_SHARED_DISK_SECONDS = 30.0  # a network file system may show a new file late
+
+
+def start_facts(config: ConfigDict) -> dict[str, Any]:
+    """What is known before the processes meet: the resolved config but for paths, the code and JAX's version."""
+    flat = {name: value for name, value in schema.flatten(config).items() if name not in _PLACES}
+    return flat | {"the version of jsft": code_version(), "the version of jax": jax.__version__}
+
+
+def check_agreement(link: PeerLink, parts: Components) -> None:
+    """Raises ConfigError, on every process, where data, model or devices differ between the processes.
+
+    The weights count by their sizes, headers and a sample of their bytes (`weights_digest`).
+    """
+    config = parts.config
+    facts = {
+        "the content of data.train": parts.data.fingerprint,
+        "the updates of the run": parts.data.total_steps,
+        "the content of data.eval": eval_fingerprints(config, parts.model_dir) if config.eval.every else {},
+        "the config of model.path": repr(parts.model),
+        "the weights of model.path": weights_digest(parts.model_dir),
+        "the kind of device": jax.local_devices()[0].device_kind,
+        "the devices of a process": jax.local_device_count(),
+    }
+    link.agree(facts, waiting_for="it may still be preparing its data")
+
+
+def check_workdir(link: PeerLink, workdir: Path, owner: str) -> None:
+    """Raises ConfigError, on every process, where `workdir` is not the folder that process 0 has locked.
+
+    owner: what process 0 wrote into the folder's lock; the others give "".
+    """
+    owner = link.exchange(owner)[0]
+    lock, end = Path(workdir) / "lock", time.monotonic() + _SHARED_DISK_SECONDS
+    while not (same := _read(lock) == owner) and time.monotonic() < end:
+        time.sleep(0.2)
+    link.agree({"the folder of --workdir": owner if same else f"no such lock in {workdir}"})
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError):
+        return ""

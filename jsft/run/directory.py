@@ -1,0 +1,219 @@
+"""A run's directory: what it holds, who owns it, and whether it is the same run.
+
+`config.json`, `status.json`, `base/` (the base model's config, tokenizer and template files as used),
+`checkpoints/`, `metrics.jsonl`, `tensorboard/`, `log.txt`; `hf/` and `eval/` are added by export and
+evaluation.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+import jsft
+from jsft import config as schema
+from jsft import files
+from jsft.errors import CheckpointError, ConfigError, ModelError, describe, explained
+from jsft.hf.base_files import copy_base_files
+from jsft.hf.digest import Digest, difference
+from jsft.run.manifest import list_steps
+
+_STATUS_SECONDS = 5.0  # that one writer of status.json waits for another, whose disk may hang
+
+# Fields that may differ when a run goes on: they change where and how fast it runs, not what it computes
+# (another mesh changes the order of additions only).
+FREE_FIELDS = frozenset(
+    name
+    for name in schema.BY_NAME
+    if name.startswith(("checkpoint.", "eval.", "mesh.", "attention.", "norm.", "log."))
+    or name
+    in (
+        "data.workers",
+        "data.cache_dir",
+        "data.eval",
+        "optimizer.implementation",
+        "remat",
+        "train.max_bad_steps",
+        "train.deterministic",
+        "train.hang_minutes",
+        "train.peer_seconds",
+        "train.start_seconds",
+    )
+)
+
+
+class RunDirectory:
+    """The directory of one run, made or re-entered, and locked while this object lives."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.last_step = 0  # updates done, for the status of a run that fails
+        self._writing_status, self._ended = threading.Lock(), False
+        try:
+            os.path.abspath(self.path).encode("utf-8")
+        except UnicodeEncodeError as error:  # tokenizers, in Rust, open no such path: no step could be exported
+            raise CheckpointError(f"--workdir {self.path}: {describe(error)}; choose a name in UTF-8") from error
+        with self._explained():
+            files.make_folder(self.path)
+            # Whatever bytes lie there: a damaged lock is nobody's.
+            self._lock = (self.path / "lock").open("a+", encoding="utf-8", errors="backslashreplace")
+            self._take_lock()
+        for folder in (self.path, self.path / "heartbeats"):  # nobody else writes there now
+            files.remove_leftovers(folder)
+
+    def _explained(self):
+        """Errors of the disk in the block become a CheckpointError that names the directory."""
+        return explained(CheckpointError, f"--workdir {self.path} cannot be written", "choose another")
+
+    def _take_lock(self) -> None:
+        """Raises CheckpointError naming the owner when another process has the lock.
+
+        The kernel drops a lock with its process, so that a stale one cannot stay. On a file system without
+        locks the owner written in the file decides: it counts while its process is there, as far as this host
+        can see.
+        """
+        self._lock.seek(0)
+        owner = self._lock.read().strip()
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = True
+        except OSError as error:
+            taken = error.errno not in (errno.EWOULDBLOCK, errno.EACCES) and not _alive(owner)
+        if not taken:
+            raise CheckpointError(
+                f"--workdir {self.path} is in use by {owner or 'another process'}; wait for it, stop it, "
+                f"or choose another --workdir (if it is surely gone: rm {self.path / 'lock'})"
+            )
+        self.owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}"
+        self._lock.truncate(0)
+        self._lock.write(self.owner)
+        self._lock.flush()
+
+    def enter(
+        self,
+        config: ConfigDict,
+        name: str,
+        allow_changed: frozenset[str] = frozenset(),
+        data: str = "",
+        model: Digest | None = None,
+    ) -> bool:
+        """Writes config.json, or checks that the one there is this run's. Returns whether the run existed.
+
+        data: fingerprint of the training data. What it says counts, not the path: a file may be moved. model: digest of
+        the model directory; another one is refused once there is a checkpoint. Raises ConfigError naming the fields
+        that differ, ModelError naming what differs in the model directory.
+        """
+        path = self.path / "config.json"
+        flat = schema.flatten(config)
+        exists = path.exists()
+        if exists:
+            try:
+                there = json.loads(path.read_text(encoding="utf-8"))
+                old, old_data = dict(there["config"]), there.get("data", "")
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                raise CheckpointError(f"{path} cannot be read ({error}); is {self.path} a run's directory?") from error
+            new = json.loads(json.dumps(flat))
+            for field in schema.FIELDS:  # one that did not exist yet had its default's effect
+                old.setdefault(field.name, json.loads(json.dumps(field.default)))
+            trained = bool(list_steps(self.path))
+            if data and data == old_data:
+                old["data.train"] = new["data.train"]
+            elif data and old_data and (trained or there.get("model") in (None, model)):  # else the model changed it
+                old["data.train"] = f"{old.get('data.train')} of fingerprint {old_data[:8]}"
+                new["data.train"] = f"{new['data.train']} of fingerprint {data[:8]}"
+            names = sorted(n for n in set(old) | set(new) if old.get(n) != new.get(n))
+            differ = [n for n in names if n not in FREE_FIELDS and n not in allow_changed]
+            if trained and "model.path" not in differ:  # before its data, which another tokenizer changes
+                model = self._same_model(there.get("model"), model)
+            if differ:
+                shown = "; ".join(f"{n}: {old.get(n)!r} there, {new.get(n)!r} now" for n in differ)
+                raise ConfigError(
+                    f"--workdir {self.path} holds a run with another config ({shown}); choose another "
+                    f"--workdir, or go on all the same with --allow_changed={','.join(differ)}"
+                )
+        facts = {"name": name, "version": jsft.__version__, "data": data, "config": flat, "model": model}
+        with self._explained():
+            files.write_json(path, facts)
+        return exists
+
+    def _same_model(self, there: Digest | None, here: Digest | None) -> Digest | None:
+        """The digest to keep: of the model that the checkpoints were trained from. None in runs older than digests."""
+        if not isinstance(there, dict):
+            return None
+        if here and (differs := difference(there, here)):
+            raise ModelError(
+                f"the model directory is not the one this run began with: {differs}; put its files back (a copy is in "
+                f"{self.path / 'base'}), or choose another --workdir"
+            )
+        return there
+
+    def keep_base_files(self, model_dir: Path) -> None:
+        """Copies the base model's config, tokenizer, template and code files to `base/`: all but weights.
+
+        What a checkpoint was trained with stays; until there is one, `base/` follows the model directory.
+        """
+        base = self.path / "base"
+        if base.is_dir() and list_steps(self.path):
+            return
+        beside = self.path / "base.tmp"
+        shutil.rmtree(beside, ignore_errors=True)
+        with self._explained():
+            beside.mkdir()
+            copy_base_files(model_dir, beside)
+            files.sync_tree(beside)
+            shutil.rmtree(base, ignore_errors=True)
+            files.rename(beside, base)
+
+    def set_step(self, step: int) -> None:
+        """Notes that `step` updates are done."""
+        self.last_step = step
+
+    def status(self, state: str, step: int, reason: str = "", final: bool = False) -> None:
+        """state: running, done, preempted or failed; step: updates done; reason: why, for the last two.
+
+        final: the process ends now; whatever other threads still have to say is not written any more.
+        """
+        self.last_step = step
+        facts = {"state": state, "step": step, "reason": reason, "time": time.time()}
+        mine = self._writing_status.acquire(timeout=_STATUS_SECONDS)
+        try:
+            if self._ended and not final:
+                return
+            self._ended = self._ended or final
+            with suppress(OSError):  # a full disk must not end the run
+                files.write_json(self.path / "status.json", facts | {"pid": os.getpid(), "host": socket.gethostname()})
+        finally:
+            if mine:
+                self._writing_status.release()
+
+    def point_latest(self) -> None:
+        """Makes the symlink `latest` beside the run follow it, where the directory above may be written."""
+        path = Path(os.path.abspath(self.path))  # not resolved: the run's own name may be a symlink
+        link, beside = path.parent / "latest", path.parent / f".latest-{os.getpid()}"
+        if link == path or (link.exists() and not link.is_symlink()):
+            return
+        with suppress(OSError):  # a mounted volume, say, whose mount point is another's
+            beside.unlink(missing_ok=True)
+            beside.symlink_to(path.name)
+            beside.replace(link)
+
+    def release(self) -> None:
+        self._lock.close()
+
+
+def _alive(owner: str) -> bool:
+    """Whether the owner of a lock, as written in its file, may still run."""
+    words = owner.replace(",", "").split()
+    if len(words) < 4 or not words[1].isdigit():
+        return bool(owner)
+    if words[3] != socket.gethostname():
+        return True
+    return Path(f"/proc/{words[1]}").exists()

@@ -1,0 +1,226 @@
+"""The loop: batches in, updates done, numbers out, states saved, until the last step or a request to stop."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jsft.cluster.signals import Agreement, StopRequest
+from jsft.cluster.watchdog import Watchdog
+from jsft.data.batch import Batch, StepData
+from jsft.errors import DataError, JsftError, NonFiniteError
+from jsft.hardware.mesh import shard_batch
+from jsft.run.checkpoint import Saver
+from jsft.run.metrics import MetricsWriter, RunLog
+from jsft.run.profile import Profiler
+from jsft.step.histograms import Histograms, named
+from jsft.step.optimizer import TrainState
+from jsft.step.programs import StepPrograms
+
+
+@dataclass
+class Loop:
+    """What the loop works with. `flops`: useful FLOPs of a step from its data; `peak_flops` of all devices, or None."""
+
+    config: ConfigDict
+    mesh: Mesh
+    programs: StepPrograms
+    saver: Saver
+    log: RunLog
+    writer: MetricsWriter | None
+    stop: StopRequest
+    watchdog: Watchdog
+    total_steps: int
+    flops: Callable[[StepData], float]
+    peak_flops: float | None
+    eval_data: dict[str, list[Batch]] = field(default_factory=dict)
+    profiler: Profiler | None = None
+    histograms: Histograms | None = None
+    on_step: Callable[[int], None] = lambda step: None
+    on_save: Callable[[int], None] = lambda step: None
+
+    def run(
+        self, state: TrainState, data: Any, first_step: int, evaluated: bool = False
+    ) -> tuple[TrainState, int, bool]:
+        """Trains from `first_step`, whose held-out losses are on record if `evaluated`.
+
+        Returns (state, updates done, whether it was asked to stop early).
+        """
+        step, bad, pending = first_step, 0, None
+        self._agreement, self._stalled, self._saved = Agreement(self.mesh), 0.0, first_step
+        batches = iter(data.iterate(first_step))
+        if self._evaluates(step) and not evaluated and self.evaluate(state, step) is None:
+            return state, step, True
+        self.log.start(self.total_steps, first_step)
+        self.watchdog.at(f"in step {step + 1}, its compilation included")
+        clock = time.perf_counter()
+        while step < self.total_steps:
+            waited = time.perf_counter()
+            step_data = self._next(batches, step)
+            if step_data is None:
+                if pending:
+                    self._report(*pending, clock, bad)
+                if step != self._saved:
+                    self._save(step, state)
+                return state, step, True
+            waited = time.perf_counter() - waited
+            if self.profiler and self.profiler.due(step + 1):
+                if pending:
+                    clock, bad = self._report(*pending, clock, bad)
+                    pending = None
+                self.profiler.start(step + 1)
+            dispatched = time.perf_counter()
+            state, metrics, counts = self._update(state, step_data, step + 1)
+            dispatched = time.perf_counter() - dispatched
+            step += 1
+            if step == first_step + 1:
+                self.stop.hold()  # from here on a request to stop means: save first
+            # The numbers of a step are read once the next one is under way, so that the device never waits for us.
+            if pending:
+                clock, bad = self._report(*pending, clock, bad)
+            pending = (step, metrics, counts, step_data, waited, dispatched)
+            stopping, overdue = self._ask()
+            final = step == self.total_steps
+            saving = final or stopping or overdue or self.saver.wants(step)
+            evaluating = self._evaluates(step) and not stopping
+            unfinished = not final or self._evaluates(step)
+            profiled = bool(self.profiler and (self.profiler.ends(step) or final or stopping))
+            if saving or evaluating or profiled:
+                clock, bad = self._report(*pending, clock, bad)
+                pending = None
+            if profiled:
+                self.profiler.stop(step)
+            if saving:
+                self._save(step, state)
+            if evaluating:
+                stopping = self.evaluate(state, step) is None
+                if stopping and not saving:
+                    self._save(step, state)
+            if saving or evaluating or profiled:
+                self.watchdog.at(f"in step {step + 1}")
+                clock = time.perf_counter()
+            if stopping and unfinished:
+                return state, step, True
+        return state, step, False
+
+    def _save(self, step: int, state: TrainState) -> None:
+        """Starts a save; how long it kept training waiting goes into the next step's record."""
+        self.watchdog.at(f"saving step {step}")
+        began = time.perf_counter()
+        self.saver.save(step, state)
+        self.on_save(step)
+        self._stalled += time.perf_counter() - began
+        self._saved = step
+
+    def _ask(self) -> tuple[bool, ...]:
+        """Whether the processes agree to stop, and to save because process 0's clock says so."""
+        return self._agreement.ask(self.stop.signal is not None, jax.process_index() == 0 and self.saver.overdue())
+
+    def _evaluates(self, step: int) -> bool:
+        """Whether held-out losses are due after `step` updates."""
+        every = self.config.eval.every
+        return bool(every and self.eval_data) and (step % every == 0 or step == self.total_steps)
+
+    def _next(self, batches, step: int) -> StepData | None:
+        """The data of the step after `step`. Raises DataError when the loader fails, whatever its error.
+
+        None when the run is to stop and the loader's processes died of the same signal.
+        """
+        try:
+            return next(batches)
+        except JsftError:
+            raise
+        except Exception as error:  # a worker's error may be of any kind
+            if self.stop.signal and jax.process_count() == 1:
+                return None
+            raise DataError(
+                f"the data of step {step + 1} could not be made ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
+                f"is the data's disk there, and its token cache whole? the same command goes on from the last checkpoint"
+            ) from error
+
+    def _update(
+        self, state: TrainState, data: StepData, step: int
+    ) -> tuple[TrainState, dict[str, jax.Array], dict | None]:
+        """Dispatches step `step`; nothing here waits for the device. Returns (state, metrics, histograms where due)."""
+        every = self.config.log.histograms_every
+        due = bool(self.histograms and every and step % every == 0)
+        state, metrics, gradients = self.programs.step(state, data.micro_batches, data.weight_sum, gradients=due)
+        if not due:
+            return state, metrics, None
+        self.watchdog.at(f"making the histograms of step {step}, their compilation included")
+        return state, metrics, self.histograms(state, gradients, metrics["lr"])
+
+    def _report(self, step, metrics, counts, data: StepData, waited, dispatched, clock, bad) -> tuple[float, int]:
+        """Fetches and writes a step's numbers. Returns (time now, non-finite steps in a row)."""
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        # The last of a row of steps is read straight after the one before it, whose time took in this one's dispatch.
+        seconds = max(now - clock, waited + dispatched)
+        metrics |= {
+            "tokens": data.tokens,
+            "supervised_tokens": data.supervised_tokens,
+            "documents": data.documents,
+            "padding_share": data.padding_share,
+            "seconds": seconds,
+            "loader_seconds": waited,
+            "dispatch_seconds": dispatched,
+            "save_seconds": self._stalled,
+            "tokens_per_second": data.tokens / seconds,
+        }
+        self._stalled = 0.0
+        memory = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in memory:
+            metrics["memory_gib"] = memory["bytes_in_use"] / 2**30
+            metrics["memory_peak_gib"] = memory["peak_bytes_in_use"] / 2**30
+        if self.peak_flops:
+            metrics["mfu"] = self.flops(data) / seconds / self.peak_flops
+        if self.writer:
+            self.writer.write(step, metrics)
+            if counts is not None:
+                self.writer.write_layers(step, named(jax.device_get(counts)))
+        self.log.step(step, self.total_steps, metrics)
+        self.on_step(step)
+        self.watchdog.stepped(step, seconds)
+        bad = bad + 1 if metrics["skipped"] else 0
+        if bad:
+            self.log.line(f"warning: step {step} had a non-finite gradient and was skipped ({bad} in a row)")
+        if bad >= self.config.train.max_bad_steps:
+            raise NonFiniteError(
+                f"{bad} steps in a row, to step {step}, had a non-finite gradient (train.max_bad_steps); lower "
+                f"optimizer.learning_rate, or go on from an earlier checkpoint with another seed"
+            )
+        return now, bad
+
+    def evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
+        """Held-out loss of every set in data.eval: per token, and the mean over documents of each one's mean.
+
+        The batches' weights are `document_mean_weights`: their sum is the number of documents.
+
+        None when it was left because the run is to stop.
+        """
+        record = {}
+        for name, batches in self.eval_data.items():
+            sums = None
+            for i, batch in enumerate(batches):
+                self.watchdog.at(f"evaluating {name} at step {step}, batch {i + 1} of {len(batches)}")
+                more = self.programs.evaluate(state.parameters, shard_batch(batch, self.mesh))
+                sums = more if sums is None else jax.tree.map(jnp.add, sums, more)
+                if self._ask()[0]:
+                    self.log.line(
+                        f"eval at step {step}: left after batch {i + 1} of {name}, because the run is to stop"
+                    )
+                    return None
+            sums, documents = jax.device_get(sums)
+            record[f"{name}/loss"] = float(sums.nll / sums.count)
+            record[f"{name}/document_loss"] = float(sums.loss / documents)
+            record[f"{name}/accuracy"] = float(sums.correct / sums.count)
+        if self.writer:
+            self.writer.write_heldout(step, record)
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in record.items() if k.endswith("/loss"))
+        self.log.line(f"eval at step {step}: {shown}")
+        return record

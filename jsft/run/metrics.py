@@ -1,0 +1,236 @@
+"""Where a step's numbers go: a JSON-lines file, TensorBoard, and the console."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from jsft import files
+from jsft.step.histograms import EDGES
+
+
+class MetricsWriter:
+    """Appends each step's metrics to `metrics.jsonl`, held-out losses to `heldout.jsonl`, benchmark scores to
+    `generated.jsonl`, all to TensorBoard.
+
+    Only process 0 makes one. After a restart, lines of steps that are run again are dropped first: one line a
+    step.
+    A full disk does not end the run: it is reported through `say`, and lines are written again when there is
+    room.
+    """
+
+    def __init__(self, workdir: Path, first_step: int, say: Callable[[str], None] = print, also: Any = None):
+        """also: what `open_wandb` returned, or None."""
+        from jsft.run.event_file import EventFile, Summary  # which imports TensorBoard
+
+        self._value = Summary.Value
+        self._say, self._full = say, False
+        self._also, self._end = also or (lambda *_: None, lambda: None)
+        self._files = {}
+        for name in ("metrics", "heldout", "generated"):
+            path = workdir / f"{name}.jsonl"
+            _drop_steps_after(path, first_step, say)
+            self._files[name] = path.open("a", encoding="utf-8")
+        self._board = EventFile(workdir / "tensorboard")
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """The numbers of update `step`; those that are not finite become null, which JSON can hold."""
+        self._append("metrics", "train", step, metrics)
+
+    def write_heldout(self, step: int, metrics: dict[str, Any]) -> None:
+        """Held-out losses after `step` updates."""
+        self._append("heldout", "heldout", step, metrics)
+
+    def write_generated(self, step: int, scores: dict[str, float]) -> None:
+        """Benchmark scores of what the model after `step` updates generated."""
+        self._append("generated", "generated", step, scores)
+
+    def _append(self, file: str, prefix: str, step: int, metrics: dict[str, Any]) -> None:
+        try:
+            self._append_line(file, {"step": step} | {k: _json_number(v) for k, v in metrics.items()})
+            self._append_event(prefix, step, metrics)
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                self._say(f"warning: metrics of step {step} were not written: {error.strerror or error}; free space")
+            self._full = True
+        self._also(prefix, step, metrics)
+
+    def write_histogram(self, tag: str, values: Any, step: int = 0) -> None:
+        """A histogram of `values` (numbers) on TensorBoard, in 30 bins of equal width."""
+        values = np.asarray(values, np.float64)
+        counts, edges = np.histogram(values, 30)
+        self._write_histograms(step, {tag: histogram_proto(counts, edges, values.sum(), (values**2).sum())})
+
+    def write_layers(self, step: int, counts: dict[str, np.ndarray]) -> None:
+        """`counts` by tag, of magnitudes by octave as in `jsft.step.histograms`, on TensorBoard."""
+        centres = EDGES[:-1] + 0.5
+        protos = {
+            tag: histogram_proto(row, EDGES, (row * centres).sum(), (row * centres**2).sum())
+            for tag, row in counts.items()
+            if row.any()  # nothing of it was finite
+        }
+        self._write_histograms(step, protos, "Horizontal: log2 of the magnitude. Zeros are in the lowest bin.")
+
+    def _write_histograms(self, step: int, protos: dict[str, Any], help: str = "") -> None:
+        values = [self._value(tag=tag, histo=proto) for tag, proto in protos.items()]
+        for value in values:
+            value.metadata.summary_description = help
+        with suppress(OSError):
+            self._board.add(step, values)
+
+    def _append_line(self, file: str, record: dict[str, Any]) -> None:
+        self._files[file].write(json.dumps(record) + "\n")
+        self._files[file].flush()
+
+    def _append_event(self, prefix: str, step: int, metrics: dict[str, Any]) -> None:
+        values = [
+            self._value(tag=f"{prefix}/{key}", simple_value=float(value))
+            for key, value in metrics.items()
+            if isinstance(value, (int, float))
+        ]
+        self._board.add(step, values)
+
+    def sync(self) -> None:
+        """Puts on the disk what was written so far: a run that resumes from a checkpoint does not write it again."""
+        for file in self._files.values():
+            with suppress(OSError, ValueError):  # full, which was said; or closed
+                os.fsync(file.fileno())
+
+    def close(self) -> None:
+        self._end()
+        for part in (*self._files.values(), self._board):
+            with suppress(OSError):
+                part.close()
+
+
+def histogram_proto(counts: np.ndarray, edges: np.ndarray, total: float, squares: float) -> Any:
+    """TensorBoard's histogram of `counts` [n] between `edges` [n + 1], without the empty bins at its ends."""
+    from tensorboard.compat.proto.histogram_pb2 import HistogramProto
+
+    filled = np.flatnonzero(counts)
+    first, end = int(filled[0]), int(filled[-1]) + 1
+    return HistogramProto(
+        min=edges[first],
+        max=edges[end],
+        num=counts.sum(),
+        sum=total,
+        sum_squares=squares,
+        bucket_limit=edges[first + 1 : end + 1].tolist(),
+        bucket=counts[first:end].tolist(),
+    )
+
+
+def has_heldout(workdir: Path, step: int) -> bool:
+    """Whether `heldout.jsonl` has the losses after `step` updates."""
+    path = workdir / "heldout.jsonl"
+    return path.exists() and any(_step_of(line) == step for line in path.read_bytes().split(b"\n"))
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a record; None for a line that is none, as a killed process or a bad disk leaves."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+
+
+def _json_number(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def _drop_steps_after(path: Path, step: int, say: Callable[[str], None]) -> None:
+    """Keeps the lines of steps up to `step`. What is no record goes: a half-written last line, and a damaged one."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = []
+    for number, line in enumerate(lines, 1):
+        found = _step_of(line) if line.endswith(b"\n") else None
+        if found is None and line.endswith(b"\n"):
+            say(f"warning: {path}, line {number} is damaged and is left out")
+        elif found is not None and found <= step:
+            kept.append(line)
+    if kept != lines:
+        files.write_bytes(path, b"".join(kept))
+
+
+class RunLog:
+    """Prints lines and, on a terminal, a progress bar; the same lines go to `log.txt`."""
+
+    def __init__(self, log: Path | None, quiet: bool = False):
+        self._log = log.open("a", encoding="utf-8", errors="backslashreplace") if log else None
+        self._quiet = quiet
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task = None
+
+    def line(self, text: str) -> None:
+        """One line to the console and the log."""
+        self._keep(text)
+        if not self._quiet:
+            try:
+                self._console.print(text, markup=False)
+            except BrokenPipeError:  # whoever read it is gone
+                raise
+            except OSError:  # sent to a file, and its disk is full: the run goes on
+                pass
+
+    def _keep(self, text: str) -> None:
+        """To the log file. The disk may be full: the console still has the line."""
+        if self._log:
+            with suppress(OSError):
+                self._log.write(text + "\n")
+                self._log.flush()
+
+    def start(self, total: int, done: int) -> None:
+        """Begins the progress bar, where there is a terminal."""
+        if self._quiet or not self._console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            expand=True,
+        )
+        self._task = self._progress.add_task("", total=total, completed=done)
+        self._progress.start()
+
+    def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
+        """The progress bar's text on a terminal; a line a step elsewhere and in the log."""
+        short = (
+            f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  grad {metrics['grad_norm']:.3f}  "
+            f"{metrics['tokens_per_second']:,.0f} tok/s" + (f"  MFU {metrics['mfu']:.1%}" if "mfu" in metrics else "")
+        )
+        if self._progress:
+            self._progress.update(self._task, completed=step, description=short)
+            self._keep(f"step {step}/{total}  {short}")
+        else:
+            self.line(f"step {step}/{total}  {short}")
+
+    def stop_progress(self) -> None:
+        """Ends the progress bar; lines go on."""
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+    def close(self) -> None:
+        self.stop_progress()
+        if self._log:
+            with suppress(OSError):
+                self._log.close()
+            self._log = None

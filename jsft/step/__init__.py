@@ -1,0 +1,1 @@
+"""The programs of a training step, and what they are made from."""

@@ -1,0 +1,129 @@
+"""Programs compiled for GPUs that are not here. Compiling needs JAX's CUDA plugin: without it only the refusals run."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jsft import config as schema
+from jsft import plan
+from jsft.errors import ConfigError
+from jsft.hardware import deviceless
+from jsft.models.layers import linear
+from jsft.models.published import PUBLISHED
+from jsft.planning import program_memory
+from jsft.planning.memory import estimate, planned_mesh
+
+needs_plugin = pytest.mark.skipif(not deviceless.available(), reason="needs JAX's CUDA plugin: pip install jax[cuda13]")
+PLAN = ["--config", "configs/qwen3_4b.py:math_cot_ep8", "--compile"]
+
+
+def small_config(**fields):
+    config = schema.default_config()
+    config.model.path, config.data.train = "model", "data"
+    config.data.pack_length = config.data.max_length = 2048
+    for name, value in fields.items():
+        schema.put(config, name.replace("__", "."), value)
+    return schema.resolve(config)
+
+
+@needs_plugin
+@pytest.mark.parametrize("unroll", [False, True])
+def test_the_step_compiles_with_its_pallas_kernels(unroll):
+    """Arguments and outputs are what the tables say; asking for the kernel by name shows that it is the one compiled."""
+    sizes = dict(hidden_size=512, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=1024, vocab_size=4096)
+    model = dataclasses.replace(PUBLISHED["qwen3_14b"], **sizes)
+    config = small_config(attention__implementation="pallas", train__unroll_layers=unroll)
+    found = program_memory.program_memory(config, model, deviceless.gpus("h200", 8), "full")
+    memory = estimate(model, config, planned_mesh(config, 8), "full")
+    step = found["add_gradients"]
+    assert step.arguments == pytest.approx(memory.parameters + memory.gradients + memory.batch, rel=0.01)
+    assert step.aliased == pytest.approx(memory.gradients, rel=0.01) and step.beside == pytest.approx(
+        memory.moments, rel=0.01
+    )
+    assert step.temporaries > 0
+    state = memory.parameters + memory.moments
+    assert found["update"].aliased == pytest.approx(state, rel=0.01)
+
+
+@needs_plugin
+@pytest.mark.parametrize("when", ["layer", "gather", "both"])
+@pytest.mark.parametrize("params", ["float32", "bfloat16"])
+def test_the_way_back_keeps_no_copy_of_the_divided_weights(params, when):
+    """What a layer adds to the temporaries is what it keeps of the activations, not its part of the weights too, nor of
+    weights gathered, or gradients to be reduced, once a step: these are arguments, which the plan counts.
+    """
+    same = {f"precision__{name}": params for name in ("params", "moments", "gradients")}
+    once = dict(mesh__gather="layer" if when == "layer" else "step", mesh__reduce="step" if when == "both" else "layer")
+    config = small_config(data__max_length=8192, data__pack_length=8192, **same, **once)
+    remat = "attention_out,attention_lse,query_projection,key_projection,value,residual"
+
+    def needed(layers):
+        sizes = dict(hidden_size=2048, num_layers=layers, num_heads=16, num_kv_heads=8, intermediate_size=8192)
+        model = dataclasses.replace(PUBLISHED["qwen3_14b"], vocab_size=4096, **sizes)
+        found = program_memory.program_memory(config, model, deviceless.gpus("h200", 2), remat, ("add_gradients",))
+        step, memory = found["add_gradients"], estimate(model, config, planned_mesh(config, 2), remat)
+        given = memory.parameters + memory.whole + memory.gradients + memory.batch
+        assert step.arguments == pytest.approx(given, rel=0.01) and step.aliased == pytest.approx(
+            memory.gradients, rel=0.01
+        )
+        return step.temporaries - memory.kept
+
+    layer = 2048 * (2 * 2048 + 2 * 1024) + 3 * 2048 * 8192  # bytes of a device's half in bfloat16
+    assert (needed(8) - needed(4)) / 4 < 0.3 * layer
+
+
+@needs_plugin
+@pytest.mark.parametrize("devices", [1, 2])
+def test_one_array_like_the_embedding_at_a_time(devices):
+    """The loss's gradient of its size is summed in float32; on several devices the embedding's own too, long after it.
+    (On one device its rows alone are, unless it is the unembedding too.)
+    """
+    same = dict.fromkeys(("precision__params", "precision__moments", "precision__gradients"), "bfloat16")
+    config = small_config(data__max_length=4096, data__pack_length=4096, **same)
+
+    def needed(vocabulary):
+        sizes = dict(hidden_size=1024, num_layers=2, num_heads=8, num_kv_heads=8, intermediate_size=4096)
+        model = dataclasses.replace(PUBLISHED["qwen3_14b"], vocab_size=vocabulary, **sizes)
+        found = program_memory.program_memory(
+            config, model, deviceless.gpus("h200", devices), "none", ("add_gradients",)
+        )
+        return found["add_gradients"].temporaries
+
+    assert needed(2**18) - needed(2**17) < 1.3 * 2**17 * 1024 * 4 / devices
+
+
+@needs_plugin
+def test_kernels_are_tried_out_for_short_products_with_slices_of_weights():
+    """The compiler tries none out for what reads a slice where it lies."""
+    whole = NamedSharding(Mesh(np.array(deviceless.gpus("h200", 1)), ("all",)), PartitionSpec())
+
+    def reads_in_place(rows):
+        def gradient(x, stacked, g):
+            return jax.vjp(lambda x: linear(x, stacked[1], None, False, jnp.bfloat16), x)[1](g)[0]
+
+        shapes = ((4096, 2560), (4, rows, 2560), (4096, rows))
+        arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=whole) for shape in shapes]
+        lowered = jax.jit(gradient).trace(*arguments).lower(lowering_platforms=("cuda",))
+        return "dynamic-slice-fusion" in lowered.compile(compiler_options=deviceless.COMPILER_OPTIONS).as_text()
+
+    assert reads_in_place(4096) and not reads_in_place(1024)
+
+
+def test_without_the_plugin_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(deviceless, "available", lambda: False)
+    with pytest.raises(ConfigError, match=r"pip install 'jax\[cuda13\]'"):
+        deviceless.gpus("h200", 8)
+    assert program_memory.compile_kind("h200") is None
+
+
+def test_only_hopper(monkeypatch):
+    with pytest.raises(ConfigError, match="h200 and h100 only"):
+        deviceless.gpus("a100", 8)
+    monkeypatch.setattr(deviceless, "available", lambda: True)
+    monkeypatch.setattr(program_memory, "_gpus", lambda: 0)
+    with pytest.raises(ConfigError, match="h200 and h100 only"):
+        plan.main([*PLAN, "--device", "b200"])

@@ -1,0 +1,45 @@
+"""How the process meets its devices."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.run.processes import ROOT
+
+LATE_DEVICE = """
+import sys, time
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+if "configure" in sys.argv:
+    from jsft.hardware import xla
+    xla.configure()
+
+def late(index):
+    time.sleep(75 if index == 1 else 0)
+    return np.float32(index)
+
+def device(x):
+    mine = jax.pure_callback(late, jax.ShapeDtypeStruct((), jnp.float32), jax.lax.axis_index("d"))
+    return jax.lax.psum(x.sum() + mine, "d")
+
+mesh = jax.make_mesh((3,), ("d",))
+ones = jax.device_put(jnp.ones(3), jax.sharding.NamedSharding(mesh, P("d")))
+print(jax.jit(jax.shard_map(device, mesh=mesh, in_specs=P("d"), out_specs=P()))(ones))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("configured", [True, False])
+def test_a_virtual_device_may_be_late_without_an_abort(configured):
+    """XLA by itself ends the process after a minute; so the case is one."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=3",
+    }
+    command = [sys.executable, "-c", LATE_DEVICE, *(["configure"] if configured else [])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert (done.returncode == 0) == configured, done.stderr[-2000:]
+    assert (done.stdout.strip() == "6.0") == configured
