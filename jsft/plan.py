@@ -64,15 +64,13 @@ def main(argv: list[str] | None = None) -> int:
         if (given := getattr(flags, flag)) is not None and given <= 0:
             raise ConfigError(f"--{flag}={given:g}: must be positive")
 
-    from jsft.hardware.cards import Device, find_device
+    from jsft.hardware.cards import DEVICES, find_device
     from jsft.planning import report
 
-    if flags.memory_gib and flags.device.upper() not in report.DEVICES:
-        device = Device("H200", flags.memory_gib * 2**30, 337e9)  # times as of the one that was measured
-    else:
-        device = find_device(flags.device)
-        if flags.memory_gib:
-            device = device._replace(memory=flags.memory_gib * 2**30)
+    known = not flags.memory_gib or flags.device.upper() in DEVICES
+    device = find_device(flags.device if known else "h200")  # times are those of the card that was measured
+    if flags.memory_gib:
+        device = device._replace(memory=flags.memory_gib * 2**30)
     plan = report.make_plan(
         config,
         name,

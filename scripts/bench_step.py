@@ -171,8 +171,9 @@ def measure(options) -> dict:
     xla.configure()
     if options.mock_devices:
         xla.mock_gpus(options.mock_devices)
+    from jsft.hardware.cards import peak_flops
     from jsft.models.families import initial_parameters
-    from jsft.models.flops import matmul_parameters, peak_flops, step_flops
+    from jsft.models.flops import matmul_parameters, step_flops
     from jsft.step.optimizer import initial_state, parameter_dtype
 
     parts, remat = build(options)

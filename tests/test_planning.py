@@ -14,11 +14,11 @@ from jax.sharding import AbstractMesh
 from jsft import cli, plan
 from jsft import config as schema
 from jsft.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError
-from jsft.hardware.cards import RATES, find_device
+from jsft.hardware.cards import RATES, find_device, peak_flops
 from jsft.hardware.mesh import MESH_AXES, make_mesh, shard_bytes
 from jsft.models.families import abstract_parameters
 from jsft.models.published import PUBLISHED
-from jsft.models.remat import LADDER
+from jsft.models.remat import LADDER, REMAT_NAMES, repeated_weights, saved_width
 from jsft.planning import fitting
 from jsft.planning.inputs import find_model
 from jsft.planning.memory import HEADROOM, estimate, parameter_sizes, planned_mesh, sharded_layer_elements
@@ -238,6 +238,28 @@ def test_sizes_of_the_plan_are_those_of_the_run():
         sharded = sum(a.size for a in matrices if shard_bytes(a) < 4 * a.size)
         assert sum(size.local for size in parameter_sizes(model, mesh)) == local
         assert 0 < sharded_layer_elements(model, mesh) == sharded
+
+
+def test_what_a_saved_value_spares():
+    """By hand for Qwen3-8B: D 4,096, Q 4,096, KV 1,024, F 12,288."""
+    model = PUBLISHED["qwen3_8b"]
+    everything = repeated_weights(model, ())
+    assert everything == 4096 * (2 * 4096 + 2 * 1024 + 2 * 12288)  # all products of a layer but the last, `down`
+    spared = {name: everything - repeated_weights(model, (name,)) for name in REMAT_NAMES}
+    products = dict.fromkeys(("query", "query_projection", "residual"), 4096 * 4096)
+    products |= dict.fromkeys(("key", "key_projection", "value"), 4096 * 1024)
+    products |= dict.fromkeys(("gate", "up"), 4096 * 12288)
+    assert {name: size for name, size in spared.items() if size} == products
+    assert repeated_weights(model, ("query", "query_projection")) == everything - 4096 * 4096
+    assert saved_width(model, ("attention_lse", "value", "gate")) == 1024 + 12288
+
+
+def test_the_peak_of_devices_is_that_of_their_cards():
+    def devices(*kinds):
+        return [SimpleNamespace(device_kind=kind) for kind in kinds]
+
+    assert peak_flops(devices("NVIDIA H200", "NVIDIA H100 80GB HBM3")) == 2 * 989e12
+    assert peak_flops(devices("NVIDIA H200", "cpu")) is None and peak_flops(jax.devices()) is None
 
 
 def test_collectives_of_a_step():

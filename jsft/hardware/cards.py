@@ -1,28 +1,28 @@
-"""Devices a plan can be made for, and the measured rates that its times rest on.
+"""The cards, and the measured rates that planned times rest on: the one table of each.
 
-RATES is the one table of rates. Each says where it was measured; a plan prints it with the time it explains.
+Every figure says where it is from; a plan prints the source of its rates with the time that they explain.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from jsft.config import nearest
 from jsft.errors import ConfigError
-from jsft.models.flops import PEAK_FLOPS
+
+if TYPE_CHECKING:
+    import jax
 
 ALLOCATOR_SHARE = 0.95  # of a GPU's memory that JAX's allocator gets (jsft.hardware.xla)
 
 
 class Device(NamedTuple):
-    """One accelerator. memory: bytes on the card; link: bytes/s that a collective moves in and out of it."""
+    """One card. `name` is part of JAX's device_kind."""
 
     name: str
-    memory: float
-    link: float
-
-    @property
-    def peak(self) -> float:
-        """Dense bfloat16 FLOP/s of the data sheet, the denominator of MFU."""
-        return PEAK_FLOPS[self.name]
+    memory: float  # bytes on the card, as nvidia-smi shows them
+    peak: float  # dense bfloat16 FLOP/s of the data sheet, the denominator of MFU
+    link: float  # bytes/s that a collective moves in and out of it
+    bandwidth: float | None = None  # bytes/s of its memory; only of the cards that programs compile for without one
 
     @property
     def usable(self) -> float:
@@ -30,21 +30,23 @@ class Device(NamedTuple):
         return ALLOCATOR_SHARE * self.memory
 
 
-# Memory as nvidia-smi shows it. link: 3/4 of NVLink's data-sheet rate one way (450, 300, 900 GB/s): an
-# assumption, not a measurement.
+# link: 3/4 of NVLink's data-sheet rate one way (450, 300, 900 GB/s): an assumption, not a measurement.
 DEVICES = {
-    "H200": Device("H200", 143771 * 2**20, 337e9),
-    "H100": Device("H100", 81559 * 2**20, 337e9),
-    "A100": Device("A100", 81920 * 2**20, 225e9),
-    "B200": Device("B200", 183359 * 2**20, 675e9),
+    device.name: device
+    for device in (
+        Device("H200", 143771 * 2**20, peak=989e12, link=337e9, bandwidth=4800e9),
+        Device("H100", 81559 * 2**20, peak=989e12, link=337e9, bandwidth=3352e9),
+        Device("A100", 81920 * 2**20, peak=312e12, link=225e9),
+        Device("B200", 183359 * 2**20, peak=2250e12, link=675e9),
+    )
 }
 NETWORK = 50e9  # bytes/s of one device between nodes: 400 Gbit/s for each, the usual rent; an assumption
 
 
 class Rates(NamedTuple):
-    """What one device does a second. Measured on one H200 (989e12 peak); other devices are scaled by their
-    peak."""
+    """What one device does a second. Measured on one H200; products and attention of others scale with their peak."""
 
+    peak: float  # of the card that was measured
     matmul: float  # FLOP/s of bf16 matrix products of the models' sizes
     attention: float  # useful causal FLOP/s of packed attention, forward and backward together
     elementwise: float  # bytes/s of work that is bound by memory
@@ -54,6 +56,7 @@ class Rates(NamedTuple):
 
 
 RATES = Rates(
+    peak=DEVICES["H200"].peak,
     matmul=700e12,
     attention=500e12,
     elementwise=3.5e12,
@@ -76,3 +79,14 @@ def find_device(name: str) -> Device:
     raise ConfigError(
         f"--device {name}: not known{near}; choose one of {', '.join(known)}, or give --memory_gib as well"
     )
+
+
+def device_of_kind(kind: str) -> Device | None:
+    """The device whose name is in JAX's `device_kind`, or None for one that is not in DEVICES (a CPU)."""
+    return next((device for name, device in DEVICES.items() if name in kind), None)
+
+
+def peak_flops(devices: Sequence["jax.Device"]) -> float | None:
+    """Sum of the devices' peaks, bfloat16 FLOP/s; None where one is not in DEVICES (a CPU)."""
+    known = [device_of_kind(device.device_kind) for device in devices]
+    return sum(device.peak for device in known) if all(known) else None

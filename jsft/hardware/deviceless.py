@@ -1,12 +1,13 @@
-"""GPUs that are not there: JAX's CUDA compiler without a GPU or a driver, for what a program needs of memory.
+"""Compiles for GPUs that are not there, without a driver, to learn how much memory a program needs.
 
-Needs the CUDA plugin (pip install "jax[cuda13]"), which installs anywhere. What a device is, the compiler takes from a
-description instead of asking a driver; kernels it would choose by trying them out it chooses by rule instead.
+Needs the CUDA plugin (pip install "jax[cuda13]"), which installs anywhere. The compiler reads what a device is from a
+description instead of asking a driver. It cannot autotune, and chooses kernels by rule.
 """
 
 import importlib.util
 
 from jsft.errors import ConfigError
+from jsft.hardware.cards import DEVICES
 from jsft.kernels.assembler import choose_ptxas
 
 # As in XLA's GpuTargetConfigProto; Hopper's limits, and what differs between the two cards.
@@ -26,11 +27,8 @@ dnn_version_info {{ major: 9 minor: 12 }}
 runtime_version {{ major: 13 minor: 0 }}
 device_description_str: "{name}"
 """
-KINDS = {
-    "H200": dict(name="NVIDIA H200", memory=143771 * 2**20, bandwidth=4800 * 10**9),
-    "H100": dict(name="NVIDIA H100 80GB HBM3", memory=81559 * 2**20, bandwidth=3352 * 10**9),
-}
-# There is nothing to try kernels out on, and Triton's products have no choice that goes untried.
+KINDS = {"H200": "NVIDIA H200", "H100": "NVIDIA H100 80GB HBM3"}  # of `cards.DEVICES`: JAX's device_kind
+# There is no card to try kernels on, and a product of Triton's cannot be chosen without a trial.
 COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
@@ -54,5 +52,7 @@ def gpus(kind: str, count: int) -> list:
         raise ConfigError("to compile for GPUs without one, install JAX's CUDA plugin: pip install 'jax[cuda13]'")
     choose_ptxas()
     jax.config.update("jax_platforms", "cpu")  # the plugin would look for a driver
-    target = _HOPPER.format(**KINDS[kind.upper()])
+    card = DEVICES[kind.upper()]
+    sizes = dict(memory=int(card.memory), bandwidth=int(card.bandwidth))
+    target = _HOPPER.format(name=KINDS[card.name], **sizes)
     return topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{count}").devices

@@ -4,27 +4,41 @@ Saving more avoids recompute and costs memory: the device's, or the host's where
 later layers run, and fetched before the backward pass needs it). `jsft.planning.remat` picks the rung of a run.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 
 from jsft.errors import ConfigError
+from jsft.models.config import ModelConfig
+from jsft.models.families import parameter_table
 
-# Values of a layer that remat may save for the backward pass, in the order they are made; shapes per device.
+
+class SavedValue(NamedTuple):
+    """A value of a layer that remat may save."""
+
+    what: str
+    width: str | None  # field of ModelConfig: values at each position, in the compute dtype
+    spares: str | None = None  # the layer's matrix whose product the backward pass need not repeat when this is saved
+
+
+# What remat may save for the backward pass, in the order a layer makes it. Of the down projection nothing is saved: its
+# output is only added to the stream, and no gradient needs it.
 REMAT_NAMES = {
-    "attention_input": "[b, T, D] normalised input of the query, key and value projections",
-    "query_projection": "[b, T, H, h] before query norm and rotation",
-    "key_projection": "[b, T, K, h] before key norm and rotation",
-    "query": "[b, T, H, h] as attention reads it",
-    "key": "[b, T, K, h] as attention reads it",
-    "value": "[b, T, K, h]",
-    "attention_out": "[b, T, H, h] (named in the attention kernel)",
-    "attention_lse": "float32 [b, H, T] log-sum-exp (named in the Pallas kernel)",
-    "residual": "[b, T, D] residual stream after attention",
-    "mlp_input": "[b, T, D] normalised input of gate and up",
-    "gate": "[b, T, F]",
-    "up": "[b, T, F]",
-    "mlp_hidden": "[b, T, F] silu(gate) * up, input of the down projection",
+    "attention_input": SavedValue("normalised input of the query, key and value projections", "hidden_size"),
+    "query_projection": SavedValue("before query norm and rotation", "query_size", spares="query"),
+    "key_projection": SavedValue("before key norm and rotation", "kv_size", spares="key"),
+    "query": SavedValue("as attention reads it", "query_size", spares="query"),
+    "key": SavedValue("as attention reads it", "kv_size", spares="key"),
+    "value": SavedValue("as attention reads it", "kv_size", spares="value"),
+    "attention_out": SavedValue("named in the attention kernel", "query_size"),
+    "attention_lse": SavedValue("float32 [b, H, T] log-sum-exp, named in the Pallas kernel", None),
+    "residual": SavedValue("residual stream after attention", "hidden_size", spares="output"),
+    "mlp_input": SavedValue("normalised input of gate and up", "hidden_size"),
+    "gate": SavedValue("output of the gate projection", "intermediate_size", spares="gate"),
+    "up": SavedValue("output of the up projection", "intermediate_size", spares="up"),
+    "mlp_hidden": SavedValue("silu(gate) * up, input of the down projection", "intermediate_size"),
 }
 
 _HOST = "@host"
@@ -59,6 +73,24 @@ def saved_on_device(names: Sequence[str]) -> tuple[str, ...]:
 def saved_on_host(names: Sequence[str]) -> tuple[str, ...]:
     """Those of `names` that go to the host's memory, without the suffix."""
     return tuple(name.removesuffix(_HOST) for name in names if name.endswith(_HOST))
+
+
+def saved_width(model: ModelConfig, names: Sequence[str]) -> int:
+    """Values at each position, in the compute dtype, of all `names` of a layer together."""
+    widths = (REMAT_NAMES[name].width for name in names)
+    return sum(getattr(model, width) for width in widths if width)
+
+
+def repeated_weights(model: ModelConfig, names: Sequence[str]) -> int:
+    """Weights of a layer whose product the backward pass repeats when `names` are saved."""
+    layer = parameter_table(model)["layers"]
+    repeated = {value.spares for value in REMAT_NAMES.values()} - {REMAT_NAMES[name].spares for name in names}
+    return sum(math.prod(layer[matrix].layer_shape) for matrix in repeated if matrix)
+
+
+def repeats_attention(names: Sequence[str]) -> bool:
+    """Whether the backward pass repeats the forward pass of attention when `names` are saved."""
+    return not {"attention_out", "attention_lse"} <= set(names)
 
 
 def checkpoint_policy(names: Sequence[str]) -> Callable[..., object]:

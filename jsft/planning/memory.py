@@ -17,7 +17,7 @@ from jsft.kernels.linear_cross_entropy import chunk_size
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
 from jsft.models.parameters import leaves
-from jsft.models.remat import parse_remat, saved_on_device, saved_on_host
+from jsft.models.remat import REMAT_NAMES, parse_remat, saved_on_device, saved_on_host, saved_width
 from jsft.step.gather_once import gathers_once, reduces_once
 from jsft.step.optimizer import parameter_dtype
 
@@ -113,53 +113,36 @@ def sharded_layer_elements(model: ModelConfig, mesh) -> int:
     return sum(size.full for size in parameter_sizes(model, mesh) if size.layer_matrix and size.sharded)
 
 
-def _widths(model: ModelConfig) -> dict[str, int]:
-    """Columns of each of REMAT_NAMES that has one row for each position."""
-    D, Q, KV, F = model.hidden_size, model.query_size, model.kv_size, model.intermediate_size
-    return {
-        "attention_input": D,
-        "query_projection": Q,
-        "key_projection": KV,
-        "query": Q,
-        "key": KV,
-        "value": KV,
-        "attention_out": Q,
-        "residual": D,
-        "mlp_input": D,
-        "gate": F,
-        "up": F,
-        "mlp_hidden": F,
-    }
-
-
-def travelling_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int) -> int:
-    """Bytes on the device of what is kept on the host: of the layer at work, and of the one whose values travel."""
+def fetched_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int) -> int:
+    """Bytes on the device of values saved on the host: those of the layer at work, and of the next, in transfer."""
     names = parse_remat(remat)
-    away = () if names in ("none", "full") else saved_on_host(names)
-    widths = _widths(model)
-    return 2 * tokens * itemsize * sum(widths.get(name, 0) for name in away)
+    on_host = () if names in ("none", "full") else saved_on_host(names)
+    return 2 * tokens * itemsize * saved_width(model, on_host)
 
 
-def kept_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int, pallas: bool) -> int:
-    """Bytes that one layer keeps for its backward pass, for `tokens` positions of a device.
+def saved_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int, pallas: bool) -> int:
+    """Bytes on the device that one layer saves for its backward pass, for `tokens` positions of a device.
 
-    remat: "none", "full", or names of REMAT_NAMES; pallas: the attention kernel, which keeps a log-sum-exp.
+    remat: "none", "full", or names of REMAT_NAMES; pallas: the attention kernel, which saves a log-sum-exp.
     """
-    D, Q, KV, widths = model.hidden_size, model.query_size, model.kv_size, _widths(model)
-    names = parse_remat(remat)
-    if names != "none":
-        names = () if names == "full" else saved_on_device(names)
-    statistics = 4 * model.num_heads * tokens if pallas and (names == "none" or "attention_lse" in names) else 0
-    if names != "none":
-        return tokens * itemsize * (D + sum(widths.get(name, 0) for name in names)) + statistics
-    if not model.qk_norm:  # what the rotation reads is not needed to undo it
-        del widths["query_projection"], widths["key_projection"]
-    kept = tokens * itemsize * (D + sum(widths.values())) + statistics
-    if pallas:  # as the kernel gave it and as the output projection read it, and the compiler holds both
-        kept += tokens * itemsize * Q
-    if not pallas and itemsize < 4:  # plain XLA attention keeps keys and values widened to float32 instead
-        kept += tokens * 2 * KV * (4 - itemsize)
-    return kept
+    everything = remat == "none"
+    if everything:
+        # Without query and key norms nothing reads what the rotation read.
+        unread = () if model.qk_norm else ("query_projection", "key_projection")
+        names = [name for name in REMAT_NAMES if name not in unread]
+    else:
+        parsed = parse_remat(remat)
+        names = () if parsed == "full" else saved_on_device(parsed)
+    saved = tokens * itemsize * (model.hidden_size + saved_width(model, names))
+    if pallas and "attention_lse" in names:
+        saved += tokens * 4 * model.num_heads
+    if (
+        everything and pallas
+    ):  # attention's output as the kernel wrote it and as the projection reads it: XLA holds both
+        saved += tokens * itemsize * model.query_size
+    if everything and not pallas and itemsize < 4:  # plain XLA attention saves keys and values in float32 instead
+        saved += tokens * 2 * model.kv_size * (4 - itemsize)
+    return saved
 
 
 def estimate(model: ModelConfig, config: ConfigDict, mesh, remat: str, platform: str = "gpu") -> Memory:
@@ -171,8 +154,8 @@ def estimate(model: ModelConfig, config: ConfigDict, mesh, remat: str, platform:
     tokens = config.data.rows_per_device * length
     local = sum(size.local for size in parameter_sizes(model, mesh))
     D, F, V = model.hidden_size, model.intermediate_size, model.vocab_size
-    kept = model.num_layers * kept_bytes(model, remat, tokens, compute, pallas)
-    kept += travelling_bytes(model, remat, tokens, compute)
+    saved = model.num_layers * saved_bytes(model, remat, tokens, compute, pallas)
+    saved += fetched_bytes(model, remat, tokens, compute)
     unit = tokens * compute
     once = gathers_once(config, mesh)
     gathered = int(work.layer_full * F * D * 4) if parts > 1 and not once else int(work.layer_full * F * D * 4 / 3)
@@ -194,7 +177,7 @@ def estimate(model: ModelConfig, config: ConfigDict, mesh, remat: str, platform:
         gradients=summed * gradient,
         beside=0 if in_place else local * gradient,
         batch=6 * 4 * tokens,
-        kept=kept,
+        kept=saved,
         layer=int(layer),
         loss=int(loss),
         gathered=gathered,

@@ -4,7 +4,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jsft.hardware.cards import DEVICES, RATES, SPREAD, Device
+from jsft.hardware.cards import RATES, SPREAD, Device
 from jsft.models.families import parameter_table
 from jsft.models.parameters import count_parameters
 from jsft.planning import fitting
@@ -12,7 +12,6 @@ from jsft.planning.inputs import find_lengths, find_model
 from jsft.planning.memory import HEADROOM, Memory, planned_mesh
 from jsft.planning.work import checkpoint_bytes, plan_work, updates
 
-__all__ = ["DEVICES", "lines", "make_plan"]
 GIB = 2**30
 
 

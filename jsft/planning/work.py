@@ -14,7 +14,7 @@ from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
 from jsft.models.flops import matmul_parameters, step_flops
 from jsft.models.parameters import count_parameters
-from jsft.models.remat import parse_remat
+from jsft.models.remat import parse_remat, repeated_weights, repeats_attention, saved_on_device
 from jsft.planning.memory import parameter_sizes, sharded_layer_elements
 from jsft.step.gather_once import gathers_once, reduces_once
 
@@ -97,7 +97,7 @@ def plan_work(
     moved = (
         RATES.passes * model.num_layers * tokens * 2 * (model.intermediate_size + model.hidden_size + model.query_size)
     )
-    scale = device.peak / 989e12
+    scale = device.peak / RATES.peak
     share = 1 / mesh.size / (1 - padding)
     compute = share * (matmul / RATES.matmul / scale + attend / RATES.attention / scale + moved / RATES.elementwise)
     state = sum(size.local for size in parameter_sizes(model, mesh))
@@ -117,26 +117,15 @@ def plan_work(
 
 
 def recomputed(model: ModelConfig, remat: str) -> tuple[float, float]:
-    """(weights whose product the backward pass repeats, over all layers; how often attention's forward is
-    repeated)."""
+    """(weights whose product the backward pass repeats, over all layers; how often it repeats attention's forward pass).
+
+    Values saved on the host count as recomputed: the time of their transfer is not in the plan.
+    """
     names = parse_remat(remat)
     if names == "none":
         return 0.0, 0.0
-    names = () if names == "full" else names
-    D, Q, KV, F = model.hidden_size, model.query_size, model.kv_size, model.intermediate_size
-    weights = 0
-    if not {"query", "query_projection"} & set(names):
-        weights += D * Q
-    if not {"key", "key_projection"} & set(names):
-        weights += D * KV
-    if "value" not in names:
-        weights += D * KV
-    if "residual" not in names:
-        weights += Q * D
-    weights += D * F * (("gate" not in names) + ("up" not in names))
-    # The down projection's output is only added to the stream: nothing reads it again.
-    repeats = 0.0 if {"attention_out", "attention_lse"} <= set(names) else 1.0
-    return float(model.num_layers * weights), repeats
+    names = () if names == "full" else saved_on_device(names)
+    return float(model.num_layers * repeated_weights(model, names)), float(repeats_attention(names))
 
 
 def _collectives(model, config, mesh, micro_batches, tokens) -> dict[str, tuple[float, float]]:

@@ -9,7 +9,7 @@ import jax
 
 from jsft.errors import CheckpointError, OutOfMemoryError, explained
 from jsft.hardware import xla
-from jsft.hardware.cards import DEVICES, SPREAD
+from jsft.hardware.cards import SPREAD, device_of_kind
 from jsft.planning import fitting
 from jsft.planning.memory import estimate
 from jsft.planning.work import Lengths, checkpoint_bytes, plan_work
@@ -69,8 +69,7 @@ def check_disk(parts, workdir: Path, say: Say, ignore: bool = False) -> None:
 def expectation(parts, remat: str) -> str | None:
     """Expected seconds a step and hours of the run, in words; None for a device that no rates are known
     of."""
-    kind = parts.mesh.devices.flat[0].device_kind
-    device = next((device for name, device in DEVICES.items() if name in kind), None)
+    device = device_of_kind(parts.mesh.devices.flat[0].device_kind)
     if device is None:
         return None
     report, total = parts.data.report, parts.data.total_steps

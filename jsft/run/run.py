@@ -18,9 +18,10 @@ from jsft.cluster.watchdog import Watchdog
 from jsft.data.objective import document_mean_weights
 from jsft.errors import CheckpointError, OutOfMemoryError, explained
 from jsft.hardware import xla
+from jsft.hardware.cards import peak_flops
 from jsft.hf.digest import model_digest
 from jsft.hf.load import load_parameters
-from jsft.models.flops import matmul_parameters, peak_flops, step_flops
+from jsft.models.flops import matmul_parameters, step_flops
 from jsft.planning.remat import advise_out_of_memory, choose_remat
 from jsft.run import checkpoint
 from jsft.run.agreement import check_agreement, check_workdir
