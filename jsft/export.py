@@ -16,8 +16,8 @@ from typing import Any
 
 import jsft
 from jsft.errors import CheckpointError, ConfigError, ModelError, run_command
+from jsft.files import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 LATEST = Path("runs/latest")
 _TOLERANCE = 0.01  # nats between jsft and vLLM, both in float32; in practice below 1e-4
 

@@ -1,4 +1,4 @@
-"""Durable files: what these functions have written survives a power cut, whole or not at all.
+"""Files: written so that they survive a power cut, whole or not at all; and downloaded from the Hugging Face hub.
 
 A rename is atomic for readers, but after a power cut it may be there without the bytes it names. The order is therefore
 always: sync the files, sync the directories that list them, rename, sync the directory of the rename.
@@ -12,10 +12,14 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from jsft.errors import describe
+
+ROOT = Path(__file__).resolve().parents[1]  # of the repository
 
 _COUNT = itertools.count()
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
@@ -147,3 +151,37 @@ def remove_leftovers(folder: str | Path) -> None:
             if _LEFTOVER.fullmatch(path.name):
                 with suppress(OSError):
                     path.unlink()
+
+
+class HubError(Exception):
+    """A repository of the hub cannot be downloaded; the text is the reason. Callers say what was wanted."""
+
+
+def hub_snapshot(
+    repository: str,
+    *,
+    kind: str = "model",
+    revision: str | None = None,
+    patterns: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+) -> Path:
+    """The folder of a hub repository (owner/name), downloaded into the hub's cache. The one place that downloads.
+
+    kind: "model" or "dataset"; patterns, ignore: files to download and files to leave out. With HF_HUB_OFFLINE=1 only
+    what the cache holds is used. Raises HubError.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    allowed, ignored = (None if names is None else list(names) for names in (patterns, ignore))
+    try:
+        folder = snapshot_download(
+            repository, repo_type=kind, revision=revision, allow_patterns=allowed, ignore_patterns=ignored
+        )
+    except LocalEntryNotFoundError as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else "the hub cannot be reached"
+        raise HubError(why) from error
+    except Exception as error:  # the hub's own errors, and those of an HTTP library that changes with its version
+        raise HubError(describe(error)) from error
+    return Path(folder)

@@ -158,7 +158,7 @@ def _config(args, *, needs_model: bool = True):
     model is named and none is needed)."""
     from jsft import cli
     from jsft import config as schema
-    from jsft.data.chat import tokenizer_dir
+    from jsft.hf.resolve import resolve_tokenizer
 
     data = args.data if isinstance(args.data, list) else [args.data] if args.data else []
     if args.config:
@@ -189,7 +189,7 @@ def _config(args, *, needs_model: bool = True):
         config.data.pack_length = -(-config.data.max_length // 128) * 128  # to look at the data with a longer limit
     config = schema.resolve(config)
     model = args.model or args.config
-    return config, tokenizer_dir(config.model.path, config.model.revision) if model else None
+    return config, resolve_tokenizer(config.model.path, config.model.revision) if model else None
 
 
 def _preview(args) -> None:
@@ -251,14 +251,15 @@ def _match(args) -> None:
 
 
 def _select(args) -> None:
-    from jsft.data.chat import Chat, load_tokenizer, tokenizer_dir
+    from jsft.data.chat import Chat, load_tokenizer
     from jsft.data.rows import is_utf8
     from jsft.data.select import select
+    from jsft.hf.resolve import resolve_tokenizer
 
     options = _arguments(args)
     model, shortest, longest = options.pop("model"), options.pop("min_tokens"), options.pop("max_tokens")
     if model:
-        options["chat"] = Chat(load_tokenizer(tokenizer_dir(model)))
+        options["chat"] = Chat(load_tokenizer(resolve_tokenizer(model)))
         tokenizer = options["chat"].tokenizer.backend_tokenizer
         most = longest or sys.maxsize
         options["fits"] = lambda text: (  # a lone surrogate has no token

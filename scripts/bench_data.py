@@ -77,7 +77,7 @@ def measure_loading(documents: Documents) -> None:
     source[0]
     began = time.perf_counter()
     for step in range(steps):
-        source.plan(step)
+        source.schedule(step)
     plan = (time.perf_counter() - began) / steps
     began = time.perf_counter()
     tokens = sum(source[step].tokens for step in range(steps))

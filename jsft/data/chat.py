@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,13 +18,6 @@ from jsft.data.examples import Example
 from jsft.data.thinking import MISMATCHES, mismatch, prompt_thinking
 from jsft.errors import ConfigError, DataError, ModelError
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 _DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system\n.*?<\|im_end\|>\n", re.DOTALL)
 
 
@@ -49,23 +41,6 @@ class Rendered(NamedTuple):
     pieces: list[_Piece]
     control_text: int  # control-token strings in the data's text
     mismatch: str | None  # name in `thinking.MISMATCHES` of what does not fit; the first trained turn's that has one
-
-
-def tokenizer_dir(model: str | Path, revision: str | None = None) -> Path:
-    """The directory `model`, or the tokenizer files (no weights) of that hub id, downloaded. Raises
-    ModelError."""
-    if Path(model).expanduser().is_dir():
-        return Path(model).expanduser()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(model), revision=revision, allow_patterns=list(TOKENIZER_FILES)))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelError(
-            f"model {model}: no such directory, and its tokenizer is not to be had from the hub "
-            f"({' '.join(str(error).split())[:120]})"
-        ) from error
 
 
 def load_tokenizer(model_dir: str | Path):
@@ -212,10 +187,6 @@ class Chat:
             length += len(tokens)
         ids.append(np.array([self.eos_id], np.int32))
         return Document(np.concatenate(ids), np.array(spans, np.int32).reshape(-1, 2), rendered.control_text)
-
-    def tokenise_all(self, rendered: Sequence, pool: ThreadPoolExecutor) -> list[Document]:
-        """`tokenise` over a sequence, on the pool's threads; order kept."""
-        return list(pool.map(self.tokenise, rendered))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, control tokens shown."""

@@ -106,7 +106,7 @@ def open_training_data(
     """Opens data.train of a resolved `config` for a model directory.
 
     rows_per_micro_batch: packed rows of a micro batch over all devices; this process gets the contiguous
-    slice [p * R / P, (p + 1) * R / P). attention_cost: the model's, from `plan.attention_cost`; it balances
+    slice [p * R / P, (p + 1) * R / P). attention_cost: the model's, from `schedule.attention_cost`; it balances
     devices. Raises ConfigError, DataError or ModelError before anything is trained."""
     data, train, objective = config.data, config.train, config.objective
     recipe = Recipe(
@@ -152,8 +152,8 @@ def open_eval_data(
         sets[name] = []
         for start in range(0, len(documents), EVAL_CHUNK):
             chunk = np.arange(start, min(start + EVAL_CHUNK, len(documents)))
-            plan = schedule.plan_step(documents.lengths[chunk], layout)
-            sets[name] += assemble(documents, chunk, plan, np.ones(len(chunk)), local)
+            scheduled = schedule.schedule_step(documents.lengths[chunk], layout)
+            sets[name] += assemble(documents, chunk, scheduled, np.ones(len(chunk)), local)
     return sets
 
 

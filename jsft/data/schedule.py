@@ -1,4 +1,4 @@
-"""The pack plan: which rows make step k, and where in the step's packed rows each document lies.
+"""The schedule: which rows make step k, and where in the step's packed rows each document lies.
 
 A pure function of lengths, recipe and step: no state, nothing to store, the same on every process.
 """
@@ -32,7 +32,7 @@ class Layout(NamedTuple):
     align: int = 1  # documents start at multiples of this
 
 
-class StepPlan(NamedTuple):
+class StepSchedule(NamedTuple):
     """Where each document of a step lies; documents in batch order."""
 
     micro_batch: np.ndarray  # int64 [B]
@@ -60,7 +60,7 @@ def steps_per_epoch(rows: int, global_batch: int) -> int:
 
 
 def updates_of(epochs: float, per_epoch: int) -> int:
-    """Updates of `epochs` passes, a fraction of one rounded up. The one rule of loader, plan and checks."""
+    """Updates of `epochs` passes, a fraction of one rounded up. The one rule of the loader, the cost model and the checks."""
     return max(1, math.ceil(round(epochs * per_epoch, 6)))  # 1.1 * 10 is a little more than 11
 
 
@@ -82,7 +82,7 @@ def _epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def plan_step(lengths: np.ndarray, layout: Layout) -> StepPlan:
+def schedule_step(lengths: np.ndarray, layout: Layout) -> StepSchedule:
     """Packs documents of `lengths` (int [B], none above `layout.length`) into the shortest micro batches that
     fit."""
     lengths = np.asarray(lengths, np.int64)
@@ -98,26 +98,21 @@ def plan_step(lengths: np.ndarray, layout: Layout) -> StepPlan:
     for place, documents in enumerate(body + tail):
         micro_batch[documents], row[documents] = divmod(place, layout.rows)
         offset[documents] = np.cumsum(room[documents]) - room[documents]
-    return StepPlan(micro_batch, row, offset, (layout.length,) * full + (last_length,))
+    return StepSchedule(micro_batch, row, offset, (layout.length,) * full + (last_length,))
 
 
 def choose_last_lengths(
-    lengths: np.ndarray,
-    rows: int,
-    length: int,
-    global_batch: int,
-    *,
-    order: np.ndarray | None = None,
-    align: int = 1,
+    lengths: np.ndarray, rows: int, length: int, global_batch: int, *, align: int = 1
 ) -> tuple[int, ...]:
-    """Up to three lengths, multiples of 128 below `length`, for the last micro batch of a step: those that
-    leave the least padding over the steps of one epoch. A length is used only if it saves 0.3 % of all
-    tokens: each costs a compilation.
+    """Up to three lengths for the last micro batch of a step, multiples of 128 below `length`.
 
-    lengths: int [N] of all documents, in the order of `order` if given; rows, length: as in `Layout`.
+    They are those that leave the least padding over the steps of one epoch. Each costs a compilation, so a length is
+    used only if it saves 0.3 % of all tokens.
+
+    lengths: int [N] of all documents, in the order of the epoch; rows, length, align: as in `Layout`.
     """
     steps = len(lengths) // global_batch
-    lengths = np.asarray(lengths, np.int64) if order is None else np.asarray(lengths, np.int64)[order]
+    lengths = np.asarray(lengths, np.int64)
     room = np.minimum(-(-lengths // align) * align, length)[: steps * global_batch].reshape(steps, global_batch)
     room = room[np.linspace(0, steps - 1, min(steps, _SAMPLED_STEPS)).astype(int)]
     totals = np.ceil(room.sum(1) * (1 + _SLACK) / rows)
@@ -137,15 +132,15 @@ def choose_last_lengths(
     return best
 
 
-def padding_and_imbalance(lengths: np.ndarray, plan: StepPlan, layout: Layout) -> tuple[float, float]:
+def padding_and_imbalance(lengths: np.ndarray, schedule: StepSchedule, layout: Layout) -> tuple[float, float]:
     """Share of positions that are padding, and share of the devices' time lost to waiting for the slowest.
 
     The second is sum(max over devices) / sum(mean over devices) - 1 of the documents' cost, summed over the
     micro batches of a step."""
-    positions = layout.rows * sum(plan.lengths)
+    positions = layout.rows * sum(schedule.lengths)
     costs = lengths + layout.attention_cost * lengths.astype(np.float64) ** 2
-    device = plan.micro_batch * layout.devices + plan.row // (layout.rows // layout.devices)
-    per_device = np.bincount(device, costs, len(plan.lengths) * layout.devices).reshape(-1, layout.devices)
+    device = schedule.micro_batch * layout.devices + schedule.row // (layout.rows // layout.devices)
+    per_device = np.bincount(device, costs, len(schedule.lengths) * layout.devices).reshape(-1, layout.devices)
     return 1 - lengths.sum() / positions, per_device.max(1).sum() / per_device.mean(1).sum() - 1
 
 

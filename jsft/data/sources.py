@@ -17,6 +17,7 @@ from jsft.data.folders import SUFFIXES, TRAIN, Chosen, choose_files, how_to_read
 from jsft.data.json_lines import JsonLines
 from jsft.data.parquet import ParquetFile
 from jsft.errors import ConfigError, DataError, describe, explained
+from jsft.files import HubError, hub_snapshot
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _LISTED = 8  # files that a listing names
@@ -171,14 +172,11 @@ def _is_a_path(spec: str | Path) -> Iterator[None]:
 
 
 def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
     name, _, revision = hub_id.partition("@")
     try:
-        patterns = [f"*{suffix}" for suffix in (".parquet", ".jsonl")]
-        return Path(snapshot_download(name, repo_type="dataset", revision=revision or None, allow_patterns=patterns))
-    except Exception as error:  # the hub's own errors, and those of an HTTP library that changes with its version
+        return hub_snapshot(name, kind="dataset", revision=revision or None, patterns=("*.parquet", "*.jsonl"))
+    except HubError as error:
         raise DataError(
-            f"data set {hub_id}: neither a local path nor to be had from the hub ({describe(error)}); "
+            f"data set {hub_id}: no local path, and it cannot be downloaded from the hub ({error}); "
             "check the name, the network, HF_TOKEN and HF_HUB_OFFLINE"
         ) from error

@@ -1,18 +1,18 @@
-"""A step's data, made from its number: plan, weights, arrays."""
+"""A step's data, made from its number: schedule, loss weights, arrays."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jsft.data import schedule
 from jsft.data.batch import Batch, StepData
 from jsft.data.documents import Documents
 from jsft.data.objective import token_weights
+from jsft.data.schedule import Layout, StepSchedule, padding_and_imbalance, schedule_step, step_rows
 from jsft.errors import ConfigError
 
 
 class Recipe(NamedTuple):
-    """What decides a step beside the documents' lengths."""
+    """What decides a step, together with the documents' lengths."""
 
     global_batch: int
     shuffle: bool
@@ -30,7 +30,7 @@ class StepSource:
         self,
         documents: Documents,
         recipe: Recipe,
-        layout: schedule.Layout,
+        layout: Layout,
         steps: int,
         process_index: int = 0,
         process_count: int = 1,
@@ -44,17 +44,15 @@ class StepSource:
     def rows(self, step: int) -> np.ndarray:
         """int64 [B]: documents of a step, in batch order."""
         recipe = self.recipe
-        return schedule.step_rows(
-            step, len(self.documents), recipe.global_batch, shuffle=recipe.shuffle, seed=recipe.seed
-        )
+        return step_rows(step, len(self.documents), recipe.global_batch, shuffle=recipe.shuffle, seed=recipe.seed)
 
-    def plan(self, step: int) -> tuple[np.ndarray, schedule.StepPlan]:
+    def schedule(self, step: int) -> tuple[np.ndarray, StepSchedule]:
         """A step's documents and where each lies, over all processes."""
         rows = self.rows(step)
-        return rows, schedule.plan_step(self.documents.lengths[rows], self.layout)
+        return rows, schedule_step(self.documents.lengths[rows], self.layout)
 
     def __getitem__(self, step: int) -> StepData:
-        rows, plan = self.plan(step)
+        rows, schedule = self.schedule(step)
         recipe, documents = self.recipe, self.documents
         supervised, lengths = documents.supervised[rows], documents.lengths[rows]
         weights = token_weights(
@@ -66,27 +64,28 @@ class StepSource:
         advantages = documents.advantages[rows] if recipe.use_advantage else 1.0
         tokens = int(lengths.sum())
         return StepData(
-            micro_batches=assemble(documents, rows, plan, weights * advantages, self.local_rows),
+            micro_batches=assemble(documents, rows, schedule, weights * advantages, self.local_rows),
             supervised_tokens=int(supervised.sum()),
             tokens=tokens,
             documents=len(rows),
             sum_squared_lengths=int((lengths**2).sum()),
             weight_sum=float(weights @ supervised),
-            padding_share=1 - tokens / (self.layout.rows * sum(plan.lengths)),
+            padding_share=1 - tokens / (self.layout.rows * sum(schedule.lengths)),
         )
 
 
 def assemble(
-    documents: Documents, rows: np.ndarray, plan: schedule.StepPlan, weights: np.ndarray, local: slice
+    documents: Documents, rows: np.ndarray, schedule: StepSchedule, weights: np.ndarray, local: slice
 ) -> list[Batch]:
-    """The planned micro batches, rows `local` of each. weights: float64 [B] per supervised token."""
+    """The scheduled micro batches, rows `local` of each. weights: float64 [B] per supervised token."""
     first, count = local.start, local.stop - local.start
     batches = []
-    for length in plan.lengths:
+    for length in schedule.lengths:
         tokens, targets, positions = (np.zeros((count, length), np.int32) for _ in range(3))
         start = np.broadcast_to(np.arange(length, dtype=np.int32), (count, length)).copy()
         batches.append(Batch(tokens, targets, np.zeros((count, length), np.float32), positions, start, start + 1))
-    for document, micro_batch, row, offset, weight in zip(rows, plan.micro_batch, plan.row, plan.offset, weights):
+    places = zip(rows, schedule.micro_batch, schedule.row, schedule.offset, weights)
+    for document, micro_batch, row, offset, weight in places:
         if not first <= row < first + count:
             continue
         batch, row = batches[micro_batch], row - first
@@ -107,14 +106,10 @@ def packing_report(source: StepSource, steps: int, sample: int = 32) -> dict[str
     chosen = np.unique(np.linspace(0, steps - 1, min(steps, sample)).astype(int))
     found, lengths = [], set()
     for step in chosen:
-        rows, plan = source.plan(int(step))
-        lengths |= set(plan.lengths)
-        found.append(
-            (
-                *schedule.padding_and_imbalance(source.documents.lengths[rows], plan, source.layout),
-                len(plan.lengths),
-            )
-        )
+        rows, schedule = source.schedule(int(step))
+        lengths |= set(schedule.lengths)
+        padding, imbalance = padding_and_imbalance(source.documents.lengths[rows], schedule, source.layout)
+        found.append((padding, imbalance, len(schedule.lengths)))
     padding, imbalance, micro_batches = np.mean(found, axis=0).tolist()
     layout = source.layout
     return {

@@ -1,11 +1,9 @@
-"""Writing data sets: parquet or JSON lines by the file's suffix, beside its place first and then renamed."""
+"""Writing data sets: parquet or JSON lines by the file's suffix, whole or not at all."""
 
-import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,20 +36,13 @@ def write_rows(rows: Iterable[tuple[str, Row]], path: Path, schema: pa.Schema | 
     Raises DataError when nothing is to be written, a row cannot be (naming where it comes from), or the disk refuses;
     what was begun is removed.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        with explained(DataError, f"{path}: cannot be written"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == ".parquet":
-                count = _write_parquet(rows, temporary, schema)
-            else:
-                count = _write_lines(rows, temporary)
+    with explained(DataError, f"{path}: cannot be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.replacing(path, durable=False) as file:
+            parquet = path.suffix == ".parquet"
+            count = _write_parquet(rows, file, schema) if parquet else _write_lines(rows, file)
             if not count:
                 raise DataError(f"{path}: no row to write")
-            os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return count
 
 
@@ -69,13 +60,13 @@ def read_columns(spec: str | Path, columns: list[str]) -> Iterator[tuple[str, Ro
         yield where, row
 
 
-def _write_parquet(rows: Iterable[tuple[str, Row]], path: Path, schema: pa.Schema | None) -> int:
+def _write_parquet(rows: Iterable[tuple[str, Row]], file: IO[bytes], schema: pa.Schema | None) -> int:
     writer, group, count = None, [], 0
 
     def flush():
         nonlocal writer, count
         table = _table(group, writer.schema if writer else schema)
-        writer = writer or pq.ParquetWriter(path, table.schema)
+        writer = writer or pq.ParquetWriter(file, table.schema)
         writer.write_table(table)
         count += len(group)
         group.clear()
@@ -133,13 +124,12 @@ def _works(convert: Callable[[int], pa.Table], count: int) -> bool:
     return True
 
 
-def _write_lines(rows: Iterable[tuple[str, Row]], path: Path) -> int:
+def _write_lines(rows: Iterable[tuple[str, Row]], file: IO[bytes]) -> int:
     count = 0
-    with open(path, "wb") as file:
-        for where, row in rows:
-            try:
-                file.write(files.json_line(row))
-            except (TypeError, ValueError, RecursionError) as error:
-                raise DataError(f"{where}: cannot be written as JSON ({describe(error)}); write .parquet") from error
-            count += 1
+    for where, row in rows:
+        try:
+            file.write(files.json_line(row))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DataError(f"{where}: cannot be written as JSON ({describe(error)}); write .parquet") from error
+        count += 1
     return count

@@ -26,9 +26,3 @@ def same_answer(response: str, answer: str) -> bool:
     said = final_answer(response)
     gold = math_verify.parse(answer if "\\" in answer and "$" in answer else f"${answer}$")
     return bool(gold) and bool(math_verify.verify(gold, math_verify.parse(said)))
-
-
-def same_answers(pair: tuple[list[str], str]) -> int | None:
-    """Index of the first of several responses with the right answer, or None. For process pools."""
-    responses, answer = pair
-    return next((i for i, response in enumerate(responses) if same_answer(response, answer)), None)

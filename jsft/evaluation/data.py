@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jsft.errors import DataError, explained
+from jsft.files import hub_snapshot
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -173,10 +174,11 @@ def _csv_rows(stream: TextIO, path: Path) -> Iterator[dict[str, Any]]:
 
 def _download(source: Source) -> list[Path]:
     """The data set's files that match the source's patterns, in name order."""
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi
 
     names = HfApi().list_repo_files(source.hub, repo_type="dataset")
     chosen = sorted(n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in source.files))
     if not chosen:
         raise DataError(f"data set {source.hub} has no file like {' or '.join(source.files)}")
-    return [Path(hf_hub_download(source.hub, n, repo_type="dataset")) for n in chosen]
+    root = hub_snapshot(source.hub, kind="dataset", patterns=chosen)
+    return [root / name for name in chosen]

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jsft.errors import ConfigError, describe
-
-ROOT = Path(__file__).resolve().parents[2]
+from jsft.files import ROOT
 
 
 @dataclasses.dataclass(frozen=True)

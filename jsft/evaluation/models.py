@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jsft.errors import CheckpointError, ConfigError, ModelError
+from jsft.files import ROOT, HubError, hub_snapshot
 
-ROOT = Path(__file__).resolve().parents[2]
 _STEP = re.compile(r"step[_-]?(\d+)$")
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?$")
 
@@ -178,15 +178,11 @@ def _hub_folders(repository: str) -> set[str]:
 
 
 def _download(repository: str, subfolder: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = [f"{subfolder}/*"] if subfolder else None
+    patterns = (f"{subfolder}/*",) if subfolder else None
     try:
-        root = Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*.pth", "optimizer*"]))
-    except Exception as error:
-        raise ModelError(
-            f"{repository} is no directory here and cannot be had from the hub: {_reason(error)}"
-        ) from error
+        root = hub_snapshot(repository, patterns=patterns, ignore=("*.pth", "optimizer*"))
+    except HubError as error:
+        raise ModelError(f"{repository} is no directory here and cannot be downloaded from the hub: {error}") from error
     return root / subfolder if subfolder else root
 
 

@@ -8,18 +8,10 @@ from typing import Any
 import numpy as np
 
 from jsft.errors import ModelError
+from jsft.hf.resolve import TOKENIZER_FILES
 from jsft.hf.safetensors_files import TensorFiles
 from jsft.models.config import ConfigJson
 
-# What decides token ids and rendered text.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 # Fields of config.json that say who wrote the file, not what the model is.
 _IDLE_FIELDS = ("transformers_version", "_name_or_path")
 _SHOWN = 60  # characters of a value in a message
@@ -37,7 +29,7 @@ def model_digest(model_dir: str | Path) -> Digest:
     model_dir = Path(model_dir)
     raw = ConfigJson(model_dir / "config.json").raw
     digest = {f"config.json: {field}": raw[field] for field in sorted(raw) if field not in _IDLE_FIELDS}
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         file = model_dir / name
         try:
             digest[name] = hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,18 +1,29 @@
 """A model named by directory or by hub id, as a directory on this machine."""
 
-import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from jsft.errors import ModelError
+from jsft.files import HubError, hub_snapshot
 
+# What decides token ids and rendered text.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 # What a training run and its export need of a hub repository.
-_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*"]
+_MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*")
 
 
-def resolve_model(path: str | Path, revision: str | None = None) -> Path:
+def resolve_model(path: str | Path, revision: str | None = None, patterns: Sequence[str] = _MODEL_FILES) -> Path:
     """The directory `path`, or the downloaded snapshot of hub id `path` (owner/name) at `revision`.
 
-    With HF_HUB_OFFLINE=1 only what is already in the hub's cache is used. Raises ModelError.
+    patterns: the files to download. With HF_HUB_OFFLINE=1 only what is already in the hub's cache is used.
+    Raises ModelError.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -20,24 +31,20 @@ def resolve_model(path: str | Path, revision: str | None = None) -> Path:
     name = str(path)
     if not _is_hub_id(name):
         raise ModelError(f"model directory {name} does not exist (a hub id has the form owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))
-    except LocalEntryNotFoundError as error:
-        why = "HF_HUB_OFFLINE is set and it is not in the cache" if _offline() else "the hub cannot be reached"
-        raise ModelError(f"model {name}: no such directory, and {why}; give a local directory as model.path") from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model {name} cannot be fetched from the hub: {first}") from error
+        return hub_snapshot(name, revision=revision, patterns=patterns)
+    except HubError as error:
+        raise ModelError(
+            f"model {name}: no such directory, and {error}; give a local directory as model.path"
+        ) from error
+
+
+def resolve_tokenizer(path: str | Path, revision: str | None = None) -> Path:
+    """As `resolve_model`, but only the tokenizer's files of a hub id are downloaded, no weights."""
+    return resolve_model(path, revision, TOKENIZER_FILES)
 
 
 def _is_hub_id(name: str) -> bool:
     owner, slash, rest = name.partition("/")
     good = all(part and not part.startswith((".", "-")) for part in (owner, rest))
     return bool(slash) and good and "/" not in rest and not any(c.isspace() for c in name)
-
-
-def _offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

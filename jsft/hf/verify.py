@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jsft.errors import ConfigError, ModelError
+from jsft.files import ROOT
 from jsft.hardware.mesh import batch_sharding
 from jsft.hf.load import load_parameters, open_parameters
 from jsft.hf.tokenizer import MIXED_TEXT
@@ -24,7 +25,6 @@ from jsft.models.options import DecoderOptions
 from jsft.models.parameters import Path as LeafPath
 from jsft.models.parameters import leaves
 
-ROOT = Path(__file__).resolve().parents[2]
 _VLLM_SECONDS = 3600
 
 PROMPTS = ("What is 12 * 13? Think step by step.", MIXED_TEXT, "def fibonacci(n):\n    if n < 2:\n        return n\n")

@@ -1,4 +1,4 @@
-"""The pack plan: properties that hold for any lengths, and its bounds on long reasoning documents."""
+"""The schedule: properties that hold for any lengths, and its bounds on long reasoning documents."""
 
 import time
 
@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from jsft.data.schedule import (
     Layout,
-    StepPlan,
+    StepSchedule,
     attention_cost,
     choose_last_lengths,
     padding_and_imbalance,
-    plan_step,
+    schedule_step,
     step_rows,
     steps_per_epoch,
     updates_of,
@@ -31,25 +31,25 @@ layouts = st.builds(
 documents = st.lists(st.integers(2, LENGTH), min_size=1, max_size=80).map(np.array)
 
 
-def ranges(lengths, plan: StepPlan):
+def ranges(lengths, schedule: StepSchedule):
     """(micro batch, row) -> sorted [start, end) of its documents."""
     rows = {}
     for i, length in enumerate(lengths):
-        place = int(plan.micro_batch[i]), int(plan.row[i])
-        rows.setdefault(place, []).append((int(plan.offset[i]), int(plan.offset[i] + length)))
+        place = int(schedule.micro_batch[i]), int(schedule.row[i])
+        rows.setdefault(place, []).append((int(schedule.offset[i]), int(schedule.offset[i] + length)))
     return {place: sorted(found) for place, found in rows.items()}
 
 
 @settings(max_examples=150, deadline=None)
 @given(documents, layouts)
 def test_documents_lie_whole_and_apart(lengths, layout):
-    plan = plan_step(lengths, layout)
-    assert set(plan.lengths[:-1]) <= {LENGTH} and plan.lengths[-1] in (*layout.last_lengths, LENGTH)
-    placed = ranges(lengths, plan)
+    schedule = schedule_step(lengths, layout)
+    assert set(schedule.lengths[:-1]) <= {LENGTH} and schedule.lengths[-1] in (*layout.last_lengths, LENGTH)
+    placed = ranges(lengths, schedule)
     assert sum(map(len, placed.values())) == len(lengths)
     for (micro_batch, row), found in placed.items():
         assert 0 <= row < layout.rows
-        assert found[0][0] >= 0 and found[-1][1] <= plan.lengths[micro_batch]
+        assert found[0][0] >= 0 and found[-1][1] <= schedule.lengths[micro_batch]
         assert all(end <= start for (_, end), (start, _) in zip(found, found[1:]))
         assert all(start % layout.align == 0 for start, _ in found)
 
@@ -57,7 +57,7 @@ def test_documents_lie_whole_and_apart(lengths, layout):
 @settings(max_examples=60, deadline=None)
 @given(documents, layouts)
 def test_plan_is_a_function_of_its_arguments(lengths, layout):
-    first, again = plan_step(lengths, layout), plan_step(lengths.copy(), layout)
+    first, again = schedule_step(lengths, layout), schedule_step(lengths.copy(), layout)
     assert all(np.array_equal(a, b) for a, b in zip(first, again))
 
 
@@ -85,10 +85,10 @@ def test_shuffle_differs_by_epoch_and_seed():
 
 def test_documents_of_a_full_row_and_ties():
     layout = Layout(2, 2, LENGTH)
-    plan = plan_step(np.full(5, LENGTH), layout)
-    assert plan.lengths == (LENGTH,) * 3 and len(ranges(np.full(5, LENGTH), plan)) == 5
-    plan = plan_step(np.full(8, LENGTH // 2), layout)
-    assert plan.lengths == (LENGTH,) * 2
+    schedule = schedule_step(np.full(5, LENGTH), layout)
+    assert schedule.lengths == (LENGTH,) * 3 and len(ranges(np.full(5, LENGTH), schedule)) == 5
+    schedule = schedule_step(np.full(8, LENGTH // 2), layout)
+    assert schedule.lengths == (LENGTH,) * 2
 
 
 def test_last_lengths_are_few_and_save_padding():
@@ -99,7 +99,7 @@ def test_last_lengths_are_few_and_save_padding():
     def padding(last):
         layout = Layout(8, 8, 2048, last)
         steps = lengths.reshape(40, 64)
-        return np.mean([padding_and_imbalance(step, plan_step(step, layout), layout)[0] for step in steps])
+        return np.mean([padding_and_imbalance(step, schedule_step(step, layout), layout)[0] for step in steps])
 
     assert padding(last) < 0.5 * padding(())
 
@@ -107,7 +107,7 @@ def test_last_lengths_are_few_and_save_padding():
 def test_constant_lengths_need_one_last_length():
     assert choose_last_lengths(np.full(640, 100), 8, 2048, 64) == (896,)  # 8 documents of 100 a row, and 0.4 % room
     layout = Layout(8, 8, 2048, (896,))
-    assert plan_step(np.full(64, 100), layout).lengths == (896,)
+    assert schedule_step(np.full(64, 100), layout).lengths == (896,)
 
 
 def test_attention_cost_of_qwen3_8b():
@@ -125,7 +125,7 @@ def measure(lengths, devices, batch):
     last = choose_last_lengths(lengths, devices, 20_480, batch)
     layout = Layout(devices, devices, 20_480, last)
     steps = [lengths[step_rows(k, len(lengths), batch)] for k in range(len(lengths) // batch)]
-    return np.mean([padding_and_imbalance(step, plan_step(step, layout), layout) for step in steps], axis=0)
+    return np.mean([padding_and_imbalance(step, schedule_step(step, layout), layout) for step in steps], axis=0)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_640_steps_of_256_rows_take_under_20_seconds():
     layout = Layout(8, 8, 20_480, choose_last_lengths(lengths, 8, 20_480, 256))
     began = time.process_time()
     for step in range(64):
-        plan_step(lengths[step_rows(step, len(lengths), 256)], layout)
+        schedule_step(lengths[step_rows(step, len(lengths), 256)], layout)
     assert (time.process_time() - began) * 10 < 20
 
 
@@ -155,6 +155,6 @@ def test_several_rows_a_device_balance_better():
     lengths = long_reasoning(1, 256 * 10).reshape(10, 256)
     one, two = Layout(16, 16, 20_480), Layout(16, 8, 20_480)
     imbalance = lambda layout: np.mean(
-        [padding_and_imbalance(step, plan_step(step, layout), layout)[1] for step in lengths]
+        [padding_and_imbalance(step, schedule_step(step, layout), layout)[1] for step in lengths]
     )
     assert imbalance(two) < imbalance(one)

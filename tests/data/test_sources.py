@@ -263,7 +263,7 @@ def test_corrupt_parquet(tmp_path):
 def test_unknown_hub_id_offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="nobody/nothing: neither a local path nor to be had from the hub"):
+    with pytest.raises(DataError, match="nobody/nothing: no local path, and it cannot be downloaded from the hub"):
         open_source("nobody/nothing")
 
 
