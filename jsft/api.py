@@ -48,8 +48,7 @@ class Model:
     """A model directory on the devices. module: its Flax module, called on tokens; config: its ModelConfig."""
 
     def __init__(self, path: str | Path, *, dtype: str = "float32", compute_dtype: str = "bfloat16", **chat: Any):
-        """path: a directory or hub id; dtype: of the weights; chat: choices of `jsft.data.chat.Chat`, e.g.
-        eos_token.
+        """path: a directory or hub id; dtype: of the weights; chat: options of `jsft.data.chat.Chat`, e.g. eos_token.
 
         Raises ModelError, also when a token of the template has no row in the embedding; ConfigError for an unknown
         dtype.
@@ -69,7 +68,7 @@ class Model:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Nested dict of sharded arrays. Assign to it to write another into the module."""
+        """Nested dict of sharded arrays. Assigning another one writes it into the module."""
         return self.module.parameters()
 
     @parameters.setter
@@ -77,8 +76,10 @@ class Model:
         self.module.set_parameters(values)
 
     def tokenize(self, rows: Sequence[Row]) -> list[Document]:
-        """Tokens int32 [L] and trained spans int32 [S, 2] of each row, as training sees them. Raises
-        DataError, and ModelError for a token that has no row in the embedding."""
+        """Tokens int32 [L] and trained spans int32 [S, 2] of each row, as training sees them.
+
+        Raises DataError, and ModelError for a token that has no row in the embedding.
+        """
         keys, documents = Keys(), []
         for i, row in enumerate(rows):
             columns = columns_to_read(list(row), keys, where=f"row {i}")
@@ -100,8 +101,7 @@ class Model:
         return text + self.chat.decode(document.tokens[place:])
 
     def log_probabilities(self, rows: Sequence[Row | Sequence[int]]) -> list[np.ndarray]:
-        """float32 [L - 1] for each row (or list of token ids): natural log of p(token i + 1 | tokens up to
-        i)."""
+        """float32 [L - 1] for each row (or list of token ids): ln p(token i + 1 | tokens up to i)."""
         documents = [self._tokens(row, i) for i, row in enumerate(rows)]
         batch = _batch([Document(tokens, np.zeros((0, 2), np.int32), 0) for tokens in documents], None, self.mesh)
         score = jax.jit(functools.partial(_score, config=self.config, mesh=self.mesh, dtype=self.compute_dtype))
@@ -124,12 +124,10 @@ def load_model(path: str | Path, **options: Any) -> Model:
 
 
 class Trainer:
-    """Updates of a model, one `step` at a time, with the arithmetic of a run. The model's parameters
-    follow."""
+    """Updates of a model, one `step` at a time, with the arithmetic of a run. Each writes the model's parameters."""
 
     def __init__(self, model: Model, total_steps: int, fields: Mapping[str, Any] | None = None):
-        """total_steps: what the schedule is made for; fields: config fields by dotted name. Raises
-        ConfigError."""
+        """total_steps: length of the schedule; fields: config fields by dotted name. Raises ConfigError."""
         from jsft.step.optimizer import initial_state, parameter_dtype
         from jsft.step.programs import make_programs
 
@@ -156,8 +154,7 @@ class Trainer:
         model.parameters = self._state.parameters
 
     def step(self, rows: Sequence[Row]) -> dict[str, float]:
-        """One update on all of `rows`: loss, nll, entropy, accuracy, grad_norm, lr and more. Raises
-        DataError."""
+        """One update on all of `rows`: loss, nll, entropy, accuracy, grad_norm, lr and more. Raises DataError."""
         documents = self._model.tokenize(rows)
         supervised = np.array([int(np.diff(document.spans).sum()) for document in documents])
         weights = token_weights(self.config.objective.name, supervised, reference_ranks=1, reference_micro_batch=1)
@@ -198,8 +195,8 @@ def _score(parameters, batch: Batch, *, config, mesh, dtype):
         logits = jnp.einsum("btd,vd->btv", x, matrix, precision=precision, preferred_element_type=jnp.float32)
         return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
 
-    parts = (
+    chunks = (
         jnp.moveaxis(hidden.reshape(B, T // _BLOCK, _BLOCK, D), 1, 0),
         jnp.moveaxis(batch.targets.reshape(B, T // _BLOCK, _BLOCK), 1, 0),
     )
-    return jnp.moveaxis(lax.map(chunk, parts), 0, 1).reshape(B, T)
+    return jnp.moveaxis(lax.map(chunk, chunks), 0, 1).reshape(B, T)

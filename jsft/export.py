@@ -1,7 +1,7 @@
 """python -m jsft.export: any step checkpoint of a run as a Hugging Face model directory.
 
 It needs no accelerator (it runs on the CPU unless JAX_PLATFORMS says otherwise), holds one parameter at a time, and may
-run while the training goes on.
+run during training.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = Path(arguments.out) if arguments.out else workdir / "hf"
         if not arguments.out or len(steps) > 1:
             out = out / f"step_{step}"
-        with reading(workdir, step):  # a training that goes on will not remove it meanwhile
+        with reading(workdir, step):  # a running training does not remove it meanwhile
             _export(workdir, run, step, out, arguments.dtype, arguments.check)
     return 0
 
@@ -67,7 +67,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _prefer_cpu() -> None:
-    """The accelerators may be busy training, and nothing here is worth one."""
+    """Uses the CPU: the accelerators may be busy with training, and an export does not need one."""
     import jax
 
     if not os.environ.get("JAX_PLATFORMS"):

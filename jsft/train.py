@@ -1,6 +1,6 @@
 """python -m jsft.train --config configs/qwen3_14b.py:math_cot_ep8
 
-Reads from top to bottom: config, mesh, model, data, run directory, state, programs, loop.
+Parses the command line and connects the processes; `jsft.run.run` is the run itself.
 """
 
 import os
@@ -14,14 +14,13 @@ from jsft.errors import ConfigError
 USAGE = """
 python -m jsft.train --config FILE.py:RECIPE [--config.FIELD=VALUE ...] [--workdir DIR] [--dry_run]
 
-Fine-tunes a model. The run lives in --workdir (default: runs/<config file>-<recipe>); the same command goes
-on from its newest checkpoint. SIGTERM or Ctrl-C ends the step, saves, and exits 0; a second one ends at once.
-With several processes, each is told who it is by NODE_COUNT, NODE_RANK, MASTER_ADDR and PROC_PER_NODE
-(scripts/launch_node.sh), by SLURM, or by --coordinator HOST:PORT --process_count N --process_index I.
+Fine-tunes a model. The run lives in --workdir (default: runs/<config file>-<recipe>); the same command
+resumes from its newest checkpoint. SIGTERM or Ctrl-C ends the step, saves, and exits 0; a second one exits
+at once. With several processes, each gets its rank from NODE_COUNT, NODE_RANK, MASTER_ADDR and PROC_PER_NODE
+(scripts/launch_node.sh), from SLURM, or from --coordinator HOST:PORT --process_count N --process_index I.
 
-Exit codes: 0 done or preempted (status.json says which), 2 configuration, 3 data, 4 model directory, 5
-checkpoint,
-6 out of memory, 7 non-finite loss, 8 hang, 9 a peer process lost.
+Exit codes: 0 done or preempted (status.json says which), 2 configuration, 3 data, 4 model directory,
+5 checkpoint, 6 out of memory, 7 non-finite loss, 8 hang, 9 a peer process lost.
 """
 
 
@@ -34,7 +33,7 @@ def _define_flags(values) -> None:
     flags.DEFINE_bool(
         "dry_run",
         False,
-        "build mesh, model, one abstract step and the first plan; train nothing",
+        "build mesh, model, one abstract step and the first batches; train nothing",
         flag_values=values,
     )
     flags.DEFINE_list(
@@ -44,7 +43,7 @@ def _define_flags(values) -> None:
     flags.DEFINE_string(
         "profile_steps",
         None,
-        "profile these steps: FIRST:END, as in 20:23 for 20, 21 and 22 (while a run goes on: touch <workdir>/profile)",
+        "profile these steps: FIRST:END, as in 20:23 for 20, 21 and 22 (during a run: touch <workdir>/profile)",
         flag_values=values,
     )
     flags.DEFINE_string("coordinator", None, "several processes: host:port of process 0", flag_values=values)

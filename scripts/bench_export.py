@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""How long it takes to write a model directory from sharded weights and to load one, on this machine's disk and devices.
+"""Seconds to write a model directory from sharded weights and to load one, on this machine's disk and devices.
 
     .venv/bin/python scripts/bench_export.py --model qwen3_14b --folder /disk/of/the/run
 
-makes random weights of a published shape in bfloat16, divided over all devices, writes them as an export does, has the
+makes random weights of a published shape in bfloat16, sharded over all devices, writes them as an export does, has the
 disk forget what it holds in memory, loads them as a run does, compares every bit, and removes the directory. Printed:
 seconds, bytes a second, and what the process holds of the host's memory beyond what it held before.
 """

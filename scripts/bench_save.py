@@ -3,8 +3,8 @@
 
     .venv/bin/python scripts/bench_save.py --gigabytes 2 --folder /disk/of/the/run
 
-makes a state of that size (float32 weights and moments, divided over all devices), saves it five times while
-the devices go on with donated updates, as in training, checks and restores it, and removes it.
+makes a state of that size (float32 weights and moments, sharded over all devices), saves it five times while
+the devices run donated updates, as in training, checks and restores it, and removes it.
 """
 
 import argparse
@@ -29,15 +29,15 @@ LAYERS = 8
 def make_state(gigabytes: float, mesh) -> TrainState:
     """Weights and both moments in float32, of `gigabytes` in all."""
     width = max(1, round(math.sqrt(gigabytes * 1e9 / 12 / LAYERS) / mesh.size)) * mesh.size
-    divided, whole = NamedSharding(mesh, PartitionSpec(None, "fsdp")), NamedSharding(mesh, PartitionSpec())
+    sharded, full = NamedSharding(mesh, PartitionSpec(None, "fsdp")), NamedSharding(mesh, PartitionSpec())
 
     @jax.jit
     def make(seed):
         keys = jax.random.split(jax.random.key(seed), 3)
         return tuple({"w": jax.random.normal(k, (LAYERS, width, width))} for k in keys)
 
-    trees = jax.tree.map(lambda x: jax.device_put(x, divided), make(0))
-    return TrainState(*trees, jax.device_put(jnp.int32(0), whole), jax.device_put(jnp.int32(0), whole))
+    trees = jax.tree.map(lambda x: jax.device_put(x, sharded), make(0))
+    return TrainState(*trees, jax.device_put(jnp.int32(0), full), jax.device_put(jnp.int32(0), full))
 
 
 def main() -> None:

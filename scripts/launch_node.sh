@@ -10,8 +10,8 @@
 # MASTER_PORT    default 29400; it and the port after it must be free on that node
 # PROC_PER_NODE  1 (default): one process drives all GPUs of the node; their number: one process each
 #
-# --workdir must be on a disk that all nodes share. Ends with 0 when all processes do, else with the exit code
-# of the process that failed first by itself; 9 (a peer was lost) only when there is no better one. SIGTERM
+# --workdir must be on a disk that all nodes share. Exits with 0 when all processes do, otherwise with the exit code
+# of the first process that failed by itself; 9 (a peer was lost) only when no process has another code. SIGTERM
 # and SIGINT are passed on.
 set -u
 cd "$(dirname "$0")/.."
@@ -40,7 +40,7 @@ while ((left > 0)); do
     unset "pids[$i]"
     if ((code != 0)); then
       if ((result == 0 || (result == 9 && code != 9))); then result=$code; fi
-      # The others learn of it over their link and end by themselves; one that is too stuck to is ended here.
+      # The others learn of it over their link and exit by themselves; one that is stuck is killed here.
       deadline=${deadline:-$((SECONDS + 180))}
     fi
   done

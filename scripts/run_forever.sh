@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Runs a training again when it ends in a way that a restart mends, until it is done:
+# Restarts a training after failures that a restart can fix, until it is done:
 #
 #   scripts/run_forever.sh --config configs/qwen3_14b.py:math_cot_ep8 --workdir runs/math
 #   NODE_COUNT=4 NODE_RANK=0 MASTER_ADDR=node0 scripts/run_forever.sh scripts/launch_node.sh --config ...
 #
 # Restarts on exit code 8 (hang), 9 (a peer was lost), and on death by a signal (SIGKILL, SIGABRT, SIGBUS,
-# SIGSEGV). Everything else needs a person: it ends with that code. A run that was asked to stop (exit 0) is
-# not restarted.
+# SIGSEGV). Everything else needs a person: the script exits with that code. A run that was asked to stop (exit 0)
+# is not restarted.
 #
 # JSFT_RESTARTS     restarts in a row without a new checkpoint before it gives up (default 10)
-# JSFT_BACKOFF      seconds before the first restart (default 10); doubled each time, at most 300; anew after
-#                   a new checkpoint
+# JSFT_BACKOFF      seconds before the first restart (default 10); doubled each time, at most 300; reset by a
+#                   new checkpoint
 set -u
 cd "$(dirname "$0")/.."
 limit=${JSFT_RESTARTS:-10}
@@ -58,7 +58,7 @@ while true; do
   if [[ -n $asked || $code == 0 ]]; then exit "$code"; fi
   case $code in
     8 | 9 | 134 | 135 | 137 | 139) ;;
-    *) echo "run_forever: exit code $code is not mended by a restart" >&2; exit "$code" ;;
+    *) echo "run_forever: a restart cannot fix exit code $code" >&2; exit "$code" ;;
   esac
   now=$(newest)
   if ((now > step)); then restarts=0 wait_for=$first_wait step=$now; fi

@@ -1,1 +1,1 @@
-"""Several processes: meeting, watching and ending together."""
+"""Several processes: how they meet, watch each other and exit together."""

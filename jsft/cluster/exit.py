@@ -1,4 +1,4 @@
-"""How a thread beside the main one ends the process: the run's status, then word to the others, then out."""
+"""Ends the process from a thread that is not the main one: writes the status, tells the other processes, exits."""
 
 import os
 import sys
@@ -8,11 +8,11 @@ from contextlib import suppress
 
 from jsft.cluster.peers import PeerLink
 
-GO_ON = "the same command goes on from the last checkpoint"
+RESUME_HINT = "the same command resumes from the last checkpoint"
 
 
-class Ending:
-    """Ends this process, whatever its main thread is stuck in. `status(state, reason)` writes status.json."""
+class ProcessExit:
+    """Ends this process even when its main thread is stuck. `status(state, reason)` writes status.json."""
 
     def __init__(self, link: PeerLink | None):
         self.status: Callable[[str, str], None] = lambda state, reason: None
@@ -22,11 +22,11 @@ class Ending:
             link.on_loss = self._on_loss
 
     def _on_loss(self, rank: int, why: str, code: int, state: str) -> None:
-        self.now(code, state, f"{why}; {GO_ON}" if code in (0, 9) else why)
+        self.now(code, state, f"{why}; {RESUME_HINT}" if code in (0, 9) else why)
 
     def now(self, code: int, state: str, reason: str) -> None:
-        """Ends with exit `code`; the run's status becomes `state` because of `reason`. Does not return."""
-        with self._lock:  # the first to come decides
+        """Exits with `code` after writing `state` and `reason` as the run's status. Does not return."""
+        with self._lock:  # the first caller decides
             try:
                 with suppress(OSError, ValueError):  # a closed or full output must not keep the process alive
                     print(

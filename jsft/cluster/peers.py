@@ -1,12 +1,12 @@
-"""Who of a run's processes is there: a link over TCP beside JAX's own, which aborts without naming anyone.
+"""Which processes of a run are alive: a TCP link of our own, because JAX's aborts without naming the lost process.
 
-Process 0 listens and the others connect to it, which is also how a start learns who is missing. From then on
-each side sends a beat every few seconds. A connection that closes, or stays silent for too long, is a lost
-process; process 0 tells the others which. A process that leaves by itself says so, with its exit code and
-why, so that the others end with the same code and sentence. Messages are lines of JSON.
+Process 0 listens and the others connect to it; a process that does not connect in time is named. After that, each side
+sends a heartbeat every few seconds. A connection that closes, or stays silent for too long, means a lost process;
+process 0 tells the others which. A process that leaves by itself sends its exit code and the reason, so that the others
+exit with the same code and message. Messages are lines of JSON.
 
-The processes also compare over this link what must be the same on all of them: what is known before the start
-(`open`), and what each finds out while it builds the run (`agree`).
+The processes also compare over this link what must be the same on all of them: the facts known before the start
+(`open`), and those that each finds while it builds the run (`agree`).
 """
 
 import json
@@ -22,16 +22,15 @@ from typing import Any
 from jsft.errors import ConfigError, PeerLostError
 
 _LINE_LIMIT = 65536
-_GREETING_SECONDS = 5.0  # within which a connection must have said who it is
-_LATE_COMERS = 1.0  # seconds that process 0 waits for others whom to tell why the run does not begin
-_PATIENCE = 30.0  # seconds of waiting for the others' facts before the first line that says so
+_GREETING_SECONDS = 5.0  # a connection must name its process within this time
+_LATE_COMERS = 1.0  # seconds that process 0 waits for more processes, to tell them why the run does not start
+_PATIENCE = 30.0  # seconds of waiting for the others' facts before a line is printed
 
 
 class PeerLink:
-    """This process's end of the link. `on_loss(rank, why, exit code, state)` runs once, on the link's own
-    thread.
+    """This process's end of the link. `on_loss(rank, why, exit code, state)` runs once, on the link's thread.
 
-    `state` is what the run becomes: "failed", or "preempted" where a process left because it was asked to.
+    `state` is the run's new status: "failed", or "preempted" where a process left because it was asked to.
     """
 
     def __init__(self, rank: int, count: int, silence: float):
@@ -44,7 +43,7 @@ class PeerLink:
         self._values: dict[int, dict[int, Any]] = {}  # of each round of `exchange`, by rank
         self._round = 0
         self._arrived = threading.Condition()
-        self._disagreement: str | None = None  # every process finds it, and ends by itself
+        self._disagreement: str | None = None  # every process finds it and exits by itself
         self._verdict = threading.Event()
         self._closing = threading.Event()
         self._lock = threading.Lock()
@@ -62,11 +61,11 @@ class PeerLink:
         silence: float,
         facts: Mapping[str, Any] | None = None,
     ) -> "PeerLink":
-        """Meets the other processes at `host:port`. Raises PeerLostError naming those that did not come in
-        time, and ConfigError, on every process, naming the first of `facts` that differs.
+        """Connects to the other processes at `host:port`.
 
-        timeout: seconds to wait for them; silence: seconds without a beat after which one counts as lost;
-        facts: JSON values that must be the same on all processes.
+        timeout: seconds to wait for them; silence: seconds without a heartbeat after which a process counts as lost;
+        facts: JSON values that must be the same on all processes. Raises PeerLostError naming the processes that did
+        not connect in time; ConfigError, on every process, naming the first of `facts` that differs.
         """
         link = cls(rank, count, silence)
         facts = _as_json(facts or {})
@@ -92,7 +91,7 @@ class PeerLink:
         return self._gather_values(value)
 
     def _gather_values(self, value: Any, waiting_for: str = "", must_agree: bool = False) -> list[Any]:
-        """An all-gather through process 0. A process that is lost meanwhile ends this one by `on_loss`."""
+        """An all-gather through process 0. If a process is lost meanwhile, `on_loss` ends this one."""
         self._round += 1
         own = {self.rank: _as_json(value)}
         self._put({"round": self._round, "values": own, "must_agree": must_agree})
@@ -108,12 +107,12 @@ class PeerLink:
         return [values[rank] for rank in range(self.count)]
 
     def _put(self, message: dict) -> None:
-        """Takes in values of a round. Process 0 sends them to all once it has all; the others send theirs to it."""
+        """Stores values of a round. Process 0 sends them to all once complete; the others send theirs to it."""
         with self._arrived:
             values = self._values.setdefault(message["round"], {})
             values |= {int(rank): value for rank, value in message["values"].items()}
             complete = len(values) == self.count
-            if complete and message["must_agree"]:  # found out here, before the others' end can be read
+            if complete and message["must_agree"]:  # checked here, before the others' exit can be read
                 found = (_difference(values[0], values[rank], rank) for rank in range(1, self.count))
                 self._disagreement = next(filter(None, found), None)
             self._arrived.notify_all()
@@ -121,7 +120,7 @@ class PeerLink:
             self._tell_all(message | {"values": values})
 
     def _gather(self, host: str, port: int, timeout: float, facts: dict) -> None:
-        """Process 0: waits until all others are here, then lets them start."""
+        """Process 0: waits until all others have connected, then lets them start."""
         end = time.monotonic() + timeout
         arrivals: queue.Queue[tuple[socket.socket, bytes]] = queue.Queue()
         with _listen(host, port, self.count) as server, ExitStack() as stack:
@@ -151,7 +150,7 @@ class PeerLink:
         try:
             hello = json.loads(greeting)
             rank, count, theirs = int(hello["rank"]), int(hello["count"]), dict(hello["facts"])
-        except (ValueError, KeyError, TypeError):  # a stranger on our port
+        except (ValueError, KeyError, TypeError):  # another program connected to our port
             connection.close()
             return
         connection.settimeout(_GREETING_SECONDS)
@@ -168,7 +167,7 @@ class PeerLink:
             raise ConfigError(why)
 
     def _join(self, host: str, port: int, timeout: float, facts: dict) -> None:
-        """The others: connects to process 0 and waits for its word."""
+        """The others: connect to process 0 and wait for its answer."""
         end = time.monotonic() + timeout
         reason = "no answer"
         while True:
@@ -187,7 +186,7 @@ class PeerLink:
         self._add(0, connection)
         try:
             connection.sendall(_encode({"rank": self.rank, "count": self.count, "facts": facts}))
-            word = json.loads(_read_line(connection, timeout + 10))  # process 0 may have begun to wait only now
+            word = json.loads(_read_line(connection, timeout + 10))  # process 0 may have started later
         except (OSError, ValueError) as error:
             raise PeerLostError(f"process 0 at {host}:{port} left before the run began ({error})") from error
         if "refused" in word:
@@ -200,24 +199,24 @@ class PeerLink:
         self._heard[rank] = time.monotonic()
 
     def leave(self, code: int = 0, why: str = "", state: str = "done") -> None:
-        """Tells the others that this process ends, and how: with state "done" they go on to their own end."""
+        """Tells the others that this process exits, and how. After state "done" they finish by themselves."""
         if not self._closing.is_set():
             self._tell_all({"leave": self.rank, "code": code, "why": why, "state": state})
             self._closing.set()
 
     def close(self) -> None:
-        """Ends the link."""
+        """Closes the link."""
         self._closing.set()
         self._thread.join(2)
         for connection in self._sockets.values():
             connection.close()
 
     def verdict(self, seconds: float) -> bool:
-        """Waits for the link to have found a process lost. The process then ends by `on_loss`."""
+        """Whether a process is found lost within `seconds`; `on_loss` then ends this one."""
         return self._verdict.wait(seconds)
 
     def _run(self) -> None:
-        """Beats and listens until closed."""
+        """Sends heartbeats and reads messages until closed."""
         now = time.monotonic()
         self._heard = dict.fromkeys(self._heard, now)
         next_beat = now
@@ -229,7 +228,7 @@ class PeerLink:
                 if (now := time.monotonic()) >= next_beat:
                     self._tell_all({"beat": self.rank})
                     slept = now - next_beat
-                    if slept > self.silence / 2:  # we were stopped, not they: start counting anew
+                    if slept > self.silence / 2:  # this process was stopped, not the others: restart the count
                         self._heard = dict.fromkeys(self._heard, now)
                     next_beat = now + self.silence / 8
                 for key, _ in selector.select(min(0.5, self.silence / 16)):
@@ -291,7 +290,7 @@ class PeerLink:
                 if rank not in self._left:
                     try:
                         connection.sendall(line)
-                    except OSError:  # reading will find out why
+                    except OSError:  # reading will report the reason
                         pass
 
 
@@ -337,13 +336,13 @@ def _names(ranks: list[int]) -> str:
 def _accept(server: socket.socket, arrivals: queue.Queue) -> None:
     """Puts each connection and its greeting in `arrivals`, until the server is closed.
 
-    Each is read on a thread of its own: one that says nothing, or drips bytes, holds up nobody.
+    Each is read on its own thread, so that a silent or slow one delays nobody.
     """
 
     def read(connection: socket.socket) -> None:
         try:
             arrivals.put((connection, _read_line(connection, _GREETING_SECONDS)))
-        except (OSError, ValueError):  # a stranger on our port
+        except (OSError, ValueError):  # another program connected to our port
             connection.close()
 
     while True:
@@ -355,7 +354,7 @@ def _accept(server: socket.socket, arrivals: queue.Queue) -> None:
 
 
 def _refuse_the_rest(arrivals: queue.Queue, why: str, count: int) -> None:
-    """Tells those on their way too, who would else see no more than a connection reset."""
+    """Tells the reason to processes that connect late; otherwise they would only see a connection reset."""
     for _ in range(count):
         try:
             connection, _ = arrivals.get(timeout=_LATE_COMERS)
@@ -375,7 +374,7 @@ def _encode(message: dict) -> bytes:
 
 
 def _read_line(connection: socket.socket, seconds: float) -> bytes:
-    """One line, read byte by byte within `seconds` in all: nothing after it is taken."""
+    """One line, read byte by byte within `seconds` in all; nothing after it is consumed."""
     line, end = b"", time.monotonic() + seconds
     while len(line) < _LINE_LIMIT:
         connection.settimeout(max(end - time.monotonic(), 1e-3))

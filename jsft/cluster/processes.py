@@ -1,8 +1,7 @@
-"""Several processes, one run: where the others are, meeting them, agreeing with them, and ending together.
+"""Several processes, one run: how they find each other, connect, agree and exit together.
 
-Who is who comes from flags, from NODE_COUNT, NODE_RANK, MASTER_ADDR and PROC_PER_NODE, or from SLURM. Two
-ports of process 0's host are used: one for JAX's coordination service, the next for our own link
-(`jsft/cluster/peers.py`).
+Count and rank come from flags, from NODE_COUNT, NODE_RANK, MASTER_ADDR and PROC_PER_NODE, or from SLURM. A run uses
+two ports of process 0's host: one for JAX's coordination service, the next for our own link (`jsft/cluster/peers.py`).
 """
 
 import ctypes
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jsft.cluster.exit import RESUME_HINT
 from jsft.cluster.peers import PeerLink, check_port_is_free
 from jsft.errors import ConfigError, JsftError, PeerLostError
 
@@ -35,7 +35,7 @@ class Cluster(NamedTuple):
     host: str  # of process 0
     port: int
     local_devices: tuple[int, ...] | None = None  # of this process; None: all that are visible
-    source: str = ""  # where this is known from
+    source: str = ""  # flags, environment variables or SLURM
 
 
 def find_cluster(
@@ -141,12 +141,11 @@ def _checked(cluster: Cluster) -> Cluster | None:
 def session(
     cluster: Cluster | None, *, start_seconds: float, silence_seconds: float, facts: Mapping[str, Any]
 ) -> Iterator[PeerLink | None]:
-    """A run of `cluster`'s processes, from meeting to parting; yields the link to the others, None for a
-    single one.
+    """Connects the processes of `cluster` while the block runs; yields the link, None for a single process.
 
-    facts: JSON values that must be the same on all processes before any of them starts. Inside, an error of
-    this process ends the others with its exit code; a lost process ends this one. Raises PeerLostError naming
-    who did not come within `start_seconds`, ConfigError where facts differ or a port is in use.
+    facts: JSON values that must be the same on all processes before any of them starts. Inside the block, an error of
+    this process ends the others with its exit code, and a lost process ends this one. Raises PeerLostError naming the
+    processes that did not connect within `start_seconds`; ConfigError where facts differ or a port is in use.
     """
     if cluster is None:
         yield None
@@ -180,7 +179,7 @@ def session(
             heartbeat_timeout_seconds=_JAX_SILENCE,
         )
         yield link
-        multihost_utils.sync_global_devices("end of run")  # process 0 may still have been sealing the last checkpoint
+        multihost_utils.sync_global_devices("end of run")  # process 0 may still be sealing the last checkpoint
     except JsftError as error:
         why = " ".join(str(error).split())
         link.leave(error.exit_code, why, "failed")
@@ -197,8 +196,8 @@ def session(
 
 
 def _end(code: int, why: str) -> None:
-    """Ends the process without JAX's own farewell, which would wait for those that are stuck."""
-    hint = "; the same command goes on from the last checkpoint" if code == PeerLostError.exit_code else ""
+    """Exits without JAX's shutdown, which would wait for processes that are stuck."""
+    hint = f"; {RESUME_HINT}" if code == PeerLostError.exit_code else ""
     print(f"error: {why}{hint}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)
@@ -207,9 +206,8 @@ def _end(code: int, why: str) -> None:
 def _on_abort(link: PeerLink) -> None:
     """Lets the link name a lost process when JAX's client aborts first.
 
-    JAX ends a survivor by abort() as soon as process 0 is gone. The handler runs in the aborting thread; if
-    the link finds a process lost, `on_loss` ends this one with its own exit code, else the abort takes its
-    way.
+    JAX ends a survivor by abort() as soon as process 0 is gone. The handler runs in the aborting thread. If the link
+    finds a lost process, `on_loss` ends this one with the right exit code; otherwise the abort proceeds.
     """
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -220,11 +218,11 @@ def _on_abort(link: PeerLink) -> None:
     libc = ctypes.CDLL(None)
     libc.signal.restype = ctypes.c_void_p
     libc.signal(int(signal.SIGABRT), handler)
-    link.abort_handler = handler  # ctypes frees a callback that nobody holds
+    link.abort_handler = handler  # ctypes frees a callback without a reference
 
 
 def any_process(flag: bool) -> bool:
-    """Whether `flag` is set on any process; all must ask at the same point. Waits for the devices."""
+    """Whether `flag` is set on any process. All must call it at the same point; it waits for the devices."""
     if jax.process_count() == 1:
         return bool(flag)
     return bool(multihost_utils.process_allgather(np.int32(flag)).max())

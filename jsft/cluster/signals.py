@@ -1,8 +1,7 @@
-"""SIGTERM and SIGINT: the first asks the run to stop where nothing is lost, the second ends the process at
-once.
+"""SIGTERM and SIGINT: the first asks the run to save and stop, the second ends the process at once.
 
-A thread hears of each signal through a wake-up pipe, because Python's own handlers do not run while the main
-thread is inside a compilation or waits for a device.
+A thread reads each signal from a wake-up pipe, because Python's own handlers do not run while the main thread is inside
+a compilation or waits for a device.
 """
 
 import os
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jsft.cluster.exit import GO_ON, Ending
+from jsft.cluster.exit import RESUME_HINT, ProcessExit
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _GRACE_SECONDS = 5  # for the main thread to unwind by itself
@@ -26,16 +25,14 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Whether the run was asked to stop. Until `hold()` there is nothing to save, and a signal ends the run
-    at once.
+    """Whether the run was asked to stop. Until `hold()` there is nothing to save, and a signal ends the run at once.
 
-    `signal`: name of the first signal, or None. Make it after `jax.distributed.initialize`, which sets a
-    handler too.
+    `signal`: name of the first signal, or None. Create it after `jax.distributed.initialize`, which sets a handler too.
     """
 
-    def __init__(self, ending: Ending):
+    def __init__(self, process_exit: ProcessExit):
         self.signal: str | None = None
-        self._ending = ending
+        self._process_exit = process_exit
         self._free, self._raised = True, False
         self._count = 0
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
@@ -45,14 +42,14 @@ class StopRequest:
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
 
     def hold(self) -> None:
-        """From now on there is something to save: a signal only sets `signal`, for the loop to see."""
+        """From now on there is something to save: a signal only sets `signal`, which the loop reads."""
         self._free = False
         if self.signal:
             self._free = self._raised = True
             raise Stopped(self.signal)
 
     def close(self) -> None:
-        """Puts back the handlers that were there before."""
+        """Restores the previous handlers."""
         self._free = False
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
@@ -62,7 +59,7 @@ class StopRequest:
     def _handle(self, number: int, frame: Any) -> None:
         """Runs in the main thread, when it next executes Python."""
         self.signal = self.signal or signal.Signals(number).name
-        if self._free and not self._raised:  # a second one must not cut short what the first has begun to end
+        if self._free and not self._raised:  # a second one must not interrupt the exit that the first began
             self._raised = True
             raise Stopped(self.signal)
 
@@ -73,23 +70,25 @@ class StopRequest:
             name = signal.Signals(heard[0]).name
             self._count += 1
             if self._count > 1:
-                self._ending.now(128 + heard[0], "failed", f"stopped at once by a second signal ({name}); {GO_ON}")
+                reason = f"stopped at once by a second signal ({name}); {RESUME_HINT}"
+                self._process_exit.now(128 + heard[0], "failed", reason)
             self.signal = name
             threading.Thread(target=self._leave_if_stuck, daemon=True).start()
         os.close(self._reader)
 
     def _leave_if_stuck(self) -> None:
-        """With nothing to save, leaves although the main thread is inside a compilation."""
+        """Exits where there is nothing to save, although the main thread is inside a compilation."""
         time.sleep(_GRACE_SECONDS)
         if self._free:
-            self._ending.now(0, "preempted", f"stopped by {self.signal} before there was anything new to save; {GO_ON}")
+            reason = f"stopped by {self.signal} before there was anything new to save; {RESUME_HINT}"
+            self._process_exit.now(0, "preempted", reason)
 
 
 class Agreement:
-    """What any process wants, agreed on by all without making the host wait for the devices.
+    """Flags that any process may set, agreed on by all processes without making the host wait for the devices.
 
-    Flags given at one step boundary are answered at the next, by when the devices have long reduced them.
-    Alone, a process is answered at once. Every process must ask at the same boundaries.
+    Flags given at one step boundary are answered at the next; by then the devices have reduced them. A single process
+    is answered at once. Every process must ask at the same boundaries.
     """
 
     def __init__(self, mesh: Mesh):
@@ -100,7 +99,7 @@ class Agreement:
         self._asked: jax.Array | None = None
 
     def ask(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag, whether any process had set it at the boundary before (alone: has set it now)."""
+        """For each flag, whether any process set it at the previous boundary (a single process: sets it now)."""
         if self._alone:
             return flags
         before = self._asked

@@ -1,4 +1,4 @@
-"""Ends a process that hangs, and says where: a stuck collective or disk raises no error by itself."""
+"""Ends a process that hangs and reports where: a stuck collective or disk raises no error by itself."""
 
 import faulthandler
 import os
@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from jsft import files
-from jsft.cluster.exit import GO_ON, Ending
+from jsft.cluster.exit import RESUME_HINT, ProcessExit
 from jsft.errors import HangError
 
 _FACTOR = 10  # times the median step
@@ -25,10 +25,9 @@ _BEAT_SECONDS = 5
 class Watchdog:
     """Watches the main thread's progress, and writes `heartbeats/<process>.json` in the run's directory.
 
-    Between two calls of `at` or `stepped` at most `limit_seconds` may pass; in a step, also at most ten times
-    the median step, but a minute at least. Else every thread's stack goes to `hang-<process>.txt` and to
-    stderr, and the process ends with HangError's exit code. Counts by the monotonic clock: a clock that is
-    set back does not matter.
+    At most `limit_seconds` may pass between two calls of `at` or `stepped`; within a step, also at most ten times the
+    median step, but at least a minute. Otherwise the stacks of all threads go to `hang-<process>.txt` and to stderr,
+    and the process exits with HangError's code. The clock is monotonic, so changes of the wall clock do not matter.
     """
 
     def __init__(
@@ -36,12 +35,12 @@ class Watchdog:
         workdir: Path,
         process: int,
         limit_seconds: float,
-        ending: Ending,
+        process_exit: ProcessExit,
         *,
         least_seconds: float = _LEAST_SECONDS,
         beat_seconds: float = _BEAT_SECONDS,
     ):
-        self._workdir, self._process, self._ending = Path(workdir), process, ending
+        self._workdir, self._process, self._process_exit = Path(workdir), process, process_exit
         self._limit, self._least, self._beat = limit_seconds, least_seconds, beat_seconds
         self._seconds: deque[float] = deque(maxlen=_MEDIAN_OF)
         self._doing, self._step, self._in_step = "starting", 0, False
@@ -54,7 +53,7 @@ class Watchdog:
         self._thread.start()
 
     def at(self, doing: str) -> None:
-        """The main thread begins something that is not a step: `doing` completes 'the process was ...'."""
+        """The main thread begins work that is not a step. `doing` completes 'the process was ...'."""
         self._doing, self._in_step, self._progress = doing, False, time.monotonic()
 
     def stepped(self, step: int, seconds: float) -> None:
@@ -64,12 +63,12 @@ class Watchdog:
         self._progress = time.monotonic()
 
     def close(self) -> None:
-        """Ends watching."""
+        """Stops watching."""
         self._stop.set()
         self._thread.join()
 
     def limit(self) -> float:
-        """Seconds that what the process is doing may take."""
+        """Seconds that the current work may take."""
         if self._in_step and len(self._seconds) >= _ENOUGH_STEPS:
             return min(self._limit, max(self._least, _FACTOR * statistics.median(self._seconds)))
         return self._limit
@@ -79,7 +78,7 @@ class Watchdog:
         before = time.monotonic()
         while not self._stop.wait(min(self._beat, self._limit / 4, self._least / 4)):
             now = time.monotonic()
-            if now - before > 4 * self._beat:  # the whole process was stopped and goes on: not a hang
+            if now - before > 4 * self._beat:  # the whole process was stopped and continued: not a hang
                 self._progress += now - before
             before = now
             self._write_beat()
@@ -111,10 +110,10 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
         with suppress(OSError, ValueError):
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        self._ending.now(
+        self._process_exit.now(
             HangError.exit_code,
             "failed",
             f"no progress for {silent:.0f} s while {doing} (process {self._process}; limit "
             f"{self.limit():.0f} s, see train.hang_minutes); the stacks of all threads are in {path}; "
-            f"{GO_ON}",
+            f"{RESUME_HINT}",
         )

@@ -1,7 +1,7 @@
-"""What all processes of a run must have in common; compared over their link before anything is trained.
+"""What all processes of a run must have in common, compared over their link before training starts.
 
-Another learning rate or data file on one process would not stop the run: each computes its own part, and the
-weights come out wrong. Files are compared by what they hold, so that their paths may differ.
+Another learning rate or data file on one process would not stop the run: each computes its own part, and the weights
+would be wrong. Files are compared by content, so their paths may differ.
 """
 
 import time
@@ -24,23 +24,23 @@ _SHARED_DISK_SECONDS = 30.0  # a network file system may show a new file late
 
 
 def start_facts(config: ConfigDict) -> dict[str, Any]:
-    """What is known before the processes meet: the resolved config but for paths, the code and JAX's version."""
+    """The facts known before the processes connect: the resolved config without paths, the code, JAX's version."""
     flat = {name: value for name, value in schema.flatten(config).items() if name not in _PLACES}
     return flat | {"the version of jsft": code_version(), "the version of jax": jax.__version__}
 
 
-def check_agreement(link: PeerLink, parts: Components) -> None:
+def check_agreement(link: PeerLink, components: Components) -> None:
     """Raises ConfigError, on every process, where data, model or devices differ between the processes.
 
-    The weights count by their sizes, headers and a sample of their bytes (`weights_digest`).
+    Weights are compared by sizes, headers and a sample of their bytes (`weights_digest`).
     """
-    config = parts.config
+    config = components.config
     facts = {
-        "the content of data.train": parts.data.fingerprint,
-        "the updates of the run": parts.data.total_steps,
-        "the content of data.eval": eval_fingerprints(config, parts.model_dir) if config.eval.every else {},
-        "the config of model.path": repr(parts.model),
-        "the weights of model.path": weights_digest(parts.model_dir),
+        "the content of data.train": components.data.fingerprint,
+        "the updates of the run": components.data.total_steps,
+        "the content of data.eval": eval_fingerprints(config, components.model_dir) if config.eval.every else {},
+        "the config of model.path": repr(components.model),
+        "the weights of model.path": weights_digest(components.model_dir),
         "the kind of device": jax.local_devices()[0].device_kind,
         "the devices of a process": jax.local_device_count(),
     }

@@ -1,8 +1,8 @@
 """Step checkpoints: Orbax writes the arrays in the background, a manifest says which checkpoints are whole.
 
-`checkpoints/<step>/` holds two Orbax items, `parameters` and `optimizer` (moments and counters), and last of
-all `manifest.json`. Old checkpoints are removed, or reduced to their parameters where they are milestones,
-only after a newer one is whole.
+`checkpoints/<step>/` holds two Orbax items, `parameters` and `optimizer` (moments and counters), and `manifest.json`,
+which is written last. Old checkpoints are removed, and milestones reduced to their parameters, only when a newer one
+is whole.
 """
 
 import shutil
@@ -42,9 +42,9 @@ from jsft.step.optimizer import TrainState
 
 __all__ = ["Policy", "Saver", "list_steps", "read_manifest", "restore", "restore_parameters", "verify"]
 
-_TIMEOUT_SECONDS = 1800  # that processes wait for each other at the end of a save
-_PATIENCE_SECONDS = 10  # that training waits for the save before; then the new one is left out
-_SPLIT_BYTES = 64 * 2**20  # replicated arrays above this are written in parts by their replicas
+_TIMEOUT_SECONDS = 1800  # processes wait this long for each other at the end of a save
+_PATIENCE_SECONDS = 10  # training waits this long for the previous save; then it skips the new one
+_SPLIT_BYTES = 64 * 2**20  # of larger replicated arrays, each replica writes a part
 _DISCARD_TRIES = 10  # of a tenth of a second: Orbax's other threads may still be writing
 _UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's name for a checkpoint not yet committed
 _DAMAGED = ".damaged"
@@ -57,7 +57,7 @@ def _orbax() -> ocp.Context:
     context = ocp.Context()
     context.async_options.timeout_secs = _TIMEOUT_SECONDS
     context.array_options.saving.min_slice_bytes_for_replica_parallel = _SPLIT_BYTES
-    context.array_options.saving.use_compression = False  # floats of a model hardly shrink, and it is slow
+    context.array_options.saving.use_compression = False  # it is slow, and the floats of a model hardly shrink
     return context
 
 
@@ -68,7 +68,7 @@ def _split(state: TrainState) -> dict[str, Any]:
 
 
 def tidy(workdir: Path, say: Say) -> None:
-    """Removes what a killed process left half-written, and names it. For the owner of the run's lock only."""
+    """Removes and names checkpoints that a killed process left unfinished. For the owner of the run's lock only."""
     folder = checkpoint_folder(workdir)
     for path in sorted(folder.iterdir() if folder.is_dir() else ()):
         for rest in path.glob(f"*{_REMOVED}") if path.is_dir() else ():
@@ -82,8 +82,8 @@ def tidy(workdir: Path, say: Say) -> None:
 def newest_whole(workdir: Path, say: Say) -> int | None:
     """Step of the newest undamaged full checkpoint, or None where there is none at all.
 
-    A damaged one is named through `say` and set aside as `<step>.damaged`, until a later one has been
-    written. Raises CheckpointError when all are damaged.
+    A damaged one is named through `say` and renamed to `<step>.damaged` until a later one has been written. Raises
+    CheckpointError when all are damaged.
     """
     folder = checkpoint_folder(workdir)
     damaged = []
@@ -96,17 +96,17 @@ def newest_whole(workdir: Path, say: Say) -> int | None:
                 files.rename(folder / str(bad), aside)
             return step
         damaged.append(step)
-        say(f"checkpoint {step} is damaged ({problem}); trying the one before")
+        say(f"checkpoint {step} is damaged ({problem}); trying the previous one")
     if damaged:
         raise CheckpointError(
             f"none of the checkpoints in {folder} is whole ({', '.join(map(str, sorted(damaged)))}); move "
-            f"the folder away to start anew"
+            f"the folder away to start again from step 0"
         )
     return None
 
 
 def _unreadable(workdir: Path, step: int) -> str | None:
-    """What keeps Orbax from reading a checkpoint whose files are whole; None where nothing does."""
+    """Why Orbax cannot read a checkpoint whose files are whole; None where it can."""
     try:
         check_readable(checkpoint_folder(workdir) / str(step), read_manifest(workdir, step).get("arrays", {}))
     except CheckpointError as error:
@@ -117,8 +117,8 @@ def _unreadable(workdir: Path, step: int) -> str | None:
 def restore(workdir: Path, abstract: TrainState, say: Say) -> TrainState | None:
     """The newest whole checkpoint, on the shardings of `abstract` (any number of devices), or None.
 
-    A damaged or unfinished one is named through `say`, and the one before is used. Raises CheckpointError
-    when none is whole, or when the checkpoint is of another model.
+    A damaged or unfinished one is named through `say`, and the previous one is used. Raises CheckpointError when none
+    is whole, or when the checkpoint is of another model.
     """
     step = -1
     if jax.process_index() == 0:
@@ -136,7 +136,7 @@ def restore(workdir: Path, abstract: TrainState, say: Say) -> TrainState | None:
 def restore_parameters(workdir: Path, step: int, abstract: Any) -> Any:
     """The parameters after `step` updates, on the shardings and dtypes of `abstract`. Raises CheckpointError.
 
-    Safe while a training goes on in `workdir`: it will not remove the checkpoint while it is read.
+    Safe while a run trains in `workdir`: the run does not remove a checkpoint that is being read.
     """
     steps = list_steps(workdir)
     if step not in steps:
@@ -161,21 +161,21 @@ def _load(workdir: Path, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
 
 
 class Policy(NamedTuple):
-    """When states are saved, and which are kept."""
+    """When states are saved, and which checkpoints stay."""
 
     every: int = 10  # updates
-    minutes: float = 0.0  # also when so long has passed since the last save; 0: never
+    minutes: float = 0.0  # also when this time has passed since the last save; 0: never
     keep: int = 2  # full checkpoints, newest first
-    milestones: tuple[int, ...] = ()  # saved too, and their parameters kept for good
+    milestones: tuple[int, ...] = ()  # saved too; their parameters are never removed
 
 
 class Saver:
     """Saves states in the background, one at a time.
 
-    `save` returns once the arrays are off the device. A save that fails (a full disk) is reported through
-    `say`; the run goes on with the checkpoints it has, and `failed` holds the reason until a later save
-    succeeds. `facts` go into each manifest. `before_seal` is called, in the background, before a checkpoint
-    counts as whole: it puts on the disk what a resumed run will not write again.
+    `save` returns once the arrays are off the device. A save that fails (a full disk) is reported through `say`; the
+    run continues with the checkpoints it has, and `failed` holds the reason until a later save succeeds. `facts` go
+    into each manifest. `before_seal` runs in the background before the manifest is written: it syncs to disk what a
+    resumed run will not write again.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class Saver:
             raise CheckpointError(
                 f"{self._folder} cannot be written: {error.strerror}; choose another --workdir"
             ) from error
-        with orbax_path(self._folder / "0"):  # refuses, before the first step, what could not be read back
+        with orbax_path(self._folder / "0"):  # refuses, before the first step, a path that could not be read back
             pass
         quiet()
         self._workdir, self._policy, self._facts, self._say = Path(workdir), policy, facts, say
@@ -201,8 +201,8 @@ class Saver:
     def wants(self, step: int) -> bool:
         """Whether the policy wants the state after `step` updates, by count. Every process must ask.
 
-        Not while the save before is still being written: training waits for a slow disk only a moment, except
-        at milestones.
+        False while the previous save is still being written, except at milestones: training waits for a slow disk only
+        for `_PATIENCE_SECONDS`.
         """
         if step in self._policy.milestones:
             return True
@@ -215,7 +215,7 @@ class Saver:
         self._skipped += 1
         if self._skipped == 1:
             self._say(
-                f"warning: step {step} is not saved: the save before is still being written; raise "
+                f"warning: step {step} is not saved: the previous save is still being written; raise "
                 f"checkpoint.every above what the disk can take"
             )
         return False
@@ -230,7 +230,7 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, step: int, state: TrainState) -> None:
-        """Starts saving `state` as `step`, after the save before it has ended. Every process must call it."""
+        """Starts saving `state` as `step`, after the previous save has ended. Every process must call it."""
         self.wait()
         self._last = time.monotonic()
         path = self._folder / str(step)
@@ -244,13 +244,13 @@ class Saver:
                 name = opened.enter_context(orbax_path(path))
                 with _orbax():
                     response = ocp.save_checkpointables_async(name, _split(state), overwrite=True)
-            except jax.errors.JaxRuntimeError:  # of the device, not of the disk
+            except jax.errors.JaxRuntimeError:  # an error of the device, not of the disk
                 raise
             except (OSError, ValueError, RuntimeError) as error:
                 self._fail(step, one_line(error))
                 self._discard(step)
                 return
-            opened = opened.pop_all()  # the background closes it
+            opened = opened.pop_all()  # the background thread closes it
         self._thread = threading.Thread(
             target=self._finish, args=(step, path, response, manifest, opened), name=f"checkpoint-{step}"
         )
@@ -259,7 +259,7 @@ class Saver:
     def _no_space(self, state: TrainState) -> str | None:
         needed = int(SPACE_MARGIN * sum(x.nbytes for x in jax.tree.leaves(state)))
         free = shutil.disk_usage(self._folder).free
-        if jax.process_count() > 1:  # one decision for all: a process that skips alone would leave the others waiting
+        if jax.process_count() > 1:  # one decision for all: the others would wait for a process that skips
             free = int(multihost_utils.broadcast_one_to_all(np.float64(free)))
         if free >= needed:
             return None
@@ -274,11 +274,11 @@ class Saver:
                 self._before_seal()
                 write_manifest(path, manifest)
             self.failed = None
-        except Exception as error:  # a background thread: whatever happens must reach the run, not end it
+        except Exception as error:  # a background thread: the run must hear of any error, and continue
             self._fail(step, one_line(error))
             self._discard(step)
             return
-        if jax.process_index() == 0:  # only now, with the new one on the disk
+        if jax.process_index() == 0:  # only now that the new one is on the disk
             try:
                 self._prune(step)
             except (OSError, CheckpointError) as error:
@@ -299,15 +299,14 @@ class Saver:
             if attempt and not left:
                 return
             for path in left:
-                with suppress(OSError):  # first: what is half removed must not look whole
+                with suppress(OSError):  # first: a half-removed checkpoint must not look whole
                     (path / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(path, ignore_errors=True)
 
     def _prune(self, newest: int) -> None:
-        """Removes full checkpoints past the `keep` up to `newest`; a milestone loses only its optimizer
-        state.
+        """Removes full checkpoints up to `newest`, but for the last `keep`; milestones lose only the optimizer state.
 
-        One that is being read is left for the next time.
+        A checkpoint that is being read is left for the next time.
         """
         steps = [s for s in list_steps(self._workdir, full=True) if s <= newest]
         for step in steps[: -self._policy.keep]:
@@ -333,7 +332,7 @@ class Saver:
         self._say(f"warning: checkpoint of {self.failed}; {good}")
 
     def wait(self) -> None:
-        """Returns when no save is under way."""
+        """Waits until the current save has ended."""
         if self._thread:
             self._thread.join()
             self._thread = None

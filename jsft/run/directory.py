@@ -1,8 +1,7 @@
 """A run's directory: what it holds, who owns it, and whether it is the same run.
 
 `config.json`, `status.json`, `base/` (the base model's config, tokenizer and template files as used),
-`checkpoints/`, `metrics.jsonl`, `tensorboard/`, `log.txt`; `hf/` and `eval/` are added by export and
-evaluation.
+`checkpoints/`, `metrics.jsonl`, `tensorboard/`, `log.txt`; export and evaluation add `hf/` and `eval/`.
 """
 
 import errno
@@ -26,9 +25,9 @@ from jsft.hf.base_files import copy_base_files
 from jsft.hf.digest import Digest, difference
 from jsft.run.manifest import list_steps
 
-_STATUS_SECONDS = 5.0  # that one writer of status.json waits for another, whose disk may hang
+_STATUS_SECONDS = 5.0  # a writer of status.json waits this long for another, whose disk may hang
 
-# Fields that may differ when a run goes on: they change where and how fast it runs, not what it computes
+# Fields that may differ when a run resumes: they change where and how fast it runs, not what it computes
 # (another mesh changes the order of additions only).
 FREE_FIELDS = frozenset(
     name
@@ -51,7 +50,7 @@ FREE_FIELDS = frozenset(
 
 
 class RunDirectory:
-    """The directory of one run, made or re-entered, and locked while this object lives."""
+    """The directory of one run: created or reopened, and locked while this object lives."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -59,11 +58,11 @@ class RunDirectory:
         self._writing_status, self._ended = threading.Lock(), False
         try:
             os.path.abspath(self.path).encode("utf-8")
-        except UnicodeEncodeError as error:  # tokenizers, in Rust, open no such path: no step could be exported
+        except UnicodeEncodeError as error:  # tokenizers (Rust) cannot open such a path: no step could be exported
             raise CheckpointError(f"--workdir {self.path}: {describe(error)}; choose a name in UTF-8") from error
         with self._explained():
             files.make_folder(self.path)
-            # Whatever bytes lie there: a damaged lock is nobody's.
+            # It may hold any bytes: nobody owns a damaged lock.
             self._lock = (self.path / "lock").open("a+", encoding="utf-8", errors="backslashreplace")
             self._take_lock()
         for folder in (self.path, self.path / "heartbeats"):  # nobody else writes there now
@@ -76,9 +75,8 @@ class RunDirectory:
     def _take_lock(self) -> None:
         """Raises CheckpointError naming the owner when another process has the lock.
 
-        The kernel drops a lock with its process, so that a stale one cannot stay. On a file system without
-        locks the owner written in the file decides: it counts while its process is there, as far as this host
-        can see.
+        The kernel drops a lock when its process ends, so there are no stale locks. On a file system without locks the
+        owner written in the file decides: it counts while its process exists, as far as this host can see.
         """
         self._lock.seek(0)
         owner = self._lock.read().strip()
@@ -107,9 +105,9 @@ class RunDirectory:
     ) -> bool:
         """Writes config.json, or checks that the one there is this run's. Returns whether the run existed.
 
-        data: fingerprint of the training data. What it says counts, not the path: a file may be moved. model: digest of
-        the model directory; another one is refused once there is a checkpoint. Raises ConfigError naming the fields
-        that differ, ModelError naming what differs in the model directory.
+        data: fingerprint of the training data. Content counts, not the path: a file may be moved. model: digest of the
+        model directory; another one is refused once there is a checkpoint. Raises ConfigError naming the fields that
+        differ, ModelError naming what differs in the model directory.
         """
         path = self.path / "config.json"
         flat = schema.flatten(config)
@@ -121,23 +119,25 @@ class RunDirectory:
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 raise CheckpointError(f"{path} cannot be read ({error}); is {self.path} a run's directory?") from error
             new = json.loads(json.dumps(flat))
-            for field in schema.FIELDS:  # one that did not exist yet had its default's effect
+            for field in schema.FIELDS:  # a field that did not exist yet behaved as its default
                 old.setdefault(field.name, json.loads(json.dumps(field.default)))
             trained = bool(list_steps(self.path))
             if data and data == old_data:
                 old["data.train"] = new["data.train"]
-            elif data and old_data and (trained or there.get("model") in (None, model)):  # else the model changed it
+            elif (
+                data and old_data and (trained or there.get("model") in (None, model))
+            ):  # otherwise the model changed it
                 old["data.train"] = f"{old.get('data.train')} of fingerprint {old_data[:8]}"
                 new["data.train"] = f"{new['data.train']} of fingerprint {data[:8]}"
             names = sorted(n for n in set(old) | set(new) if old.get(n) != new.get(n))
             differ = [n for n in names if n not in FREE_FIELDS and n not in allow_changed]
-            if trained and "model.path" not in differ:  # before its data, which another tokenizer changes
+            if trained and "model.path" not in differ:  # before the data, which another tokenizer changes
                 model = self._same_model(there.get("model"), model)
             if differ:
                 shown = "; ".join(f"{n}: {old.get(n)!r} there, {new.get(n)!r} now" for n in differ)
                 raise ConfigError(
                     f"--workdir {self.path} holds a run with another config ({shown}); choose another "
-                    f"--workdir, or go on all the same with --allow_changed={','.join(differ)}"
+                    f"--workdir, or resume all the same with --allow_changed={','.join(differ)}"
                 )
         facts = {"name": name, "version": jsft.__version__, "data": data, "config": flat, "model": model}
         with self._explained():
@@ -145,7 +145,7 @@ class RunDirectory:
         return exists
 
     def _same_model(self, there: Digest | None, here: Digest | None) -> Digest | None:
-        """The digest to keep: of the model that the checkpoints were trained from. None in runs older than digests."""
+        """The digest to record: of the model that the checkpoints began from. None in runs older than digests."""
         if not isinstance(there, dict):
             return None
         if here and (differs := difference(there, here)):
@@ -156,30 +156,30 @@ class RunDirectory:
         return there
 
     def keep_base_files(self, model_dir: Path) -> None:
-        """Copies the base model's config, tokenizer, template and code files to `base/`: all but weights.
+        """Copies the base model's config, tokenizer, template and code files to `base/`: all but the weights.
 
-        What a checkpoint was trained with stays; until there is one, `base/` follows the model directory.
+        Until there is a checkpoint, `base/` follows the model directory; then it stays as it is.
         """
         base = self.path / "base"
         if base.is_dir() and list_steps(self.path):
             return
-        beside = self.path / "base.tmp"
-        shutil.rmtree(beside, ignore_errors=True)
+        temporary = self.path / "base.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
         with self._explained():
-            beside.mkdir()
-            copy_base_files(model_dir, beside)
-            files.sync_tree(beside)
+            temporary.mkdir()
+            copy_base_files(model_dir, temporary)
+            files.sync_tree(temporary)
             shutil.rmtree(base, ignore_errors=True)
-            files.rename(beside, base)
+            files.rename(temporary, base)
 
     def set_step(self, step: int) -> None:
         """Notes that `step` updates are done."""
         self.last_step = step
 
     def status(self, state: str, step: int, reason: str = "", final: bool = False) -> None:
-        """state: running, done, preempted or failed; step: updates done; reason: why, for the last two.
+        """Writes status.json. state: running, done, preempted or failed; step: updates done; reason: of the last two.
 
-        final: the process ends now; whatever other threads still have to say is not written any more.
+        final: the process exits now; later calls of other threads write nothing.
         """
         self.last_step = step
         facts = {"state": state, "step": step, "reason": reason, "time": time.time()}
@@ -195,15 +195,15 @@ class RunDirectory:
                 self._writing_status.release()
 
     def point_latest(self) -> None:
-        """Makes the symlink `latest` beside the run follow it, where the directory above may be written."""
+        """Points the symlink `latest` in the parent directory to this run, where that directory is writable."""
         path = Path(os.path.abspath(self.path))  # not resolved: the run's own name may be a symlink
-        link, beside = path.parent / "latest", path.parent / f".latest-{os.getpid()}"
+        link, temporary = path.parent / "latest", path.parent / f".latest-{os.getpid()}"
         if link == path or (link.exists() and not link.is_symlink()):
             return
-        with suppress(OSError):  # a mounted volume, say, whose mount point is another's
-            beside.unlink(missing_ok=True)
-            beside.symlink_to(path.name)
-            beside.replace(link)
+        with suppress(OSError):  # for example a mounted volume in a directory of another user
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(path.name)
+            temporary.replace(link)
 
     def release(self) -> None:
         self._lock.close()

@@ -1,7 +1,7 @@
-"""TensorBoard's event file, written in the thread that asks for it.
+"""TensorBoard's event file, written in the calling thread.
 
-TensorBoard's own writer has a thread that prints a traceback when the disk is full, and leaves half a record behind which
-no later one can be read after.
+TensorBoard's own writer has a thread that prints a traceback when the disk is full and leaves half a record; no later
+record can then be read.
 """
 
 import io
@@ -19,14 +19,14 @@ _COUNT = itertools.count()
 
 
 class EventFile:
-    """One file of events in `folder`, made with the first of them."""
+    """One file of events in `folder`, created with the first event."""
 
     def __init__(self, folder: Path):
         self._folder = Path(folder)
         self._file = None
 
     def add(self, step: int, values: list[Summary.Value]) -> None:
-        """Appends `values` as those of `step`. Raises OSError; the file then ends with the event before."""
+        """Appends `values` as those of `step`. Raises OSError; the file then ends with the previous event."""
         if self._file is None:
             self._open()
         self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))

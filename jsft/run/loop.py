@@ -1,4 +1,4 @@
-"""The loop: batches in, updates done, numbers out, states saved, until the last step or a request to stop."""
+"""The training loop: takes batches, dispatches updates, writes metrics and saves states until the end or a stop."""
 
 import time
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from jsft.cluster.exit import RESUME_HINT
 from jsft.cluster.signals import Agreement, StopRequest
 from jsft.cluster.watchdog import Watchdog
 from jsft.data.batch import Batch, StepData
@@ -25,7 +26,7 @@ from jsft.step.programs import StepPrograms
 
 @dataclass
 class Loop:
-    """What the loop works with. `flops`: useful FLOPs of a step from its data; `peak_flops` of all devices, or None."""
+    """The loop and its tools. `flops`: useful FLOPs of a step from its data; `peak_flops` of all devices, or None."""
 
     config: ConfigDict
     mesh: Mesh
@@ -79,8 +80,8 @@ class Loop:
             dispatched = time.perf_counter() - dispatched
             step += 1
             if step == first_step + 1:
-                self.stop.hold()  # from here on a request to stop means: save first
-            # The numbers of a step are read once the next one is under way, so that the device never waits for us.
+                self.stop.hold()  # from now on, a request to stop saves first
+            # A step's metrics are read after the next step is dispatched, so that the device never waits for the host.
             if pending:
                 clock, bad = self._report(*pending, clock, bad)
             pending = (step, metrics, counts, step_data, waited, dispatched)
@@ -109,7 +110,7 @@ class Loop:
         return state, step, False
 
     def _save(self, step: int, state: TrainState) -> None:
-        """Starts a save; how long it kept training waiting goes into the next step's record."""
+        """Starts a save. The time that training waited for it goes into the next step's record."""
         self.watchdog.at(f"saving step {step}")
         began = time.perf_counter()
         self.saver.save(step, state)
@@ -129,7 +130,7 @@ class Loop:
     def _next(self, batches, step: int) -> StepData | None:
         """The data of the step after `step`. Raises DataError when the loader fails, whatever its error.
 
-        None when the run is to stop and the loader's processes died of the same signal.
+        None when a signal that asked the run to stop also ended the loader's processes.
         """
         try:
             return next(batches)
@@ -139,8 +140,9 @@ class Loop:
             if self.stop.signal and jax.process_count() == 1:
                 return None
             raise DataError(
-                f"the data of step {step + 1} could not be made ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
-                f"is the data's disk there, and its token cache whole? the same command goes on from the last checkpoint"
+                f"the data of step {step + 1} could not be made ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:300]}); is the data's disk there, and its token cache whole? "
+                f"{RESUME_HINT}"
             ) from error
 
     def _update(
@@ -159,7 +161,7 @@ class Loop:
         """Fetches and writes a step's numbers. Returns (time now, non-finite steps in a row)."""
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
-        # The last of a row of steps is read straight after the one before it, whose time took in this one's dispatch.
+        # The last step before a save is read right after the previous one, whose time includes this one's dispatch.
         seconds = max(now - clock, waited + dispatched)
         metrics |= {
             "tokens": data.tokens,
@@ -192,7 +194,7 @@ class Loop:
         if bad >= self.config.train.max_bad_steps:
             raise NonFiniteError(
                 f"{bad} steps in a row, to step {step}, had a non-finite gradient (train.max_bad_steps); lower "
-                f"optimizer.learning_rate, or go on from an earlier checkpoint with another seed"
+                f"optimizer.learning_rate, or resume from an earlier checkpoint with another seed"
             )
         return now, bad
 
@@ -201,7 +203,7 @@ class Loop:
 
         The batches' weights are `document_mean_weights`: their sum is the number of documents.
 
-        None when it was left because the run is to stop.
+        None when a request to stop interrupted it.
         """
         record = {}
         for name, batches in self.eval_data.items():

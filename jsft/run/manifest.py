@@ -1,6 +1,6 @@
 """Which checkpoints are whole: a manifest with a checksum of every file, written after everything else.
 
-A checkpoint without a manifest was never finished; one whose files disagree with it is damaged (Orbax itself
+A checkpoint without a manifest was never finished. One whose files do not match its manifest is damaged (Orbax itself
 does not notice a flipped byte in its array data). The manifest ends with a checksum of its own bytes.
 """
 
@@ -25,7 +25,7 @@ FORMAT = 2  # 1 had no checksum of the manifest itself
 _UNSUMMED = 1  # the newest format without it
 MANIFEST = "manifest.json"
 PARAMETERS, OPTIMIZER = "parameters", "optimizer"  # the two Orbax items of a checkpoint
-SPACE_MARGIN = 1.05  # metadata and file-system overhead beside a checkpoint's arrays
+SPACE_MARGIN = 1.05  # metadata and file-system overhead, in addition to a checkpoint's arrays
 _READ_BYTES = 16 * 2**20
 _THREADS = 8
 _SEALED = re.compile(rb'(.*),\n "checksum": "([0-9a-f]{8})"\n}\n', re.DOTALL)
@@ -46,7 +46,7 @@ def is_step(name: str) -> bool:
 
 
 def list_steps(workdir: Path, full: bool = False) -> list[int]:
-    """Steps of finished checkpoints, ascending; with `full`, only those that training can go on from."""
+    """Steps of finished checkpoints, ascending; with `full`, only those that training can resume from."""
     folder = checkpoint_folder(workdir)
     steps = []
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -61,7 +61,7 @@ def unsealed_bytes(workdir: Path) -> int:
     total = 0
     for path in folder.iterdir() if folder.is_dir() else ():
         for file in () if (path / MANIFEST).is_file() else path.rglob("*"):
-            with suppress(OSError):  # a run that is under way moves its files
+            with suppress(OSError):  # a running training moves its files
                 total += file.stat().st_size if file.is_file() else 0
     return total
 
@@ -96,7 +96,7 @@ def read_manifest(workdir: Path, step: int) -> dict[str, Any]:
 
 
 def manifest_bytes(facts: dict[str, Any]) -> bytes:
-    """A manifest as it lies on the disk: JSON whose last entry is the CRC-32 of all bytes before that entry."""
+    """A manifest as it is on disk: JSON whose last entry is the CRC-32 of all bytes before that entry."""
     body = json.dumps({"format": FORMAT, **facts}, indent=1).removesuffix("\n}").encode("ascii")
     return body + f',\n "checksum": "{zlib.crc32(body):08x}"\n}}\n'.encode("ascii")
 
@@ -104,8 +104,8 @@ def manifest_bytes(facts: dict[str, Any]) -> bytes:
 def write_manifest(path: Path, facts: dict[str, Any]) -> None:
     """Seals the checkpoint at `path`: `facts` and the size and checksum of each of its files.
 
-    Everything the manifest speaks of is on the disk before the manifest is: the files, their directories, and the name
-    of the checkpoint. Raises OSError.
+    Everything that the manifest describes is on the disk before the manifest is: the files, their directories, and the
+    name of the checkpoint. Raises OSError.
     """
     files.sync_tree(path)
     files.sync(path.parent)
@@ -194,8 +194,9 @@ def check_arrays(workdir: Path, step: int, tree: Any) -> None:
 
 
 def check_base(workdir: Path, manifest: dict[str, Any], base: Digest) -> None:
-    """Raises CheckpointError when `base`, the digest of the run's base/, is not what the manifest's checkpoint was trained
-    with. A checkpoint older than digests passes.
+    """Raises CheckpointError when `base`, the digest of the run's base/, differs from the digest in the manifest.
+
+    A checkpoint older than digests passes.
     """
     if (there := manifest.get("model")) and (differs := difference(there, base)):
         raise CheckpointError(
@@ -206,7 +207,7 @@ def check_base(workdir: Path, manifest: dict[str, Any], base: Digest) -> None:
 
 @contextmanager
 def reading(workdir: Path, step: int) -> Iterator[None]:
-    """While open, a training will not remove this checkpoint. Raises CheckpointError when it is gone."""
+    """While open, no run removes this checkpoint. Raises CheckpointError when it does not exist."""
     try:
         file = (checkpoint_folder(workdir) / str(step) / MANIFEST).open("rb")
     except OSError as error:
@@ -214,14 +215,14 @@ def reading(workdir: Path, step: int) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH)
-        except OSError:  # a file system without locks: then nobody can be kept from removing it
+        except OSError:  # a file system without locks: nothing can prevent its removal
             pass
         yield
 
 
 @contextmanager
 def removable(path: Path) -> Iterator[bool]:
-    """Whether nobody is reading the checkpoint at `path`; while open, nobody begins to."""
+    """Whether nobody reads the checkpoint at `path`. While open, no reader can start."""
     with (path / MANIFEST).open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -18,13 +18,11 @@ from jsft.step.histograms import EDGES
 
 
 class MetricsWriter:
-    """Appends each step's metrics to `metrics.jsonl`, held-out losses to `heldout.jsonl`, benchmark scores to
-    `generated.jsonl`, all to TensorBoard.
+    """Appends metrics to `metrics.jsonl`, held-out losses to `heldout.jsonl`, benchmark scores to `generated.jsonl`.
 
-    Only process 0 makes one. After a restart, lines of steps that are run again are dropped first: one line a
-    step.
-    A full disk does not end the run: it is reported through `say`, and lines are written again when there is
-    room.
+    All of them also go to TensorBoard. Only process 0 has a writer. After a restart, lines of steps that will run again
+    are dropped first, so that each step has one line. A full disk does not end the run: it is reported through `say`,
+    and writing continues when there is room.
     """
 
     def __init__(self, workdir: Path, first_step: int, say: Callable[[str], None] = print, also: Any = None):
@@ -42,7 +40,7 @@ class MetricsWriter:
         self._board = EventFile(workdir / "tensorboard")
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """The numbers of update `step`; those that are not finite become null, which JSON can hold."""
+        """The metrics of update `step`; values that are not finite become null, because JSON has no NaN."""
         self._append("metrics", "train", step, metrics)
 
     def write_heldout(self, step: int, metrics: dict[str, Any]) -> None:
@@ -76,7 +74,7 @@ class MetricsWriter:
         protos = {
             tag: histogram_proto(row, EDGES, (row * centres).sum(), (row * centres**2).sum())
             for tag, row in counts.items()
-            if row.any()  # nothing of it was finite
+            if row.any()  # otherwise no value was finite
         }
         self._write_histograms(step, protos, "Horizontal: log2 of the magnitude. Zeros are in the lowest bin.")
 
@@ -100,9 +98,9 @@ class MetricsWriter:
         self._board.add(step, values)
 
     def sync(self) -> None:
-        """Puts on the disk what was written so far: a run that resumes from a checkpoint does not write it again."""
+        """Syncs to disk what was written so far: a run that resumes from a checkpoint does not write it again."""
         for file in self._files.values():
-            with suppress(OSError, ValueError):  # full, which was said; or closed
+            with suppress(OSError, ValueError):  # full, which was reported; or closed
                 os.fsync(file.fileno())
 
     def close(self) -> None:
@@ -136,7 +134,7 @@ def has_heldout(workdir: Path, step: int) -> bool:
 
 
 def _step_of(line: bytes) -> int | None:
-    """The step of a record; None for a line that is none, as a killed process or a bad disk leaves."""
+    """The step of a record; None for a damaged line, as a killed process or a bad disk leaves."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -150,19 +148,19 @@ def _json_number(value: Any) -> Any:
 
 
 def _drop_steps_after(path: Path, step: int, say: Callable[[str], None]) -> None:
-    """Keeps the lines of steps up to `step`. What is no record goes: a half-written last line, and a damaged one."""
+    """Removes the lines of later steps, a half-written last line and damaged lines."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = []
+    records = []
     for number, line in enumerate(lines, 1):
         found = _step_of(line) if line.endswith(b"\n") else None
         if found is None and line.endswith(b"\n"):
             say(f"warning: {path}, line {number} is damaged and is left out")
         elif found is not None and found <= step:
-            kept.append(line)
-    if kept != lines:
-        files.write_bytes(path, b"".join(kept))
+            records.append(line)
+    if records != lines:
+        files.write_bytes(path, b"".join(records))
 
 
 class RunLog:
@@ -177,17 +175,17 @@ class RunLog:
 
     def line(self, text: str) -> None:
         """One line to the console and the log."""
-        self._keep(text)
+        self._log_line(text)
         if not self._quiet:
             try:
                 self._console.print(text, markup=False)
-            except BrokenPipeError:  # whoever read it is gone
+            except BrokenPipeError:  # the reader has ended
                 raise
-            except OSError:  # sent to a file, and its disk is full: the run goes on
+            except OSError:  # redirected to a file on a full disk: the run continues
                 pass
 
-    def _keep(self, text: str) -> None:
-        """To the log file. The disk may be full: the console still has the line."""
+    def _log_line(self, text: str) -> None:
+        """Appends to the log file. A full disk is ignored: the console still has the line."""
         if self._log:
             with suppress(OSError):
                 self._log.write(text + "\n")
@@ -211,19 +209,19 @@ class RunLog:
         self._progress.start()
 
     def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
-        """The progress bar's text on a terminal; a line a step elsewhere and in the log."""
+        """Updates the progress bar on a terminal; elsewhere, and in the log, writes one line."""
         short = (
             f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  grad {metrics['grad_norm']:.3f}  "
             f"{metrics['tokens_per_second']:,.0f} tok/s" + (f"  MFU {metrics['mfu']:.1%}" if "mfu" in metrics else "")
         )
         if self._progress:
             self._progress.update(self._task, completed=step, description=short)
-            self._keep(f"step {step}/{total}  {short}")
+            self._log_line(f"step {step}/{total}  {short}")
         else:
             self.line(f"step {step}/{total}  {short}")
 
     def stop_progress(self) -> None:
-        """Ends the progress bar; lines go on."""
+        """Ends the progress bar; later lines are still printed."""
         if self._progress:
             self._progress.stop()
             self._progress = None

@@ -1,4 +1,4 @@
-"""What jsft asks of Orbax beyond its API: paths it would misread, proof that a save can be read, quiet failures."""
+"""What Orbax lacks: support for unusual paths, proof that a save can be read back, short messages of failures."""
 
 import logging
 import os
@@ -13,16 +13,16 @@ from orbax.checkpoint import v1 as ocp
 
 from jsft.errors import CheckpointError
 
-_PATTERN = frozenset("*?[]\\")  # Orbax searches below a checkpoint's path as if it were a pattern
+_PATTERN = frozenset("*?[]\\")  # Orbax uses a checkpoint's path as a glob pattern
 
 
 @contextmanager
 def orbax_path(path: Path) -> Iterator[str]:
-    """While open, a name of `path` that Orbax and TensorStore take literally. The directory above must exist.
+    """While open, a name of `path` that Orbax and TensorStore take literally. The parent directory must exist.
 
     Orbax finds the parts of a save by glob, with the whole path as the pattern: below `a[b]` it finds nothing, below
-    `a*` also what is another run's. TensorStore takes a backslash for a slash, and UTF-8 alone. Such a path is reached
-    through a descriptor of the directory above. Raises CheckpointError where the system offers no such name.
+    `a*` also files of another run. TensorStore reads a backslash as a slash, and only UTF-8. Such a path is opened
+    through a descriptor of its parent directory. Raises CheckpointError where the system offers no such name.
     """
     text = str(path)
     if not needs_alias(text):
@@ -36,7 +36,7 @@ def orbax_path(path: Path) -> Iterator[str]:
         alias = f"/proc/self/fd/{descriptor}"
         if not os.path.isdir(alias):
             raise CheckpointError(
-                f"a checkpoint cannot be kept in {text!r}: its name holds one of * ? [ ] \\ or is not UTF-8, and this "
+                f"a checkpoint cannot be saved in {text!r}: its name holds one of * ? [ ] \\ or is not UTF-8, and this "
                 f"system has no /proc; choose another --workdir"
             )
         yield f"{alias}/{path.name}"
@@ -68,10 +68,10 @@ def stored_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def check_readable(path: Path, arrays: dict[str, list]) -> None:
-    """Raises CheckpointError unless the checkpoint at `path` is read as holding `arrays` ({name: [shape, dtype, bytes]})."""
+    """Raises CheckpointError unless the checkpoint at `path` has `arrays` ({name: [shape, dtype, bytes]})."""
     try:
         found = stored_arrays(path)
-    except Exception as error:  # whatever Orbax and TensorStore say of a checkpoint they cannot read
+    except Exception as error:  # Orbax and TensorStore raise many kinds
         raise CheckpointError(f"what was written cannot be read back ({one_line(error)})") from error
     for name, (shape, dtype, *_) in arrays.items():
         if name not in found:
@@ -81,7 +81,7 @@ def check_readable(path: Path, arrays: dict[str, list]) -> None:
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """An error as one short line. What matters of a full disk is that it is full."""
+    """An error as one short line; for a full disk, the system's message alone."""
     text = " ".join(str(error).split())
     for known in ("No space left on device", "Disk quota exceeded", "Read-only file system"):
         if known in text:
@@ -92,13 +92,13 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 @cache
 def quiet() -> None:
-    """Keeps Orbax's threads from printing a traceback each when a save fails: the saver says it in one line."""
+    """Hides the tracebacks of Orbax's threads when a save fails: the saver reports it in one line."""
     logging.getLogger("absl").addFilter(_is_no_orbax_traceback)
     logging.getLogger("asyncio").addFilter(_is_no_lost_task)
     before = sys.unraisablehook
 
     def hook(raised: Any) -> None:
-        # TensorStore answers to an event loop that the failed save has closed already.
+        # TensorStore calls an event loop that the failed save has already closed.
         if not (raised.exc_type is RuntimeError and str(raised.exc_value) == "Event loop is closed"):
             before(raised)
 

@@ -1,5 +1,4 @@
-"""The plan as a run's first act: refuses what cannot fit, and says how long it will take where the device is
-known."""
+"""The plan before the run: refuses what cannot fit, and prints the expected time where the device is known."""
 
 import shutil
 from collections.abc import Callable
@@ -19,65 +18,62 @@ TOLERANCE = 1.1  # the estimate is within a tenth of the compiled program
 Say = Callable[[str], None]
 
 
-def check_memory(parts, say: Say, ignore: bool = False) -> None:
-    """Raises OutOfMemoryError where even the least that the config allows is surely too much; says so with
-    `ignore`.
+def check_memory(components, say: Say, ignore: bool = False) -> None:
+    """Raises OutOfMemoryError where even the config's smallest plan cannot fit; with `ignore`, only warns.
 
-    parts: `jsft.step.components.Components`. Where a device does not tell its memory (a CPU) nothing is checked.
+    components: `jsft.step.components.Components`. Devices that do not report their memory (CPUs) are not checked.
     """
     limit = xla.device_memory()
     if not limit:
         return
-    config, model, kind = parts.config, parts.model, parts.mesh.devices.flat[0].platform
+    config, model, kind = components.config, components.model, components.mesh.devices.flat[0].platform
     rung = fitting.LADDER[-1] if config.remat == "auto" else config.remat
-    needed = estimate(model, config, parts.mesh, rung, kind).total
+    needed = estimate(model, config, components.mesh, rung, kind).total
     if needed <= TOLERANCE * limit:
         return
-    options = fitting.changes(model, config, parts.mesh.size, limit, kind)
+    options = fitting.changes(model, config, components.mesh.size, limit, kind)
     text = (
         f"the plan needs {needed / 2**30:.1f} GiB per device with remat={rung}, and there are "
-        f"{limit / 2**30:.1f}; what "
-        f"would fit: {', or '.join(options) or 'a smaller model'}"
+        f"{limit / 2**30:.1f}; what would fit: {', or '.join(options) or 'a smaller model'}"
     )
     if not ignore:
         raise OutOfMemoryError(f"{text} (python -m jsft.plan shows all; --ignore_plan starts all the same)")
     say(f"warning: {text}")
 
 
-def check_disk(parts, workdir: Path, say: Say, ignore: bool = False) -> None:
-    """Raises CheckpointError where the disk of `workdir`, a run without a checkpoint, has no room for a single one; says
-    so with `ignore`.
+def check_disk(components, workdir: Path, say: Say, ignore: bool = False) -> None:
+    """Raises CheckpointError where the disk of `workdir` has no room for one checkpoint; with `ignore`, only warns.
 
-    What a killed save left there counts as free: the run removes it.
+    For a run without a checkpoint. Files of an unfinished save count as free: the run removes them.
     """
     workdir = Path(workdir).resolve()
     place = next(folder for folder in (workdir, *workdir.parents) if folder.exists())
     with explained(CheckpointError, f"--workdir {workdir} cannot be read", "choose another"):
         free = shutil.disk_usage(place).free + unsealed_bytes(workdir)
-    needed = checkpoint_bytes(parts.model, parts.config, parts.data.total_steps)[0] * SPACE_MARGIN
+    needed = checkpoint_bytes(components.model, components.config, components.data.total_steps)[0] * SPACE_MARGIN
     if free >= needed:
         return
     text = (
-        f"a checkpoint needs {needed / 1e6:,.1f} MB, and the disk of {workdir} has {free / 1e6:,.1f} MB free: not one would "
-        f"be saved; free space, or choose another --workdir"
+        f"a checkpoint needs {needed / 1e6:,.1f} MB, and the disk of {workdir} has {free / 1e6:,.1f} MB free: not one "
+        f"would be saved; free space, or choose another --workdir"
     )
     if not ignore:
         raise CheckpointError(f"{text} (--ignore_plan starts all the same)")
     say(f"warning: {text}")
 
 
-def expectation(parts, remat: str) -> str | None:
-    """Expected seconds a step and hours of the run, in words; None for a device that no rates are known
-    of."""
-    device = device_of_kind(parts.mesh.devices.flat[0].device_kind)
+def expectation(components, remat: str) -> str | None:
+    """Expected seconds a step and hours of the run, in words; None for a device whose rates are unknown."""
+    device = device_of_kind(components.mesh.devices.flat[0].device_kind)
     if device is None:
         return None
-    report, total = parts.data.report, parts.data.total_steps
-    lengths = Lengths.of(parts.data.lengths, parts.config.data.max_length, "the run's data")
+    report, total = components.data.report, components.data.total_steps
+    lengths = Lengths.of(components.data.lengths, components.config.data.max_length, "the run's data")
     lengths = lengths._replace(micro_batches=report["micro_batches"], padding=report["padding_share"])
-    work = plan_work(parts.model, parts.config, parts.mesh, remat, lengths, device, jax.local_device_count())
+    work = plan_work(
+        components.model, components.config, components.mesh, remat, lengths, device, jax.local_device_count()
+    )
     return (
-        f"{work.seconds:.2f} s a step and {total * work.seconds / 3600:.2f} h for {total:,} expected, give "
-        f"or take "
+        f"{work.seconds:.2f} s a step and {total * work.seconds / 3600:.2f} h for {total:,} expected, give or take "
         f"{SPREAD:.0%} (rates of docs/memory-and-speed.md)"
     )

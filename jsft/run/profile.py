@@ -1,8 +1,7 @@
-"""A window of steps under JAX's profiler, and what it shows in words: the devices' time by part, and their
-gaps.
+"""A window of steps under JAX's profiler, and its result in words: the devices' time by part, and their gaps.
 
-`--profile_steps 20:23` asks for steps 20, 21 and 22; a file `profile` put into the run's directory asks for
-the next three.
+`--profile_steps 20:23` profiles steps 20, 21 and 22; creating a file `profile` in the run's directory profiles the next
+three.
 """
 
 import collections
@@ -14,7 +13,7 @@ import jax
 
 from jsft.errors import ConfigError
 
-# Kernel names by part, first match wins; what is not named is elementwise work that XLA fused.
+# Kernel names by part, first match wins. All other kernels are elementwise work that XLA fused.
 PARTS = (
     (
         "collectives",
@@ -34,15 +33,14 @@ _HOST_NOISE = (
     "conditional",
     "call",
     "Slinky",
-)  # also what contains others
+)  # some of these contain other events
 ON_DEMAND_STEPS = 3
-ASK = "profile"  # name of the file that asks for a window
+ASK = "profile"  # name of the file that requests a window
 Say = Callable[[str], None]
 
 
 class Profile(NamedTuple):
-    """Device time of a window. seconds: from the first kernel's start to the last one's end, on one
-    device."""
+    """Device time of a window. seconds: from the first kernel's start to the last one's end, on one device."""
 
     device: str
     seconds: float
@@ -76,8 +74,7 @@ def part_of(name: str) -> str:
 
 
 def read_profile(folder: Path) -> Profile | None:
-    """The profile below `folder`: of the first GPU, else of the CPU's XLA threads. None when it holds no
-    kernels."""
+    """The profile in `folder`: of the first GPU, else of the CPU's XLA threads. None when it has no kernels."""
     files = sorted(Path(folder).rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
     if not files:
         return None
@@ -115,8 +112,7 @@ def parse_window(text: str) -> tuple[int, int]:
 
 
 class Profiler:
-    """Starts and ends windows as the loop tells it which step comes next. Traces go to
-    `<workdir>/profiles/step_<N>`."""
+    """Starts and ends windows of steps for the loop. Traces go to `<workdir>/profiles/step_<N>`."""
 
     def __init__(self, workdir: Path, window: tuple[int, int] | None, say: Say):
         self._workdir, self._window, self._say = workdir, window, say
@@ -124,7 +120,7 @@ class Profiler:
         self._ask = workdir / ASK
 
     def due(self, step: int) -> bool:
-        """Whether a window begins with `step`; a file that asked for it is removed."""
+        """Whether a window begins with `step`; removes the file that requested it."""
         if self._running:
             return False
         if self._ask.exists():
@@ -133,23 +129,23 @@ class Profiler:
         return bool(self._window and self._window[0] <= step < self._window[1])
 
     def start(self, step: int) -> None:
-        """Begins the trace; nothing may be under way on the devices."""
+        """Starts the trace; the devices must be idle."""
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0
         try:
             jax.profiler.start_trace(str(self._folder(step)), profiler_options=options)
-        except (OSError, RuntimeError) as error:  # the profiler is no reason to end a run
+        except (OSError, RuntimeError) as error:  # a profiler error must not end the run
             self._say(f"warning: no profile of step {step}: {' '.join(str(error).split())[:200]}")
             self._window = None
             return
         self._running = step, self._window[1]
 
     def ends(self, step: int) -> bool:
-        """Whether `step` is the last of the window that is open."""
+        """Whether `step` is the last one of the open window."""
         return bool(self._running and step >= self._running[1] - 1)
 
     def stop(self, step: int) -> None:
-        """Ends an open window with `step`, and says what it showed."""
+        """Ends an open window with `step` and prints its profile."""
         if not self._running:
             return
         first, self._running, self._window = self._running[0], None, None

@@ -1,4 +1,4 @@
-"""What decides the bits of a run beside its config: the code, and the batches it makes."""
+"""What determines the bits of a run in addition to its config: the code, and the batches it makes."""
 
 import zlib
 from functools import cache
@@ -21,7 +21,7 @@ def code_version() -> str:
 def first_batch_checksum(data: TrainingData) -> str:
     """Checksum of this process's rows of the first step: tokens, weights and where each document lies.
 
-    It stands for the version of the pack plan, without anyone having to raise a number.
+    It serves as the version of the packing schedule, which nobody has to raise by hand.
     """
     value = 0
     for batch in data[0].micro_batches:

@@ -10,7 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jsft import config as schema
-from jsft.cluster.exit import GO_ON, Ending
+from jsft.cluster.exit import RESUME_HINT, ProcessExit
 from jsft.cluster.peers import PeerLink
 from jsft.cluster.processes import any_process
 from jsft.cluster.signals import Stopped, StopRequest
@@ -35,12 +35,12 @@ from jsft.run.provenance import code_version, first_batch_checksum
 from jsft.run.run_readme import write_run_readme
 from jsft.run.sampling import open_generation
 from jsft.run.setup import build
-from jsft.run.summary import introduce
+from jsft.run.summary import write_summary
 from jsft.run.trackers import open_wandb
 from jsft.step.components import Components, compile_gradients, programs
 from jsft.step.histograms import make_histograms
 from jsft.step.optimizer import initial_state, parameter_dtype
-from jsft.step.precompile import compile_ahead
+from jsft.step.precompile import precompile
 
 Say = Callable[[str], None]
 
@@ -54,47 +54,49 @@ def train(
     ignore_plan: bool = False,
     profile: tuple[int, int] | None = None,
 ) -> int:
-    """Runs, or goes on with, the run in `workdir`. Returns 0; raises JsftError with its exit code.
+    """Starts or resumes the run in `workdir`. Returns 0; raises JsftError with its exit code.
 
-    link: to the other processes of the run, where there are some (`jsft.cluster.processes.session`). ignore_plan: start though
-    the plan says that the run does not fit. profile: first step under the profiler, and the one after the last.
+    link: to the other processes of the run, if any (`jsft.cluster.processes.session`). ignore_plan: start even if the
+    plan says that the run does not fit. profile: first step under the profiler, and the one after the last.
     """
     xla.configure()  # before JAX looks for devices
     primary = jax.process_index() == 0
-    ending = Ending(link)
-    stop = StopRequest(ending)
+    process_exit = ProcessExit(link)
+    stop = StopRequest(process_exit)
     directory = log = watchdog = None
     try:
         fresh = not list_steps(workdir, full=True)
         with _device_errors():
-            parts = build(config, weights=fresh)
+            components = build(config, weights=fresh)
         if link:
-            check_agreement(link, parts)
+            check_agreement(link, components)
         if primary and fresh:
-            check_disk(parts, workdir, print, ignore_plan)
+            check_disk(components, workdir, print, ignore_plan)
         directory = RunDirectory(workdir) if primary else None
         if directory:
-            directory.enter(config, name, allow_changed, parts.data.fingerprint, model_digest(parts.model_dir))
-            ending.status = lambda state, reason: directory.status(state, directory.last_step, reason, final=True)
-            directory.keep_base_files(parts.model_dir)
+            directory.enter(
+                config, name, allow_changed, components.data.fingerprint, model_digest(components.model_dir)
+            )
+            process_exit.status = lambda state, reason: directory.status(state, directory.last_step, reason, final=True)
+            directory.keep_base_files(components.model_dir)
             directory.point_latest()
         if link:
             check_workdir(link, workdir, directory.owner if directory else "")
         with explained(CheckpointError, f"--workdir {workdir} cannot be written", "choose another"):
             log = RunLog(workdir / "log.txt" if primary else None, quiet=not primary)
-        watchdog = Watchdog(workdir, jax.process_index(), 60 * config.train.hang_minutes, ending)
+        watchdog = Watchdog(workdir, jax.process_index(), 60 * config.train.hang_minutes, process_exit)
         try:
-            with _device_errors(), explained(CheckpointError, f"the run in {workdir} had to end", GO_ON):
-                check_memory(parts, log.line, ignore_plan)
-                _train(parts, name, workdir, directory, log, stop, watchdog, profile)
+            with _device_errors(), explained(CheckpointError, f"the run in {workdir} had to end", RESUME_HINT):
+                check_memory(components, log.line, ignore_plan)
+                _train(components, name, workdir, directory, log, stop, watchdog, profile)
         except Exception as error:
             if directory:
                 directory.status("failed", directory.last_step, " ".join(str(error).split())[:500])
             raise
     except Stopped as request:
-        reason = f"stopped by {request} before there was anything new to save; {GO_ON}"
+        reason = f"stopped by {request} before there was anything new to save; {RESUME_HINT}"
         if link:  # the others cannot be asked: they may be waiting for this one
-            ending.now(0, "preempted", reason)
+            process_exit.now(0, "preempted", reason)
         if directory:
             directory.status("preempted", directory.last_step, reason)
         print(reason, flush=True)
@@ -110,7 +112,7 @@ def train(
 
 
 def _train(
-    parts: Components,
+    components: Components,
     name: str,
     workdir: Path,
     directory: RunDirectory | None,
@@ -120,12 +122,12 @@ def _train(
     profile: tuple[int, int] | None,
 ) -> None:
     """The run between its directory's opening and closing."""
-    config, total = parts.config, parts.data.total_steps
+    config, total = components.config, components.data.total_steps
     status = directory.status if directory else lambda *_: None
     watchdog.at("reading the checkpoint")
-    state = checkpoint.restore(workdir, parts.abstract, log.line)
+    state = checkpoint.restore(workdir, components.abstract, log.line)
     step = int(state.step) if state is not None else 0
-    eval_data = _eval_data(parts)
+    eval_data = _eval_data(components)
     evaluated = any_process(directory is not None and has_heldout(workdir, step))
     if step >= total and (evaluated or not eval_data):
         status("done", step)
@@ -133,15 +135,15 @@ def _train(
         return
     status("running", step)
     watchdog.at("choosing remat, which compiles")
-    remat = choose_remat(parts, log.line)
-    introduce(parts, name, workdir, remat, step, log.line)
+    remat = choose_remat(components, log.line)
+    write_summary(components, name, workdir, remat, step, log.line)
     if directory:
-        write_run_readme(parts, name, workdir)
+        write_run_readme(components, name, workdir)
     if state is None:
         watchdog.at("reading the base model's weights")
         dtype = parameter_dtype(config)
-        state = initial_state(load_parameters(parts.model_dir, parts.model, parts.mesh, dtype), config)
-    facts = _facts(parts, name)
+        state = initial_state(load_parameters(components.model_dir, components.model, components.mesh, dtype), config)
+    facts = _facts(components, name)
     if directory:
         facts["model"] = model_digest(workdir / "base")  # what an export of these checkpoints must say
     if step and directory:
@@ -154,7 +156,7 @@ def _train(
     writer = MetricsWriter(workdir, step, log.line, open_wandb(config, name, workdir, log.line)) if directory else None
     saver = checkpoint.Saver(workdir, policy, facts, log.line, writer.sync if writer else lambda: None)
     if writer:
-        writer.write_histogram("data/tokens", parts.data.lengths)
+        writer.write_histogram("data/tokens", components.data.lengths)
     generation = open_generation(config, workdir, writer, log.line) if directory else None
 
     def on_step(step: int) -> None:
@@ -164,29 +166,31 @@ def _train(
             generation.poll()
 
     profiler = Profiler(workdir, profile, log.line) if directory else None
-    count = matmul_parameters(parts.model)
+    count = matmul_parameters(components.model)
     loop = Loop(
         config,
-        parts.mesh,
-        programs(parts, remat),
+        components.mesh,
+        programs(components, remat),
         saver,
         log,
         writer,
         stop,
         watchdog,
         total,
-        flops=lambda data: step_flops(parts.model, count, data.tokens, data.sum_squared_lengths),
+        flops=lambda data: step_flops(components.model, count, data.tokens, data.sum_squared_lengths),
         peak_flops=peak_flops(jax.devices()),
         eval_data=eval_data,
         profiler=profiler,
-        histograms=make_histograms(config, parts.mesh, parts.shardings),
+        histograms=make_histograms(config, components.mesh, components.shardings),
         on_step=on_step,
         on_save=generation.saved if generation else lambda step: None,
     )
     try:
         watchdog.at("compiling")
-        loop.programs, loop.histograms = compile_ahead(loop.programs, loop.histograms, parts, bool(eval_data), log.line)
-        state, step, stopped = loop.run(state, parts.data, step, evaluated)
+        loop.programs, loop.histograms = precompile(
+            loop.programs, loop.histograms, components, bool(eval_data), log.line
+        )
+        state, step, stopped = loop.run(state, components.data, step, evaluated)
         watchdog.at("waiting for the last save")
         saver.wait()
         if generation and not stopped:
@@ -195,7 +199,7 @@ def _train(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         watchdog.at("planning what would fit")
-        raise OutOfMemoryError(f"the device ran out of memory: {advise_out_of_memory(parts, remat)}") from error
+        raise OutOfMemoryError(f"the device ran out of memory: {advise_out_of_memory(components, remat)}") from error
     finally:
         if generation:
             generation.stop()
@@ -208,53 +212,53 @@ def _train(
     if stopped:
         asked = stop.signal or "a signal to another process"
         status("preempted", step, f"{asked} after step {step}")
-        log.line(f"stopped by {asked} after step {step} of {total}, saved; the same command goes on from there")
+        log.line(f"stopped by {asked} after step {step} of {total}, saved; the same command resumes from there")
     else:
         status("done", step)
         place = shlex.quote(str(workdir))
         log.line(f"done: {step} steps; export with: python -m jsft.export --workdir {place} --step {step}")
 
 
-def _facts(parts: Components, name: str) -> dict[str, Any]:
+def _facts(components: Components, name: str) -> dict[str, Any]:
     """What a checkpoint's manifest says of the run that wrote it."""
     return {
         "name": name,
-        "config": schema.flatten(parts.config),
-        "data": parts.data.fingerprint,
-        "plan": first_batch_checksum(parts.data),
+        "config": schema.flatten(components.config),
+        "data": components.data.fingerprint,
+        "plan": first_batch_checksum(components.data),
         "code": code_version(),
         "jax": jax.__version__,
-        "devices": parts.mesh.size,
+        "devices": components.mesh.size,
         "processes": jax.process_count(),
         "device_kind": jax.devices()[0].device_kind,
     }
 
 
 def _say_what_changed(there: dict[str, Any], here: dict[str, Any], say: Say) -> None:
-    """A line where the run goes on, but not bit for bit. The plan is each process's own rows of the first batch."""
+    """Prints a line where the run resumes, but not bit for bit. `plan`: this process's rows of the first batch."""
     names = ["devices", "processes", "device_kind", "jax", "code"]
     if all(there.get(n) == here[n] for n in names[:2]):
         names.append("plan")
     changed = [f"{n} {there.get(n)} -> {here[n]}" for n in names if there.get(n) != here[n]]
     if changed:
-        say(f"note: going on with the same documents and objective, perhaps not bit for bit: {', '.join(changed)}")
+        say(f"note: resuming with the same documents and objective, perhaps not bit for bit: {', '.join(changed)}")
 
 
 def dry_run(config: ConfigDict, name: str, ignore_plan: bool = False) -> int:
     """Builds everything on shapes alone, compiles one abstract step, prints the summary, and trains nothing."""
     xla.configure()
     with _device_errors():
-        parts = build(config)
-        check_memory(parts, print, ignore_plan)
-        remat = choose_remat(parts, print)
-        introduce(parts, name, None, remat, 0, print)
-        compiled = compile_gradients(parts, remat)
+        components = build(config)
+        check_memory(components, print, ignore_plan)
+        remat = choose_remat(components, print)
+        write_summary(components, name, None, remat, 0, print)
+        compiled = compile_gradients(components, remat)
         memory = compiled.memory_analysis()
         print(
             f"step:      compiled; per device {memory.argument_size_in_bytes / 2**30:.2f} GiB of arguments, "
             f"{memory.temp_size_in_bytes / 2**30:.2f} GiB of temporaries"
         )
-        first = next(iter(parts.data.iterate(0)))
+        first = next(iter(components.data.iterate(0)))
         print(
             f"plan:      first step has {first.documents} documents, {first.tokens:,} tokens "
             f"({first.supervised_tokens:,} trained), {len(first.micro_batches)} micro batches, "
@@ -263,10 +267,10 @@ def dry_run(config: ConfigDict, name: str, ignore_plan: bool = False) -> int:
     return 0
 
 
-def _eval_data(parts: Components):
+def _eval_data(components: Components):
     return {
         name: [batch._replace(loss_weights=document_mean_weights(batch)) for batch in batches]
-        for name, batches in parts.held_out.items()
+        for name, batches in components.held_out.items()
     }
 
 

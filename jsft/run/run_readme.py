@@ -65,8 +65,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the sources, '-changed' appended where files differ from it; None outside a git
-    checkout."""
+    """The commit of the sources, with '-changed' where files differ from it; None outside a git checkout."""
     folder = Path(jsft.__file__).parent
 
     def git(*arguments: str) -> str:
@@ -81,30 +80,30 @@ def git_commit() -> str | None:
         return None
 
 
-def write_run_readme(parts, name: str, workdir: Path) -> None:
-    """Writes README.md and environment.json into `workdir`. parts: `jsft.step.components.Components`."""
+def write_run_readme(components, name: str, workdir: Path) -> None:
+    """Writes README.md and environment.json into `workdir`. components: `jsft.step.components.Components`."""
     facts = environment()
     with suppress(OSError):  # a full disk must not end the run
         files.write_json(workdir / "environment.json", facts)
-        _write_readme(parts, name, workdir, facts)
+        _write_readme(components, name, workdir, facts)
 
 
-def _write_readme(parts, name: str, workdir: Path, facts: dict[str, Any]) -> None:
-    config, place = parts.config, shlex.quote(str(workdir))
+def _write_readme(components, name: str, workdir: Path, facts: dict[str, Any]) -> None:
+    config, place = components.config, shlex.quote(str(workdir))
     lines = [
         f"# {name}",
         "",
         f"{config.model.path} trained on {config.data.train} with jsft {jsft.__version__} (git "
         f"{facts['git'] or 'unknown'}).",
         "",
-        f"- {parts.data.total_steps:,} updates of {config.train.global_batch} documents, "
+        f"- {components.data.total_steps:,} updates of {config.train.global_batch} documents, "
         f"{config.train.epochs:g} epoch(s)",
-        *(f"- {line}" for line in parts.data.report_lines()),
+        *(f"- {line}" for line in components.data.report_lines()),
         f"- objective {config.objective.name}, learning rate {config.optimizer.learning_rate:g} "
         f"({config.optimizer.schedule}), fidelity {config.fidelity}",
-        f"- {meshes.describe(parts.mesh)}",
+        f"- {meshes.describe(components.mesh)}",
         "",
-        "Start it, or go on from its newest checkpoint:",
+        "Start it, or resume from its newest checkpoint:",
         "",
         f"    {facts['command']}",
         "",

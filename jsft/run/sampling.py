@@ -1,7 +1,7 @@
-"""Benchmarks beside training: saved steps are exported and sampled in the background while training goes on.
+"""Benchmarks during training: saved steps are exported and sampled in the background.
 
-The export is a process of its own that reads the checkpoint on the CPU, so training waits for nothing; sampling is
-`jsft.evaluation.in_training`. Scores come back as lines of the log and of `generated.jsonl`.
+The export is a separate process that reads the checkpoint on the CPU, so training does not wait for it; sampling is
+`jsft.evaluation.in_training`. Scores go to the log and to `generated.jsonl`.
 """
 
 import os
@@ -29,7 +29,7 @@ def open_generation(config: ConfigDict, workdir: Path, writer: MetricsWriter, sa
     if not settings.every or settings.every % config.checkpoint.every:
         raise ConfigError(
             f"eval.generate.every={settings.every} must be a multiple of checkpoint.every={config.checkpoint.every}: "
-            f"what is sampled is a saved step"
+            f"only saved steps are sampled"
         )
     tasks = [name.strip() for name in settings.tasks.split(",") if name.strip()]
     options = tuple(settings.options.split()) if settings.options else ()
@@ -47,12 +47,12 @@ class Generation:
         self._export: tuple[int, subprocess.Popen] | None = None
 
     def saved(self, step: int) -> None:
-        """Notes that the save of `step` has begun."""
+        """Records that the save of `step` has begun."""
         if step % self._every == 0:
             self._wanted.append(step)
 
     def poll(self) -> None:
-        """Starts what can start, and writes the scores that have come in. Does not wait."""
+        """Starts the next export or sampling that can start, and writes new scores. Does not wait."""
         if self._export is None and self._wanted:
             saved = list_steps(self._workdir)
             if self._wanted[0] in saved:
@@ -72,7 +72,7 @@ class Generation:
             self._write(scores)
 
     def finish(self, alive: Callable[[], None]) -> None:
-        """Waits until all that was saved is scored; calls `alive` while it does."""
+        """Waits until every saved step is scored; calls `alive` meanwhile."""
         if self._wanted or self._export or self._evaluator.busy:
             self._say("waiting for the last steps to be sampled; interrupt to leave them")
         while self._wanted or self._export or self._evaluator.busy:
@@ -81,7 +81,7 @@ class Generation:
             time.sleep(_POLL_SECONDS)
 
     def stop(self) -> None:
-        """Ends what runs in the background."""
+        """Stops the background processes."""
         if self._export is not None:
             self._export[1].kill()
         self._evaluator.stop()

@@ -1,4 +1,4 @@
-"""Builds what a run is made of: mesh, model and data. Reads no weights but their headers."""
+"""Builds the components of a run: mesh, model and data. Of the weights it reads only the headers."""
 
 import jax
 from ml_collections import ConfigDict
@@ -17,13 +17,13 @@ from jsft.step.optimizer import initial_state, learning_rate_schedule, parameter
 
 
 def build(config: ConfigDict, weights: bool = True) -> Components:
-    """Mesh, model and data of a run; of the weights only headers are read, and not even those without `weights`.
+    """Mesh, model and data of a run. `weights`: check the headers of the weights too.
 
-    Raises the JsftError of whatever is wrong.
+    Raises a JsftError where something is wrong.
     """
     mesh = meshes.make_mesh(config.mesh.replica, config.mesh.fsdp)
     model_dir = resolve_model(config.model.path, config.model.revision)
-    base_files(model_dir)  # refuses links out of the directory before anything is read through them
+    base_files(model_dir)  # refuses links out of the directory before anything reads them
     model = read_config(model_dir)
     notes = check_weights(model_dir, model) if weights else ()
     parameters = abstract_parameters(model, mesh, parameter_dtype(config))
@@ -44,7 +44,7 @@ def build(config: ConfigDict, weights: bool = True) -> Components:
         )
     learning_rate_schedule(config, data.total_steps)  # refuses a warm-up that fills the run
     held_out = {}
-    if config.eval.every:  # here, so that what is wrong with it is known before the run's directory is made
+    if config.eval.every:  # here, so that its errors come before the run's directory is made
         held_out = open_eval_data(
             config, model_dir, rows=rows, process_index=jax.process_index(), process_count=jax.process_count()
         )

@@ -1,4 +1,4 @@
-"""What a run says of itself before it starts: nothing that matters is decided silently."""
+"""The summary that a run prints before it starts: nothing that matters is decided silently."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,47 +15,46 @@ from jsft.step.components import typical_length
 Say = Callable[[str], None]
 
 
-def introduce(parts, name: str, workdir: Path | None, remat: str, step: int, say: Say) -> None:
+def write_summary(components, name: str, workdir: Path | None, remat: str, step: int, say: Say) -> None:
     """Prints model, mesh, kernel, precision, objective, data with one row as the model sees it, and steps.
 
-    parts: `jsft.step.components.Components`. remat: what was chosen. step: where the run goes on from, 0 at its
-    start.
+    components: `jsft.step.components.Components`. remat: the chosen rung. step: updates done, 0 for a new run.
     """
-    config, model = parts.config, parts.model
-    count = sum(x.size for x in jax.tree.leaves(parts.abstract.parameters))
-    held = sum(map(shard_bytes, jax.tree.leaves(parts.abstract)))
+    config, model = components.config, components.model
+    count = sum(x.size for x in jax.tree.leaves(components.abstract.parameters))
+    held = sum(map(shard_bytes, jax.tree.leaves(components.abstract)))
     precision, optimizer = config.precision, config.optimizer
 
     def line(head: str, text: str) -> None:
         say(f"{head + ':' if head else '':11}{text}")
 
-    line("run", name + (f" in {workdir}" if workdir else "") + (f", going on from step {step}" if step else ""))
+    line("run", name + (f" in {workdir}" if workdir else "") + (f", resuming from step {step}" if step else ""))
     line(
         "model",
-        f"{parts.model_dir}: {model.family}, {count / 1e6:,.1f} M parameters, {model.num_layers} layers",
+        f"{components.model_dir}: {model.family}, {count / 1e6:,.1f} M parameters, {model.num_layers} layers",
     )
-    for note in parts.notes:
+    for note in components.notes:
         line("", note)
-    line("mesh", meshes.describe(parts.mesh))
+    line("mesh", meshes.describe(components.mesh))
     backward = "deterministic" if config.train.deterministic else config.attention.backward
-    say(describe_attention(config.attention.implementation, backward, typical_length(parts.data)))
+    say(describe_attention(config.attention.implementation, backward, typical_length(components.data)))
     line("norms", describe_norms(config.norm.implementation))
     line(
         "precision",
         f"parameters {precision.params}, moments {precision.moments}, compute {precision.compute}, gradients "
         f"{precision.gradients}, reduce {precision.reduce}",
     )
-    line("memory", f"{held / 2**30:.2f} GiB of parameters and optimizer state per device; layers keep: {remat}")
+    line("memory", f"{held / 2**30:.2f} GiB of parameters and optimizer state per device; layers save: {remat}")
     line(
         "objective",
         f"{config.objective.name} (fidelity {config.fidelity}); {optimizer.schedule} schedule to "
         f"{optimizer.learning_rate:g}, warm-up {optimizer.warmup_ratio:g}, clip {optimizer.clip_norm:g}",
     )
-    for i, text in enumerate(parts.data.report_lines()):
+    for i, text in enumerate(components.data.report_lines()):
         line("" if i else "data", text)
-    if expected := expectation(parts, remat):
+    if expected := expectation(components, remat):
         line("plan", expected)
-    total, per_epoch = parts.data.total_steps, parts.data.steps_per_epoch
+    total, per_epoch = components.data.total_steps, components.data.steps_per_epoch
     line("steps", f"{total:,} of {config.train.global_batch} documents ({per_epoch:,} an epoch); one document:")
-    for row in parts.data.preview().splitlines():
+    for row in components.data.preview().splitlines():
         line("", row)

@@ -1,5 +1,4 @@
-"""Weights & Biases, for who asks for it: `log.wandb=PROJECT`. WANDB_MODE=offline and the like are
-respected."""
+"""Weights & Biases, where `log.wandb=PROJECT` asks for it. WANDB_MODE=offline and the like are respected."""
 
 import hashlib
 from collections.abc import Callable
@@ -13,11 +12,10 @@ Log = Callable[[str, int, dict[str, Any]], None]  # (prefix, step, metrics)
 
 
 def open_wandb(config, name: str, workdir: Path, say: Callable[[str], None]) -> tuple[Log, Callable[[], None]] | None:
-    """(function that logs, function that ends), or None where log.wandb is not set. A run keeps its id over
-    restarts.
+    """(function that logs, function that ends), or None where log.wandb is not set.
 
-    Raises ConfigError when wandb is not installed or refuses. Trouble while the run goes on is said once and
-    does not end it.
+    A restarted run has the same id. Raises ConfigError when wandb is not installed or refuses. A later error is
+    reported once and does not end the run.
     """
     if not config.log.wandb:
         return None
@@ -37,7 +35,7 @@ def open_wandb(config, name: str, workdir: Path, say: Callable[[str], None]) -> 
             dir=str(workdir),
             config=schema.flatten(config),
         )
-    except Exception as error:  # whatever its network and login raise
+    except Exception as error:  # network and login raise many kinds
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"log.wandb={config.log.wandb}: {reason}; log in, set WANDB_MODE=offline, or leave it unset"
@@ -49,7 +47,7 @@ def open_wandb(config, name: str, workdir: Path, say: Callable[[str], None]) -> 
             run.log({f"{prefix}/{key}": value for key, value in metrics.items()} | {"step": step})
         except Exception as error:
             if not failed:
-                say(f"warning: wandb: {' '.join(str(error).split())[:200]}; the run goes on without it")
+                say(f"warning: wandb: {' '.join(str(error).split())[:200]}; the run continues without it")
             failed.append(step)
 
     return log, run.finish

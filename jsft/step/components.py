@@ -1,4 +1,4 @@
-"""What a run is built from, before any weight is read, and its programs on shapes alone."""
+"""The components of a run, before any weight is read, and its programs built from shapes alone."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ class Components(NamedTuple):
     data: TrainingData
     rows: int  # packed rows of a micro batch, over all devices
     held_out: dict[str, list[Batch]] = {}  # data.eval by name, where eval.every asks for it
-    notes: tuple[str, ...] = ()  # what should be known of the model directory
+    notes: tuple[str, ...] = ()  # remarks about the model directory, for the log
 
 
 def programs(components: Components, remat) -> StepPrograms:
@@ -46,13 +46,13 @@ def programs(components: Components, remat) -> StepPrograms:
 
 
 def typical_length(data: TrainingData) -> float | None:
-    """Tokens of the document in which a token lies, on average (sum of n^2 / sum of n); None where no lengths are known."""
+    """Length of the document of an average token: sum(n^2) / sum(n) tokens; None where no lengths are known."""
     lengths = np.asarray(data.lengths, np.float64)
     return float((lengths**2).mean() / lengths.mean()) if len(lengths) else None
 
 
 def arguments(components: Components, jitted: StepPrograms, length: int | None = None) -> dict[str, tuple]:
-    """What each program is called with, as shapes, for rows of `length` positions (default: the pack length)."""
+    """The arguments of each program, as shapes, for rows of `length` positions (default: the pack length)."""
     gradients, sums = jax.eval_shape(jitted.start)
     batch = abstract_batch(components.rows, length or components.config.data.pack_length, components.mesh)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=meshes.replicated(components.mesh))

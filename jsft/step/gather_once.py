@@ -51,7 +51,7 @@ def unreduced_form(form: Tree, model: ModelConfig, mesh: Mesh, unstacked: bool) 
 
 
 def with_placeholders(parameters: Tree, names, unreduced: Tree, dtype: jnp.dtype) -> Tree:
-    """`parameters` with zeros of the shapes in `unreduced` for `names`: inputs whose gradients are wanted, never read."""
+    """`parameters` with zeros of the shapes in `unreduced` for `names`: never read, but their gradients are wanted."""
     shapes = {name: unreduced["layers"][name] for name in names}
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), shapes)
     return parameters | {"layers": parameters["layers"] | zeros}

@@ -1,8 +1,8 @@
 """Histograms of weights, gradients and updates, a layer at a time: counts by order of magnitude.
 
-Bins are octaves: a value lies in the bin of its binary exponent, which is read from its bits. That shows what a
-training in low precision dies of (gradients and updates below what the weights' dtype can add, or a layer that grows
-away), and edges that never move make the counts of all devices, layers and steps addable.
+Bins are octaves: a value's bin is its binary exponent, which is read from its bits. This shows why training in low
+precision fails (gradients and updates too small for the weights' dtype, or a layer that diverges). Fixed edges let the
+counts of all devices, layers and steps be added.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from jsft.models.stack import stack_tree
 from jsft.step.optimizer import TrainState, bias_correction
 
 Tree = Any
-LOWEST, HIGHEST = -48, 16  # exponents of the edges; what lies outside, zero too, is in the first or the last bin
+LOWEST, HIGHEST = -48, 16  # exponents of the edges; values outside, and zero, count in the first or the last bin
 EDGES = np.arange(LOWEST, HIGHEST + 1)  # log2 of magnitude
 
 # (state after the update, gradients, learning rate) -> {"parameters" | "gradients" | "updates": counts}. Counts: int32
@@ -29,14 +29,13 @@ Histograms = Callable[[TrainState, Tree, jax.Array], dict[str, dict[str, jax.Arr
 
 
 def make_histograms(config: ConfigDict, mesh: Mesh, shardings: Tree) -> Histograms:
-    """The jitted program. It donates nothing, so it belongs between an update and the next step's gradients.
+    """The jitted program. It donates nothing; call it between an update and the next step's gradients.
 
-    `shardings`: tree of NamedSharding of the parameters; moments lie like them, and gradients as `add_gradients`
-    gives them. The result is whole on
-    every device. Values that are not finite are not counted.
+    `shardings`: tree of NamedSharding of the parameters. Moments are sharded like them, and gradients as
+    `add_gradients` returns them. The result is replicated. Values that are not finite are not counted.
     """
-    whole = replicated(mesh)
-    state = TrainState(shardings, shardings, shardings, whole, whole)
+    full = replicated(mesh)
+    state = TrainState(shardings, shardings, shardings, full, full)
 
     def histograms(state, gradients, learning_rate):
         return {
@@ -45,7 +44,7 @@ def make_histograms(config: ConfigDict, mesh: Mesh, shardings: Tree) -> Histogra
             "updates": _by_layer(_updates(state, learning_rate, config)),
         }
 
-    return jax.jit(histograms, in_shardings=(state, None, whole), out_shardings=whole)
+    return jax.jit(histograms, in_shardings=(state, None, full), out_shardings=full)
 
 
 def _updates(state: TrainState, learning_rate: jax.Array, config: ConfigDict) -> Tree:
@@ -70,13 +69,15 @@ def _counts(x: jax.Array, stacked: bool = False) -> jax.Array:
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
     exponent = ((bits >> 23) & 0xFF) - 127  # floor of log2 |x|; -127 for zero, 128 for what is not finite
     place = jnp.where(exponent == 128, -1, jnp.clip(exponent, LOWEST, HIGHEST - 1) - LOWEST)
-    place = lax.optimization_barrier(place.astype(jnp.int8))  # a byte each, not the arithmetic, is read for every bin
+    place = lax.optimization_barrier(
+        place.astype(jnp.int8)
+    )  # each bin then reads one byte a value instead of recomputing it
     axes = tuple(range(1 if stacked else 0, x.ndim))
     return jnp.sum(place[..., None] == jnp.arange(HIGHEST - LOWEST, dtype=jnp.int8), axis=axes, dtype=jnp.int32)
 
 
 def named(counts: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """'gradients/layer_07' and the like -> counts [bins], of what the program returned."""
+    """{'gradients/layer_07': counts [bins], ...} from the program's result."""
     found = {}
     for kind, parts in counts.items():
         for name, value in parts.items():

@@ -1,7 +1,7 @@
 """Learning-rate schedule, clipping and AdamW, with the rounding points of each precision.
 
-optax gives the schedules and the global norm. AdamW is own code because optax cannot keep the second moment
-in bfloat16, round stochastically, or round where torch's foreach AdamW does: the published runs depend on it.
+optax gives the schedules and the global norm. AdamW is our own code because optax cannot hold the second moment in
+bfloat16, round stochastically, or round where torch's foreach AdamW does: the published runs depend on it.
 """
 
 import math
@@ -33,12 +33,12 @@ class TrainState(NamedTuple):
 
 
 def parameter_dtype(config: ConfigDict) -> jnp.dtype:
-    """Dtype of the weights the optimizer keeps."""
+    """Dtype of the weights in the optimizer's state."""
     return jnp.dtype("float32" if config.precision.params == "float32" else "bfloat16")
 
 
 def initial_state(parameters: Tree, config: ConfigDict) -> TrainState:
-    """Step 0: zero moments beside `parameters`, each sharded like its parameter; abstract trees too."""
+    """The state of step 0: `parameters` and zero moments, sharded alike. Also takes a tree of shapes."""
     moments = jnp.dtype(config.precision.moments)
 
     def zeros(p):
@@ -47,20 +47,20 @@ def initial_state(parameters: Tree, config: ConfigDict) -> TrainState:
         return jnp.zeros(p.shape, moments, device=p.sharding)
 
     first = jax.tree.leaves(parameters)[0]
-    whole = jax.sharding.NamedSharding(first.sharding.mesh, jax.sharding.PartitionSpec())
+    full = jax.sharding.NamedSharding(first.sharding.mesh, jax.sharding.PartitionSpec())
     if isinstance(first, jax.ShapeDtypeStruct):
-        count = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        count = jax.ShapeDtypeStruct((), jnp.int32, sharding=full)
         counts = (count, count)
     else:
-        counts = (jnp.zeros((), jnp.int32, device=whole), jnp.zeros((), jnp.int32, device=whole))
+        counts = (jnp.zeros((), jnp.int32, device=full), jnp.zeros((), jnp.int32, device=full))
     return TrainState(parameters, jax.tree.map(zeros, parameters), jax.tree.map(zeros, parameters), *counts)
 
 
 def learning_rate_schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
     """Rate of update s (from 0) of `total_steps` T, W = int(warmup_ratio T) of them warm-up, as published.
 
-    Warm-up: lr s/W (the first update has rate 0, where W > 0). Then cosine: lr (1 + cos(pi (s-W)/(T-W)))/2; constant: lr;
-    wsd: lr, then linear to 0 over the last decay_ratio T updates. Raises ConfigError when warm-up fills the run.
+    Warm-up: lr s/W (where W > 0, the first update has rate 0). Then cosine: lr (1 + cos(pi (s-W)/(T-W)))/2; constant:
+    lr; wsd: lr, then linear to 0 over the last decay_ratio T updates. Raises ConfigError when warm-up fills the run.
     """
     optimizer = config.optimizer
     peak = optimizer.learning_rate
@@ -96,7 +96,7 @@ def clip_factor(norm: jax.Array, clip_norm: float, dtype=jnp.float32) -> jax.Arr
 
 
 class _Scalars(NamedTuple):
-    """What an update of a weight depends on beside the weight, float32."""
+    """The scalars of an update, float32."""
 
     learning_rate: jax.Array
     first_correction: jax.Array  # Adam's bias corrections
@@ -110,9 +110,9 @@ def apply_update(
 ):
     """One AdamW update. Returns (state, metrics: grad_norm, clipped, update_ratio, skipped; float32 scalars).
 
-    The gradient is clipped by global norm. If the norm is not finite nothing changes but `step`. Gradients of matrices may
-    lie apart, a layer in each array (see `jsft.models.stack`). `kernel`: update in place with the Pallas kernel what it
-    takes; the whole state must lie on one GPU.
+    The gradient is clipped by global norm. If the norm is not finite, only `step` changes. Gradients of matrices may be
+    unstacked, one array a layer (see `jsft.models.stack`). `kernel`: update the parameters that the Pallas kernel takes
+    in place; the whole state must be on one GPU.
     """
     norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
     finite = jnp.isfinite(norm)
@@ -146,7 +146,7 @@ def apply_update(
 
 
 def updates_in_place(config: ConfigDict, mesh: Mesh) -> bool:
-    """Whether a run on `mesh` updates with the kernel. Raises ConfigError where it is asked to by name and cannot."""
+    """Whether a run on `mesh` updates with the kernel. Raises ConfigError where 'pallas' is set and cannot run."""
     why = kernels_unavailable(mesh.devices.flat[0]) or (mesh.size > 1 and f"it runs on one GPU, not {mesh.size}")
     if not why or config.optimizer.implementation != "pallas":
         return not why and config.optimizer.implementation != "xla"
@@ -170,7 +170,7 @@ def _kernel_takes(p: jax.Array, g: jax.Array | tuple[jax.Array, ...], config: Co
 
 
 def _updated_in_place(p, m, v, g, scalars: _Scalars, config: ConfigDict):
-    """As `_updated`, by the kernel, layer by layer where the gradients lie apart."""
+    """As `_updated`, by the kernel; layer by layer where the gradients are unstacked."""
     layers = g if isinstance(g, tuple) else (g,)
     old = (p, m, v) if isinstance(g, tuple) else (p[None], m[None], v[None])
     dtypes = p.dtype, m.dtype, v.dtype, layers[0].dtype
@@ -183,15 +183,15 @@ def _updated_in_place(p, m, v, g, scalars: _Scalars, config: ConfigDict):
 
 
 def _through(x: jax.Array, dtype) -> jax.Array:
-    """As `round_to`, where a pair of casts is kept: in a kernel."""
+    """As `round_to`, for a kernel, where the compiler does not remove a pair of casts."""
     return x.astype(jnp.bfloat16).astype(jnp.float32) if dtype == jnp.bfloat16 else x
 
 
 def _adamw(p, m, v, g, scalars: _Scalars, *, config: ConfigDict, dtypes, rounded: Callable):
     """AdamW on some weights: Loshchilov and Hutter, decoupled decay, in the order of torch's foreach form.
 
-    With bfloat16 weights torch stores, and so rounds, each intermediate; `mid` does the same. All arrays, the results too,
-    are float32 that `dtypes` (of p, m, v, g) hold; but p is not rounded for "bfloat16_stochastic".
+    With bfloat16 weights torch stores, and so rounds, each intermediate; `mid` does the same. Arrays and results are
+    float32 with values that `dtypes` (of p, m, v, g) can hold, but p is not rounded for "bfloat16_stochastic".
     """
     o, params = config.optimizer, config.precision.params
     p_dtype, m_dtype, v_dtype, g_dtype = dtypes

@@ -1,8 +1,8 @@
-"""Compiles a run's programs before its first step, side by side.
+"""Compiles a run's programs in parallel before its first step.
 
-Left to their first calls they would be compiled one after the other, those for a shorter last micro batch in the middle
-of the run. XLA uses one or two cores for most of a compilation, so a machine with many cores does all in the time of
-the longest.
+Otherwise each would be compiled at its first call, one after the other; those for a shorter last micro batch in the
+middle of the run. XLA uses one or two cores for most of a compilation, so a machine with many cores compiles all in the
+time of the longest.
 """
 
 import time
@@ -14,28 +14,28 @@ from jsft.step.histograms import Histograms
 from jsft.step.programs import StepPrograms
 
 
-def compile_ahead(
-    jitted: StepPrograms, histograms: Histograms, parts: Components, evaluates: bool, say: Callable[[str], None]
+def precompile(
+    jitted: StepPrograms, histograms: Histograms, components: Components, evaluates: bool, say: Callable[[str], None]
 ) -> tuple[StepPrograms, Histograms]:
-    """Both with their programs compiled: a step's for the lengths of packed row seen in a sample of the run's steps, the
-    histograms if the run makes any, and if it `evaluates` the held-out loss's.
+    """`jitted` and `histograms` with their programs compiled.
 
-    A length that shows up later is compiled then. All processes of a run compile the same programs at the same time, as
-    XLA expects of them.
+    The step is compiled for the row lengths in a sample of the run's steps, the histograms if the run makes any, and
+    the held-out loss if it `evaluates`. Another length is compiled when it occurs. All processes of a run compile the
+    same programs at the same time, as XLA requires.
     """
     began = time.perf_counter()
-    whole, lengths = arguments(parts, jitted), parts.data.row_lengths
-    lowered = {"update": jitted.update.lower(*whole["update"])}
+    shapes, lengths = arguments(components, jitted), components.data.row_lengths
+    lowered = {"update": jitted.update.lower(*shapes["update"])}
     for name in ("gather", "reduce"):
         if program := getattr(jitted, name):
-            lowered[name] = program.lower(*whole[name])
+            lowered[name] = program.lower(*shapes[name])
     for length in lengths:
-        lowered[length] = jitted.add_gradients.lower(*arguments(parts, jitted, length)["add_gradients"])
+        lowered[length] = jitted.add_gradients.lower(*arguments(components, jitted, length)["add_gradients"])
     if evaluates:
-        lowered["evaluate"] = jitted.evaluate.lower(*whole["evaluate"])
-    if 0 < parts.config.log.histograms_every <= parts.data.total_steps:
-        lowered["histograms"] = histograms.lower(*whole["histograms"])
-    # As many threads as programs: processes that share their autotuning wait for each other's, in any order.
+        lowered["evaluate"] = jitted.evaluate.lower(*shapes["evaluate"])
+    if 0 < components.config.log.histograms_every <= components.data.total_steps:
+        lowered["histograms"] = histograms.lower(*shapes["histograms"])
+    # One thread a program: processes that share autotuning results wait for each other, in any order.
     with ThreadPoolExecutor(len(lowered)) as pool:
         compiled = dict(zip(lowered, pool.map(lambda program: program.compile(), lowered.values())))
 
@@ -48,11 +48,11 @@ def compile_ahead(
         f"{', '.join(map(str, lengths))} tokens)"
     )
     evaluate = compiled.get("evaluate", jitted.evaluate)
-    ahead = jitted._replace(
+    programs = jitted._replace(
         gather=compiled.get("gather"),
         add_gradients=add_gradients,
         reduce=compiled.get("reduce"),
         update=compiled["update"],
         evaluate=evaluate,
     )
-    return ahead, compiled.get("histograms", histograms)
+    return programs, compiled.get("histograms", histograms)

@@ -41,14 +41,14 @@ Tree = Any
 
 
 class Weights(NamedTuple):
-    """What the gradient of a micro batch is made from."""
+    """The weights that a micro batch's gradient is computed from."""
 
     parameters: Tree
-    gathered: dict[str, jax.Array]  # as `gathered_weights` makes them; {}: each layer gathers its own
+    gathered: dict[str, jax.Array]  # from `gathered_weights`; {}: each layer gathers its own
 
 
 class StepResult(NamedTuple):
-    """What a step gives. metrics: float32 scalars on the devices; gradients: None unless asked for."""
+    """Result of a step. metrics: float32 scalars on the devices; gradients: None unless asked for."""
 
     state: TrainState
     metrics: dict[str, jax.Array]
@@ -72,7 +72,7 @@ class StepPrograms(NamedTuple):
         """Dispatches one update; nothing here waits for the devices.
 
         micro_batches: this process's rows of each, as numpy arrays; weight_sum: of the loss weights of the whole batch;
-        gradients: give them back too.
+        gradients: return them too.
         """
         total, sums = self.accumulate(state.parameters, micro_batches)
         state, metrics = self.update(state, total, sums, jnp.float32(weight_sum))
@@ -81,7 +81,7 @@ class StepPrograms(NamedTuple):
     def accumulate(self, parameters: Tree, micro_batches: Iterable[Batch]) -> tuple[Tree, LossSums]:
         """Gradients and loss sums over `micro_batches`, as the update takes them.
 
-        Gathered weights are freed on return: their memory is the update's.
+        Gathered weights are freed on return, before the update needs their memory.
         """
         total, sums = self.start()
         weights = Weights(parameters, self.gather(parameters) if self.gather else {})
@@ -150,8 +150,8 @@ def make_programs(
     rows = batch_sharding(mesh)
     state_sharding = TrainState(shardings, shardings, shardings, full, full)
     gathers, reduces = gathers_once(config, mesh), reduces_once(config, mesh)
-    # Gradients are added in the parameters' dtype by the backward pass itself, so only where that is the one wanted.
-    # Placeholders have the wanted one.
+    # The backward pass adds gradients in the parameters' dtype: only where that is the dtype of the sum. Placeholders
+    # have the dtype of the sum.
     in_place = accumulates_in_place(model, mesh, reduces)
     if dtype != parameter_dtype(config) and not reduces:
         in_place = jax.tree.map(lambda _: False, in_place)
@@ -225,7 +225,7 @@ def make_programs(
             in_shardings=(Weights(shardings, full if gathers else {}), rows, sum_shardings, full),
             out_shardings=(sum_shardings, full),
             donate_argnums=(2, 3),
-            keep_unused=True,  # weights that placeholders stand for: resident, so counted by memory_analysis
+            keep_unused=True,  # unused with mesh.reduce=step, but resident: memory_analysis counts them
             compiler_options=compiler_options,
         ),
         reduce=jax.jit(reduce_all, in_shardings=(sum_shardings,), out_shardings=form_shardings) if reduces else None,

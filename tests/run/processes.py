@@ -84,8 +84,8 @@ def arguments(tiny: Tiny, workdir: Path, *flags: str) -> list[str]:
 
 def environment(tiny: Tiny, devices: int = 2, faults: str = "") -> dict[str, str]:
     """The environment of a process with so many virtual CPU devices."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "NODE_", "MASTER_", "PROC_PER_"))}
-    return kept | {
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "NODE_", "MASTER_", "PROC_PER_"))}
+    return inherited | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "JSFT_FAULTS": faults,
@@ -99,10 +99,10 @@ def environment(tiny: Tiny, devices: int = 2, faults: str = "") -> dict[str, str
 def start(
     tiny: Tiny, workdir: Path, *flags: str, faults: str = "", devices: int = 2, log: Path | None = None
 ) -> subprocess.Popen:
-    """A process of `jsft.train` on virtual CPU devices; it prints to `log` (default: beside the run)."""
+    """A process of `jsft.train` on virtual CPU devices; it prints to `log` (default: next to the run's directory)."""
     command = [
         sys.executable,
-        str(ROOT / "tests" / "training" / "launch_faulty.py"),
+        str(ROOT / "tests" / "run" / "launch_faulty.py"),
         *arguments(tiny, workdir, *flags),
     ]
     log = log or output(workdir)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, what is damaged is found, what is kept and what is removed."""
+"""Checkpoints: what is saved is restored, what is damaged is found, what stays and what is removed."""
 
 import json
 import os
@@ -32,15 +32,15 @@ from jsft.step.optimizer import TrainState
 def make_state(step=0, devices=8, width=64, names=("a", "b")):
     """A state of small sharded arrays whose values tell the step."""
     mesh = make_mesh(devices=jax.devices()[:devices])
-    divided, whole = NamedSharding(mesh, PartitionSpec("fsdp")), NamedSharding(mesh, PartitionSpec())
+    sharded, full = NamedSharding(mesh, PartitionSpec("fsdp")), NamedSharding(mesh, PartitionSpec())
     values = lambda shift: (
         {
-            n: jax.device_put(np.arange(width * 8, dtype=np.float32).reshape(width, 8) + step + shift + i, divided)
+            n: jax.device_put(np.arange(width * 8, dtype=np.float32).reshape(width, 8) + step + shift + i, sharded)
             for i, n in enumerate(names)
         }
-        | {"norm": jax.device_put(np.full(5, step + shift, np.float32), whole)}
+        | {"norm": jax.device_put(np.full(5, step + shift, np.float32), full)}
     )
-    counts = [jax.device_put(np.int32(step), whole) for _ in range(2)]
+    counts = [jax.device_put(np.int32(step), full) for _ in range(2)]
     return TrainState(values(0.0), values(0.25), values(0.5), *counts)
 
 
@@ -243,7 +243,7 @@ def test_a_system_without_descriptors_as_paths_refuses_such_a_name(tmp_path, sai
 
 
 def test_everything_is_on_the_disk_before_a_checkpoint_counts_and_before_an_old_one_goes(tmp_path, said, monkeypatch):
-    """The order: metrics; each file, its directories, the checkpoint's name; the manifest, its name; then the removal."""
+    """Order: metrics; each file, its directories, the checkpoint's name; the manifest, its name; then the removal."""
     calls, fsync, replace, rmtree = [], os.fsync, os.replace, shutil.rmtree
     saver = Saver(tmp_path, Policy(keep=1), {}, said.append, before_seal=lambda: calls.append(("metrics", "")))
     saver.save(1, make_state(1))
@@ -413,7 +413,7 @@ def test_a_slow_disk_does_not_hold_training(tmp_path, said, monkeypatch):
     saver.save(1, make_state(1))
     assert saver.busy() and not saver.wants(2) and saver.wants(3)
     assert said == [
-        "warning: step 2 is not saved: the save before is still being written; raise checkpoint.every above "
+        "warning: step 2 is not saved: the previous save is still being written; raise checkpoint.every above "
         "what the "
         "disk can take"
     ]

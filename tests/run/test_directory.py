@@ -146,8 +146,8 @@ def test_base_follows_the_model_directory_until_there_is_a_checkpoint(tmp_path):
         if theta == 3e6:
             with_checkpoint(tmp_path / "run")
         directory.keep_base_files(model)
-        kept = json.loads((tmp_path / "run" / "base" / "config.json").read_text())["rope_theta"]
-        assert kept == min(theta, 2e6)
+        theta_of_base = json.loads((tmp_path / "run" / "base" / "config.json").read_text())["rope_theta"]
+        assert theta_of_base == min(theta, 2e6)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["base", "checkpoints", "lock"]
     directory.release()
 
@@ -253,7 +253,7 @@ def test_latest_follows_a_run_that_is_a_symlink_and_one_named_latest(tmp_path):
 
 
 def test_a_directory_whose_parent_cannot_be_written(tmp_path, monkeypatch):
-    """A mounted volume: there is no `latest`, and the run goes on."""
+    """A mounted volume: there is no `latest`, and the run continues."""
     workdir = tmp_path / "volume"
     workdir.mkdir()
     symlink = Path.symlink_to
@@ -305,8 +305,8 @@ def test_config_and_base_are_on_the_disk_when_they_are_there(tmp_path, monkeypat
     directory.enter(make_config(), "run")
     directory.keep_base_files(tmp_path)
     directory.status("running", 0)
-    shown = [(what, "beside" if ".tmp-" in name else name) for what, name in calls]
-    made = lambda name: [("sync", "beside"), ("rename", name), ("sync", "run")]
+    shown = [(what, "temporary" if ".tmp-" in name else name) for what, name in calls]
+    made = lambda name: [("sync", "temporary"), ("rename", name), ("sync", "run")]
     base = [("sync", "config.json"), ("sync", "base.tmp"), ("rename", "base"), ("sync", "run")]
     assert shown == [("sync", tmp_path.name), *made("config.json"), *base, *made("status.json")]
 

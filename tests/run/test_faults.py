@@ -33,7 +33,7 @@ def test_sigterm_in_each_phase(tiny, reference, tmp_path):
         assert list_steps(workdir, full=True)[-1:] == ([step] if step else [])
         assert time.monotonic() - began < 90
     text = output(workdir).read_text()
-    assert "stopped by SIGTERM after step 4 of 12, saved; the same command goes on from there" in text
+    assert "stopped by SIGTERM after step 4 of 12, saved; the same command resumes from there" in text
     assert "eval at step 6: left after batch 1" in text
     assert run(tiny, workdir, cache) == 0
     assert_same_run(workdir, reference)
@@ -53,7 +53,7 @@ def test_hang_is_ended_with_stacks(tiny, tmp_path):
     assert "faulty_update" in stacks and "in step " in stacks
     assert status(workdir)["state"] == "failed" and status(workdir)["step"] in (7, 8)
     last = output(workdir).read_text().splitlines()[-1]
-    assert last.startswith("error: no progress for") and "the same command goes on" in last
+    assert last.startswith("error: no progress for") and "the same command resumes" in last
     beat = json.loads((workdir / "heartbeats" / "0.json").read_text())
     assert beat["process"] == 0 and beat["doing"] in ("in step 8", "in step 9") and beat["beat"] >= 2
 
@@ -73,7 +73,7 @@ def test_out_of_memory_names_the_next_rung_that_fits(monkeypatch):
 
     gib = 2**30
     needs = {"none": 90 * gib, "a": None, "b": 81 * gib, "c": 79 * gib, "h": 71 * gib, "d": 70 * gib, "full": 60 * gib}
-    host = {"h": 85 * gib, "d": 75 * gib}  # of which the host has room for the second
+    host = {"h": 85 * gib, "d": 75 * gib}  # the host has room for the second only
     monkeypatch.setattr(remat, "LADDER", tuple(needs))
     monkeypatch.setattr(
         remat, "bytes_needed", lambda parts, rung: needs[rung] and remat.Needed(needs[rung], host.get(rung, 0))
@@ -203,7 +203,7 @@ def test_two_runs_in_one_directory(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_full_disk_keeps_the_run_alive(tiny, small_disk):
-    """Saves fail once the disk is full: the run goes on and says which checkpoint is the last good one."""
+    """Saves fail once the disk is full: the run continues and says which checkpoint is the last good one."""
     workdir, blocker, log = small_disk / "run", small_disk / "blocker", small_disk.parent / "full.out"
     process = start(tiny, workdir, faults="slow:0.4", log=log)
     try:

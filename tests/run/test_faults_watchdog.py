@@ -10,13 +10,13 @@ import time
 
 import pytest
 
-from jsft.cluster.exit import Ending
+from jsft.cluster.exit import ProcessExit
 from jsft.cluster.signals import Agreement, Stopped, StopRequest
 from jsft.cluster.watchdog import Watchdog
 from jsft.hardware.mesh import make_mesh
 
 
-class FakeEnding(Ending):
+class FakeExit(ProcessExit):
     """Notes how the process would end, and lets it live."""
 
     def __init__(self):
@@ -29,16 +29,16 @@ class FakeEnding(Ending):
 
 
 @pytest.fixture
-def ending():
-    return FakeEnding()
+def process_exit():
+    return FakeExit()
 
 
-def watch(tmp_path, ending, limit=100.0, **options):
-    return Watchdog(tmp_path, 3, limit, ending, **({"beat_seconds": 0.05} | options))
+def watch(tmp_path, process_exit, limit=100.0, **options):
+    return Watchdog(tmp_path, 3, limit, process_exit, **({"beat_seconds": 0.05} | options))
 
 
-def test_limit_is_ten_medians_but_a_minute_at_least(tmp_path, ending):
-    dog = watch(tmp_path, ending, limit=1800.0)
+def test_limit_is_ten_medians_but_a_minute_at_least(tmp_path, process_exit):
+    dog = watch(tmp_path, process_exit, limit=1800.0)
     for step in range(4):
         dog.stepped(step, 30.0)
     assert dog.limit() == 1800.0, "too few steps for a median"
@@ -52,37 +52,37 @@ def test_limit_is_ten_medians_but_a_minute_at_least(tmp_path, ending):
         dog.stepped(step, 0.1)
     assert dog.limit() == 60.0
     dog.close()
-    dog = watch(tmp_path, ending, limit=20.0)
+    dog = watch(tmp_path, process_exit, limit=20.0)
     for step in range(9):
         dog.stepped(step, 30.0)
     assert dog.limit() == 20.0
     dog.close()
-    assert not ending.called.is_set()
+    assert not process_exit.called.is_set()
 
 
-def test_a_hang_is_found_and_described(tmp_path, ending, capfd):
-    dog = watch(tmp_path, ending, limit=0.4)
+def test_a_hang_is_found_and_described(tmp_path, process_exit, capfd):
+    dog = watch(tmp_path, process_exit, limit=0.4)
     dog.at("evaluating held")
-    assert ending.called.wait(5)
+    assert process_exit.called.wait(5)
     dog.close()
-    code, state, reason = ending.end
+    code, state, reason = process_exit.end
     assert (code, state) == (8, "failed")
     assert "while evaluating held (process 3; limit 0 s, see train.hang_minutes)" in reason and "hang-3.txt" in reason
     assert "test_a_hang_is_found" in (tmp_path / "hang-3.txt").read_text()
     assert "test_a_hang_is_found" in capfd.readouterr().err
 
 
-def test_progress_is_no_hang(tmp_path, ending):
-    dog = watch(tmp_path, ending, limit=0.6)
+def test_progress_is_no_hang(tmp_path, process_exit):
+    dog = watch(tmp_path, process_exit, limit=0.6)
     for step in range(12):
         time.sleep(0.1)
         dog.stepped(step, 0.1)
-    assert not ending.called.is_set()
+    assert not process_exit.called.is_set()
     dog.close()
 
 
-def test_heartbeats(tmp_path, ending):
-    dog = watch(tmp_path, ending)
+def test_heartbeats(tmp_path, process_exit):
+    dog = watch(tmp_path, process_exit)
     dog.stepped(7, 1.0)
     path = tmp_path / "heartbeats" / "3.json"
     time.sleep(0.3)
@@ -93,19 +93,19 @@ def test_heartbeats(tmp_path, ending):
     dog.close()
 
 
-def test_the_wall_clock_does_not_matter(tmp_path, ending, monkeypatch):
-    dog = watch(tmp_path, ending, limit=5.0)
+def test_the_wall_clock_does_not_matter(tmp_path, process_exit, monkeypatch):
+    dog = watch(tmp_path, process_exit, limit=5.0)
     now = time.time()
     for jump in (-1e6, 1e6):
         monkeypatch.setattr(time, "time", lambda: now + jump)
         time.sleep(0.2)
-    assert not ending.called.is_set()
+    assert not process_exit.called.is_set()
     dog.close()
 
 
 @pytest.fixture
-def stop(ending):
-    request = StopRequest(ending)
+def stop(process_exit):
+    request = StopRequest(process_exit)
     yield request
     request.close()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -118,25 +118,25 @@ def test_with_nothing_to_save_a_signal_stops_at_once(stop, number):
         time.sleep(5)
 
 
-def test_a_second_signal_does_not_cut_short_what_the_first_began(stop, ending):
+def test_a_second_signal_does_not_cut_short_what_the_first_began(stop, process_exit):
     """The main thread writes the status meanwhile; the thread that heard the second signal ends the process."""
     with pytest.raises(Stopped):
         signal.raise_signal(signal.SIGINT)
         time.sleep(5)
     signal.raise_signal(signal.SIGINT)
     time.sleep(0.1)  # a handler would have raised here
-    assert ending.called.wait(5) and ending.end[:2] == (128 + signal.SIGINT, "failed")
+    assert process_exit.called.wait(5) and process_exit.end[:2] == (128 + signal.SIGINT, "failed")
 
 
-def test_with_something_to_save_it_is_only_noted(stop, ending):
+def test_with_something_to_save_it_is_only_noted(stop, process_exit):
     stop.hold()
     assert stop.signal is None
     signal.raise_signal(signal.SIGTERM)
     time.sleep(0.2)
-    assert stop.signal == "SIGTERM" and not ending.called.is_set()
+    assert stop.signal == "SIGTERM" and not process_exit.called.is_set()
     signal.raise_signal(signal.SIGINT)
-    assert ending.called.wait(5)
-    assert ending.end[0] == 128 + signal.SIGINT and "second signal (SIGINT)" in ending.end[2]
+    assert process_exit.called.wait(5)
+    assert process_exit.end[0] == 128 + signal.SIGINT and "second signal (SIGINT)" in process_exit.end[2]
 
 
 def test_agreement_alone_is_at_once():
@@ -155,10 +155,10 @@ def test_agreement_of_several_comes_a_step_later(monkeypatch):
 
 def test_ending_writes_the_status_first(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from jsft.cluster.exit import Ending; ending = "
-        "Ending(None);"
-        "ending.status = lambda state, reason: Path(sys.argv[1]).write_text(f'{state} {reason}');"
-        "ending.now(8, 'failed', 'stuck')"
+        "import sys; from pathlib import Path; from jsft.cluster.exit import ProcessExit; process_exit = "
+        "ProcessExit(None);"
+        "process_exit.status = lambda state, reason: Path(sys.argv[1]).write_text(f'{state} {reason}');"
+        "process_exit.now(8, 'failed', 'stuck')"
     )
     done = subprocess.run([sys.executable, "-c", program, tmp_path / "status"], capture_output=True, text=True)
     assert done.returncode == 8 and done.stderr == "error: stuck\n"
@@ -166,6 +166,6 @@ def test_ending_writes_the_status_first(tmp_path):
 
 
 def test_ending_ends_with_nowhere_to_print(tmp_path):
-    program = "from jsft.cluster.exit import Ending; Ending(None).now(8, 'failed', 'stuck')"
+    program = "from jsft.cluster.exit import ProcessExit; ProcessExit(None).now(8, 'failed', 'stuck')"
     with open("/dev/full", "w") as full:
         assert subprocess.run([sys.executable, "-c", program], stdout=full, stderr=full, timeout=60).returncode == 8

@@ -1,8 +1,8 @@
-"""A run of version 0.1.0 resumes and exports, whatever has changed since: nobody loses a run by an update.
+"""A run of version 0.1.0 resumes and exports with this version: nobody loses a run by an update.
 
-`golden/run_0.1.0.tar.xz` holds a model of 2 layers, its data and the directory of a run of 8 updates on one CPU device, as it
-was killed before its last save: checkpoint 4 and the milestone 2 are there, metrics go up to update 8. `expected.json` has
-what that version wrote of the whole run and digests of what it exported.
+`golden/run_0.1.0.tar.xz` holds a model of 2 layers, its data and the directory of a run of 8 updates on one CPU device,
+killed before its last save: it has checkpoint 4, the milestone 2 and metrics up to update 8. `expected.json` has the
+metrics of the whole run as that version wrote them, and digests of its exports.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def golden(tmp_path_factory) -> Path:
 
 
 def call(golden: Path, *command: str) -> str:
-    """Output of a command of jsft that is started beside the run's data, on one CPU device."""
+    """Output of a command of jsft that is started in the folder of the run's data, on one CPU device."""
     tiny = processes.Tiny(golden / "model", golden / "train.parquet", golden / "held.parquet", golden / "compiled")
     done = subprocess.run(
         [sys.executable, "-m", *command],

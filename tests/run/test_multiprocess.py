@@ -40,7 +40,7 @@ def finish(started, timeout=120):
 def test_two_processes_are_one_run(tiny, tmp_path):
     """Same losses as one process of eight devices, although process 0 is killed and process 1 gets a SIGTERM.
 
-    The lost process is named in seconds; both stop at the same step; each restart goes on.
+    The lost process is named in seconds; both stop at the same step; each restart resumes.
     """
     alone, workdir = tmp_path / "alone", tmp_path / "run"
     assert run(tiny, alone, devices=8) == 0
@@ -79,7 +79,7 @@ def assert_loss_is_named(started, victim):
     assert time.monotonic() - fell < 15
     line = [line for line in log.read_text().splitlines() if line.startswith("error: ")][-1]
     assert line.startswith(f"error: process {victim} of 2 is gone"), line
-    assert "the same command goes on from the last checkpoint" in line
+    assert "the same command resumes from the last checkpoint" in line
 
 
 @pytest.mark.slow
@@ -154,7 +154,7 @@ def test_kills_of_two_processes_at_random(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_launch_node_and_run_forever(tiny, tmp_path):
-    """Two 'nodes' of one process each, by the launcher; the restart script goes on after a kill -9."""
+    """Two 'nodes' of one process each, by the launcher; the restart script resumes after a kill -9."""
     workdir = tmp_path / "run"
     port = processes.free_port()
     logs = [tmp_path / f"node{rank}.out" for rank in range(2)]
@@ -187,5 +187,5 @@ def test_launch_node_and_run_forever(tiny, tmp_path):
     assert codes == [0, 0], text
     assert "run_forever: exit code 9; restart 1 of at most 10 from step 50" in text[0]
     assert "run_forever: exit code 137; restart 1 of at most 10 from step 50" in text[1]
-    assert "going on from step" in text[0] and status(workdir)["state"] == "done"
+    assert "resuming from step" in text[0] and status(workdir)["state"] == "done"
     assert [r["step"] for r in records(workdir)] == list(range(1, 301))

@@ -32,7 +32,7 @@ def test_kill_at_each_kind_of_point(tiny, reference, tmp_path):
     assert run(tiny, workdir, cache) == 0
     text = output(workdir).read_text()
     for step in ("3", "6"):
-        assert f"going on from step {step}\n" in text
+        assert f"resuming from step {step}\n" in text
     assert "checkpoint 9 was not finished and is removed" in text
     assert_same_run(workdir, reference)
 

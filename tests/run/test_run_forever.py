@@ -51,7 +51,7 @@ def test_restarts_what_a_restart_mends(forever):
 def test_leaves_the_rest_to_a_person(forever, code):
     process = forever([str(code), "0"])
     assert process.wait(20) == code and forever.seen() == [str(code)]
-    assert f"exit code {code} is not mended by a restart" in process.stderr.read()
+    assert f"a restart cannot fix exit code {code}" in process.stderr.read()
 
 
 def test_gives_up_without_progress(forever):

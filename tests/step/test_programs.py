@@ -22,7 +22,7 @@ from jsft.step import programs as step
 from jsft.step.components import Components, arguments, compile_gradients, programs
 from jsft.step.histograms import make_histograms
 from jsft.step.optimizer import initial_state, parameter_dtype
-from jsft.step.precompile import compile_ahead
+from jsft.step.precompile import precompile
 
 
 class NoData(NamedTuple):
@@ -31,7 +31,7 @@ class NoData(NamedTuple):
     row_lengths: tuple[int, ...] = (64, 128)
 
 
-def make_parts(model, mesh, length, **fields):
+def make_components(model, mesh, length, **fields):
     config = schema.default_config()
     config.model.path, config.data.train = "model", "data"
     config.data.max_length = config.data.pack_length = length
@@ -74,12 +74,14 @@ def model(tmp_path_factory):
     return read_config(folder)
 
 
-def gradients_of(parts, remat, batches):
+def gradients_of(components, remat, batches):
     """Loss and gradients, as numpy, of `batches` [8 rows each] cut into micro batches of the mesh's rows."""
-    jitted = programs(parts, remat)
-    parameters = initial_parameters(parts.model, parts.mesh, jnp.float32, 0)
+    jitted = programs(components, remat)
+    parameters = initial_parameters(components.model, components.mesh, jnp.float32, 0)
     micro_batches = (
-        Batch(*(x[first : first + parts.rows] for x in batch)) for batch in batches for first in range(0, 8, parts.rows)
+        Batch(*(x[first : first + components.rows] for x in batch))
+        for batch in batches
+        for first in range(0, 8, components.rows)
     )
     total, sums = jitted.accumulate(parameters, micro_batches)
     return float(sums.loss), jax.tree.map(np.asarray, stack_tree(total))
@@ -93,10 +95,10 @@ def assert_close(one, two):
 
 @pytest.fixture(scope="module")
 def plain(model):
-    """Two micro batches on one device, everything kept."""
+    """Two micro batches on one device, all activations saved."""
     batches = [make_batch(8, 128, model.vocab_size, seed) for seed in (0, 1)]
-    parts = make_parts(model, make_mesh(devices=jax.devices()[:1]), 128)
-    return batches, gradients_of(parts, "none", batches)
+    components = make_components(model, make_mesh(devices=jax.devices()[:1]), 128)
+    return batches, gradients_of(components, "none", batches)
 
 
 QUICK = {LADDER[1], LADDER[3]}  # the others compile for minutes
@@ -105,7 +107,7 @@ QUICK = {LADDER[1], LADDER[3]}  # the others compile for minutes
 @pytest.mark.parametrize("rung", [r if r in QUICK else pytest.param(r, marks=pytest.mark.slow) for r in LADDER])
 def test_every_rung_of_the_ladder_gives_the_plain_gradients(model, plain, rung):
     batches, expected = plain
-    assert_close(gradients_of(make_parts(model, make_mesh(), 128), rung, batches), expected)
+    assert_close(gradients_of(make_components(model, make_mesh(), 128), rung, batches), expected)
 
 
 @pytest.mark.parametrize(
@@ -114,16 +116,16 @@ def test_every_rung_of_the_ladder_gives_the_plain_gradients(model, plain, rung):
 def test_unrolled_layers_give_the_plain_gradients(model, plain, rung):
     """Also with values sent to the host's memory, which unrolled layers wait for."""
     batches, expected = plain
-    parts = make_parts(model, make_mesh(), 128)
-    parts.config.train.unroll_layers = True
-    assert_close(gradients_of(parts, rung, batches), expected)
+    components = make_components(model, make_mesh(), 128)
+    components.config.train.unroll_layers = True
+    assert_close(gradients_of(components, rung, batches), expected)
 
 
 def test_unrolled_layers_gathered_within_a_replica_give_the_plain_gradients(model, plain):
     batches, expected = plain
-    parts = make_parts(model, make_mesh(2), 128)
-    parts.config.train.unroll_layers = True
-    assert_close(gradients_of(parts, "full", batches), expected)
+    components = make_components(model, make_mesh(2), 128)
+    components.config.train.unroll_layers = True
+    assert_close(gradients_of(components, "full", batches), expected)
 
 
 @pytest.mark.parametrize("reduce", [pytest.param("layer", marks=pytest.mark.slow), "step"])
@@ -139,31 +141,31 @@ def test_unrolled_layers_gathered_within_a_replica_give_the_plain_gradients(mode
 def test_weights_gathered_once_a_step_give_the_plain_gradients(model, plain, unroll, replica, rung, reduce):
     batches, expected = plain
     fields = dict(mesh__gather="step", mesh__reduce=reduce, train__unroll_layers=unroll)
-    parts = make_parts(model, make_mesh(replica), 128, **fields)
-    assert_close(gradients_of(parts, rung, batches), expected)
+    components = make_components(model, make_mesh(replica), 128, **fields)
+    assert_close(gradients_of(components, rung, batches), expected)
 
 
 @pytest.mark.parametrize("replica", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_every_mesh_gives_the_plain_gradients(model, plain, replica):
     batches, expected = plain
-    assert_close(gradients_of(make_parts(model, make_mesh(replica), 128), "full", batches), expected)
+    assert_close(gradients_of(make_components(model, make_mesh(replica), 128), "full", batches), expected)
 
 
 def test_compiled_ahead_a_run_compiles_nothing_more_but_a_length_not_foreseen(model):
-    parts, said = make_parts(model, make_mesh(), 128, log__histograms_every=10), []
-    jitted = programs(parts, "full")
-    counting = make_histograms(parts.config, parts.mesh, parts.shardings)
-    ahead, histograms = compile_ahead(jitted, counting, parts, True, said.append)
-    state = initial_state(initial_parameters(model, parts.mesh, jnp.float32, 0), parts.config)
+    components, said = make_components(model, make_mesh(), 128, log__histograms_every=10), []
+    jitted = programs(components, "full")
+    counting = make_histograms(components.config, components.mesh, components.shardings)
+    compiled_programs, histograms = precompile(jitted, counting, components, True, said.append)
+    state = initial_state(initial_parameters(model, components.mesh, jnp.float32, 0), components.config)
     batches = [make_batch(8, length, model.vocab_size, 0) for length in (128, 64, 96)]
-    ahead.accumulate(state.parameters, batches[:2])
-    ahead.evaluate(state.parameters, shard_batch(batches[0], parts.mesh))
+    compiled_programs.accumulate(state.parameters, batches[:2])
+    compiled_programs.evaluate(state.parameters, shard_batch(batches[0], components.mesh))
     assert jitted.add_gradients._cache_size() == jitted.evaluate._cache_size() == 0
-    gradients, sums = ahead.accumulate(state.parameters, batches)
+    gradients, sums = compiled_programs.accumulate(state.parameters, batches)
     assert jitted.add_gradients._cache_size() == 1
-    expected = gradients_of(parts, "full", batches)
+    expected = gradients_of(components, "full", batches)
     assert_close((float(sums.loss), jax.tree.map(np.asarray, gradients)), expected)
-    state, metrics = ahead.update(state, gradients, sums, jnp.float32(1))
+    state, metrics = compiled_programs.update(state, gradients, sums, jnp.float32(1))
     counts = histograms(state, gradients, metrics["lr"])
     assert jitted.update._cache_size() == counting._cache_size() == 0 and int(state.step) == 1
     assert np.isfinite(float(metrics["loss"])) and set(counts) == {"parameters", "gradients", "updates"}
@@ -173,9 +175,9 @@ def test_compiled_ahead_a_run_compiles_nothing_more_but_a_length_not_foreseen(mo
 def test_adding_gradients_needs_no_second_tree_of_them(tmp_path):
     """Temporaries of the adding program stay far below the weights' bytes."""
     folder = write_random_model(tmp_path / "m", hidden_size=256, layers=12, heads=8, kv_heads=8, intermediate_size=1024)
-    parts = make_parts(read_config(folder), make_mesh(devices=jax.devices()[:1]), 128)
-    compiled = compile_gradients(parts, "full")
-    weights = sum(x.size * 4 for x in jax.tree.leaves(parts.abstract.parameters))
+    components = make_components(read_config(folder), make_mesh(devices=jax.devices()[:1]), 128)
+    compiled = compile_gradients(components, "full")
+    weights = sum(x.size * 4 for x in jax.tree.leaves(components.abstract.parameters))
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= weights
     assert memory.temp_size_in_bytes < 0.4 * weights
@@ -198,10 +200,10 @@ def test_the_documents_lengths_settle_the_backward_kernel(model, monkeypatch, le
         raise Asked(options.attention_backward, options.deterministic)
 
     monkeypatch.setattr(step, "hidden_states", asked)
-    parts = make_parts(model, make_mesh(), 128, train__deterministic=deterministic)
-    parts = parts._replace(data=NoData(lengths=lengths))
+    components = make_components(model, make_mesh(), 128, train__deterministic=deterministic)
+    components = components._replace(data=NoData(lengths=lengths))
     with pytest.raises(Asked) as found:
-        compile_gradients(parts, "full")
+        compile_gradients(components, "full")
     assert found.value.args == expected
 
 
@@ -218,7 +220,7 @@ def collectives(text):
     return found
 
 
-def test_this_jaxlib_knows_the_options_of_gathering_ahead():
+def test_this_jaxlib_knows_the_options_of_prefetching_weights():
     options = prefetch_options("gpu")
     assert options and not prefetch_options("cpu")
     assert float(jax.jit(lambda x: x + 1, compiler_options=options)(1.0)) == 2
@@ -226,18 +228,18 @@ def test_this_jaxlib_knows_the_options_of_gathering_ahead():
 
 @pytest.mark.parametrize("unroll", [False, True])
 def test_eight_devices_gather_each_matrix_twice_and_scatter_its_gradient_once(model, unroll):
-    parts = make_parts(model, make_mesh(), 128)
-    parts.config.train.unroll_layers = unroll
-    found = collectives(compile_gradients(parts, "full").as_text())
-    # Scans: a matrix's gather stands once in the forward loop and once in the backward loop, for all layers. Written out
-    # it stands there for each layer, but the last layer's, still there when the way back begins, is not made again.
+    components = make_components(model, make_mesh(), 128)
+    components.config.train.unroll_layers = unroll
+    found = collectives(compile_gradients(components, "full").as_text())
+    # Scans: a matrix is gathered once in the forward loop and once in the backward loop. Unrolled: once a layer in each
+    # pass, but the last layer's is still there when the backward pass begins, so it is not gathered again.
     gathers, scatters = (2 * model.num_layers - 1, model.num_layers) if unroll else (2, 1)
     D, F, Q, K = model.hidden_size, model.intermediate_size, model.query_size, model.kv_size
     sizes = collections.Counter([D * Q, D * K, D * K, Q * D, D * F, D * F, F * D])  # of the matrices of a layer
     for size, matrices in sizes.items():
         assert found["all-gather", "f32", size] == gathers * matrices, found
         assert found["reduce-scatter", "f32", size // 8] == scatters * matrices, found
-    # Nothing else of a matrix's size moves: norms, biases and scalars are all that is summed whole.
+    # Nothing else of a matrix's size moves: all-reduces sum only norms, biases and scalars.
     assert all(elements < D * K for (kind, _, elements) in found if kind == "all-reduce"), found
 
 
@@ -246,9 +248,9 @@ def test_eight_devices_gather_each_matrix_twice_and_scatter_its_gradient_once(mo
 def test_gathered_once_a_step_eight_devices_gather_no_matrix_in_a_micro_batch(model, unroll, reduce):
     """And with mesh.reduce=step they scatter no gradient in it either."""
     fields = dict(mesh__gather="step", mesh__reduce=reduce, train__unroll_layers=unroll)
-    parts = make_parts(model, make_mesh(), 128, **fields)
-    jitted = programs(parts, "full")
-    given = arguments(parts, jitted)
+    components = make_components(model, make_mesh(), 128, **fields)
+    jitted = programs(components, "full")
+    given = arguments(components, jitted)
     names = ("add_gradients", "gather", *(["reduce"] if reduce == "step" else []))
     micro_batch, once, *last = (
         collectives(getattr(jitted, name).lower(*given[name]).compile().as_text()) for name in names

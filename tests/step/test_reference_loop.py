@@ -295,12 +295,12 @@ def test_pure_bfloat16_follows_the_published_loop(world, in_float32, in_bfloat16
     np.testing.assert_allclose(column(records, "grad_norm"), in_bfloat16["grad_norm"], rtol=1e-2)
     far = moved(world, tensors, part(in_bfloat16, "parameters"))
     float32 = moved(world, part(in_float32, "parameters"), part(in_bfloat16, "parameters"))
-    assert far < 0.03 < 0.07 < float32  # the run in float32 goes another way, and is told apart
+    assert far < 0.03 < 0.07 < float32  # the run in float32 differs more, and this test sees it
 
 
 @pytest.mark.slow
 def test_pure_bfloat16_differs_by_the_order_of_additions_alone(world, serve_python, in_bfloat16):
-    """Two emulations that add micro batches in opposite order are nearly as far apart: 1.7 %."""
+    """Two emulations that add micro batches in opposite order differ nearly as much: 1.7 %."""
     reverse = emulation(serve_python, world, "reverse", dtype="bfloat16", reverse=True)
     other = part(reverse(), "parameters")
     spread = moved(world, other, part(in_bfloat16, "parameters"))
