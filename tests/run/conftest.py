@@ -1,4 +1,4 @@
-"""Fixtures of the training room's tests."""
+"""Fixtures of the tests of runs."""
 
 from pathlib import Path
 

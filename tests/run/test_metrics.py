@@ -1,4 +1,4 @@
-"""What a run keeps of its numbers when it is resumed, and what it leaves out."""
+"""What a run writes of its numbers, and which of them stay when it resumes."""
 
 import json
 import os
@@ -9,8 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jsft.run.metrics import MetricsWriter, RunLog, has_heldout
+from tests.run import processes
 
 
 def line(step, **values):
@@ -102,3 +104,18 @@ def test_output_to_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
         with suppress(OSError):
             full.close()
     assert (tmp_path / "log.txt").read_text().count("\n") == 3000
+
+
+def test_a_run_writes_histograms_and_trains_as_without_them(reference, tiny, tmp_path):
+    """The reference run has them; without them every number and the final state are the same, bit for bit."""
+    events = EventAccumulator(str(reference / "tensorboard"), size_guidance={"histograms": 0})
+    events.Reload()
+    for kind in ("parameters", "gradients", "updates"):
+        assert [e.step for e in events.Histograms(f"{kind}/layer_0")] == [5, 10]
+        assert f"{kind}/embedding" in events.Tags()["histograms"]
+    off = tmp_path / "off"
+    assert processes.run(tiny, off, "--config.log.histograms_every=0") == 0
+    processes.assert_same_run(off, reference)
+    without = EventAccumulator(str(off / "tensorboard"))
+    without.Reload()
+    assert without.Tags()["histograms"] == ["data/tokens"]
