@@ -11,8 +11,8 @@ Rates are useful TFLOP/s: 4 H h sum(len^2) / 2 for the forward pass, 2.5 times t
 pairs a kernel masks are not counted. Ours and the peers run in an order drawn anew for each round; inputs are
 random. A queued time is the median over rounds of the mean of calls issued back to back, as a training step
 issues them: the card gets to its power limit. A waited one is the median of calls that are each launched and
-waited for, the first few of them after a rest: what the targets of docs/performance.md were measured in.
-Backward is forward + backward less forward.
+waited for, the first few of them after a rest: how the targets of docs/lab/2026-11-29-attention-peers.md were
+measured. Backward is forward + backward less forward.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up what the tests need and runs them: pytest on 8 virtual CPU devices.
+# Sets up what the tests need, checks format and lint, and runs pytest on 8 virtual CPU devices.
 #
 #   scripts/test.sh                 the quick suite; vLLM tests too where the serving environment can be made
 #   scripts/test.sh --no-serve      without the serving environment (vLLM and torch oracles are skipped)
@@ -25,9 +25,14 @@ while [[ $# -gt 0 ]]; do
   esac
 done
 scripts/setup.sh
+bin=${JSFT_VENV:-.venv}/bin
+if ! { "$bin/ruff" format --check --quiet . && "$bin/ruff" check --quiet .; }; then
+  echo "test: format or lint; fix with: $bin/ruff format . && $bin/ruff check --fix ." >&2
+  exit 1
+fi
 if [[ $serve == 1 ]]; then
   scripts/setup.sh --serve || echo "test: no serving environment here; vLLM tests and torch oracles are skipped" >&2
 else
   export JSFT_SERVE_VENV=/nonexistent
 fi
-exec "${JSFT_VENV:-.venv}/bin/python" -m pytest "${arguments[@]}"
+exec "$bin/python" -m pytest "${arguments[@]}"

@@ -13,7 +13,9 @@ from jsft import config as schema
 from jsft.hf.random_model import write_random_model
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md")) + [ROOT / "README.md"]
+PAGES = sorted((ROOT / "docs").rglob("*.md")) + [
+    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+]
 
 
 def load_script():
@@ -38,7 +40,14 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_performance_page_is_short_and_every_lab_page_is_in_the_index():
+    assert len((ROOT / "docs" / "performance.md").read_text(encoding="utf-8").splitlines()) <= 120
+    lab = ROOT / "docs" / "lab"
+    linked = set(re.findall(r"\]\(([\w.-]+)\)", (lab / "README.md").read_text(encoding="utf-8")))
+    assert linked == {path.name for path in lab.iterdir()} - {"README.md"}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
 def test_fields_that_are_named_exist(page):
     groups = {field.name.partition(".")[0] for field in schema.FIELDS if "." in field.name}
     for name in re.findall(r"`(\w+\.\w+)(?:=[^`]*)?`", page.read_text(encoding="utf-8")):

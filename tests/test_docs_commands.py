@@ -23,7 +23,7 @@ from jsft import config as schema
 from jsft.hf.random_model import write_random_model
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md")) + [ROOT / "README.md"]
+PAGES = sorted((ROOT / "docs").glob("*.md")) + [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PROGRAM = r"(?:\.venv/bin/)?python -m (?:jsft|pytest)|scripts/\w+\.\w+|touch |tail |tensorboard |vllm "
 GPUS = ("GPU", "H200", "node")
 
@@ -182,6 +182,7 @@ def module(command: Command, name: str, arguments: list[str]) -> None:
 
 def test_every_page_with_commands_is_read():
     assert {command.page for command in ALL} >= {
+        "CONTRIBUTING.md",
         "README.md",
         "data.md",
         "evaluation.md",

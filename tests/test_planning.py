@@ -100,7 +100,7 @@ def test_kept_activations_agree_with_the_recorded_gpu_programs():
 BFLOAT16 = {f"precision__{n}": "bfloat16" for n in ("params", "moments", "gradients", "reduce")}
 
 
-# On one H200, rows of 16,384: what was kept, tokens a second (docs/performance.md), GiB of temporaries.
+# On one H200, rows of 16,384: what was kept, tokens a second (docs/lab/2026-11-29-training-step.md), GiB of temporaries.
 MEASURED = [
     ("qwen3_1_7b", "none", 46134, 36.7),
     ("qwen3_4b", "none", 19916, 66.9),

@@ -62,8 +62,8 @@ RATES = Rates(
     elementwise=3.5e12,
     passes=18,
     waiting=2.0,
-    source="docs/performance.md, one H200: matrix products 680 to 710 TF/s, the rest from where the time of four steps, "
-    "of 1.7B to 14B, goes; waiting for collectives: nine steps of 8B to 20B on two and four H200",
+    source="docs/lab/2026-11-29-training-step.md, one H200: matrix products 680 to 710 TF/s, the rest from where the "
+    "time of four steps, of 1.7B to 14B, goes; waiting for collectives: nine steps of 8B to 20B on two and four H200",
 )
 # Half-width of a time. Four measured steps of one GPU lie within 0.03, nine of two and four GPUs within 0.05; more GPUs
 # are unmeasured.

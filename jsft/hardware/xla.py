@@ -11,7 +11,7 @@ import jaxlib
 
 from jsft.kernels.assembler import choose_ptxas
 
-# Compiler flags, each with its measurement in docs/performance.md. A jaxlib that does not know a flag aborts on it, so
+# Compiler flags, each with its measurement in docs/lab (compile-options, several-gpus). A jaxlib that does not know a flag aborts on it, so
 # they are set only on versions that were tried.
 _TRIED = ("0.11.", "0.12.")
 _FLAGS = {

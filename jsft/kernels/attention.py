@@ -17,7 +17,8 @@ from jsft.kernels.devices import kernels_unavailable
 
 IMPLEMENTATIONS = ("auto", "pallas", "xla")
 BACKWARDS = ("auto", "deterministic", "fused")
-_SHORT_DOCUMENTS = 3072  # two kernels are faster at 2k and less, one on a few documents of 16k (docs/performance.md)
+# Two kernels are faster at 2k and less, one on a few documents of 16k (docs/lab/2026-11-29-attention-peers.md).
+_SHORT_DOCUMENTS = 3072
 
 
 def packed_attention(

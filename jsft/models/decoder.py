@@ -164,7 +164,7 @@ def rotated_query(query, key, scale, weights, context, model, options, kernel) -
 
     The carry is a dummy input of attention whose cotangent is the query's gradient in float32, as the fused kernel sums
     it: the norm's backward kernel reads that instead of a copy rounded to bfloat16. It saves a pass over the gradient,
-    0.3 % of a 4B step by count (docs/performance.md).
+    0.3 % of a 4B step by count (docs/lab/2026-11-29-step-changes.md).
     """
     if model.qk_norm and sums_query_gradient(query, key, **kernel):
         return rotated(query, "query", weights, context, model, options, carry=scale)

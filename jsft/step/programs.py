@@ -108,7 +108,10 @@ def decoder_options(config: ConfigDict, mesh: Mesh, remat, typical_length: float
 
 
 def _unrolls(config: ConfigDict, mesh: Mesh) -> bool:
-    """train.unroll_layers, or its default: on GPUs (docs/performance.md), not where compiling is the larger part."""
+    """train.unroll_layers, or its default: on GPUs, not where compiling is the larger part.
+
+    Measured in docs/lab/2026-11-29-step-changes.md.
+    """
     asked = config.train.unroll_layers
     return mesh.devices.flat[0].platform == "gpu" if asked is None else asked
 

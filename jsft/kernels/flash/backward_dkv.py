@@ -23,7 +23,8 @@ from jsft.kernels.flash.tuned import KernelConfig
 _FUSED_REGISTERS = 216, 72  # of each thread of the compute warpgroups and of the one that makes dq; see primitives.py
 _ENOUGH_PROGRAMS = 264  # two for each multiprocessor
 _MANY_PROGRAMS = 792  # six: the last ones to end then cost little
-_LARGE_GROUP = 5  # query heads of a key head that are better split though programs are many (docs/performance.md)
+# Query heads of a key head that are better split although programs are many (docs/lab/2026-11-29-fused-backward.md).
+_LARGE_GROUP = 5
 
 
 def backward_dkv(q, k, v, do, lse, delta, doc_end, *, scale: float, config: KernelConfig, interpret=None):

@@ -1,5 +1,5 @@
 """Configurations of the kernels, searched on a Hopper GPU as scripts/bench_attention.py --tune does
-(docs/performance.md).
+(docs/lab/2026-11-29-attention-peers.md).
 """
 
 import dataclasses
