@@ -1,6 +1,7 @@
 """scripts/setup.sh: cheap when all is right, one clear line when not, nothing half-made."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -64,3 +65,29 @@ def test_a_jax_without_a_version_is_one_line(arguments):
         ["bash", str(ROOT / "scripts" / "test.sh"), *arguments], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2 and done.stderr == "test: --jax wants a version, as in --jax 0.11.2\n"
+
+
+@pytest.mark.parametrize("tidy", [True, False])
+def test_the_tests_begin_with_format_and_lint(tmp_path, tidy):
+    """In a checkout whose set-up does nothing and whose programs only say that they ran."""
+    programs = {
+        "scripts/setup.sh": "exit 0",
+        ".venv/bin/ruff": f"echo ruff $1; {'exit 0' if tidy else 'exit 1'}",
+        ".venv/bin/python": "echo python $*",
+    }
+    for name, line in programs.items():
+        program = tmp_path / name
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(f"#!/bin/sh\n{line}\n")
+        program.chmod(0o755)
+    script = shutil.copy(ROOT / "scripts" / "test.sh", tmp_path / "scripts")
+    environment = {key: value for key, value in os.environ.items() if key != "JSFT_VENV"}
+    done = subprocess.run(
+        ["bash", script, "--no-serve", "-x"], capture_output=True, text=True, env=environment, timeout=60
+    )
+    if tidy:
+        assert done.returncode == 0 and done.stdout.splitlines() == ["ruff format", "ruff check", "python -m pytest -x"]
+    else:
+        assert done.returncode == 1 and done.stdout.splitlines() == ["ruff format"]
+        fix = ".venv/bin/ruff format . && .venv/bin/ruff check --fix ."
+        assert done.stderr == f"test: format or lint; fix with: {fix}\n"
