@@ -1,8 +1,8 @@
 """The published runs of 'Rethinking Generalization in Reasoning SFT', as differences from one shared recipe.
 
-Shared by all 33: AdamW (0.9, 0.999, 1e-8), weight decay 0.01, clip 1.0, 10 % warm-up, documents of at most
-20,000 tokens cut on the right, file order, EOS appended, the published arithmetic (`fidelity = reference`),
-and the paper's checkpoints kept for good. Each base model's file says which recipes it has.
+Shared by all 33: AdamW (0.9, 0.999, 1e-8), weight decay 0.01, clip 1.0, 10 % warm-up, documents of at most 20,000
+tokens cut on the right, file order, EOS appended, the published arithmetic (`fidelity = reference`), and the paper's
+checkpoints as milestones. Each base model's file lists its recipes.
 """
 
 from dataclasses import dataclass

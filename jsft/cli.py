@@ -1,7 +1,7 @@
 """The command line that train and plan share: a config file with its recipe, and overrides of single fields.
 
-`--config configs/qwen3_14b.py:math_cot_ep8 --config.optimizer.learning_rate=1e-5`. ml_collections parses; this
-module turns its tracebacks into one line with the nearest names.
+`--config configs/qwen3_14b.py:math_cot_ep8 --config.optimizer.learning_rate=1e-5`. ml_collections parses; this module
+turns its tracebacks into one line with the nearest names.
 """
 
 import importlib.util
@@ -19,7 +19,15 @@ from ml_collections import ConfigDict, config_flags
 from jsft import config as schema
 from jsft.errors import ConfigError, JsftError
 
-_WORKDIRS = ("outputdir", "outdir", "out", "output", "savedir", "rundir", "logdir")  # what others call --workdir
+_WORKDIRS = (
+    "outputdir",
+    "outdir",
+    "out",
+    "output",
+    "savedir",
+    "rundir",
+    "logdir",
+)  # other trainers' names for --workdir
 
 
 def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None], usage: str):
@@ -37,7 +45,7 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None], usage
         sys.exit(0 if argv else 2)
     file, recipe = _check_names(list(argv))
     module = _load(file)
-    with _blamed(file):  # ml_collections calls it again, and pastes what it raises
+    with _blamed(file):  # ml_collections calls it again, but wraps its errors
         config = module.get_config(recipe) if recipe else module.get_config()
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"{file}: get_config() must return an ml_collections.ConfigDict, not {type(config).__name__}")
@@ -80,7 +88,7 @@ def _check_names(argv: list[str]) -> tuple[Path, str | None]:
 
 
 def _unknown_option(name: str, values: flags.FlagValues) -> str:
-    """What is wrong with an option that is none: it may be one of the command's, or a field without its prefix."""
+    """The message for an unknown option; it names the command's options, or fields, that may be meant."""
     known = [own for own in values if not own.startswith("config.")]
     near = schema.nearest(name, known) or schema.nearest_field(name)
     if "workdir" in known and name.replace("_", "").replace("-", "") in _WORKDIRS:
@@ -116,7 +124,7 @@ def _load(file: Path) -> ModuleType:
 
 @contextmanager
 def _blamed(file: Path) -> Iterator[None]:
-    """Whatever a user's Python file raises in the block becomes a ConfigError with the file's name and line."""
+    """Turns any error of a user's Python file in the block into a ConfigError with the file's name and line."""
     try:
         yield
     except JsftError:

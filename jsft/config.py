@@ -1,8 +1,8 @@
 """Every field of a run: name, type, default, meaning and check. The one place.
 
 A config is an `ml_collections.ConfigDict`. Config files start from `default_config()` and set what differs. Fields
-whose default is None and that `FIDELITY` names are filled by the preset `fidelity` when the run starts
-(`resolve`), unless the config file or the command line set them.
+whose default is None and that `FIDELITY` names are filled by the preset `fidelity` when the run starts (`resolve`),
+unless the config file or the command line set them.
 """
 
 import math
@@ -95,8 +95,8 @@ FIELDS: tuple[Field, ...] = (
         "data.truncation",
         str,
         "right",
-        "What happens to longer documents: keep the first tokens (the last kept "
-        "position is then not trained), keep the last, or refuse.",
+        "What happens to longer documents: keep the first tokens (the last position is then not trained), "
+        "keep the last tokens, or refuse.",
         choices=("right", "left", "error"),
     ),
     Field("data.pack_length", int, 20480, "Positions of a packed row; at least data.max_length.", minimum=128),
@@ -109,8 +109,8 @@ FIELDS: tuple[Field, ...] = (
         "data.enable_thinking",
         bool,
         None,
-        "Passed to the chat template when set; responses that think against the "
-        "template are then counted, not refused.",
+        "Passed to the chat template when set; responses whose thinking contradicts the template are then counted, not "
+        "refused.",
     ),
     Field("data.eos_token", str, None, "Token appended to every response; default: the tokenizer's EOS."),
     Field("data.cache_dir", str, None, "Where tokenised data is cached; default: beside the data file."),
@@ -149,15 +149,15 @@ FIELDS: tuple[Field, ...] = (
         "train.hang_minutes",
         float,
         30.0,
-        "End with exit code 8 and every thread's stack when a step, compilation, "
-        "evaluation or wait for a save takes longer; a step also after 10 times the median step.",
+        "End with exit code 8 and every thread's stack when a step, a compilation, an evaluation or a wait for a save "
+        "takes longer; a step also ends the run after 10 times the median step.",
         above=0,
     ),
     Field(
         "train.peer_seconds",
         float,
         60.0,
-        "Several processes: one that is silent for so long is lost; the others end with exit code 9.",
+        "Several processes: one that is silent for this long is lost; the others end with exit code 9.",
         above=0,
         maximum=90,
     ),
@@ -248,21 +248,21 @@ FIELDS: tuple[Field, ...] = (
         "Copies of the sharded parameters (one per node keeps gathers inside a node).",
         minimum=1,
     ),
-    Field("mesh.fsdp", int, -1, "Devices that divide the parameters; -1: all that mesh.replica leaves."),
+    Field("mesh.fsdp", int, -1, "Devices over which the parameters are sharded; -1: all that mesh.replica leaves."),
     Field(
         "mesh.gather",
         str,
         "layer",
-        "When divided weights of the layers are gathered: by each layer, forward and back, "
-        "or once a step, to be held whole in precision.compute: less communication for memory (not timed on GPUs yet).",
+        "When the layers' sharded weights are gathered: by each layer, in the forward and in the backward pass; or "
+        "once a step, and held in full in precision.compute: less communication, more memory (not timed on GPUs yet).",
         choices=("layer", "step"),
     ),
     Field(
         "mesh.reduce",
         str,
         "layer",
-        "When the gradients of these weights are summed over devices: layer by layer in each "
-        "micro batch, or once a step, each device adding up its own whole in precision.gradients until then (needs "
+        "When the gradients of these weights are summed over devices: layer by layer in each micro batch; or once a "
+        "step, until which each device accumulates its own full gradient in precision.gradients (needs "
         "mesh.gather=step; not timed on GPUs yet).",
         choices=("layer", "step"),
     ),
@@ -270,32 +270,32 @@ FIELDS: tuple[Field, ...] = (
         "attention.implementation",
         str,
         "auto",
-        "Attention kernel; auto is Pallas on Hopper, else plain XLA. A "
-        "kernel asked for by name and not available is an error.",
+        "Attention kernel; auto is Pallas on Hopper, else plain XLA. A kernel named here that is not available is an "
+        "error.",
         choices=("auto", "pallas", "xla"),
     ),
     Field(
         "attention.backward",
         str,
         "auto",
-        "Backward kernel of Pallas attention; auto is the faster for the lengths "
-        "of rows and documents, train.deterministic forces deterministic.",
+        "Backward kernel of Pallas attention; auto takes the faster for the lengths of rows and documents, "
+        "train.deterministic forces deterministic.",
         choices=("auto", "deterministic", "fused"),
     ),
     Field(
         "norm.implementation",
         str,
         "auto",
-        "Kernel of the RMS norms and rotary embeddings; auto is Pallas on Hopper, "
-        "else plain XLA. A kernel asked for by name and not available is an error.",
+        "Kernel of the RMS norms and rotary embeddings; auto is Pallas on Hopper, else plain XLA. A kernel named here "
+        "that is not available is an error.",
         choices=("auto", "pallas", "xla"),
     ),
     Field(
         "remat",
         str,
         "auto",
-        "What each layer keeps for the backward pass: auto, full (only its input), none "
-        "(everything), or a comma-separated list of names (docs/memory-and-speed.md); NAME@host keeps it in host memory.",
+        "What each layer saves for the backward pass: auto, full (only its input), none (everything), or a "
+        "comma-separated list of names (docs/memory-and-speed.md); NAME@host saves it in host memory.",
     ),
     Field(
         "checkpoint.every", int, 10, "Save the full state every this many updates; the last is always saved.", minimum=1
@@ -304,7 +304,7 @@ FIELDS: tuple[Field, ...] = (
         "checkpoint.minutes",
         float,
         0.0,
-        "Also save when so much time has passed since the last save; 0: never.",
+        "Also save when this much time has passed since the last save; 0: never.",
         minimum=0,
     ),
     Field("checkpoint.keep", int, 2, "Full checkpoints kept, newest first.", minimum=1),
@@ -320,7 +320,7 @@ FIELDS: tuple[Field, ...] = (
         "log.histograms_every",
         int,
         100,
-        "Put histograms of weights, gradients and updates, by layer, on TensorBoard every this many updates; 0: never.",
+        "Write histograms of weights, gradients and updates by layer to TensorBoard every this many updates; 0: never.",
         minimum=0,
     ),
     Field("eval.every", int, 0, "Compute data.eval's loss every this many updates; 0: never, 1 for each.", minimum=0),
@@ -328,7 +328,7 @@ FIELDS: tuple[Field, ...] = (
         "eval.generate.tasks",
         str,
         None,
-        "Benchmarks to sample while training goes on, with commas (names: python -m jsft.evaluate --list).",
+        "Benchmarks to sample during training, with commas (names: python -m jsft.evaluate --list).",
     ),
     Field("eval.generate.every", int, 0, "Sample every this many updates; a multiple of checkpoint.every.", minimum=0),
     Field(
@@ -343,7 +343,7 @@ FIELDS: tuple[Field, ...] = (
 
 BY_NAME = {field.name: field for field in FIELDS}
 
-# What `fidelity` decides, where nothing else did.
+# What `fidelity` sets where nothing else does.
 FIDELITY: dict[str, dict[str, Any]] = {
     "best": {
         "objective.name": "token_mean",
@@ -367,7 +367,7 @@ FIDELITY: dict[str, dict[str, Any]] = {
 
 
 def nearest_field(name: str) -> str:
-    """' (nearest: a, b)' for the fields that an unknown `name` may have meant, or ''."""
+    """' (nearest: a, b)' for the fields that an unknown `name` may mean, or ''."""
     return hints.nearest_field(name, BY_NAME)
 
 
@@ -401,7 +401,7 @@ def put(config: ConfigDict, name: str, value: Any) -> None:
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """A frozen-value copy with the preset filled in and every field checked. Raises ConfigError."""
+    """A copy with the preset filled in and every field checked. Raises ConfigError."""
     unknown = sorted(set(flatten(config)) - set(BY_NAME))
     if unknown:
         raise ConfigError(f"unknown config field {unknown[0]}{nearest_field(unknown[0])}")
@@ -425,7 +425,7 @@ def _check_together(config: ConfigDict) -> None:
     if data.pack_length < data.max_length:
         raise ConfigError(
             f"data.pack_length={data.pack_length} is shorter than data.max_length={data.max_length}: the longest "
-            f"document would not fit in a packed row; raise the one or lower the other"
+            f"document would not fit in a packed row; raise the first or lower the second"
         )
     if data.pack_length % 128:
         raise ConfigError(

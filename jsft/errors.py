@@ -1,4 +1,4 @@
-"""The errors a user sees: one line that says what is wrong, where, and how to mend it; one exit code for each kind.
+"""The errors a user sees: one line that says what is wrong, where, and how to fix it; one exit code for each kind.
 
 Valid for Python 3.11 and free of JAX, so that every room can use it.
 """
@@ -83,10 +83,10 @@ _FIXES = {
 
 @contextmanager
 def explained(kind: type[JsftError], what: str, fix: str = "") -> Iterator[None]:
-    """Turns what disks, encodings, numbers, CSV and Arrow raise in the block into one `kind`: "what: cause; fix".
+    """Turns an error of disk, encoding, number, CSV or Arrow in the block into a `kind`: "what: cause; fix".
 
-    what: what could not be done, with its file or directory. fix: where the error itself does not tell one. A
-    JsftError passes as it is; so does every other exception, which is a fault of ours.
+    what: what could not be done, with its file or directory. fix: used where the error itself suggests none. A
+    JsftError passes unchanged; so does every other exception, which is a fault of ours.
     """
     try:
         yield
@@ -108,7 +108,7 @@ def describe(error: BaseException, said: str = "") -> str:
     if isinstance(error, UnicodeEncodeError):
         return f"character {error.object[error.start]!r} cannot be written as {error.encoding}"
     if isinstance(error, OSError) and error.strerror:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # of a copy, then, the second file is to blame
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # when copying, the second file is to blame
         named = error.filename2 if full and error.filename2 else error.filename
         file = os.fsdecode(named) if isinstance(named, (str, bytes)) else ""
         return f"{error.strerror}: {file}" if file and file not in said else error.strerror
@@ -117,9 +117,9 @@ def describe(error: BaseException, said: str = "") -> str:
 
 
 def _is_foreseen(error: BaseException) -> bool:
-    """Whether a disk, an encoding or a table is to blame. Arrow's errors are known by their module: it may be absent."""
+    """Whether a disk, an encoding or a table is to blame. Arrow may be absent: its errors are known by their module."""
     if isinstance(error, BrokenPipeError):
-        return False  # whoever reads our output is gone: see run_command
+        return False  # the reader of our output is gone: see run_command
     arrow = any(kind.__module__ == "pyarrow.lib" for kind in type(error).__mro__)
     return arrow or isinstance(error, (OSError, UnicodeError, OverflowError, csv.Error))
 
@@ -127,8 +127,8 @@ def _is_foreseen(error: BaseException) -> bool:
 def run_command(main: Callable[[], int | None], otherwise: type[JsftError] = JsftError) -> None:
     """Runs `main` and ends the process: 0, or the exit code of a `JsftError` whose message goes to stderr as one line.
 
-    otherwise: the kind of an error of disk, encoding or table that nobody explained. Of such an error, and of any other
-    exception, the traceback goes to a file, and the line says where.
+    otherwise: the kind of an error of disk, encoding or table that no `explained` block caught. The traceback of such
+    an error, and of any other exception, goes to a file, and the line says where.
     """
     if hasattr(sys.stdout, "reconfigure"):  # a file's name may hold what the terminal's encoding does not
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -140,19 +140,19 @@ def run_command(main: Callable[[], int | None], otherwise: type[JsftError] = Jsf
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
-    except BrokenPipeError:  # whoever read the output wants no more of it, as in "... --help | head -1"
-        code = 141  # as a shell has it for SIGPIPE
+    except BrokenPipeError:  # the reader of the output has closed it, as in "... --help | head -1"
+        code = 141  # a shell's code for SIGPIPE
     except Exception as error:
         code = _last_resort(error, otherwise)
     try:
         sys.stdout.flush()
-    except OSError:  # gone, or on a full disk: else Python complains again at its end
+    except OSError:  # gone, or on a full disk: otherwise Python complains again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
 def _last_resort(error: Exception, otherwise: type[JsftError]) -> int:
-    """Says in one line what nobody explained, and returns the exit code."""
+    """Prints an unexplained error as one line, and returns the exit code."""
     file = _keep_traceback(error)
     where = f"; the traceback is in {file}" if file else ""
     if isinstance(error, MemoryError):
@@ -160,7 +160,7 @@ def _last_resort(error: Exception, otherwise: type[JsftError]) -> int:
     if _is_foreseen(error):
         fix = _fix(error)
         return _fail(otherwise.exit_code, f"{describe(error)}{fix and '; '}{fix}{where}")
-    if not file:  # then here, rather than nowhere
+    if not file:  # print it here instead
         traceback.print_exception(error)
     return _fail(1, f"a fault of jsft ({describe(error)}); please report it{where}")
 
@@ -172,7 +172,7 @@ def _fail(code: int, message: str) -> int:
 
 
 def _keep_traceback(error: BaseException) -> str | None:
-    """Writes the traceback of `error` to a file of its own. Returns its name, or None where there is no room."""
+    """Writes the traceback of `error` to a new file. Returns its name, or None where there is no room."""
     text = "".join(traceback.format_exception(error))
     try:
         with tempfile.NamedTemporaryFile(

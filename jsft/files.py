@@ -25,7 +25,7 @@ _COUNT = itertools.count()
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 _LEFTOVER = re.compile(r".+\.tmp-\d+-\d+")  # what a killed writer leaves
 
-# What a file system says that cannot sync a directory (some network and FUSE mounts): there nothing more can be done.
+# Errors of file systems that cannot sync a directory (some network and FUSE mounts). Nothing more can be done there.
 _NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
@@ -36,7 +36,7 @@ def sync(path: str | Path) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:
-        if is_directory:  # it may be written and not read: the disk is not to be asked, then
+        if is_directory:  # it may be writable but not readable: then it cannot be synced
             return
         raise
     try:
@@ -61,16 +61,16 @@ def sync_tree(folder: str | Path) -> None:
 
 
 def rename(source: str | Path, target: str | Path) -> None:
-    """Renames within one directory (an existing file at `target` is replaced) and syncs the directory. Raises OSError."""
+    """Renames within one directory, replacing an existing `target`, and syncs the directory. Raises OSError."""
     os.replace(source, target)
     sync(Path(target).parent)
 
 
 def exchange(a: str | Path, b: str | Path) -> bool:
-    """Swaps two names of one file system in one step, so that nobody ever sees one of them missing.
+    """Swaps two names of one file system in one step, so that neither is ever missing.
 
-    False where the system or the file system has no such step (Linux has it on local disks, not on NFS); then nothing
-    is changed. Raises OSError for any other refusal.
+    Returns False, and changes nothing, where the system or the file system has no such step (Linux has it on local
+    disks, not on NFS). Raises OSError for any other refusal.
     """
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
@@ -100,25 +100,25 @@ def make_folder(path: str | Path) -> None:
 def replacing(path: str | Path, durable: bool = True) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of `path` when the block ends, and is removed when the block raises.
 
-    Readers and power cuts see the old file or the new one. Each writer has a temporary name of its own, so that two
-    of them do not disturb each other: the last one wins. durable=False leaves out the syncs: for what need not survive
-    a power cut. Raises OSError when the disk refuses; `path` is then as it was.
+    Readers and power cuts see the old file or the new one. Each writer has its own temporary name, so two of them do
+    not disturb each other: the last one wins. durable=False skips the syncs, for files that need not survive a power
+    cut. Raises OSError when the disk refuses; `path` is then unchanged.
     """
     path = Path(path)
-    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}-{next(_COUNT)}")
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{next(_COUNT)}")
     try:
-        with beside.open("xb") as file:
+        with temporary.open("xb") as file:
             yield file
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
         if durable:
-            rename(beside, path)
+            rename(temporary, path)
         else:
-            os.replace(beside, path)
+            os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raise
 
 
@@ -139,13 +139,15 @@ def write_json(path: str | Path, value: Any, durable: bool = True) -> None:
 
 
 def json_line(value: Any) -> bytes:
-    """A value as one line of a JSON-lines file, in UTF-8. A lone surrogate becomes its escape and reads back as it was.
-    Raises TypeError for a value that JSON does not have."""
+    """A value as one line of a JSON-lines file, in UTF-8. A lone surrogate is escaped and reads back unchanged.
+
+    Raises TypeError for a value that JSON cannot express.
+    """
     return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Removes what killed writers left in a directory. Only for who knows that nobody else is writing there."""
+    """Removes what killed writers left in a directory. Call it only where nobody else is writing."""
     with suppress(OSError):
         for path in Path(folder).iterdir():
             if _LEFTOVER.fullmatch(path.name):

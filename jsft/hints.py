@@ -1,4 +1,4 @@
-"""The names a user may have meant: close spellings, the same leaf in another group, and what other trainers call a field."""
+"""Names a user may have meant: close spellings, the same leaf in another group, other trainers' names for a field."""
 
 import difflib
 from collections.abc import Iterable
@@ -93,8 +93,10 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def nearest_field(name: str, fields: Iterable[str]) -> str:
-    """As `nearest`, for a dotted config field: what the same name means in another group or another trainer comes first,
-    then what is spelt alike as a whole or in its last part.
+    """As `nearest`, for a dotted config field.
+
+    First the fields with the same leaf in another group, and those that other trainers call so; then close spellings of
+    the whole name or of its leaf.
     """
     fields = list(fields)
     leaf = name.rpartition(".")[2].replace("-", "_").lower()

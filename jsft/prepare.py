@@ -15,19 +15,22 @@ validate, by spaces). preview, stats and validate also take a run's config:
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jsft.errors import ConfigError, DataError, run_command
 
-# Fields of the config's data section that are no options here: DATA stands for the first two.
+# Fields of the config's data section that are not options here; DATA takes the place of the first two.
 _NO_OPTIONS = ("train", "eval", "workers")
-# Fields that decide how rows are cached and packed, not what a row must be: no options of validate.
+# Fields that decide how rows are cached and packed, not what a row must be; not options of validate.
 _NOT_OF_ROWS = ("on_bad_row", "cache_dir", "pack_length", "rows_per_device", "shuffle", "align")
 
 
+_Command = Callable[..., argparse.ArgumentParser]  # (name, run, help) -> the parser of a new command
+
+
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with the command line in one line."""
+    """Reports what is wrong with the command line in one line."""
 
     def error(self, message: str):
         raise ConfigError(f"{message} (see python -m {self.prog} --help)")
@@ -48,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    for add in (_add_inspections, _add_makers, _add_choosers):
+        add(command)
+    return parser
+
+
+def _add_inspections(command: _Command) -> None:
+    """preview, stats, validate: they look at a data set."""
     sub = command("preview", _preview, "Print rows as the model sees them, the trained span marked.")
     _add_data(sub)
     sub.add_argument("--global_batch", type=_positive, help="rows of an update")
@@ -71,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         help="the advantage must be there and finite (objective.use_advantage)",
     )
 
+
+def _add_makers(command: _Command) -> None:
+    """countdown, nocot, subset: they write a data set from nothing or from one other."""
     sub = command("countdown", _countdown, "Generate Countdown puzzles with worked, verified solutions.")
     sub.add_argument("--rows", type=int, required=True, help="number of puzzles")
     sub.add_argument("--seed", type=int, default=0, help="same seed and options, same file [0]")
@@ -98,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, help="choose at random with this seed")
     _add_output(sub)
 
+
+def _add_choosers(command: _Command) -> None:
+    """select, match: they choose among many responses to a problem."""
     sub = command("select", _select, "Choose one verified response per problem from a release with many of each.")
     sub.add_argument("data", metavar="DATA", help="a row per response, or a list of responses per row")
     sub.add_argument("--rows", type=_positive, help="number of problems [all that have a response that passes]")
@@ -117,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_output(sub)
 
     sub = command("match", _match, "Take another data set's solutions to the same problems.")
-    sub.add_argument("data", metavar="DATA", help="data set whose problems, order and columns are kept")
+    sub.add_argument("data", metavar="DATA", help="data set that gives the problems, their order and the columns")
     sub.add_argument("--with", dest="other", required=True, metavar="DATA", help="data set with the solutions")
     for key, default in (("prompt", "message"), ("response", "response"), ("answer", "answer")):
         sub.add_argument(f"--{key}_key", default=default, help=f"column of DATA [{default}]")
@@ -126,7 +142,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="draws one of several solutions [0]")
     sub.add_argument("--verify", action="store_true", help="only solutions whose answer math-verify finds right")
     _add_output(sub)
-    return parser
 
 
 def _add_output(sub: argparse.ArgumentParser) -> None:
@@ -155,7 +170,8 @@ def _add_data(sub: argparse.ArgumentParser, nargs: str = "?", without: Sequence[
 
 def _config(args, *, needs_model: bool = True):
     """The resolved config of a command that looks at data, and the directory with the model's tokenizer (None where no
-    model is named and none is needed)."""
+    model is named and none is needed).
+    """
     from jsft import cli
     from jsft import config as schema
     from jsft.hf.resolve import resolve_tokenizer
@@ -186,7 +202,9 @@ def _config(args, *, needs_model: bool = True):
                 raise ConfigError(f"--{name.removeprefix('data.')} needs --model, whose tokenizer reads the rows")
             schema.put(config, name, value)
     if getattr(args, "pack_length", None) is None and config.data.pack_length < config.data.max_length:
-        config.data.pack_length = -(-config.data.max_length // 128) * 128  # to look at the data with a longer limit
+        config.data.pack_length = (
+            -(-config.data.max_length // 128) * 128
+        )  # so that the data can be inspected with a longer limit
     config = schema.resolve(config)
     model = args.model or args.config
     return config, resolve_tokenizer(config.model.path, config.model.revision) if model else None

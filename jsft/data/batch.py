@@ -1,4 +1,4 @@
-"""What travels from the data room to the training step."""
+"""What the data room hands to the training step."""
 
 from typing import NamedTuple
 
@@ -8,8 +8,8 @@ import numpy as np
 class Batch(NamedTuple):
     """One micro batch of packed rows: R rows over all devices, T positions each.
 
-    A document is the range [doc_start, doc_end) of its row; attention is causal inside it and never leaves it.
-    A padding position is a document of its own (doc_start = i, doc_end = i + 1), with token, position and weight 0.
+    A document is the range [doc_start, doc_end) of its row; attention is causal inside it and never leaves it. A
+    padding position is a document of its own (doc_start = i, doc_end = i + 1), with token, position and weight 0.
     """
 
     tokens: np.ndarray  # int32 [R, T]
@@ -21,12 +21,12 @@ class Batch(NamedTuple):
 
 
 class StepData(NamedTuple):
-    """All micro batches of one update and what they hold, over all processes."""
+    """All micro batches of one update, and counts over all processes."""
 
     micro_batches: list[Batch]  # this process's rows
     supervised_tokens: int
     tokens: int  # without padding
     documents: int
     sum_squared_lengths: int  # sum over documents of length^2: the cost of attention
-    weight_sum: float  # of all loss weights, advantages left out: 1 for a mean, B/(8m) in the reference's objective
+    weight_sum: float  # of all loss weights, without advantages: 1 for a mean, B/(8m) in the reference's objective
     padding_share: float  # padding positions / all positions

@@ -1,9 +1,10 @@
 """Tokenised data on disk: memory-mapped Arrow, keyed by everything that changes it.
 
-A cache is a folder `<key>` of parts and, once complete, an index. A part holds the tokens of consecutive rows
-and says which; it is written beside its place and renamed, so a part that is there is whole. A build that was
-killed goes on after its last part. A file lock lets one process build while others wait for it. Opening a cache checks
-every part; from the first damaged one on it is built again."""
+A cache is a folder `<key>` of parts and, once complete, an index. A part holds the tokens of consecutive rows and says
+which. It is written under a temporary name and renamed, so a part that exists is complete. A killed build resumes after
+its last part. A file lock lets one process build while others wait for it. Opening a cache checks every part, and
+rebuilds from the first damaged one.
+"""
 
 import hashlib
 import json
@@ -38,10 +39,11 @@ SAY_SECONDS = 30  # between lines about a long build, where there is no progress
 class TokenCache:
     """The documents of a complete cache, in row order; bad rows are absent.
 
-    rows: int64 [N] row of the source; lengths: int64 [N] tokens; advantages: float64 [N]; control_text: int32
-    [N]; spans: int32 [S, 2] trained ranges of all documents, those of document i at span_starts[i] :
-    span_starts[i + 1]. bad: (row, message) of each row left out. thinking: (row, name in `thinking.MISMATCHES`) of
-    each row whose thinking does not fit its prompt's."""
+    rows: int64 [N] row of the source; lengths: int64 [N] tokens; advantages: float64 [N]; control_text: int32 [N];
+    spans: int32 [S, 2] trained ranges of all documents, those of document i at span_starts[i] : span_starts[i + 1].
+    bad: (row, message) of each row left out. thinking: (row, name in `thinking.MISMATCHES`) of each row whose thinking
+    does not fit its prompt's.
+    """
 
     def __init__(self, directory: Path, source: Source, checked: Sequence[Part]):
         self.directory, self.source = directory, source
@@ -66,7 +68,7 @@ class TokenCache:
         return len(self.rows)
 
     def __reduce__(self):
-        return _load_again, (self.directory, self.source)  # a worker process maps the files itself
+        return _load_again, (self.directory, self.source)  # a worker process maps the files by itself
 
     def tokens(self, index: int) -> np.ndarray:
         """int32 tokens of document `index`: a view of the mapped file."""
@@ -102,11 +104,12 @@ def open_cache(
     threads: int | None = None,
     say: Callable[[str], None] = print,
 ) -> TokenCache:
-    """Opens the cache of `source` tokenised by `chat`, building what of it is missing.
+    """Opens the cache of `source` tokenised by `chat`, after building the parts that are missing.
 
     threads: tokenising threads; default the processor cores this process may use. embedding: where given, every token
-    must have a row in it. Raises DataError for a bad row (`on_bad_row='error'`), when nothing can be written, and for
-    a cache that stays damaged; ModelError for a token without a row."""
+    must have a row in it. Raises DataError for a bad row (`on_bad_row='error'`), when nothing can be written, and for a
+    cache that stays damaged; ModelError for a token without a row.
+    """
     columns = training_columns(source, keys, need_advantage=need_advantage)
     key = hashlib.sha256(repr((FORMAT, source.content_key(), chat.key(), tuple(columns))).encode()).hexdigest()[:32]
     directory = _writable(cache_dir, source) / key
@@ -141,7 +144,7 @@ class _Job(NamedTuple):
 
 
 def _whole_parts(job: _Job, threads: int) -> list[Part]:
-    """The checked parts of the cache, built where they are missing, and built again from the first damaged one on."""
+    """The checked parts of the cache, built where they are missing, and rebuilt from the first damaged one."""
     from filelock import FileLock
 
     directory = job.directory
@@ -149,7 +152,7 @@ def _whole_parts(job: _Job, threads: int) -> list[Part]:
         try:
             return _checked_parts(directory, len(job.source), threads)
         except DamagedPart:
-            pass  # said once the lock is ours: another process may be building it already
+            pass  # reported once the lock is ours: another process may be rebuilding it already
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with FileLock(directory / ".lock"):
@@ -171,16 +174,16 @@ def _whole_parts(job: _Job, threads: int) -> list[Part]:
     except OSError as error:
         raise DataError(
             f"{directory}: the token cache cannot be written ({error.strerror or error}); "
-            "make room, or set data.cache_dir to another disk; a build goes on where it stopped"
+            "make room, or set data.cache_dir to another disk; a build resumes where it stopped"
         ) from error
 
 
 def _build(job: _Job, threads: int) -> None:
     source, chat, directory, say = job.source, job.chat, job.directory, job.say
-    files.remove_leftovers(directory)  # of a build that was killed while it wrote; we hold the lock
+    files.remove_leftovers(directory)  # of a killed build; we hold the lock
     names, start = _finished_parts(directory)
     if start:
-        say(f"data: going on with the token cache at row {start} of {len(source)}")
+        say(f"data: resuming the token cache at row {start} of {len(source)}")
     began = said = time.monotonic()
     tokens = 0
     with ThreadPoolExecutor(threads) as pool, progress_bar("tokenising", "rows") as bar:
@@ -216,7 +219,7 @@ def _build(job: _Job, threads: int) -> None:
     seconds = time.monotonic() - began
     say(
         f"data: {len(source) - start:,} rows tokenised in {seconds:.1f} s "
-        f"({tokens / seconds / 1e6:.2f} M tokens/s, {threads} threads), kept in {directory}"
+        f"({tokens / seconds / 1e6:.2f} M tokens/s, {threads} threads), written to {directory}"
     )
 
 
@@ -272,7 +275,7 @@ def _finished_parts(directory: Path) -> tuple[list[str], int]:
 
 
 def _checked_parts(directory: Path, rows: int, threads: int) -> list[Part]:
-    """All parts that the index names, each held against its checksum, over all `rows`. Raises DamagedPart."""
+    """All parts that the index names, each checked against its checksum, over all `rows`. Raises DamagedPart."""
     with ThreadPoolExecutor(threads) as pool:  # zlib's checksum lets other threads run
         parts = list(pool.map(lambda name: read_part(directory / name), _index(directory)))
     for part, first in zip(parts, [0, *(part.end for part in parts)]):
@@ -294,7 +297,7 @@ def _index(directory: Path) -> list[str]:
 
 
 def _load_again(directory: Path, source: Source) -> TokenCache:
-    """The cache as a worker process maps it: what it was pickled from has been checked."""
+    """The cache in a worker process, mapped without a check: the process that pickled it has checked the parts."""
     try:
         parts = [read_part(directory / name, check=False) for name in _index(directory)]
     except DamagedPart as damage:
@@ -311,11 +314,10 @@ def _ragged(parts: list[pa.RecordBatch], name: str) -> tuple[np.ndarray, list[np
 
 
 def _writable(cache_dir: str | None, source: Source) -> Path:
-    """`cache_dir`, or a folder beside the data; the user's cache folder where the data's place is
-    read-only."""
+    """`cache_dir`, or a folder next to the data; the user's cache folder where the data's folder is read-only."""
     if cache_dir:
         return Path(cache_dir).expanduser()
-    beside = source.files[0].resolve().parent
-    if os.access(beside, os.W_OK) and beside.stat().st_mode & 0o222:  # root may write anywhere, and should not
-        return beside / ".jsft_cache"
+    folder = source.files[0].resolve().parent
+    if os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222:  # root may write anywhere, but should not
+        return folder / ".jsft_cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jsft" / "tokens"

@@ -1,7 +1,8 @@
-"""The parts of a token cache: Arrow files of consecutive rows, each with a checksum over all that it says.
+"""The parts of a token cache: Arrow files of consecutive rows, each with a checksum over its whole content.
 
-The checksum is CRC-32 (zlib): it sees every burst of up to 32 bits and misses other damage once in 4 billion, at
-3 GB/s a core. It is for disks and copies that go wrong, not for somebody who forges a part."""
+The checksum is CRC-32 (zlib). It detects every burst of up to 32 bits and misses other damage once in 4 billion cases,
+at 3 GB/s a core. It guards against failing disks and copies, not against forgery.
+"""
 
 import json
 import zlib
@@ -31,7 +32,7 @@ class DamagedPart(Exception):
 
 
 class UncheckedPart(DamagedPart):
-    """A part of an older version, without a checksum: whether it is damaged nobody knows."""
+    """A part of an older version, without a checksum, so it cannot be checked."""
 
 
 class Part(NamedTuple):
@@ -52,7 +53,8 @@ def part_name(first: int) -> str:
 def write_part(directory: Path, first: int, end: int, meta: dict[str, Any], documents: Sequence[Document]) -> str:
     """Writes one part and returns its name. Raises OSError.
 
-    meta: rows and advantages, one each for a document; bad and thinking, as `TokenCache` has them."""
+    meta: rows and advantages, one each for a document; bad and thinking, as `TokenCache` has them.
+    """
     batch = pa.record_batch(
         {
             "row": pa.array(meta["rows"], pa.int64()),
@@ -79,7 +81,7 @@ def read_part(path: Path, *, check: bool = True) -> Part:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         batch, said = reader.get_batch(0), json.loads(reader.schema.metadata[b"part"])
         if check:
-            batch.validate(full=True)  # or offsets beyond their values would be followed
+            batch.validate(full=True)  # refuses offsets that point beyond the values
             if not batch.schema.equals(_SCHEMA):
                 raise DamagedPart(f"{path.name} has other columns")
             if "crc32" not in said:

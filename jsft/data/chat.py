@@ -1,8 +1,9 @@
 """From a conversation to token ids and the spans that are trained.
 
-The template's text is tokenised apart from each trained turn, so no token straddles the border between what
-is read and what is learnt. A trained turn is its content and the token that ends it: the template's
-end-of-turn token where the conversation goes on, the configured EOS after the last turn."""
+The template's text and each trained turn are tokenised separately, so no token straddles the border between what is
+read and what is learnt. A trained turn is its content and the token that ends it: the template's end-of-turn token
+where the conversation continues, the configured EOS after the last turn.
+"""
 
 import hashlib
 import os
@@ -31,7 +32,7 @@ class Document(NamedTuple):
 
 class _Piece(NamedTuple):
     text: str
-    trained: bool  # an assistant turn's content; else text of the template, with the other turns in it
+    trained: bool  # True for an assistant turn's content, False for the template's text, other turns included
     guard: str  # the character that marks control-token text of the data; '' where there is none
 
 
@@ -40,17 +41,16 @@ class Rendered(NamedTuple):
 
     pieces: list[_Piece]
     control_text: int  # control-token strings in the data's text
-    mismatch: str | None  # name in `thinking.MISMATCHES` of what does not fit; the first trained turn's that has one
+    mismatch: str | None  # name in `thinking.MISMATCHES`, of the first trained turn that has one
 
 
 def load_tokenizer(model_dir: str | Path):
-    """The fast tokenizer of a Hugging Face model directory, as its `tokenizer.json` defines it; InternLM2's
-    is made from its `tokenizer.model`.
+    """The fast tokenizer of a Hugging Face model directory, from `tokenizer.json`, else from `tokenizer.model`.
 
     Raises ModelError when the directory holds none, or one without chat template.
     """
     folder = Path(model_dir)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # 'PyTorch was not found' is no news here
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about a missing PyTorch, which is not needed here
     from transformers import PreTrainedTokenizerFast
 
     from jsft.hf.tokenizer import load_converted
@@ -91,8 +91,8 @@ class Chat:
 
     strip_default_system: remove the system turn a ChatML template adds by itself when the data has none.
     train_turns: 'all' assistant turns of a conversation, or only the 'last'.
-    enable_thinking: passed to the template when not None. Then a response that thinks against the template is
-    taken as meant: `pieces` names the mismatch and does not refuse it.
+    enable_thinking: passed to the template when not None. Then a response whose thinking contradicts the template is
+    taken as intended: `pieces` names the mismatch and does not refuse it.
     """
 
     def __init__(
@@ -131,18 +131,18 @@ class Chat:
         return key.hexdigest()
 
     def encode(self, example: Example, where: str) -> Document:
-        """Tokens and trained spans of one conversation; DataError naming `where` when the template refuses
-        it."""
+        """Tokens and trained spans of one conversation; DataError naming `where` when the template refuses it."""
         return self.tokenise(self.pieces(example, where))
 
     def pieces(self, example: Example, where: str) -> Rendered:
         """The conversation cut into template text and assistant turns.
 
-        Raises DataError naming `where` when the template refuses the turns or rewrites earlier ones, and when
-        a trained turn opens thinking again or thinks after the template closed it.
+        Raises DataError naming `where` when the template refuses the turns or rewrites earlier ones, and when a trained
+        turn opens thinking again or thinks after the template closed it.
 
-        Control-token text inside the data is guarded by a private-use character while the template renders,
-        so that afterwards it can be told from the template's own control tokens."""
+        While the template renders, a private-use character guards control-token text of the data. It tells that text
+        from the template's own control tokens afterwards.
+        """
         messages, count, guard = example.messages, 0, ""
         if self._control is not None:
             count = sum(len(self._control.findall(turn["content"])) for turn in messages)
@@ -170,14 +170,14 @@ class Chat:
         return Rendered(pieces, count, found)
 
     def prompt_thinking(self, prompt: str | list[dict[str, str]], where: str) -> str:
-        """How the thinking stands at the end of a rendered prompt (`thinking.prompt_thinking`); a prompt that is
-        a string is one user turn. Raises DataError naming `where` when the template refuses it."""
+        """How the thinking stands at the end of a rendered prompt (`thinking.prompt_thinking`); a prompt that is a
+        string is one user turn. Raises DataError naming `where` when the template refuses it.
+        """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return prompt_thinking(self._render(messages, where))
 
     def tokenise(self, rendered: Rendered) -> Document:
-        """Token ids and spans of `pieces`. Spends its time in the tokenizers library, without Python's
-        lock."""
+        """Token ids and spans of `pieces`. The tokenizers library does most of the work and releases Python's lock."""
         ids, spans, length = [], [], 0
         for piece in rendered.pieces:
             tokens = self._ids(piece)
@@ -193,8 +193,7 @@ class Chat:
         return self.tokenizer.decode(list(map(int, tokens)), skip_special_tokens=False)
 
     def _mismatch(self, prompt: str, messages: list[dict[str, str]], turn: int, where: str) -> str | None:
-        """What does not fit between the thinking of a turn and of the prompt before it, where it is not
-        refused."""
+        """Name of the mismatch between a turn's thinking and its prompt's; DataError for one that is refused."""
         name = mismatch(prompt_thinking(prompt), messages[turn]["content"])
         if name and MISMATCHES[name].refused and "enable_thinking" not in self._options:
             which = "the response" if turn == len(messages) - 1 else f"assistant turn {turn}"
@@ -222,7 +221,7 @@ class Chat:
                 messages, add_generation_prompt=True, tokenize=False, **self._options
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-            roles = ", ".join(str(turn.get("role")) for turn in messages)  # of a prompt that nobody has checked
+            roles = ", ".join(str(turn.get("role")) for turn in messages)  # a prompt may come here unchecked
             why = " ".join(str(error).split())[:160]
             raise DataError(f"{where}: the model's chat template refuses the turns ({roles}): {why}") from error
         if self.strip_default_system and messages[0]["role"] != "system":

@@ -1,9 +1,9 @@
-"""Countdown puzzles with worked solutions: numbers, a target, a chain of thought that searches and
-backtracks.
+"""Countdown puzzles with worked solutions: numbers, a target, a chain of thought that searches and backtracks.
 
-Every puzzle is made from a solution, so it has one; every stated equation is computed in exact rational
-arithmetic; every final expression is checked (`countdown_check.check`) before it is written. Importing this
-module needs the standard library alone: the serving environment generates its held-out puzzles with it."""
+Every puzzle is made from a solution, so it has one; every stated equation is computed in exact rational arithmetic;
+every final expression is checked (`countdown_check.check`) before it is written. Importing this module needs the
+standard library alone: the serving environment generates its held-out puzzles with it.
+"""
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -54,8 +54,9 @@ def generate(
 ) -> Iterator[dict[str, Any]]:
     """Yields `rows` rows: message, response, answer, advantage, numbers, target. Row i depends on seed and i.
 
-    No puzzle (numbers in any order, target) comes twice or is in `known`, unless `repeat` allows repetition
-    among the rows (never of `known`). Raises ConfigError when the options do not give that many puzzles."""
+    No puzzle (numbers in any order, target) comes twice or is in `known`, unless `repeat` allows repetition among the
+    rows (never of `known`). Raises ConfigError when the options do not give that many puzzles.
+    """
     difficulty.check()
     seen = set(known)
     for index in range(rows):
@@ -123,8 +124,7 @@ def write(
 
 
 def _draw(rng: random.Random, count: int, difficulty: Difficulty):
-    """Numbers, a target, and one way to it as (index, index, operation) steps; None when this draw has
-    none."""
+    """Numbers, a target, and one solution as (index, index, operation) steps; None when this draw has none."""
     numbers = [rng.randint(1, difficulty.max_number) for _ in range(count)]
     terms = [Fraction(number) for number in numbers]
     steps = []
@@ -193,8 +193,7 @@ class _Thought:
         return table[0].text
 
     def explore(self, table: list[_Term]) -> str | None:
-        """Follows moves to tables not seen yet, to the end; the expression if it happens to make the
-        target."""
+        """Follows moves to tables not seen yet, to the end; the expression if it happens to make the target."""
         while len(table) > 2:
             moves = self.moves(table)
             if not moves:
@@ -226,8 +225,7 @@ class _Thought:
         return after
 
     def last_two(self, table: list[_Term]) -> str | None:
-        """Tries all that two positive numbers give; what is left out is negative or not whole, so not the
-        target."""
+        """Tries all that two positive numbers give; what is left out is negative or not whole, so not the target."""
         tried = []
         a, b = (0, 1) if table[0].value >= table[1].value else (1, 0)
         for operation in self.operations:

@@ -76,8 +76,7 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
 
 
 def check(expression: str, numbers: list[int], target: int, *, use_all: bool = True) -> bool:
-    """Whether `expression` makes `target` out of `numbers`, each used exactly once (`use_all=False`: at most
-    once).
+    """Whether `expression` makes `target` out of `numbers`, each used exactly once (`use_all=False`: at most once).
 
     An answer written as an equation (`3 * 8 = 24`) is right when its right-hand side is the target too.
     """

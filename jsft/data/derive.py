@@ -38,8 +38,8 @@ def nocot(
 ) -> None:
     """Writes the rows with the thinking removed from their responses; summary and boxed answer stay.
 
-    keep_tags: leave an empty pair of think tags in front. A row without `</think>`, or with nothing after it,
-    is bad."""
+    keep_tags: leave an empty pair of think tags in front. A row without `</think>`, or with nothing after it, is bad.
+    """
     path, source = check_output(out, overwrite=overwrite), open_listed(data)
     columns, left_out = row_columns(source), 0
 
@@ -98,9 +98,10 @@ def match(
 ) -> None:
     """Writes the rows of `data` whose problem `other` has too, with `other`'s response in place of their own.
 
-    Problems are compared without white space, and without the lines that all prompts of a set end with
-    ("Please reason step by step ..."). A response cut inside its thinking is no solution (as in `select`). Of several
-    responses one is chosen by `seed`; with `verify` one that math-verify finds equal to the row's answer."""
+    Problems are compared without white space, and without the lines that all prompts of a set end with ("Please reason
+    step by step ..."). A response cut inside its thinking is no solution (as in `select`). Of several responses one is
+    chosen by `seed`; with `verify` one that math-verify finds equal to the row's answer.
+    """
     path = check_output(out, overwrite=overwrite)
     source, theirs = open_listed(data), open_listed(other)
     source.require(prompt_key, *([answer_key] if verify else []))

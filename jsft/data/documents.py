@@ -1,4 +1,4 @@
-"""The documents of a run: a token cache seen through `max_length`."""
+"""The documents of a run: a token cache, cut to `max_length`."""
 
 import hashlib
 from typing import Any, NamedTuple
@@ -15,8 +15,11 @@ _NAMED = 5  # rows that one line names
 
 
 class Limit(NamedTuple):
-    """How long a document may be, and what happens to a longer one: 'right' keeps its first tokens (EOS is lost; the
-    last position kept has no target), 'left' its last, 'error' cannot use it."""
+    """How long a document may be, and what happens to a longer one.
+
+    'right' keeps its first tokens (EOS is lost, and the last position has no target), 'left' its
+    last; 'error' refuses it.
+    """
 
     max_length: int
     truncation: str = "right"
@@ -24,11 +27,12 @@ class Limit(NamedTuple):
     def cut(self, lengths: np.ndarray, spans: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray, ...]:
         """First token kept, tokens kept and supervised tokens kept, each int64 [N].
 
-        lengths: int64 [N] tokens of the documents; spans: int32 [S, 2] trained ranges, span s of document owner[s]."""
+        lengths: int64 [N] tokens of the documents; spans: int32 [S, 2] trained ranges, span s of document owner[s].
+        """
         kept = np.minimum(lengths, self.max_length)
         first = lengths - kept if self.truncation == "left" else np.zeros_like(lengths)
         spans = _clip(spans, first[owner, None], kept[owner, None])
-        trained = spans[:, 1] - np.maximum(spans[:, 0], 1)  # the first position is nobody's target
+        trained = spans[:, 1] - np.maximum(spans[:, 0], 1)  # the first position is never a target
         return first, kept, np.bincount(owner, trained, len(lengths)).astype(np.int64)
 
     def why_not(self, length: int, supervised: int) -> str:
@@ -56,12 +60,13 @@ class Limit(NamedTuple):
 class Documents:
     """Documents as trained: cut to `max_length` tokens, trained spans cut along.
 
-    lengths, supervised: int64 [N], tokens and supervised tokens; whole_lengths: int64 [N], tokens before the cut;
-    rows: int64 [N], of the source; advantages: float64 [N]; left_out: (row, message) of each row of the cache that
-    cannot be used.
+    lengths, supervised: int64 [N], tokens and supervised tokens; whole_lengths: int64 [N], tokens before the
+    cut; rows: int64 [N], of the source; advantages: float64 [N]; left_out: (row, message) of each row of the
+    cache that cannot be used.
 
     truncation: see `Limit`; advantage_key: the column whose advantages are used, if they are. Raises DataError that
-    names the first rows that cannot be used, and their number; with on_bad_row='skip' they are left out."""
+    names the first rows that cannot be used, and their number; with on_bad_row='skip' they are left out.
+    """
 
     def __init__(
         self,
@@ -142,7 +147,7 @@ def _clip(spans: np.ndarray, first: np.ndarray, lengths: np.ndarray) -> np.ndarr
 
 
 def _why_no_advantage(cache: TokenCache, index: int, key: str) -> str:
-    """What the data has in place of the advantage: the cache only knows that it is no finite number."""
+    """What the data has in place of the advantage; the cache only records that it is not a finite number."""
     where = cache.where(index)
     try:
         check_advantage(cache.source.row(int(cache.rows[index])), key, where)
@@ -152,7 +157,7 @@ def _why_no_advantage(cache: TokenCache, index: int, key: str) -> str:
 
 
 def _name_all(cache: TokenCache, why: dict[int, str]) -> str:
-    """One line on all documents that cannot be used: why the first cannot, and which others."""
+    """One line on all documents that cannot be used: the reason for the first, and the places of the others."""
     first, *others = sorted(why)
     if not others:
         return f"{cache.where(first)}: {why[first]}{SKIP}"

@@ -51,10 +51,10 @@ def columns_to_read(columns: Sequence[str], keys: Keys, *, where: str, need_adva
 def parse_row(row: dict[str, Any], keys: Keys, columns: Sequence[str], where: str) -> Example:
     """Checks a row and returns its conversation; a prompt that is a string is one user turn.
 
-    columns: those of `columns_to_read`; the row must have them all but the advantage, which is judged where it is
-    used (`check_advantage`).
+    columns: those of `columns_to_read`. The row must have all of them except the advantage, which is checked where
+    it is used (`check_advantage`).
 
-    Raises DataError naming `where` (file and row), the field and what would mend it.
+    Raises DataError naming `where` (file and row), the field and how to fix it.
     """
     missing = [column for column in columns if column not in row and column != keys.advantage]
     if missing:
@@ -105,9 +105,10 @@ def _turns(value: Any, field: str, where: str) -> list[dict[str, str]]:
 
 
 def check_keys(turn: dict[str, Any], where: str) -> None:
-    """Raises DataError naming `where` when a turn says more than its role, content and name, such as a weight:
-    it would be lost. Keys that say nothing pass (null, empty, or holding nothing else; a parquet struct has
-    every key of every row)."""
+    """Raises DataError naming `where` when a turn has more than role, content and name: a weight, say, would be lost.
+
+    Keys without a value pass (null, empty, or holding nothing else): a parquet struct has every key of every row.
+    """
     for key, value in turn.items():
         if key in TURN_KEYS or _says_nothing(value):
             continue
@@ -145,7 +146,7 @@ def _text(value: Any, field: str, where: str, may_be_blank: bool = False) -> str
             fix = "join the texts of its parts into one"
         raise DataError(f"{where}, field {field}: is {kind} where text is expected; {fix}")
     if not value.strip() and not may_be_blank:
-        raise DataError(f"{where}, field {field}: is {'blank' if value else 'empty'}; mend or remove the row")
+        raise DataError(f"{where}, field {field}: is {'blank' if value else 'empty'}; fix or remove the row")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""What a data file really is, by its first bytes: the names of files lie, and downloads fail."""
+"""What a data file really is, by its first bytes: file names can be wrong, and downloads fail."""
 
 from pathlib import Path
 

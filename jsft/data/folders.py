@@ -1,4 +1,4 @@
-"""Which files of a folder, or of a hub data set, are its data: one split, one format, nothing left out silently."""
+"""Which files of a folder or of a hub data set are its data: one split, one format, nothing skipped silently."""
 
 import re
 from collections import defaultdict
@@ -56,7 +56,7 @@ def choose_files(folder: Path, splits: Sequence[str] = TRAIN) -> Chosen:
     """The files of the first of `splits` that the folder has, or all where their names tell no split.
 
     A folder with one split alone is taken whatever it is called. Raises DataError for a folder that holds no data,
-    files of several formats, files of no split beside those of a split, or none of the wanted splits among several.
+    files of several formats, files with and files without a split, or several splits without a wanted one.
     """
     found = _visible_files(folder)
     _refuse_saved_to_disk(folder, found)
@@ -116,8 +116,7 @@ def _refuse_saved_to_disk(folder: Path, found: Sequence[Path]) -> None:
 
 
 def _split_of(relative: Path) -> str:
-    """'train', 'validation', 'test', or '' where the name tells none, or several: the file's name before its
-    folders'."""
+    """'train', 'validation', 'test', or '' where no name tells one; the file's own name counts before its folders'."""
     for part in (relative.name.partition(".")[0], *reversed(relative.parent.parts)):
         splits = {_WORDS[word] for word in _WORD.findall(part.lower())}
         if splits:

@@ -102,8 +102,11 @@ def stats(config, model_dir: str | Path, devices: int, png: Path | None, as_json
 
 
 class Checks(NamedTuple):
-    """What a run asks of each row. chat: None where no model is named; then no template and no length is checked.
-    embedding: where the tokenizer has tokens that have no row in it."""
+    """What a run requires of each row.
+
+    chat: None where no model is named; then templates and lengths are not checked. embedding: set only where the
+    tokenizer has tokens without a row in it.
+    """
 
     keys: Keys
     chat: Chat | None
@@ -113,7 +116,7 @@ class Checks(NamedTuple):
 
     @classmethod
     def of(cls, config, model_dir: Path | None) -> "Checks":
-        """Those of a config; its template and lengths as far as there is a model."""
+        """The checks of a config; those of template and lengths only with a model."""
         data = config.data
         chat = make_chat(config, model_dir) if model_dir else None
         embedding = Embedding.of(model_dir) if model_dir else None
@@ -124,7 +127,8 @@ class Checks(NamedTuple):
 
     def row(self, value: Row, columns: list[str], where: str) -> tuple[Example, str | None]:
         """The conversation, and the name of what is odd about its thinking. Raises DataError, and ModelError for a
-        token without a row in the embedding."""
+        token without a row in the embedding.
+        """
         if isinstance(value, DataError):
             raise value
         example = parse_row(value, self.keys, columns, where)
@@ -147,7 +151,8 @@ def validate(files: Sequence[str], checks: Checks) -> int:
     """Checks every row of each file and prints what is wrong with it; returns 3 if anything is, else 0.
 
     With a model, also that its template takes every row and that the prompt leaves room for a target. Rows with
-    `numbers` and `target` are Countdown puzzles, whose answers are checked."""
+    `numbers` and `target` are Countdown puzzles, whose answers are checked.
+    """
     bad = 0
     for name in files:
         try:
@@ -174,8 +179,9 @@ def validate(files: Sequence[str], checks: Checks) -> int:
 
 
 def _problems(source: Source, checks: Checks, columns: list[str], odd: list[tuple[int, str]]) -> Iterator[str]:
-    """What is wrong with the rows, a line each. `odd` is given (row, name of the mismatch) of rows that are
-    good, but whose thinking may not be what was meant."""
+    """What is wrong with the rows, a line each. `odd` is given (row, name of the mismatch) of rows that are good, but
+    whose thinking may not be what was meant.
+    """
     puzzle = ["numbers", "target"] if {"numbers", "target"} <= set(source.columns) else []
     for row, value in track(source.rows(columns=[*columns, *puzzle]), "checking", "rows", len(source)):
         where = source.where(row)

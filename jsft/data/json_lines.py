@@ -21,7 +21,8 @@ class JsonLines:
     """Rows of one file. rows: their number; columns: the keys of its first rows, in the order they come.
 
     Raises DataError for a file that is no JSON lines at all: empty, UTF-16, compressed, an array, written over several
-    lines, or without a JSON object among its first rows. A byte-order mark is passed over."""
+    lines, or without a JSON object among its first rows. A byte-order mark is passed over.
+    """
 
     def __init__(self, path: Path):
         self.path = path

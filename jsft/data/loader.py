@@ -1,7 +1,7 @@
 """Training and held-out data as micro batches: what the training loop sees of this room.
 
-A step's data is a function of its number, so the loader is random access and resuming needs nothing but the
-step."""
+A step's data is a function of its number, so the loader is random access and resuming needs nothing but the step.
+"""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,8 +29,9 @@ EVAL_CHUNK = 4096  # held-out documents packed together
 class TrainingData:
     """Everything the loop needs of the training data.
 
-    total_steps, steps_per_epoch; report: counts and statistics for the run's summary (`report_lines` in
-    words); fingerprint: changes with the documents, their order or their weights, not with the devices."""
+    total_steps, steps_per_epoch; report: counts and statistics for the run's summary (`report_lines` in words);
+    fingerprint: changes with the documents, their order or their weights, not with the devices.
+    """
 
     def __init__(self, source: StepSource, steps_per_epoch: int, workers: int, chat: Chat):
         self._source, self._workers, self._chat = source, workers, chat
@@ -47,15 +48,15 @@ class TrainingData:
 
     @property
     def row_lengths(self) -> tuple[int, ...]:
-        """The lengths of packed row that the sampled steps' micro batches have, ascending; a few others are possible."""
+        """Lengths of packed rows in the sampled steps, ascending. Other steps may have a few more lengths."""
         return tuple(self.report["lengths_seen"])
 
     def __getitem__(self, step: int) -> StepData:
-        """The data of one step, made on the spot."""
+        """The data of one step, built by the caller's thread."""
         return self._source[step]
 
     def iterate(self, first_step: int = 0) -> Iterator[StepData]:
-        """Steps from `first_step` to the last, made ahead by Grain's threads or worker processes."""
+        """Steps from `first_step` to the last, prefetched by Grain's threads or worker processes."""
         import grain
 
         if first_step >= self.total_steps:
@@ -105,9 +106,11 @@ def open_training_data(
 ) -> TrainingData:
     """Opens data.train of a resolved `config` for a model directory.
 
-    rows_per_micro_batch: packed rows of a micro batch over all devices; this process gets the contiguous
-    slice [p * R / P, (p + 1) * R / P). attention_cost: the model's, from `schedule.attention_cost`; it balances
-    devices. Raises ConfigError, DataError or ModelError before anything is trained."""
+    rows_per_micro_batch: R packed rows of a micro batch over all devices; process p of P gets the contiguous slice
+    [p * R / P, (p + 1) * R / P). attention_cost: the model's, from `schedule.attention_cost`; it balances devices.
+
+    Raises ConfigError, DataError or ModelError before anything is trained.
+    """
     data, train, objective = config.data, config.train, config.objective
     recipe = Recipe(
         global_batch=train.global_batch,
@@ -118,7 +121,7 @@ def open_training_data(
         reference_ranks=objective.reference_ranks,
         reference_micro_batch=objective.reference_micro_batch,
     )
-    token_weights(  # an objective that does not fit the batch is refused before the data is read
+    token_weights(  # refuses an objective that does not fit the batch before the data is read
         recipe.objective,
         np.ones(recipe.global_batch),
         reference_ranks=recipe.reference_ranks,
@@ -140,8 +143,9 @@ def open_training_data(
 def open_eval_data(
     config, model_dir: str | Path, *, rows: int, process_index: int = 0, process_count: int = 1
 ) -> dict[str, list[Batch]]:
-    """Held-out sets of data.eval by name, each packed in batches of [rows, data.pack_length] with weight 1
-    per supervised token. `objective.document_mean_weights` makes the weights of a loss per document."""
+    """Held-out sets of data.eval by name, each packed in batches of [rows, data.pack_length] with weight 1 per
+    supervised token. `objective.document_mean_weights` makes the weights of a loss per document.
+    """
     layout = schedule.Layout(rows, rows, config.data.pack_length, align=config.data.align)
     local = local_rows(rows, process_index, process_count)
     sets = {}
@@ -170,8 +174,7 @@ def _held_out(config, model_dir: str | Path) -> Iterator[tuple[str, Documents]]:
 
 
 def eval_specs(value: Any) -> dict[str, str]:
-    """data.eval as {name: path}: from a mapping, a list, or comma-separated paths; a path is named by its
-    stem."""
+    """data.eval as {name: path}: from a mapping, a list, or comma-separated paths; a path is named by its stem."""
     if not value:
         return {}
     if isinstance(value, Mapping) or hasattr(value, "items"):
@@ -186,7 +189,8 @@ def eval_specs(value: Any) -> dict[str, str]:
 def make_chat(config, model_dir: str | Path) -> Chat:
     """The chat template and tokenizer of a model directory with the choices of `config.data`.
 
-    Raises ModelError when the EOS token or a token of the template has no row in the model's embedding."""
+    Raises ModelError when the EOS token or a token of the template has no row in the model's embedding.
+    """
     data = config.data
     chat = Chat(
         load_tokenizer(model_dir),
@@ -250,7 +254,7 @@ def _open(
 
 
 def _notes(report: Mapping[str, Any]) -> list[str]:
-    """What a user should know of these documents (`Documents.report`), a line each."""
+    """What the user should know about these documents (`Documents.report`), a line each."""
     lines = []
     if report["truncated"]:
         lines.append(f"{report['truncated']} documents cut to {report['max_length']} tokens ({report['truncation']})")

@@ -1,10 +1,9 @@
-"""The objective as one weight per supervised token: the loss of a step is sum(weight * nll), however it is
-packed.
+"""The objective as one weight per supervised token: the loss of a step is sum(weight * nll), however it is packed.
 
-`reference` are the published runs' gradients: mean over the supervised tokens of each micro batch, summed
-over the micro batches of a rank, averaged over ranks. Place p of the step's batch lies on rank p % ranks, in
-its micro batch (p // ranks) // rows. A step's weights sum to batch / (ranks * rows): 8 for 256 rows on 8
-ranks of 4."""
+`reference` are the published runs' gradients: mean over the supervised tokens of each micro batch, summed over the
+micro batches of a rank, averaged over ranks. Place p of the step's batch lies on rank p % ranks, in its micro batch (p
+// ranks) // rows. A step's weights sum to batch / (ranks * rows): 8 for 256 rows on 8 ranks of 4.
+"""
 
 import numpy as np
 
@@ -21,8 +20,9 @@ def token_weights(
 ) -> np.ndarray:
     """float64 [B]: the weight of each supervised token of each document, documents in batch order.
 
-    supervised: int [B], supervised tokens of each document. Advantages are multiplied in where batches are
-    made. Raises ConfigError for an unknown objective, and for `reference` when B is not divisible."""
+    supervised: int [B], supervised tokens of each document. Advantages are multiplied in where batches are made. Raises
+    ConfigError for an unknown objective, and for `reference` when B is not divisible.
+    """
     supervised = np.asarray(supervised, np.float64)
     batch = len(supervised)
     if name == "reference":

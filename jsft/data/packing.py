@@ -1,9 +1,9 @@
 """Packing documents into rows that are nearly full, and rows into micro batches of nearly equal cost.
 
-Long reasoning documents fill a packed row by twos and threes, where best-fit wastes 4-7 %. Here each row
-takes the longest document left and the one, two or three others that fill it best; what slack there is goes
-to the last rows, where documents are spread by cost. Rows are then ranked by cost, so that each micro batch
-holds rows alike."""
+Two or three long reasoning documents fill a packed row; best-fit then wastes 4-7 %. Here each row takes the longest
+remaining document and the one, two or three others that fill it best. The slack goes to the last rows, where documents
+are spread by cost. Rows are then ranked by cost, so that the rows of a micro batch cost about the same.
+"""
 
 import numpy as np
 
@@ -16,8 +16,7 @@ _TRIPLES = 12  # smallest documents tried as the third of a triple
 def pack(
     lengths: np.ndarray, costs: np.ndarray, full_rows: int, length: int, last_rows: int, last_length: int
 ) -> list[list[int]] | None:
-    """Documents of each of `full_rows` rows of `length`, then of `last_rows` rows of `last_length`; None: no
-    fit.
+    """Documents of each of `full_rows` rows of `length`, then of `last_rows` rows of `last_length`; None: no fit.
 
     lengths: int64 [B], none above `length`; costs: float64 [B]. Deterministic.
     """
@@ -31,15 +30,15 @@ def pack(
 
 
 def rank_by_cost(rows: list[list[int]], costs: np.ndarray, group: int, devices: int) -> list[list[int]]:
-    """Rows reordered so that each `group` of them, and in it each device's share, has nearly equal cost.
+    """Rows reordered so that each `group` of them, and each device's share of a group, has nearly equal cost.
 
-    A device holds group / devices rows that follow each other; rows are dealt to devices there and back.
+    A device holds group / devices consecutive rows. Rows are assigned to devices in snake order (0, 1, ..., 1, 0).
     """
     row_costs = np.array([costs[row].sum() for row in rows])
     ranked = np.argsort(-row_costs, kind="stable")
-    deal = np.arange(group).reshape(-1, devices)
-    deal[1::2] = deal[1::2, ::-1]
-    place = deal.T.ravel()  # place[i]: rank of the i-th row of a micro batch
+    order = np.arange(group).reshape(-1, devices)
+    order[1::2] = order[1::2, ::-1]
+    place = order.T.ravel()  # place[i]: rank of the i-th row of a micro batch
     return [rows[ranked[start + rank]] for start in range(0, len(rows), group) for rank in place]
 
 
@@ -54,7 +53,7 @@ def _fill(lengths, costs, full_rows, length, last_rows, last_length, tolerance) 
         keep[chosen] = False
         left, index = left[keep], index[keep]
     last = _spread(lengths, costs, index[::-1], last_rows, last_length)
-    if last is None:  # too tight to be balanced: fit as may be, over all rows
+    if last is None:  # too tight to be balanced: best fit over all rows
         room = [length - int(lengths[row].sum()) for row in rows] + [last_length] * last_rows
         rows += [[] for _ in range(last_rows)]
         return _best_fit(rows, np.array(room), lengths, index[::-1])
@@ -64,7 +63,7 @@ def _fill(lengths, costs, full_rows, length, last_rows, last_length, tolerance) 
 def _fill_row(left: np.ndarray, room: int, tolerance: int) -> list[int]:
     """Places in `left` (ascending lengths) of the documents of one row with `room` positions."""
     chosen: list[int] = []
-    end = len(left)  # documents are taken from the long end; those at `end` and above are gone or do not fit
+    end = len(left)  # longest first: documents at `end` and above are taken or do not fit
     while True:
         end = int(np.searchsorted(left[:end], room, side="right"))
         if end == 0:

@@ -1,4 +1,4 @@
-"""A parquet file: a block of rows at a time, or one row of a group that is kept."""
+"""A parquet file: a block of rows at a time, or one row of a cached row group."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -59,8 +59,9 @@ def is_utf8(text: str) -> bool:
 
 
 def responses(value: Any, where: str) -> list[str]:
-    """One or several responses: a string, a list of strings, or conversations whose last turn is the
-    response. Raises DataError naming `where` when that turn says more than its text, which would be lost."""
+    """One or several responses: a string, a list of strings, or conversations whose last turn is the response. Raises
+    DataError naming `where` when that turn says more than its text, which would be lost.
+    """
     if isinstance(value, str):
         return [value] if value.strip() else []
     if isinstance(value, dict):
@@ -92,8 +93,7 @@ def open_listed(data: str | Sequence[str]) -> Source:
 
 
 def good_rows(source: Source, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number, row) of the whole source, with a progress bar; raises the DataError of a row that is
-    one."""
+    """(row number, row) of the whole source, with a progress bar; raises the first DataError among the rows."""
     for row, value in track(source.rows(columns=columns), "reading", "rows", len(source)):
         if isinstance(value, DataError):
             raise value
@@ -108,8 +108,11 @@ def training_columns(source: Source, keys: Keys, *, need_advantage: bool = False
 
 
 def row_columns(source: Source) -> list[str]:
-    """Columns that belong to a row, not to the tokens of its response (log-probabilities, entropies), which a
-    new response makes wrong, and which are most of the raw release's bytes."""
+    """Columns that belong to a row, not to the tokens of its response.
+
+    Per-token columns (log-probabilities, entropies) are wrong for a new response, and are most of
+    the raw release's bytes.
+    """
     schema = source.schema()
     per_token = {"logprob"} | {field.name for field in schema or () if _of_floats(field.type)}
     return [column for column in source.columns if column not in per_token]

@@ -42,15 +42,16 @@ class StepSchedule(NamedTuple):
 
 
 def attention_cost(num_layers: int, num_heads: int, head_dim: int, parameters: float) -> float:
-    """Cost of attention per squared token, in units of a token's cost in all other layers.
+    """Cost of attention per squared token, in units of a token's cost in everything else.
 
-    FLOPs of a training step: 6 * parameters per token, and 6 * layers * heads * head_dim * l^2 for causal
-    attention over a document of l tokens. parameters: those in matmuls, the unembedding included."""
+    FLOPs of a training step: 6 * parameters per token, and 6 * layers * heads * head_dim * l^2 for causal attention
+    over a document of l tokens. parameters: those in matmuls, the unembedding included.
+    """
     return num_layers * num_heads * head_dim / parameters
 
 
 def steps_per_epoch(rows: int, global_batch: int) -> int:
-    """Whole batches in the data; the rest of an epoch is dropped. DataError when there is none."""
+    """Whole batches in the data; the rest of an epoch is dropped. Raises DataError when there is none."""
     if rows < global_batch:
         raise DataError(
             f"data.train has {rows} usable rows, fewer than train.global_batch={global_batch}; "
@@ -60,15 +61,16 @@ def steps_per_epoch(rows: int, global_batch: int) -> int:
 
 
 def updates_of(epochs: float, per_epoch: int) -> int:
-    """Updates of `epochs` passes, a fraction of one rounded up. The one rule of the loader, the cost model and the checks."""
+    """Updates of `epochs` passes, rounded up. The loader, the cost model and the checks all use this rule."""
     return max(1, math.ceil(round(epochs * per_epoch, 6)))  # 1.1 * 10 is a little more than 11
 
 
 def step_rows(step: int, rows: int, global_batch: int, *, shuffle: bool = False, seed: int = 0) -> np.ndarray:
     """int64 [B]: rows of step `step` (from 0), in batch order.
 
-    In file order, the same every epoch, the rest dropped; or, with `shuffle`, in an order drawn for each
-    epoch."""
+    The order is the file's, the same every epoch, or with `shuffle` one drawn for each epoch. Rows beyond the last
+    whole batch of an epoch are dropped.
+    """
     epoch, index = divmod(step, steps_per_epoch(rows, global_batch))
     place = slice(index * global_batch, (index + 1) * global_batch)
     return _epoch_order(rows, seed, epoch)[place] if shuffle else np.arange(rows)[place]
@@ -83,8 +85,7 @@ def _epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def schedule_step(lengths: np.ndarray, layout: Layout) -> StepSchedule:
-    """Packs documents of `lengths` (int [B], none above `layout.length`) into the shortest micro batches that
-    fit."""
+    """Packs documents of `lengths` (int [B], none above `layout.length`) into the shortest micro batches that fit."""
     lengths = np.asarray(lengths, np.int64)
     room = np.minimum(-(-lengths // layout.align) * layout.align, layout.length)
     costs = lengths + layout.attention_cost * lengths.astype(np.float64) ** 2
@@ -136,7 +137,8 @@ def padding_and_imbalance(lengths: np.ndarray, schedule: StepSchedule, layout: L
     """Share of positions that are padding, and share of the devices' time lost to waiting for the slowest.
 
     The second is sum(max over devices) / sum(mean over devices) - 1 of the documents' cost, summed over the
-    micro batches of a step."""
+    micro batches of a step.
+    """
     positions = layout.rows * sum(schedule.lengths)
     costs = lengths + layout.attention_cost * lengths.astype(np.float64) ** 2
     device = schedule.micro_batch * layout.devices + schedule.row // (layout.rows // layout.devices)
@@ -145,13 +147,12 @@ def padding_and_imbalance(lengths: np.ndarray, schedule: StepSchedule, layout: L
 
 
 def _first_not_below(options: np.ndarray, needed: np.ndarray) -> np.ndarray:
-    """int64 [O, S]: for each option (ascending lengths) the place of the first length that is enough for each
-    step."""
+    """int64 [O, S]: for each option (ascending lengths) and step, the place of the first length that is enough."""
     return (options[:, None, :] < needed[None, :, None]).sum(2)
 
 
 def _capacities(tokens: int, layout: Layout) -> Iterator[tuple[int, int]]:
-    """(full micro batches, length of the last) that hold `tokens`, ascending and without end."""
+    """(full micro batches, length of the last) that hold `tokens`, ascending, endless."""
     full = max(0, tokens // (layout.rows * layout.length) - 1)
     while True:
         for last_length in (*layout.last_lengths, layout.length):

@@ -43,9 +43,10 @@ def select(
     `seed`. Order of the data.
 
     The prompt has opened the thinking where the template of `chat` does so, or where the responses look like it
-    (`prompt_opened`); then a response without `</think>` is cut inside its thinking. The data has a row per
-    response, or a row per problem with a list of responses. ConfigError when fewer than `rows` problems have a
-    response that passes, DataError when none has."""
+    (`prompt_opened`); then a response without `</think>` is cut inside its thinking. The data has a row per response,
+    or a row per problem with a list of responses. ConfigError when fewer than `rows` problems have a response that
+    passes, DataError when none has.
+    """
     if verify:
         require_math_verify()
     path, source = check_output(out, overwrite=overwrite), open_listed(data)

@@ -1,7 +1,8 @@
-"""Rows from parquet files, JSON-lines files or a Hugging Face data set, without reading any of them whole.
+"""Rows from parquet files, JSON-lines files or a Hugging Face data set, a block at a time.
 
-A source numbers its rows from 0 over all its files, in the order the files are given (those of a folder or of
-a hub data set: by name). Reading goes one parquet row group, or one block of lines, at a time."""
+A source numbers its rows from 0 over all its files, in the order the files are given (those of a folder or of a hub
+data set: by name). Reading goes one parquet row group, or one block of lines, at a time.
+"""
 
 import hashlib
 import re
@@ -28,8 +29,8 @@ Row = dict[str, Any] | DataError  # a row that cannot be decoded is its error: t
 class Source:
     """Random and sequential access to the rows of `files`, numbered over all of them.
 
-    left_out: a line for each group of files of a folder that is not read. Raises DataError for a file that is
-    missing, unreadable, of another format, or without any row.
+    left_out: a line for each group of files of a folder that is not read. Raises DataError for a file that is missing,
+    unreadable, of another format, or without any row.
     """
 
     def __init__(self, files: Sequence[Path], left_out: Sequence[str] = ()):
@@ -53,13 +54,12 @@ class Source:
 
     @property
     def columns(self) -> list[str]:
-        """Columns that every file has, in the order of the first (of JSON lines: the keys of the first
-        rows)."""
+        """Columns that every file has, in the first file's order (of JSON lines: the keys of the first rows)."""
         others = [set(reader.columns) for reader in self._readers[1:]]
         return [name for name in self._readers[0].columns if all(name in other for other in others)]
 
     def uncommon_columns(self) -> list[str]:
-        """Columns that some file has and not every one: no `columns`."""
+        """Columns that some files have and others lack; `columns` leaves them out."""
         every = dict.fromkeys(name for reader in self._readers for name in reader.columns)
         return [name for name in every if name not in set(self.columns)]
 
@@ -75,7 +75,7 @@ class Source:
                     raise DataError(f"{path}: no column '{column}' (has {', '.join(there) or 'none'})")
 
     def listing(self) -> list[str]:
-        """Lines that say what is read, with numbers of rows, and what of a folder is not; none for a single file."""
+        """Lines that name the files that are read, with their rows, and those left out; none for a single file."""
         if len(self.files) == 1 and not self.left_out:
             return []
         each = [f"{reader.path} {reader.rows:,}" for reader in self._readers[:_LISTED]]
@@ -142,7 +142,8 @@ def open_source(spec: str | Path | Sequence[str], splits: Sequence[str] = TRAIN)
     """Opens a file, a folder of data files, a list of these, or a hub data set `owner/name[@revision]`.
 
     splits: which split of a folder or hub data set is read, the preferred first (`folders.choose_files`). A hub data
-    set is downloaded through huggingface_hub into its cache (`HF_HUB_OFFLINE=1` uses only what is there)."""
+    set is downloaded through huggingface_hub into its cache (`HF_HUB_OFFLINE=1` uses only what is there).
+    """
     specs = [spec] if isinstance(spec, str | Path) else list(spec)
     files: list[Path] = []
     left_out: list[str] = []

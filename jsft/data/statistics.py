@@ -1,5 +1,4 @@
-"""What a data set holds, before money is spent on it: lengths, truncation, packing, duplicates, missing
-parts."""
+"""What a data set holds: lengths, truncation, packing, duplicates, missing parts."""
 
 import hashlib
 from collections import Counter
@@ -74,7 +73,8 @@ def histogram_lines(lengths: np.ndarray, width: int = 50) -> list[str]:
 
 def write_histogram(lengths: np.ndarray, max_length: int, path: Path, title: str) -> None:
     """The histogram as a PNG (or what the suffix of `path` says), with the truncation length where it lies within.
-    Raises ConfigError for a path that cannot be written."""
+    Raises ConfigError for a path that cannot be written.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")

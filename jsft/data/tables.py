@@ -47,8 +47,9 @@ def write_rows(rows: Iterable[tuple[str, Row]], path: Path, schema: pa.Schema | 
 
 
 def read_columns(spec: str | Path, columns: list[str]) -> Iterator[tuple[str, Row]]:
-    """(`FILE row N`, row) of a data set whose rows have these columns; DataError when one is missing or a row cannot be
-    decoded."""
+    """(`FILE row N`, row) of a data set whose rows have these columns; DataError when one is missing or
+    a row cannot be decoded.
+    """
     source = open_source(spec)
     source.require(*columns)
     for number, row in source.rows(columns=columns):

@@ -1,8 +1,9 @@
 """Where thinking (`<think> ... </think>`) opens and closes, in a rendered prompt and in a response.
 
-A chat template may open the thinking in its generation prompt, or close an empty one there. What a response
-means then depends on the prompt. Training, `prepare select` and evaluation share these rules. Standard library
-only and valid for Python 3.11, so that the serving environment can use them."""
+A chat template may open the thinking in its generation prompt, or close an empty one there. What a response means then
+depends on the prompt. Training, `prepare select` and evaluation share these rules. Standard library only and valid for
+Python 3.11, so that the serving environment can use them.
+"""
 
 import re
 from collections import Counter
@@ -15,14 +16,16 @@ _OPENS = re.compile(r"^[^\S\n]*<think>", re.MULTILINE)  # prose that names the t
 
 def prompt_thinking(prompt: str) -> str:
     """How a rendered prompt ends: 'open' (inside thinking), 'closed' (right after it) or 'none'. White space
-    after the tag does not count."""
+    after the tag does not count.
+    """
     end = prompt.rstrip()
     return "open" if end.endswith(OPEN) else "closed" if end.endswith(CLOSE) else "none"
 
 
 def with_opening(response: str, prompt: str | None) -> str:
     """The response with the `<think>` that its prompt opened. prompt: a result of `prompt_thinking`; None:
-    not known, taken as 'none'."""
+    not known, taken as 'none'.
+    """
     opened = prompt == "open" and not response.lstrip().startswith(OPEN)
     return f"{OPEN}\n{response}" if opened else response
 
@@ -33,14 +36,14 @@ def ends_inside(text: str) -> bool:
 
 
 def final_answer(response: str) -> str:
-    """The text after the last `</think>`, or the whole response without thinking; '' where thinking is never
-    closed."""
+    """The text after the last `</think>`, or a whole response without thinking; '' where thinking is never closed."""
     return "" if ends_inside(response) else response.rpartition(CLOSE)[2].strip()
 
 
 def prompt_opened(responses: Iterable[str]) -> bool:
-    """Whether these responses of one model look as if their prompts, which are not known, opened the thinking:
-    at least a tenth of them, and more than open one themselves, close a thinking that they did not open."""
+    """Whether these responses of one model look as if their prompts, which are not known, opened the thinking: at least
+    a tenth of them, and more than open one themselves, close a thinking that they did not open.
+    """
     total = opening = closing = 0
     for response in responses:
         total += 1
@@ -84,8 +87,9 @@ MISMATCHES = {
 
 
 def mismatch(prompt: str, response: str) -> str | None:
-    """The name in MISMATCHES of what is wrong with a response to a prompt that ends as `prompt` says (a result
-    of `prompt_thinking`); None where they fit."""
+    """The name in MISMATCHES of what is wrong with a response to a prompt that ends as `prompt` says (a result of
+    `prompt_thinking`); None where they fit.
+    """
     opens, closes = _OPENS.search(response) is not None, CLOSE in response
     if prompt == "open":
         return "opened_twice" if opens else None if closes else "never_closed"
@@ -96,7 +100,8 @@ def mismatch(prompt: str, response: str) -> str | None:
 
 def thinking_lines(found: Sequence[tuple[int, str]], where: Callable[[int], str]) -> list[str]:
     """A line for each kind of mismatch: how many rows, the first, the fix. found: (row, name in MISMATCHES);
-    where: `FILE row N` of a row."""
+    where: `FILE row N` of a row.
+    """
     first = dict(reversed([(name, row) for row, name in found]))
     return [
         f"{count:,} rows whose response {MISMATCHES[name].what}; the first: {where(first[name])}; "

@@ -15,11 +15,11 @@ def require_math_verify() -> None:
 
 
 def same_answer(response: str, answer: str) -> bool:
-    """True when the answer after the thinking of `response` equals `answer` mathematically. A response cut
-    inside its thinking has no answer.
+    """True when the answer after the thinking of `response` equals `answer` mathematically.
 
-    Runs in a process's main thread only: math-verify limits its time by a signal. What it cannot parse is not
-    equal."""
+    A response cut inside its thinking has no answer; what math-verify cannot parse is not equal. Runs only in a
+    process's main thread, because math-verify limits its time by a signal.
+    """
     import math_verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)

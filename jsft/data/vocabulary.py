@@ -1,7 +1,8 @@
-"""The tokenizer held against the model's embedding.
+"""The tokenizer checked against the model's embedding.
 
-JAX clamps an index that is out of range, so a token beyond the embedding would train another token's row and nobody
-would know. Padding needs no check: a packed row is padded with id 0, not with the tokenizer's pad token."""
+JAX clamps an index that is out of range, so a token beyond the embedding would silently train another token's row.
+Padding needs no check: a packed row is padded with id 0, not with the tokenizer's pad token.
+"""
 
 import json
 from collections.abc import Iterable
@@ -39,7 +40,7 @@ class Embedding(NamedTuple):
         return cls(Path(model_dir), rows)
 
     def tokens_beyond(self, chat: Chat) -> dict[str, int]:
-        """Tokens of the vocabulary that have no row, with their ids: mostly none, and then no text can hold one."""
+        """Tokens of the vocabulary without a row, and their ids. Usually there are none; then no text can hold one."""
         vocabulary = chat.tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
         return {token: i for token, i in vocabulary.items() if i >= self.rows}
 
@@ -82,6 +83,6 @@ def _template_ids(chat: Chat) -> Iterable[int]:
 
 
 def _writes(chat: Chat, token: str) -> bool:
-    """Whether an added token stands in the template's source, be it in a branch that no probe reaches."""
+    """Whether an added token is in the template's source, even in a branch that no probe reaches."""
     added = chat.tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
     return token in str(chat.tokenizer.chat_template) and any(one.content == token for one in added)

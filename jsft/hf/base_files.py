@@ -1,6 +1,6 @@
-"""What a model directory holds beside weights: config, tokenizer, chat template, generation config, custom code.
+"""What a model directory holds besides weights: config, tokenizer, chat template, generation config, custom code.
 
-They leave as they came, byte for byte, but for what the training changed: dtype, stop token, chat template.
+An export copies them byte for byte, except for what the training changed: dtype, stop token, chat template.
 """
 
 import json
@@ -19,11 +19,11 @@ _DTYPE = re.compile(r'("(?:torch_)?dtype"\s*:\s*)"[^"]*"')
 
 
 def base_files(model_dir: str | Path) -> list[Path]:
-    """The files that go with an export: all of the directory's own but weights, model card and hidden files.
+    """The files that go with an export: all of the directory's own except weights, model card and hidden files.
 
-    A link is followed only to a file of the same directory or to a blob of a hub cache: the content of any other would
-    leave with the export, and a link to nothing would be left out of it. Raises ModelError for such a link, and for a
-    file that an export must write anew and cannot read.
+    A link is followed only to a file of the same directory or to a blob of a hub cache: the content of any other file
+    would leave with the export, and a broken link would be left out of it. Raises ModelError for such a link, and for a
+    file that an export must rewrite but cannot read.
     """
     found = []
     try:
@@ -45,7 +45,7 @@ def base_files(model_dir: str | Path) -> list[Path]:
 
 
 def _check_link(link: Path) -> None:
-    """Raises ModelError unless the link leads to a file beside it or to a blob of a hub cache."""
+    """Raises ModelError unless the link leads to a file of the same directory or to a blob of a hub cache."""
     try:
         target = link.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
@@ -53,8 +53,8 @@ def _check_link(link: Path) -> None:
             f"{link} is a link to {link.readlink()}, which is not there; download the file again"
         ) from error
     blob = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
-    beside = target.parent == link.parent.resolve() and not target.name.startswith(".")
-    if not target.is_file() or not (blob or beside):
+    sibling = target.parent == link.parent.resolve() and not target.name.startswith(".")
+    if not target.is_file() or not (blob or sibling):
         raise ModelError(
             f"{link} is a link to {target}, which is no file of this model; its content would go into every export: "
             f"put a copy of the file in its place, or remove the link"
@@ -62,13 +62,13 @@ def _check_link(link: Path) -> None:
 
 
 def exported_names(model_dir: str | Path) -> set[str]:
-    """Names of the files, weights and model card apart, that an export with this base model may hold."""
+    """Names of the files that an export with this base model may hold, without weights and model card."""
     made = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
     return {file.name for file in base_files(model_dir)} | made
 
 
 def copy_base_files(base_dir: str | Path, out_dir: str | Path) -> None:
-    """Copies all that is not weights or a model card from `base_dir` to the existing `out_dir`.
+    """Copies everything except weights and model card from `base_dir` to the existing `out_dir`.
 
     A directory with only a sentencepiece tokenizer.model gets a tokenizer.json made from it. Raises ModelError when
     config.json or the tokenizer is missing or a link leads elsewhere, OSError when the disk refuses.
@@ -85,16 +85,16 @@ def set_dtype(config_file: Path, dtype: str) -> None:
     """States the weights' dtype in config.json, changing nothing else of its text."""
     text = config_file.read_text(encoding="utf-8")
     changed, count = _DTYPE.subn(rf'\g<1>"{dtype}"', text)
-    if not count:  # the base said nothing
+    if not count:  # the base model states no dtype
         _write_json(config_file, _read_json(config_file) | {"torch_dtype": dtype})
     elif changed != text:
         config_file.write_text(changed, encoding="utf-8")
 
 
 def ensure_stop_token(out_dir: Path, token_id: int) -> str | None:
-    """Makes `token_id`, with which the training ended responses, a stop token of generation_config.json.
+    """Makes `token_id`, the token that ended the trained responses, a stop token of generation_config.json.
 
-    Returns what was changed, in words, or None where it was one already.
+    Returns what was changed, in words, or None where it was a stop token already.
     """
     file = out_dir / "generation_config.json"
     existed = file.is_file()
@@ -115,9 +115,9 @@ def ensure_stop_token(out_dir: Path, token_id: int) -> str | None:
 
 
 def trained_template(template: str, strip_default_system: bool = False, enable_thinking: bool | None = None) -> str:
-    """The chat template that renders by itself what the training rendered with these two choices.
+    """The chat template that renders, without options, what the training rendered with these two choices.
 
-    strip_default_system: a system turn that a ChatML template adds when the conversation has none is cut off.
+    strip_default_system: cuts off the system turn that a ChatML template adds to a conversation without one.
     enable_thinking: becomes the default of the template's variable of that name.
     """
     if enable_thinking is not None:
@@ -147,7 +147,7 @@ def read_template(model_dir: Path) -> str | None:
 
 
 def write_template(out_dir: Path, template: str) -> None:
-    """Puts `template` wherever the directory keeps its chat template (both places, where it has both)."""
+    """Writes `template` wherever the directory has its chat template (in both places, where it has both)."""
     config = out_dir / "tokenizer_config.json"
     fields = _read_json(config) if config.is_file() else {}
     file = out_dir / "chat_template.jinja"

@@ -21,10 +21,9 @@ Digest = dict[str, Any]  # "config.json: FIELD" -> its value; "FILE" -> SHA-256 
 
 
 def model_digest(model_dir: str | Path) -> Digest:
-    """Config and tokenizer of a Hugging Face directory, small enough to be kept and compared name by name.
+    """Config and tokenizer of a Hugging Face directory, small enough to be stored and compared name by name.
 
-    A config.json that is only written in another order or layout has the same digest. Raises ModelError when a file
-    cannot be read.
+    The order and layout of config.json do not change its digest. Raises ModelError when a file cannot be read.
     """
     model_dir = Path(model_dir)
     raw = ConfigJson(model_dir / "config.json").raw
@@ -41,7 +40,7 @@ def model_digest(model_dir: str | Path) -> Digest:
 
 
 def difference(there: Digest, here: Digest) -> str | None:
-    """None where both are of the same config and tokenizer, else the first name that differs, with both values."""
+    """None where config and tokenizer are the same, else the first name that differs, with both values."""
     differing = []
     for name in sorted(there.keys() | here.keys()):
         old, new = (digest.get(name, "absent") for digest in (there, here))
@@ -63,11 +62,12 @@ def _shown(value: Any) -> str:
 
 
 def weights_digest(model_dir: str | Path) -> str:
-    """One short string that changes with the name, dtype and shape of any tensor, and with sampled bytes of each: about 8 KiB,
-    or two rows where a row is longer.
+    """A short string that changes with the name, dtype and shape of any tensor, and with sampled bytes of each.
 
-    Training changes every tensor, so two checkpoints of one model differ. How the tensors are split into files does
-    not matter. A 14B directory costs some 900 small reads. Raises ModelError when the weights cannot be read.
+    The sample is about 8 KiB, or two rows where a row is longer.
+
+    Training changes every tensor, so two checkpoints of one model differ. How the tensors are split into files does not
+    matter. A 14B directory costs some 900 small reads. Raises ModelError when the weights cannot be read.
     """
     digest = hashlib.sha256()
     with TensorFiles(model_dir) as files:

@@ -24,16 +24,16 @@ from jsft.models.parameters import Path as LeafPath
 _READERS = 8  # threads; reading a layer's rows releases the interpreter lock
 _COMPARED_BYTES = 2**26  # of a tensor at a time
 
-# Buffers that old exports carry beside the weights; they are computed, not learnt.
+# Buffers that old exports carry with the weights; they are computed, not learnt.
 _IGNORED = (".rotary_emb.inv_freq",)
 
 
 def load_parameters(model_dir: str | Path, config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> dict[str, Any]:
     """The model's weights as the nested dict of the family's table, sharded over `mesh`, in `dtype`.
 
-    Host memory beyond the devices' own: one device's part of one parameter (all its layers). The cast to `dtype`
-    happens on the devices.
-    Raises ModelError when a tensor is missing, unknown, of another shape, or the files are broken.
+    Host memory beyond the devices' own: one device's part of one parameter (all its layers). The cast to
+    `dtype` happens on the devices. Raises ModelError when a tensor is missing, unknown, of another shape,
+    or the files are broken.
     """
     with open_parameters(model_dir, config, mesh, dtype) as read:
         return tree_from(parameter_table(config), lambda path, _: read(path))
@@ -43,9 +43,9 @@ def load_parameters(model_dir: str | Path, config: ModelConfig, mesh: Mesh, dtyp
 def open_parameters(
     model_dir: str | Path, config: ModelConfig, mesh: Mesh, dtype: jnp.dtype | None
 ) -> Iterator[Callable[[LeafPath], jax.Array]]:
-    """A function from a parameter's path to its sharded array, read when asked for; as `load_parameters` otherwise.
+    """A function from a parameter's path to its sharded array, which it reads on demand.
 
-    `dtype=None` keeps the dtype on disk.
+    Arguments and errors as for `load_parameters`; `dtype=None` leaves the dtype on disk.
     """
     table = parameter_table(config)
     with TensorFiles(model_dir) as files, ThreadPoolExecutor(_READERS) as pool:
@@ -54,9 +54,9 @@ def open_parameters(
 
 
 def check_weights(model_dir: str | Path, config: ModelConfig) -> list[str]:
-    """Reads the headers of all weights and checks them as `load_parameters` would, which it then does not refuse.
+    """Reads the headers of all weights and makes the checks of `load_parameters`.
 
-    Returns what should be known of the directory, in a line each. Raises ModelError.
+    Returns what the user should know about the directory, a line each. Raises ModelError.
     """
     with TensorFiles(model_dir) as files:
         check_tensors(files, parameter_table(config), config)
@@ -66,7 +66,7 @@ def check_weights(model_dir: str | Path, config: ModelConfig) -> list[str]:
 def check_tensors(files: TensorFiles, table: Table, config: ModelConfig) -> None:
     """Raises ModelError unless the files hold exactly the tensors of the table, in its shapes, in a dtype of ours.
 
-    A tied model may carry its unembedding as well, if it is a copy of the embedding: it is not read otherwise.
+    A tied model may also hold its unembedding, if that is a copy of the embedding. It is compared, then ignored.
     """
     wanted = disk_tensors(table)
     where = files.model_dir
@@ -135,7 +135,7 @@ def _load_leaf(
     for bounds, devices in devices_of.items():
         part = _read_part(files, spec, bounds, map_)
         on_devices = [jax.device_put(part, device) for device in devices]
-        jax.block_until_ready(on_devices)  # before the next part is read: one in flight
+        jax.block_until_ready(on_devices)  # before the next part is read, so that only one is in host memory
         arrays += on_devices
         del part, on_devices
     leaf = jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)
@@ -157,7 +157,7 @@ def _read_part(
     dtype = dtypes[0] if len(set(dtypes)) == 1 else np.dtype(np.float32)
     part = np.empty((len(names), last - first, *(b - a for a, b in columns)), dtype)
     cut = tuple(slice(a, b) for a, b in columns)
-    # jsft's rules divide rows only; should a mesh rule divide columns, whole rows are read and cut.
+    # jsft's rules shard rows only. If a mesh rule sharded columns, whole rows would be read and cut.
     direct = part.shape[2:] == width
     blocks = spec.rows or RowBlocks(1, spec.layer_shape[0], 0, spec.layer_shape[0])
 

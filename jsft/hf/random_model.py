@@ -24,8 +24,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-# transformers has no InternLM2 of its own: a directory brings the class of its config along.
-INTERNLM2_CONFIGURATION = '''"""Config class that lets transformers and vLLM (with trust_remote_code) read an InternLM2 directory."""
+# transformers has no InternLM2: the directory carries the class of its config.
+INTERNLM2_CONFIGURATION = '''\
+"""Config class that lets transformers and vLLM (with trust_remote_code) read an InternLM2 directory."""
 
 from transformers.configuration_utils import PretrainedConfig
 
@@ -121,18 +122,18 @@ def write_random_model(
         config |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": layers}
     if family == "qwen3":
         config |= {"head_dim": head_dim, "attention_bias": False}
-    beside = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    partial = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
-        _write_json(beside / "config.json", config)
-        table = parameter_table(read_config(beside))
+        _write_json(partial / "config.json", config)
+        table = parameter_table(read_config(partial))
         tensors = random_tensors(table, seed, std, DTYPES[dtype], perturb)
-        save_file(tensors, beside / "model.safetensors", {"format": "pt"})
-        (beside / "model.safetensors").chmod(0o644)
-        tokenizer.save(str(beside / "tokenizer.json"))
+        save_file(tensors, partial / "model.safetensors", {"format": "pt"})
+        (partial / "model.safetensors").chmod(0o644)
+        tokenizer.save(str(partial / "tokenizer.json"))
         _write_json(
-            beside / "tokenizer_config.json",
+            partial / "tokenizer_config.json",
             {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "eos_token": "<|endoftext|>",
@@ -142,12 +143,12 @@ def write_random_model(
                 "chat_template": CHAT_TEMPLATE,
             },
         )
-        _write_json(beside / "generation_config.json", {"do_sample": False, "eos_token_id": end, "pad_token_id": end})
+        _write_json(partial / "generation_config.json", {"do_sample": False, "eos_token_id": end, "pad_token_id": end})
         if family == "internlm2":
-            (beside / "configuration_internlm2.py").write_text(INTERNLM2_CONFIGURATION, encoding="utf-8")
-        beside.rename(out_dir)
+            (partial / "configuration_internlm2.py").write_text(INTERNLM2_CONFIGURATION, encoding="utf-8")
+        partial.rename(out_dir)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return out_dir
 
 

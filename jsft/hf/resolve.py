@@ -22,8 +22,8 @@ _MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"
 def resolve_model(path: str | Path, revision: str | None = None, patterns: Sequence[str] = _MODEL_FILES) -> Path:
     """The directory `path`, or the downloaded snapshot of hub id `path` (owner/name) at `revision`.
 
-    patterns: the files to download. With HF_HUB_OFFLINE=1 only what is already in the hub's cache is used.
-    Raises ModelError.
+    patterns: the files to download. With HF_HUB_OFFLINE=1 only what is already in the hub's cache
+    is used. Raises ModelError.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():

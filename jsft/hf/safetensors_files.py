@@ -1,7 +1,7 @@
-"""Safetensors by byte range: what tensors lie where in a model directory, and reading rows of one.
+"""Safetensors by byte range: where each tensor of a model directory lies, and reading rows of one.
 
-Files are read by pread into our own buffers and never mapped: pages of a mapped file would count as this process's
-memory, and a node that loads a 40 GB model would look as if it held it twice.
+Files are read by pread into our own buffers and never mapped. Pages of a mapped file count as this process's memory: a
+node that loads a 40 GB model would appear to hold it twice.
 """
 
 import json
@@ -39,7 +39,7 @@ class TensorFiles:
     def __init__(self, model_dir: str | Path):
         """Raises ModelError when weights are missing, truncated or not safetensors.
 
-        notes: what a reader should know of the directory, in a line each.
+        notes: what the user should know about the directory, a line each.
         """
         self.model_dir = Path(model_dir)
         self.notes: list[str] = []
@@ -90,7 +90,7 @@ class TensorFiles:
 
 
 def _weight_files(model_dir: Path) -> dict[Path, set[str] | None]:
-    """File -> names its index promises (None: whatever the single file holds)."""
+    """File -> names that its index lists (None: whatever the single file holds)."""
     index = model_dir / INDEX
     if index.exists():
         files = _indexed_files(index)
@@ -125,7 +125,7 @@ def _indexed_files(index: Path) -> dict[Path, set[str]]:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, which they must fill without a gap, as the format has it.
+    """The tensors of one safetensors file, which they must fill without a gap, as the format requires.
 
     Raises ModelError when the file is broken or truncated.
     """
@@ -169,7 +169,7 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _span(entry: dict) -> tuple[int, int]:
-    """(first, last) byte of a tensor within the data; all that the entry says is checked to be of the right kind."""
+    """(first, last) byte of a tensor within the data, after checking the type of every value of the entry."""
     first, last = entry["data_offsets"]
     if not isinstance(entry["dtype"], str):
         raise _HeaderError(f"{entry['dtype']!r} is no dtype")

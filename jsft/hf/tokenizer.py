@@ -1,7 +1,7 @@
-"""A fast tokenizer from a sentencepiece file, for InternLM2 directories that bring only that and Python code.
+"""A fast tokenizer from a sentencepiece file, for InternLM2 directories that have only that and Python code.
 
 The code of the directory is not run: the pieces come from tokenizer.model, the special tokens and the chat template
-from tokenizer_config.json, and the result is compared with sentencepiece itself before anyone uses it.
+from tokenizer_config.json, and the result is compared with sentencepiece itself before it is used.
 """
 
 import json
@@ -30,8 +30,8 @@ MIXED_TEXT = (
 def add_fast_tokenizer(model_dir: Path) -> bool:
     """Writes tokenizer.json into a directory that has only tokenizer.model, and says so in tokenizer_config.json.
 
-    `auto_map` goes and the class becomes PreTrainedTokenizerFast, so that no code is needed to load it.
-    Returns whether anything was written. Raises ModelError when there is no tokenizer, or it cannot be converted.
+    It removes `auto_map` and sets the class to PreTrainedTokenizerFast, so that no code is needed to load it. Returns
+    whether anything was written. Raises ModelError when there is no tokenizer, or it cannot be converted.
     """
     if (model_dir / "tokenizer.json").is_file():
         return False
@@ -52,8 +52,8 @@ def load_converted(model_dir: str | Path):
 
     model_dir = Path(model_dir)
     fields = _tokenizer_config(model_dir)
-    kept = (*_TOKEN_FIELDS, "chat_template", "model_max_length")
-    options = {name: _content(fields[name]) for name in kept if fields.get(name) is not None}
+    used = (*_TOKEN_FIELDS, "chat_template", "model_max_length")
+    options = {name: _content(fields[name]) for name in used if fields.get(name) is not None}
     return PreTrainedTokenizerFast(
         tokenizer_object=convert_sentencepiece(model_dir), clean_up_tokenization_spaces=False, **options
     )
@@ -81,7 +81,7 @@ def convert_sentencepiece(model_dir: Path) -> Tokenizer:
 
 
 def _assemble(proto, special: dict[int, AddedToken], fields: dict[str, Any]) -> Tokenizer:
-    # A special token may take the id of a piece that was kept free for it: it takes its name as well.
+    # A special token may take the id of a piece that was reserved for it; it then replaces the piece's name too.
     names = [special[i].content if i in special else piece.piece for i, piece in enumerate(proto.pieces)]
     vocabulary = {name: i for i, name in enumerate(names)}
     model = models.BPE(

@@ -33,7 +33,7 @@ PROMPTS = ("What is 12 * 13? Think step by step.", MIXED_TEXT, "def fibonacci(n)
 def compare_weights(
     get: Callable[[LeafPath], jax.Array], model_dir: Path, config: ModelConfig, mesh: Mesh, dtype: jnp.dtype
 ) -> int:
-    """Number of tensors' values in `model_dir` that are not, bit for bit, `get(path)` rounded to `dtype`.
+    """Number of values in `model_dir` that differ in any bit from `get(path)` rounded to `dtype`.
 
     One parameter at a time. Raises ModelError when the directory's weights cannot be loaded or have another dtype.
     """
@@ -76,7 +76,7 @@ def log_probabilities(
 ) -> list[np.ndarray]:
     """log p(token i | tokens before it) for i >= 1 of each prompt, by jsft's own forward pass; float32 [len - 1].
 
-    The weights keep their dtype on disk; all prompts lie packed in one row.
+    The weights keep their dtype on disk; all prompts are packed in one row.
     """
     parameters = load_parameters(model_dir, config, mesh, jnp.dtype(config.dtype))
     lengths = [len(prompt) for prompt in prompts]
@@ -111,10 +111,10 @@ def serving_python() -> Path | None:
 
 
 def vllm_answers(model_dir: Path, prompts: Sequence[Sequence[int]], max_tokens: int = 8) -> dict:
-    """What vLLM makes of the directory, in float32, in the serving environment: see export/check_vllm.py.
+    """vLLM's results for the directory, in float32, in the serving environment: see export/check_vllm.py.
 
-    Returns {"log_probs": as `log_probabilities`, "generated": token ids of each greedy continuation, "version"}.
-    Raises ConfigError without a serving environment, ModelError when vLLM fails on the directory.
+    Returns {"log_probs": as `log_probabilities`, "generated": token ids of each greedy continuation, "version"}. Raises
+    ConfigError without a serving environment, ModelError when vLLM fails on the directory.
     """
     python, script = serving_python(), ROOT / "export" / "check_vllm.py"
     if python is None:

@@ -1,8 +1,8 @@
 """From sharded arrays to a Hugging Face directory: a parameter at a time, each device's rows straight to their place.
 
-The layout of every file is known before the first weight is there, so parameters may come in any order. They leave the
-devices a layer's rows at a time, a few such pieces at once, and the host holds no more than these. All is written beside
-the directory, synced, and renamed at the end.
+The layout of every file is known before the first weight arrives, so parameters may come in any order. They leave the
+devices a layer's rows at a time, a few such pieces at once, and the host holds no more than these. Everything is
+written to a temporary directory next to the target, synced, and renamed at the end.
 """
 
 import errno
@@ -71,50 +71,50 @@ def write_model(
       parameters: nested dict of arrays as the family's table has it, on any mesh of this process; or a function from
         a parameter's path to its array, which is then asked for one at a time.
       base_dir: where config.json, tokenizer and the rest are copied from.
-      out_dir: replaced if an export of ours lies there, and nothing else; a file that no export wrote is an error.
+      out_dir: replaced if it holds an export of ours and nothing else; any other file in it is an error.
       dtype: of the weights on disk; config.json is made to say so.
-      eos_token_id: the token that ends the trained responses; made a stop token if it is none.
+      eos_token_id: the token that ends the trained responses; made a stop token if it is not one yet.
       chat_template: replaces the base's.
       model_card: text of README.md.
       facts: goes into jsft_export.json.
-      say: told, in a line each, what differs from the base's files.
+      say: called with a line for each difference from the base's files.
 
-    Returns `out_dir`. Raises ModelError for a base that cannot be exported, CheckpointError when `out_dir` cannot be
-    written; then it is as it was. Killed or without power at any moment, it is as it was, or it is the new one.
+    Returns `out_dir`. Raises ModelError for a base that cannot be exported, and CheckpointError when `out_dir` cannot
+    be written; it is then unchanged. After a kill or a power cut at any moment it is the old directory or the new one.
     """
     out_dir, base_dir, dtype = Path(out_dir), Path(base_dir), jnp.dtype(dtype)
     target = out_dir.resolve()  # a link stays a link
     check_output(target, base_dir)
-    files, places = _plan(config, dtype, max_shard_bytes)
-    beside = _fresh_directory_beside(target)
+    files, places = _layout(config, dtype, max_shard_bytes)
+    partial = _make_partial(target)
     try:
-        _check_space(beside, sum(size for _, size in files.values()))
-        _write_weights(parameters, config, beside, dtype, files, places)
-        copy_base_files(base_dir, beside)
-        set_dtype(beside / "config.json", dtype.name)
-        if eos_token_id is not None and (change := ensure_stop_token(beside, eos_token_id)):
+        _check_space(partial, sum(size for _, size in files.values()))
+        _write_weights(parameters, config, partial, dtype, files, places)
+        copy_base_files(base_dir, partial)
+        set_dtype(partial / "config.json", dtype.name)
+        if eos_token_id is not None and (change := ensure_stop_token(partial, eos_token_id)):
             say(change)
-        if chat_template is not None and chat_template != read_template(beside):
-            write_template(beside, chat_template)
+        if chat_template is not None and chat_template != read_template(partial):
+            write_template(partial, chat_template)
             say("the chat template is the run's, not the base model's")
         if model_card is not None:
-            (beside / CARD).write_text(model_card, encoding="utf-8")
+            (partial / CARD).write_text(model_card, encoding="utf-8")
         manifest = {"family": config.family, "dtype": dtype.name, **(facts or {})}
-        (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        durable.sync_tree(beside)
-        check_output(target, base_dir)  # again: writing took its time
-        _replace(beside, target)
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        durable.sync_tree(partial)
+        check_output(target, base_dir)  # again: somebody may have put a file there meanwhile
+        _replace(partial, target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(f"the disk of {out_dir} is full; free space and export again") from error
         raise CheckpointError(f"{out_dir} cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return out_dir
 
 
 def check_output(out_dir: Path, base_dir: Path) -> None:
-    """Raises CheckpointError unless `out_dir` is free or holds an export of ours and nothing else.
+    """Raises CheckpointError unless `out_dir` does not exist or holds an export of ours and nothing else.
 
     base_dir: the base model's files, whose names an export may have.
     """
@@ -126,11 +126,14 @@ def check_output(out_dir: Path, base_dir: Path) -> None:
     for path in sorted(out_dir.iterdir()):
         if path.is_dir() or not (path.name in ours or _SHARD.fullmatch(path.name)):
             raise CheckpointError(
-                f"{path} is not part of an export, and exporting again would delete it; move it away or choose another --out"
+                f"{path} is not part of an export, and exporting again would delete it; move it away or choose another "
+                "--out"
             )
 
 
-def _plan(config: ModelConfig, dtype: jnp.dtype, limit: int) -> tuple[dict[str, tuple[bytes, int]], dict[str, _Place]]:
+def _layout(
+    config: ModelConfig, dtype: jnp.dtype, limit: int
+) -> tuple[dict[str, tuple[bytes, int]], dict[str, _Place]]:
     """File -> (header, size in bytes), and tensor -> place. Tensors fill shards in the model's order."""
     shards: list[dict[str, tuple[tuple[int, ...], int]]] = []
     filled = limit + 1
@@ -160,19 +163,19 @@ def _plan(config: ModelConfig, dtype: jnp.dtype, limit: int) -> tuple[dict[str, 
     return files, places
 
 
-def _fresh_directory_beside(out_dir: Path) -> Path:
-    beside = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
+def _make_partial(out_dir: Path) -> Path:
+    partial = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
     try:
         durable.make_folder(out_dir.parent)
         _tidy(out_dir)
-        beside.mkdir()
+        partial.mkdir()
     except OSError as error:
         raise CheckpointError(f"{out_dir} cannot be written: {error.strerror}; choose another --out") from error
-    return beside
+    return partial
 
 
 def _tidy(out_dir: Path) -> None:
-    """Puts right what killed exports to `out_dir` left beside it: an older export set aside goes back, the rest goes."""
+    """Cleans up after killed exports to `out_dir`: restores an older export that was set aside, removes the rest."""
     for path in list(out_dir.parent.iterdir()):
         for mark in (".partial-", ".old-"):
             head, found, process = path.name.rpartition(mark)
@@ -214,7 +217,7 @@ def _write_weights(parameters, config, folder, dtype, files, places) -> None:
     try:
         for file, (header, size) in files.items():
             descriptors[file] = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            os.posix_fallocate(descriptors[file], 0, size)  # a full disk shows before the work
+            os.posix_fallocate(descriptors[file], 0, size)  # a full disk is found before the work
             _write_at(descriptors[file], header, 0)
         with ThreadPoolExecutor(_WRITERS) as pool:
             for path, spec in leaves(table):
@@ -263,7 +266,7 @@ def _write_leaf(array: jax.Array, spec, parts, descriptors, places, pool: Thread
         bounds = [part.indices(size) for part, size in zip(shard.index, array.shape)]
         columns = bounds[row_axis + 1 :]
         if any((a, b) != (0, size) for (a, b, _), size in zip(columns, spec.layer_shape[1:])):
-            raise ModelError("parameters must be divided by rows only to be exported")
+            raise ModelError("parameters must be sharded by rows only to be exported")
         first, last, _ = bounds[row_axis]
         layers = range(*bounds[0]) if spec.stacked else [None]
         step = max(1, _PIECE_BYTES * len(layers) * (last - first) // shard.data.nbytes)
@@ -275,8 +278,9 @@ def _write_leaf(array: jax.Array, spec, parts, descriptors, places, pool: Thread
 
 
 def _on_host(data: jax.Array, start: list[int], size: list[int]) -> np.ndarray:
-    """A part of an array of one device. On a CPU it is there; elsewhere it is cut out on the device and copied: an array
-    that lives on would hold what was copied of it.
+    """A part of an array of one device, in host memory.
+
+    Off the CPU it is cut out on the device first: a long-lived jax array caches whatever was copied from it.
     """
     if data.device.platform == "cpu":
         return np.asarray(data)[tuple(slice(a, a + n) for a, n in zip(start, size))]
@@ -290,21 +294,21 @@ def _write_at(descriptor: int, data, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-def _replace(beside: Path, out_dir: Path) -> None:
-    """Puts the finished directory in the place of an older export, if there is one, in one step.
+def _replace(partial: Path, out_dir: Path) -> None:
+    """Replaces an older export, if there is one, by the finished directory in one step.
 
-    Where the file system has no such step (NFS), a kill in the middle leaves the older one as `.NAME.old-*`, which the
-    next export puts back.
+    Where the file system has no such step (NFS), a kill in the middle leaves the older one as `.NAME.old-*`; the
+    next export restores it.
     """
     if not out_dir.exists():
-        durable.rename(beside, out_dir)
-    elif durable.exchange(beside, out_dir):
-        durable.sync(out_dir.parent)  # the older one now lies at `beside`
+        durable.rename(partial, out_dir)
+    elif durable.exchange(partial, out_dir):
+        durable.sync(out_dir.parent)  # the older export is now at `partial`
     else:
         old = out_dir.with_name(f".{out_dir.name}.old-{os.getpid()}")
         durable.rename(out_dir, old)
         try:
-            durable.rename(beside, out_dir)
+            durable.rename(partial, out_dir)
         except OSError:
             durable.rename(old, out_dir)
             raise

@@ -130,7 +130,7 @@ def test_full_disk_leaves_whole_parts_only(tmp_path, chat, small_parts, monkeypa
         replace(*arguments)
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(DataError, match="No space left on device.*a build goes on where it stopped"):
+    with pytest.raises(DataError, match="No space left on device.*a build resumes where it stopped"):
         open_it(path, chat)
     (directory,) = (p for p in (tmp_path / ".jsft_cache").iterdir())
     assert sorted(p.name for p in directory.iterdir()) == [
@@ -140,7 +140,7 @@ def test_full_disk_leaves_whole_parts_only(tmp_path, chat, small_parts, monkeypa
     ]
     said = []
     assert len(open_it(path, chat, say=said.append)) == 70
-    assert said[0] == "data: going on with the token cache at row 32 of 70" and "38 rows tokenised" in said[1]
+    assert said[0] == "data: resuming the token cache at row 32 of 70" and "38 rows tokenised" in said[1]
 
 
 def test_damaged_part_is_made_again(tmp_path, chat, small_parts):
@@ -241,7 +241,7 @@ def test_cache_without_checksums_is_built_again(tmp_path, chat, small_parts):
         "is of an older version (part-000000000.arrow has no checksum); building it again" in said[0]
         and len(again) == 70
     )
-    assert again.directory == directory  # the same key: a run that began before goes on
+    assert again.directory == directory  # the same key: a run that began before resumes
 
 
 def test_cache_that_stays_damaged_is_refused(tmp_path, chat, small_parts, monkeypatch):

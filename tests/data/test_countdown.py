@@ -1,5 +1,4 @@
-"""The Countdown generator: every statement of a chain of thought is true, every answer right, rows
-reproducible."""
+"""The Countdown generator: every statement of a chain of thought is true, every answer right, rows reproducible."""
 
 import re
 from fractions import Fraction

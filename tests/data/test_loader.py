@@ -28,8 +28,7 @@ def same(a, b):
 
 
 def found_documents(batches):
-    """(tokens, trained targets, weights of these) of every document in the micro batches, padding left
-    out."""
+    """(tokens, trained targets, weights of these) of every document in the micro batches, padding left out."""
     for batch in batches:
         for row in range(batch.tokens.shape[0]):
             position = 0
@@ -109,7 +108,7 @@ def test_advantage(make_config):
         row["advantage"] = float(i - 3)
     batch = open_it(make_config(rows, objective__use_advantage=True))[0]
     assert sum(b.loss_weights.sum() for b in batch.micro_batches) == pytest.approx(sum(range(-3, 5)) / 8)
-    # The logged loss must not be divided by advantages, which may sum to 0.
+    # The logged loss must not be normalised by advantages, which may sum to 0.
     assert batch.weight_sum == pytest.approx(1)
     assert open_it(make_config(rows))[0].weight_sum == pytest.approx(1)
     for row in rows:
@@ -200,16 +199,17 @@ def test_truncation(make_config, truncation):
     documents = sorted(found_documents(data[0].micro_batches), key=lambda d: len(d[0]))
     tokens, targets, _ = documents[-1]
     assert len(tokens) == 128
-    if truncation == "right":  # the beginning is kept; EOS is lost and the last position has no target
+    if truncation == "right":  # the beginning remains; EOS is lost and the last position has no target
         assert tokens[0] == 257 and targets[-1] == tokens[-1] and tokens[-1] != 258
         prompt = list(tokens).index(258) + 2 + len("<assistant\n")
         assert len(targets) == 128 - prompt
     else:
         assert tokens[0] != 257 and targets[-1] == 258
-        assert len(targets) == 127  # the first token kept has none before it to predict it
+        assert len(targets) == 127  # nothing before the first token predicts it
     with pytest.raises(
         DataError,
-        match="row 1: has 3.. tokens, more than data.max_length=128; .*4 of 8 rows cannot be used, also row 3, row 5, row 7;",
+        match="row 1: has 3.. tokens, more than data.max_length=128; .*"
+        "4 of 8 rows cannot be used, also row 3, row 5, row 7;",
     ):
         open_it(make_config(rows_of([10, 300] * 4), data__max_length=128, data__truncation="error"))
 
@@ -372,8 +372,7 @@ class _LongDocuments:
 
 
 def test_loader_is_far_faster_than_a_host_trains():
-    """Under 1 % of step time at 50k tokens/s a host: at least 5 M tokens/s, planning included, on one
-    core."""
+    """Under 1 % of step time at 50k tokens/s a host: at least 5 M tokens/s, planning included, on one core."""
 
     documents = _LongDocuments()
     last = schedule.choose_last_lengths(documents.lengths, 8, 20_480, 256)

@@ -42,7 +42,7 @@ def ranges(lengths, schedule: StepSchedule):
 
 @settings(max_examples=150, deadline=None)
 @given(documents, layouts)
-def test_documents_lie_whole_and_apart(lengths, layout):
+def test_documents_lie_whole_and_do_not_overlap(lengths, layout):
     schedule = schedule_step(lengths, layout)
     assert set(schedule.lengths[:-1]) <= {LENGTH} and schedule.lengths[-1] in (*layout.last_lengths, LENGTH)
     placed = ranges(lengths, schedule)
@@ -56,7 +56,7 @@ def test_documents_lie_whole_and_apart(lengths, layout):
 
 @settings(max_examples=60, deadline=None)
 @given(documents, layouts)
-def test_plan_is_a_function_of_its_arguments(lengths, layout):
+def test_schedule_is_a_function_of_its_arguments(lengths, layout):
     first, again = schedule_step(lengths, layout), schedule_step(lengths.copy(), layout)
     assert all(np.array_equal(a, b) for a, b in zip(first, again))
 

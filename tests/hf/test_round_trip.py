@@ -1,4 +1,4 @@
-"""In and out of a Hugging Face directory: every byte of every tensor, every file beside them."""
+"""In and out of a Hugging Face directory: every byte of every tensor, every other file."""
 
 import errno
 import json
@@ -184,12 +184,15 @@ def test_the_chat_template_is_the_runs(random_model, export, tmp_path, where):
 
 
 QWEN25 = (
-    "{%- if messages[0]['role'] == 'system' %}\n    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}\n"
+    "{%- if messages[0]['role'] == 'system' %}\n"
+    "    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}\n"
     "{%- else %}\n    {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}\n{%- endif %}\n"
     "{%- for m in messages %}\n    {%- if m.role != 'system' %}\n"
-    "        {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}\n    {%- endif %}\n{%- endfor %}\n"
+    "        {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}\n"
+    "    {%- endif %}\n{%- endfor %}\n"
     "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n"
-    "    {%- if enable_thinking is defined and enable_thinking is false %}\n        {{- '<think>\\n\\n</think>\\n\\n' }}\n"
+    "    {%- if enable_thinking is defined and enable_thinking is false %}\n"
+    "        {{- '<think>\\n\\n</think>\\n\\n' }}\n"
     "    {%- endif %}\n{%- endif %}\n"
 )
 
@@ -298,8 +301,8 @@ class Killed(BaseException):
 @pytest.mark.parametrize("killed_at", [0, 1, 2, 3, 4])
 def test_an_export_killed_between_renames_leaves_the_old_one_or_the_new_one(tmp_path, monkeypatch, swaps, killed_at):
     """Before and after each step that changes a name; file systems without a swap need the next export's help."""
-    out, beside = tmp_path / "out", tmp_path / f".out.partial-{os.getpid()}"
-    for folder, text in ((out, "old"), (beside, "new")):
+    out, partial = tmp_path / "out", tmp_path / f".out.partial-{os.getpid()}"
+    for folder, text in ((out, "old"), (partial, "new")):
         folder.mkdir()
         (folder / "file").write_text(text)
     steps = iter(range(100))
@@ -318,7 +321,7 @@ def test_an_export_killed_between_renames_leaves_the_old_one_or_the_new_one(tmp_
     monkeypatch.setattr(files, "exchange", step(files.exchange if swaps else lambda *_: False))
     monkeypatch.setattr(os, "replace", step(os.replace))
     try:
-        write_module._replace(beside, out)
+        write_module._replace(partial, out)
     except Killed:
         pass
     monkeypatch.undo()
