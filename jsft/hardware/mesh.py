@@ -1,7 +1,7 @@
-"""The device mesh, and the rules that say which axis of which array is divided over it.
+"""The device mesh, and the rules that say which axis of which array is sharded over it.
 
-Axes: `replica` holds copies of the parameters (one per node in a large run), `fsdp` divides them. Rows of a batch
-are divided over both. The mesh uses Auto axis types: XLA's partitioner places the collectives, as pjit did.
+Axes: `replica` holds copies of the parameters (one per node in a large run), `fsdp` shards them. Rows of a batch
+are sharded over both. The mesh uses Auto axis types: XLA's partitioner places the collectives, as pjit did.
 """
 
 import math
@@ -16,9 +16,9 @@ from jsft.errors import ConfigError
 MESH_AXES = ("replica", "fsdp")
 BATCH = PartitionSpec(MESH_AXES)
 
-# Logical parameter axes that may be divided over `fsdp`. Exactly one axis of a parameter is divided, the first that can
-# be: gathering the major axis moves whole runs of bytes, and embeddings [V, D] are divided by vocabulary, as the
-# vocabulary-parallel loss wants them. Axes not named here (layers, norms, biases, single heads) stay whole.
+# Logical parameter axes that may be sharded over `fsdp`. Exactly one axis of a parameter is sharded, the first that can
+# be: gathering the major axis moves contiguous bytes, and embeddings [V, D] are sharded by vocabulary, as the
+# vocabulary-parallel loss needs them. Axes not named here (layers, norms, biases, single heads) are not sharded.
 FSDP_AXES = frozenset(("vocab", "embed", "mlp", "heads", "kv_heads"))
 
 
@@ -51,7 +51,7 @@ def _divisors(n: int) -> list[int]:
 
 
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """Where a parameter with logical `axes` lies: its first axis of FSDP_AXES whose size divides goes over `fsdp`."""
+    """How a parameter with logical `axes` is sharded: over `fsdp`, its first axis of FSDP_AXES whose size divides."""
     size = mesh.shape["fsdp"]
     for position, (name, length) in enumerate(zip(axes, shape, strict=True)):
         if name in FSDP_AXES and length % size == 0:
@@ -65,7 +65,7 @@ def parameter_sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: M
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """The sharding of an array that every device holds in full."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -75,12 +75,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def shard_bytes(x: jax.ShapeDtypeStruct) -> int:
-    """Bytes of one device's part of `x`."""
+    """Bytes of one device's shard of `x`."""
     return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
 def shard_batch(batch, mesh: Mesh):
-    """Makes global arrays from this process's rows (a pytree of numpy arrays [R_local, ...])."""
+    """Global arrays from this process's rows (a pytree of numpy arrays [R_local, ...])."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 

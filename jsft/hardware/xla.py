@@ -1,6 +1,6 @@
-"""How the process meets its devices: memory, the compilation cache, and compiler options.
+"""The process's settings for JAX and XLA: memory, the compilation cache, compiler flags and options.
 
-Set by the program, not left to the user's shell. Environment variables that are already set win.
+The program sets them, not the user's shell. Environment variables that are already set win.
 """
 
 import os
@@ -11,26 +11,26 @@ import jaxlib
 
 from jsft.kernels.assembler import choose_ptxas
 
-# Compiler flags, each with its measurement in docs/lab (compile-options, several-gpus). A jaxlib that does not know a flag aborts on it, so
-# they are set only on versions that were tried.
+# Compiler flags, each with its measurement in docs/lab (compile-options, several-gpus). A jaxlib that does not know a
+# flag aborts, so they are set only for versions that were tried.
 _TRIED = ("0.11.", "0.12.")
 _FLAGS = {
-    # Unrolled layers are thousands of kernels between attention's custom calls: captured piece by piece in CUDA graphs
-    # they gain nothing: 775 ms of a step with them, 773 launched one by one, on one H200.
+    # CUDA graphs gain nothing: unrolled layers are thousands of kernels between attention's custom calls, and a step
+    # takes 775 ms with graphs, 773 ms without, on one H200.
     "--xla_gpu_enable_command_buffer": "",
-    # cuBLAS alone: its products read a layer's slice of the stacked weights, and add to a gradient, in place, where Triton's
-    # want a copy; and compiling a step takes a third of the time without trying Triton's out.
+    # cuBLAS alone. Its products read a layer's slice of stacked weights in place, and accumulate into a gradient in
+    # place; Triton's need copies. Without autotuning Triton, a step compiles in a third of the time.
     "--xla_gpu_enable_triton_gemm": "false",
-    # Merged, the key and value projections are one product, and five kernels that glue and cut what goes in and out.
+    # Merged key and value projections would be one product and five kernels that concatenate and slice around it.
     "--xla_gpu_dot_merger_threshold_mb": "0",
-    # XLA aborts when virtual CPU devices wait a minute for each other in a collective, which a busy machine can bring about. Our
-    # watchdog sees a step that hangs, too, and ends the run with a line and an exit code.
+    # XLA aborts when virtual CPU devices wait a minute for each other in a collective, which happens on a busy machine.
+    # Our watchdog sees a step that hangs too, and ends the run with a line and an exit code.
     "--xla_cpu_collective_call_terminate_timeout_seconds": "7200",
 }
 
-# For programs whose layers prefetch their weights (jsft/models/stack.py): one gather for all of a layer's, started as soon
-# as it may be, together with any number of others. Not for layers in a loop, which gather each weight where it is used:
-# nothing would hide one gather of them all.
+# For programs whose layers prefetch their weights (jsft/models/stack.py): one gather for all of a layer's weights,
+# started as early as possible, in parallel with any number of others. Looped layers gather each weight where it is
+# used: nothing would hide one combined gather.
 _PREFETCH = {
     "xla_gpu_all_gather_combine_threshold_bytes": 1_000_000_000,  # more than a layer of any model here
     "xla_gpu_experimental_collective_start_as_early_as_possible": True,
@@ -47,8 +47,8 @@ def configure() -> None:
     """Call before the first use of a device.
 
     The allocator gets 95 % of a GPU (JAX's default of 75 % would leave a quarter of it unused), ptxas assembles the
-    kernels, and compiled programs are kept on disk (JSFT_COMPILATION_CACHE; default: ~/.cache/jsft/compiled): a second
-    start of the same config compiles nothing.
+    kernels, and compiled programs are cached on disk (JSFT_COMPILATION_CACHE; default: ~/.cache/jsft/compiled): a
+    second start of the same config compiles nothing.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     given = os.environ.get("XLA_FLAGS", "")
@@ -58,19 +58,21 @@ def configure() -> None:
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jsft" / "compiled"
     cache = Path(os.environ.get("JSFT_COMPILATION_CACHE", default))
     if choose_ptxas():
-        cache = cache / "spilling"  # programs hold their kernels assembled, and JAX's key to them does not say by what
+        cache = (
+            cache / "spilling"
+        )  # programs contain assembled kernels, and JAX's cache key does not name the assembler
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def mock_gpus(count: int) -> None:
-    """Makes one GPU stand for `count` of one host: programs compile as for all, collectives do nothing.
+    """One GPU poses as `count` GPUs of one host: programs compile as for all of them, collectives do nothing.
 
     Memory and schedule are the real ones, times only upper bounds. Call before the first use of a device.
     """
     jax.config.update("jax_mock_gpu_topology", f"{count}x1x1")
     jax.config.update("jax_cuda_visible_devices", "0")
-    # Sharded autotuning would wait for results of the processes that are not there.
+    # Sharded autotuning would wait for the results of processes that do not exist.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_shard_autotuning=false"
 
 

@@ -1,7 +1,7 @@
 """The decoder of all families on one device's rows: embedding, L layers of attention and gated MLP, final norm.
 
-Pure functions on the nested dict of parameters. `jsft.models.forward` runs them under shard_map; what is communicated
-is written out in `jsft.models.layers`.
+Pure functions on the nested dict of parameters. `jsft.models.forward` runs them under shard_map; all communication is
+in `jsft.models.layers`.
 """
 
 import functools
@@ -47,7 +47,7 @@ class LayerWeights:
     """The weights of one layer on a device, as a layer uses them."""
 
     def __init__(self, local: dict[str, jax.Array], gathered: dict[str, jax.Array], sharded: frozenset[str], options):
-        """local: as this device holds them; gathered: full ones; sharded: names of the matrices that lie sharded."""
+        """local: this device's shards; gathered: full weights; sharded: names of the sharded matrices."""
         self._local, self._gathered, self._sharded, self._options = local, gathered, sharded, options
 
     def __getitem__(self, name: str) -> jax.Array:
@@ -79,8 +79,8 @@ def decode(
 ) -> jax.Array:
     """Final-norm output [b, T, D] of one device's rows.
 
-    resident, gathered, accumulated["layers"]: as in `LayerArrays`; accumulated["embedding"]: as in `embed`. sharded: names
-    of the parameters that lie sharded over 'fsdp'.
+    resident, gathered, accumulated["layers"]: as in `LayerArrays`; accumulated["embedding"]: as in `embed`. sharded:
+    names of the parameters that are sharded over 'fsdp'.
     """
     table, earlier = parameters["embedding"], accumulated.get("embedding")
     dtype, is_sharded = options.compute_dtype, "embedding" in sharded
@@ -174,9 +174,9 @@ def rotated_query(query, key, scale, weights, context, model, options, kernel) -
 def add_branch(x: jax.Array, branch: jax.Array, options: DecoderOptions) -> Stream:
     """The residual stream after a branch.
 
-    Where nothing is recomputed, the norm that follows makes the sum in its own pass, so it is deferred to there: one
-    read and one write of [b, T, D] less. Where a layer is recomputed the sum is made at once, for a deferred one would
-    need the product that made the branch.
+    Where nothing is recomputed, the sum is deferred to the norm that follows, which makes it in its own pass: one read
+    and one write of [b, T, D] less. Where a layer is recomputed, the sum is made at once: a deferred sum would need the
+    product that made the branch.
     """
     return Stream(x, branch) if options.unroll and not options.recomputes else Stream(x + branch, None)
 
@@ -184,7 +184,7 @@ def add_branch(x: jax.Array, branch: jax.Array, options: DecoderOptions) -> Stre
 def copies_residual(options: DecoderOptions, *names: str) -> bool:
     """Whether a norm writes the residual stream a second time.
 
-    The copy is saved while the branch's product accumulates into the stream; otherwise XLA would copy it. Only where
-    `names`, the values that are made from it, are saved.
+    The copy is saved while the branch's product accumulates into the stream; otherwise XLA would copy the stream.
+    `names` are the values that are computed from it: the norm writes the copy only where all of them are saved.
     """
     return options.recomputes and options.saves(*names)

@@ -40,8 +40,8 @@ def read_config(model_dir: str | Path) -> ModelConfig:
         if known_by_name:
             if model_type not in (None, family.model_type):
                 raise source.wrong(
-                    f"architectures says {architectures[0]} and model_type says {model_type!r}, which is another model; "
-                    f"take the base model's file"
+                    f"architectures says {architectures[0]} and model_type says {model_type!r}, which is another "
+                    f"model; take the base model's file"
                 )
             return family.read(source)
     known = ", ".join(family.architecture for family in FAMILIES.values())

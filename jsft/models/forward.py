@@ -1,4 +1,4 @@
-"""The forward pass over the mesh: which device holds what, and the decoder of `jsft.models.decoder` under shard_map.
+"""The forward pass over the mesh: shardings, and the decoder of `jsft.models.decoder` under shard_map.
 
 One shard_map spans the whole decoder: each device runs its own rows, and the only communication is in
 `jsft.models.layers`: each sharded weight is gathered in the forward and again in the backward pass, its gradient is
@@ -25,10 +25,12 @@ from jsft.models.stack import unstack
 class StepArrays(NamedTuple):
     """Arrays of a training step that the decoder uses beyond the parameters.
 
-    resident: with `unroll`, the parameters as they lie in memory, where the given ones have unstacked matrices. Without
-    it the backward pass holds a second copy of the layers' shards. gathered: the `sharded_matrices` in full ([L, out, in],
-    in the compute dtype, replicated); the layers then gather nothing. accumulated: gradients of earlier micro batches, like the parameters and in their dtype;
-    where `accumulates_in_place`, a parameter's gradient comes back with them added.
+    resident: with `unroll`, the parameters as they are in memory, where the given ones have unstacked matrices. Without
+    it the backward pass holds a second copy of the layers' shards.
+    gathered: the `sharded_matrices` in full ([L, out, in], in the compute dtype, replicated); the layers then gather
+    nothing.
+    accumulated: gradients of earlier micro batches, like the parameters and in their dtype. Where
+    `accumulates_in_place`, a parameter's gradient includes them.
     """
 
     resident: dict[str, Any] | None = None
@@ -48,9 +50,9 @@ def hidden_states(
     Args:
       parameters: nested dict as `initial_parameters` makes it, any float dtype, sharded by the mesh's rules. With
         `options.unroll` the layers' matrices may be unstacked; gradients have the parameters' form. With
-        `options.defer_reduce` the `sharded_matrices` are placeholders of which nothing is read, each device's part as
-        large as the full weight ([L, devices * out, in]): their gradients, in their dtype, are sums over each device's own
-        rows.
+        `options.defer_reduce` the `sharded_matrices` are placeholders that are never read. Each device's part is as
+        large as the full weight ([L, devices * out, in]); its gradient, in the same dtype, is the sum over the device's
+        own rows.
       rows: int32 [B, T] each; B is a multiple of the mesh's devices.
 
     Returns [B, T, D] in the compute dtype, rows sharded over the mesh. Raises ValueError for rows that do not divide.
@@ -74,7 +76,7 @@ def hidden_states(
         in_place = accumulates_in_place(model, mesh, options.defer_reduce)
 
     def accumulated(tree):
-        """The part of `tree` into whose values gradients are added in place."""
+        """The entries of `tree` to which gradients are added in place."""
         layers = {name: tree["layers"][name] for name, here in in_place["layers"].items() if here}
         return {"layers": layers} | ({"embedding": tree["embedding"]} if in_place["embedding"] else {})
 
@@ -109,9 +111,9 @@ def sharded_matrices(model: ModelConfig, mesh: Mesh) -> tuple[str, ...]:
 def accumulates_in_place(model: ModelConfig, mesh: Mesh, defer_reduce: bool = False) -> dict[str, Any]:
     """Nested dict of bool: the parameters whose gradient `hidden_states` itself adds to `accumulated`.
 
-    The matrices of the layers, where no sum over devices follows the backward pass of a layer (it would add the
-    accumulated part once for each device). And on one device the embedding, of which a micro batch has few rows, unless
-    it is the unembedding too: a micro batch's gradient is rounded before it is added, the sum of both parts.
+    The matrices of the layers, where no sum over devices follows the backward pass of a layer: it would add the
+    accumulated part once for each device. On one device also the embedding, since a micro batch names few of its rows.
+    Not a tied one: its gradient has two parts, whose sum is rounded before it is added.
     """
     placeholders = sharded_matrices(model, mesh) if defer_reduce else ()
 
@@ -127,7 +129,7 @@ def accumulates_in_place(model: ModelConfig, mesh: Mesh, defer_reduce: bool = Fa
 
 
 def unstack_matrices(tree: dict[str, Any], model: ModelConfig, split: Callable[[Any], Any] = unstack) -> dict[str, Any]:
-    """A tree like the parameters, with `split` of every matrix of the layers: what unrolled layers run on.
+    """A tree like the parameters, with `split` applied to every matrix of the layers, as unrolled layers need it.
 
     Norms and biases stay stacked: a kernel for each would cost more than their bytes.
     """
@@ -149,7 +151,7 @@ def _local_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh
     """A parameter's partition spec, with mesh axes of size 1 named on its first axis.
 
     shard_map sums gradients over every mesh axis that a spec does not name; over an axis of size 1 that would be a
-    copy of the whole gradient for nothing.
+    useless copy of the full gradient.
     """
     entries = [*partition_spec(axes, shape, mesh)]
     entries += [None] * (len(shape) - len(entries))
@@ -159,7 +161,7 @@ def _local_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh
 
 
 def _widen_vectors(parameters, table):
-    """Norms and biases in float32, so that their gradients are summed over devices in it; they are small."""
+    """Norms and biases in float32, so that their gradients are summed over devices in float32; they are small."""
 
     def widen(value: jax.Array, spec: ParameterSpec) -> jax.Array:
         return value.astype(jnp.float32) if len(spec.layer_shape) == 1 else value

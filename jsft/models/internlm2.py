@@ -1,7 +1,7 @@
 """InternLM2 and InternLM2.5: config.json and tensor names.
 
-A Llama decoder whose query, key and value weights lie fused in one tensor, and whose rotary base grows with the length
-of a document longer than max_position_embeddings (dynamic NTK).
+A Llama decoder with query, key and value weights fused in one tensor. Its rotary base grows with the length of a
+document that is longer than max_position_embeddings (dynamic NTK).
 """
 
 from jsft.models.config import ConfigJson, ModelConfig

@@ -1,8 +1,8 @@
 """The pieces of a decoder layer: pure functions on one device's rows, run inside shard_map over ('replica', 'fsdp').
 
 Weights arrive as this device's shard, in the dtype they are stored in. `linear` casts a sharded weight to the compute
-dtype, gathers it over 'fsdp' and drops it; the backward pass gathers it again. Where the full weight was gathered before
-(`gather_shards`), it is taken instead. Either way the backward pass reduce-scatters the weight's gradient. Of a replicated
+dtype, gathers it over 'fsdp' and drops it; the backward pass gathers it again. A full weight that was gathered before
+(`gather_shards`) is used instead. Either way the backward pass reduce-scatters the weight's gradient. For a replicated
 weight the cast is saved. The gated activation saves only its inputs and works in float32.
 """
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 FSDP = "fsdp"
-_SHORT = 1024  # rows of a weight that is worth a copy for its product with gradients: see `_input_gradient`
+_SHORT = 1024  # rows of a weight up to which a copy pays off in its product with gradients: see `_input_gradient`
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]], out: jnp.dtype) -> jax.Array:
@@ -41,8 +41,8 @@ def linear(
     Args:
       x: [..., in].
       weight: [out, in], or this device's rows of it where `sharded`; any float dtype.
-      full: the full weight in x's dtype, where it was gathered before; else None. Nothing is differentiated by it, and
-        nothing is read of `weight` then.
+      full: the full weight in x's dtype, where it was gathered before; else None. It gets no gradient, and `weight` is
+        not read where it is given.
       sharded: the rows are sharded over 'fsdp'.
       reduce_dtype: of the weight's gradient while it is summed over tokens and devices.
 
@@ -58,8 +58,8 @@ def _linear_forward(x, weight, full, sharded, reduce_dtype):
 
 
 def _cast(weight, full, dtype, sharded):
-    """What the backward pass gets of a weight besides itself: the cast of a replicated one, which would cost another pass
-    over it; of a sharded one what was given.
+    """The `full` that the backward pass gets: for a replicated weight its cast, since casting again would cost another
+    pass over it; for a sharded one what was given.
     """
     return full if full is not None or sharded or weight.dtype == dtype else weight.astype(dtype)
 
@@ -68,8 +68,8 @@ def _input_gradient(g, weight, full, sharded):
     if full is None:
         full = _gathered(weight, g.dtype, sharded)
         if not sharded and full.shape[0] <= _SHORT:
-            # A layer's slice of stacked weights. cuBLAS would read it in place, but with its default kernel, which is slow
-            # for short sums. For a copy the compiler autotunes.
+            # A layer's slice of stacked weights. cuBLAS would read it in place, but with its default kernel, which is
+            # slow for short sums. With a copy the compiler autotunes.
             full, g = lax.optimization_barrier((full, g))
     return _dot(g, full, ((g.ndim - 1,), (0,)), g.dtype)
 
@@ -102,8 +102,8 @@ def _swiglu_forward(gate, up):
 
 def _swiglu_and_gradients(gate, up, g):
     """(swiglu(gate, up), its gradients for gate and up) of `g`."""
-    # The barrier separates this from the forward pass's reader of gate and up. XLA then makes one kernel of it all, which
-    # reads each of the three once.
+    # The barrier separates this from what reads gate and up in the forward pass. XLA then fuses all of it into one
+    # kernel, which reads each of the three once.
     gate, up, g = lax.optimization_barrier((gate, up, g))
     gate32, g32 = gate.astype(jnp.float32), g.astype(jnp.float32)
     sigmoid = jax.nn.sigmoid(gate32)
@@ -124,8 +124,8 @@ swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 def swiglu_linear(
     gate: jax.Array, up: jax.Array, weight: jax.Array, full: jax.Array | None, sharded: bool, reduce_dtype: jnp.dtype
 ) -> jax.Array:
-    """`linear` of `swiglu` that does not save what lies between: the backward pass recomputes it in the kernel that makes
-    the gradients of gate and up, from values that it reads anyway.
+    """`linear` of `swiglu` that does not save the product between them: the backward pass recomputes it in the kernel
+    that makes the gradients of gate and up, from values that it reads anyway.
     """
     return linear(swiglu(gate, up), weight, full, sharded, reduce_dtype)
 
@@ -203,15 +203,15 @@ def embed(
 ) -> jax.Array:
     """Rows of the embedding for `tokens`, in `dtype`.
 
-    A sharded table is not gathered: its rows are exchanged for columns (all-to-all of 1/parts of it), every device looks
-    up its columns for the tokens of all, and the results are sent back. Where the columns do not divide (toy sizes), it
-    is gathered after all.
+    A sharded table is not gathered: its rows are exchanged for columns (all-to-all of 1/parts of it), every device
+    looks up its columns for the tokens of all devices, and the results are sent back. Where the columns do not divide
+    (toy sizes), the table is gathered.
 
     Args:
       table: [V, D], or this device's rows of it where `sharded`.
       tokens: int32 [b, T] of this device.
-      accumulated: [V, D] of a replicated table, in its dtype: gradient so far. It comes back with this one added to the
-        rows that `tokens` name; the others are not touched.
+      accumulated: [V, D] of a replicated table, in its dtype: the gradient so far. The returned gradient is this with
+        the new one added to the rows that `tokens` name; the other rows are not touched.
       parts: size of the mesh axis 'fsdp'.
       ordered: sum the gradient in a fixed order. Otherwise a GPU adds with atomics, in any order.
 
@@ -244,8 +244,8 @@ def _embed_backward(dtype, sharded, parts, ordered, residuals, g):
         g, tokens = g.reshape(-1, g.shape[-1]), tokens.reshape(-1)
         if ordered:
             return sum_rows_in_order(g, tokens, vocabulary)
-        # Zeros tied to g. The loss needs such an array too, and XLA would make both at that time and hold this one for the
-        # whole backward pass.
+        # Zeros tied to g. The loss needs such an array too; XLA would make both then and hold this one for the whole
+        # backward pass.
         g, zero = lax.optimization_barrier((g, jnp.float32(0)))
         return jnp.broadcast_to(zero, (vocabulary, g.shape[-1])).at[tokens].add(g.astype(jnp.float32))
 
@@ -261,15 +261,14 @@ def _embed_backward(dtype, sharded, parts, ordered, residuals, g):
 
 
 def _rows_added(table: jax.Array, index: jax.Array, rows: jax.Array, ordered: bool) -> jax.Array:
-    """`table` [V, n] and the sums, float32 and then rounded to its dtype, of the `rows` [N, n] whose `index` is equal.
-
-    An index beyond V is left out.
+    """`table` [V, n] plus, at each index, the sum of the `rows` [N, n] with that `index`: summed in float32, then
+    rounded to the table's dtype. An index beyond V is ignored.
     """
     V, N = table.shape[0], index.shape[0]
     at = jnp.arange(N)
     if ordered:
         where, sums = _sums_in_order(rows, index, V)
-    else:  # the rows of one index are summed where one of them stands, whichever
+    else:  # the rows of one index are summed at the place of one of them, whichever
         chosen = jnp.zeros((V,), at.dtype).at[index].set(at).at[index].get(mode="fill", fill_value=N)
         sums = jnp.zeros(rows.shape, jnp.float32).at[chosen].add(rows.astype(jnp.float32))
         where = jnp.where(chosen == at, index, V + at)
@@ -287,9 +286,9 @@ def sum_rows_in_order(rows: jax.Array, index: jax.Array, size: int) -> jax.Array
 
 
 def _sums_in_order(rows: jax.Array, index: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """(int32 [N], float32 [N, n]): each index once with the sum of its rows; the other places name rows beyond `size`.
+    """(int32 [N], float32 [N, n]): each index once, with the sum of its rows; the other places name rows beyond `size`.
 
-    Sorted by index, each run of equal ones is summed by doubling: log2 of the longest run passes over the rows.
+    The rows are sorted by index, and each run of equal indices is summed by doubling: log2(longest run) passes.
     """
     order = jnp.argsort(index, stable=True)
     index, values = index[order], rows[order].astype(jnp.float32)

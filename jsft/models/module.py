@@ -1,4 +1,4 @@
-"""The decoder as a Flax module, for whoever works with nnx; training runs the same functions on plain dicts."""
+"""The decoder as a Flax module, for use with nnx. Training runs the same functions on plain dicts."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from jsft.models.options import DecoderOptions
 
 
 class Decoder(nnx.Module):
-    """A decoder-only transformer of one of the families; its `nnx.Param`s lie in the structure of `parameter_table`."""
+    """A decoder-only transformer of one of the families; its `nnx.Param`s have the structure of `parameter_table`."""
 
     def __init__(self, config: ModelConfig, values: dict[str, Any], options: DecoderOptions):
         """values: nested dict of arrays as `load_parameters` and `initial_parameters` make it."""

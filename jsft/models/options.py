@@ -14,7 +14,7 @@ class DecoderOptions:
 
     mesh: Mesh  # axes ('replica', 'fsdp')
     compute_dtype: jnp.dtype  # of activations and matrix products, whose sums are float32; norms and rotary are float32
-    reduce_dtype: jnp.dtype = jnp.dtype("float32")  # in which weight gradients are summed over tokens and devices
+    reduce_dtype: jnp.dtype = jnp.dtype("float32")  # for the sums of weight gradients over tokens and devices
     attention: str = "auto"  # implementation of `packed_attention`
     attention_backward: str = "auto"  # backward of `packed_attention`
     norms: str = "auto"  # implementation of `rms_norm` and `rms_norm_rotate`

@@ -42,10 +42,10 @@ class RowBlocks:
 
 @dataclasses.dataclass(frozen=True)
 class ParameterSpec:
-    """A parameter: what it is in jsft and where it lies in a Hugging Face directory."""
+    """A parameter: what it is in jsft and where it is in a Hugging Face directory."""
 
     shape: tuple[int, ...]  # with the leading L where stacked
-    axes: tuple[str | None, ...]  # logical name of each axis; jsft.hardware.mesh decides which one is divided
+    axes: tuple[str | None, ...]  # logical name of each axis; jsft.hardware.mesh decides which one is sharded
     initializer: str  # "normal" (standard deviation: ModelConfig.initializer_range), "ones" or "zeros"
     tensor: str  # name of the tensor on disk; "{layer}" stands for the layer where stacked
     rows: RowBlocks | None = None  # set where the tensor on disk holds other parameters too
@@ -114,7 +114,7 @@ def get_leaf(tree: dict[str, Any], path: Path) -> Any:
 
 
 def disk_tensors(table: Table) -> dict[str, DiskTensor]:
-    """Name -> tensor of the Hugging Face directory: what is outside the layers as the table has it, layer by layer."""
+    """Name -> tensor of the Hugging Face directory: first those outside the layers, then layer by layer."""
     tensors: dict[str, DiskTensor] = {}
 
     def add(path: Path, spec: ParameterSpec, layer: int | None) -> None:
@@ -158,7 +158,7 @@ def abstract_from(table: Table, mesh: Mesh, dtype: jnp.dtype) -> dict[str, Any]:
 
 
 def initial_from(table: Table, mesh: Mesh, dtype: jnp.dtype, seed: int, std: float) -> dict[str, Any]:
-    """Fresh weights, made on the devices, the same for every mesh: each parameter's randomness comes from its name."""
+    """Fresh weights, made on the devices and the same on every mesh: a parameter's random key comes from its name."""
     dtype = jnp.dtype(dtype)
 
     def make(path: Path, spec: ParameterSpec) -> jax.Array:

@@ -23,8 +23,8 @@ class SavedValue(NamedTuple):
     spares: str | None = None  # the layer's matrix whose product the backward pass need not repeat when this is saved
 
 
-# What remat may save for the backward pass, in the order a layer makes it. Of the down projection nothing is saved: its
-# output is only added to the stream, and no gradient needs it.
+# What remat may save for the backward pass, in the order in which a layer computes it. The output of the down
+# projection is never saved: it is only added to the stream, and no gradient needs it.
 REMAT_NAMES = {
     "attention_input": SavedValue("normalised input of the query, key and value projections", "hidden_size"),
     "query_projection": SavedValue("before query norm and rotation", "query_size", spares="query"),
@@ -107,8 +107,8 @@ def checkpoint_policy(names: Sequence[str]) -> Callable[..., object]:
 # Norms, rotary and silu are recomputed from the second rung on: they cost little next to the matrix products, and the
 # second rung saves all of those. Each later rung recomputes the products that free most memory for their time.
 # Offloading is free while the link keeps up with the layers: for 14B that is a quarter of what the second rung saves
-# (docs/lab/2026-11-29-training-step.md). Eight GPUs of a host share its memory's bandwidth, which was not measured: so
-# these rungs come late.
+# (docs/lab/2026-11-29-training-step.md). These rungs come late because eight GPUs share the bandwidth of a host's memory,
+# which was not measured.
 _ATTENTION = ("attention_out", "attention_lse")
 _QKV = ("query_projection", "key_projection", "value")
 LADDER: tuple[str, ...] = (

@@ -1,8 +1,8 @@
 """One layer applied L times, with a backward pass that adds gradients in place.
 
-`jax.lax.scan` would do but for one thing: its gradient writes a new stacked array, and the gradients of earlier micro
-batches are added afterwards: a second tree of gradients at the moment when memory is fullest. Here the backward scan
-carries the gradients and each layer adds its own in place.
+`jax.lax.scan` would need more memory: its gradient writes a new stacked array, and the gradients of earlier micro
+batches are added afterwards. That is a second tree of gradients when memory is fullest. Here the backward scan carries
+the gradients, and each layer adds its own in place.
 
 Unrolled layers take unstacked weights, one array per layer, and return unstacked gradients: the product that makes a
 gradient then accumulates into the earlier ones, where a slice of a stacked array would be copied out and in.
@@ -31,10 +31,11 @@ class Prefetch(NamedTuple):
 class StackOptions(NamedTuple):
     """How the layers are applied.
 
-    unroll: write the layers out instead of looping over them. Saved values are then not copied into and out of stacked
-    arrays, for a compilation that takes L times as long. recompute: the backward pass recomputes values of the layer.
-    prefetch: with `unroll`, a layer's weights are gathered while the layer before it runs, in both passes, and gradients
-    are reduced while the layer after theirs runs. Otherwise each layer gathers its own.
+    unroll: no loop over the layers. Saved values are then not copied into and out of stacked arrays; compiling takes L
+    times as long.
+    recompute: the backward pass recomputes values of the layer.
+    prefetch: with `unroll`, a layer's weights are gathered while the layer before it runs, in both passes, and its
+    gradients are reduced while the next layer of the backward pass runs. Otherwise each layer gathers its own.
     """
 
     unroll: bool
@@ -46,11 +47,13 @@ class LayerArrays(NamedTuple):
     """The arrays of all layers, in dicts by name.
 
     weights: arrays with a leading axis L or, where unstacked, tuples of L arrays; their gradients have the same form.
-    resident: entries of `weights` that are unstacked, as they lie in memory. With `unroll` the backward pass slices these
-    again; XLA would keep the slices of `weights`, or their casts, from the forward pass on: one more copy of this device's
-    shards of all layers. gathered: entries of `weights` as the products take them, with a leading axis L, gathered before:
-    the layers get slices of these, and nothing is prefetched; {} otherwise. accumulated: entries of `weights` in the same
-    form, shape and dtype: gradients so far. The gradients of these weights come back with them added.
+    resident: entries of `weights` that are unstacked, as they are in memory. With `unroll` the backward pass slices
+    these again; otherwise XLA would save the slices of `weights`, or their casts, in the forward pass: one more copy of
+    this device's shards of all layers.
+    gathered: entries of `weights` in full and in the compute dtype, with a leading axis L, where they were gathered
+    before; otherwise {}. The layers get slices of these, and nothing is prefetched.
+    accumulated: entries of `weights` in the same form, shape and dtype: gradients so far. The gradients of these
+    weights include them.
     """
 
     weights: Tree
@@ -62,7 +65,7 @@ class LayerArrays(NamedTuple):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["saved"], meta_fields=["origins", "tree"])
 @dataclass
 class _Residuals:
-    """What the backward pass of a layer needs: the leaves of its vjp function that are neither weights nor constants."""
+    """What one layer saves for its backward pass: the leaves of its vjp function but for weights and constants."""
 
     saved: list[jax.Array]
     origins: tuple[int | None, ...]  # of each leaf of `tree`: its place in (weights, gathered, constants), if any
@@ -74,9 +77,9 @@ def run_layers(layer: Layer, options: StackOptions, x: Tree, arrays: LayerArrays
     """x after `layer` with each slice of the weights.
 
     Args:
-      layer: what one layer does; a `jax.checkpoint` around it decides what is saved for the backward pass.
-      x: the residual stream; of one structure throughout unless the layers are unrolled.
-      constants: what every layer reads and nothing differentiates (rotary tables, document ranges).
+      layer: applies one layer; a `jax.checkpoint` around it decides what is saved for the backward pass.
+      x: the residual stream; only unrolled layers may change its structure.
+      constants: what every layer reads, without gradients (rotary tables, document ranges).
     """
     if options.unroll:
         full = _gather_first(options.prefetch, arrays)
@@ -89,12 +92,12 @@ def run_layers(layer: Layer, options: StackOptions, x: Tree, arrays: LayerArrays
 
 
 def unstack(stacked: jax.Array) -> tuple[jax.Array, ...]:
-    """The L arrays of one with a leading axis L."""
+    """The L arrays of an array with a leading axis L."""
     return tuple(stacked[index] for index in range(stacked.shape[0]))
 
 
 def stack(value: jax.Array | tuple[jax.Array, ...]) -> jax.Array:
-    """The stacked array of what may be unstacked."""
+    """One array with a leading axis L, from L arrays or from itself."""
     return jnp.stack(value) if isinstance(value, tuple) else value
 
 
@@ -112,7 +115,7 @@ def _slice(weights: Tree, index: int) -> Tree:
 
 
 def _slice_again(arrays: LayerArrays, index: int, traced_index: jax.Array) -> Tree:
-    """`_slice`, made only once `traced_index` is there: the same number, but unknown to the compiler."""
+    """`_slice`, which has to wait for `traced_index`: the same number, but unknown to the compiler."""
 
     def cut(value):
         if isinstance(value, tuple):
@@ -130,10 +133,10 @@ def _gather_first(prefetch: Prefetch, arrays: LayerArrays) -> Tree:
 
 
 def _prefetch_next(x: Tree, full: Tree, prefetch: Prefetch, arrays: LayerArrays, index: int) -> tuple[Tree, Tree, Tree]:
-    """x and `full`, what the present layer works from, and the full weights of layer `index` ({} beyond the last).
+    """x and `full`, the inputs of the present layer, and the full weights of layer `index` ({} beyond the last).
 
-    The barrier starts the gather when x and `full` are there, not before: it has the time of the present layer, and is
-    not merged with the gather before it.
+    The barrier delays the gather until x and `full` are ready: it then overlaps with the present layer, and is not
+    merged with the gather before it.
     """
     if arrays.gathered:
         return x, full, _slice(arrays.gathered, index) if index < _depth(arrays) else {}
@@ -146,7 +149,7 @@ def _prefetch_next(x: Tree, full: Tree, prefetch: Prefetch, arrays: LayerArrays,
 def _forward(layer, options, x, arrays, constants):
     def body(x, weights, gathered):
         y, vjp = jax.vjp(lambda x, weights: layer(x, weights, gathered, constants), x, weights)
-        # Weights and constants are resident, or are gathered again: no copies of them are saved.
+        # Weights and constants are resident, or gathered again: no copies of them are saved.
         known = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves((weights, gathered, constants)))}
         leaves, tree = jax.tree.flatten(vjp)
         origins = tuple(known.get(id(leaf)) for leaf in leaves)
@@ -161,7 +164,7 @@ def _forward(layer, options, x, arrays, constants):
             if residuals:
                 x, residuals[-1] = _wait_for_offload(x, residuals[-1])
             residuals.append(saved)
-            full = following or full  # the backward pass begins with the last layer's
+            full = following or full  # the backward pass starts with the weights of the last layer
     else:
         x, residuals = lax.scan(lambda x, slices: body(x, *slices), x, (arrays.weights, arrays.gathered))
         full = {}
@@ -169,7 +172,7 @@ def _forward(layer, options, x, arrays, constants):
 
 
 def _split_by_memory(leaves: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array], Callable[[list, list], list]]:
-    """Those on the device, those in the host's memory, and the function that merges two such lists again."""
+    """Leaves on the device, leaves in the host's memory, and the function that merges two such lists."""
     offloaded = [jax.typeof(leaf).memory_space == jax.memory.Space.Host for leaf in leaves]
 
     def merge(on_device, on_host):
@@ -181,10 +184,9 @@ def _split_by_memory(leaves: list[jax.Array]) -> tuple[list[jax.Array], list[jax
 
 
 def _wait_for_offload(x: Tree, previous: _Residuals) -> tuple[Tree, _Residuals]:
-    """x, available only once what the previous layer offloads has arrived in the host's memory.
+    """x, available only after the values that the previous layer offloads are in the host's memory.
 
-    Without this the compiler may start every copy as late as in the backward pass, and the device holds the values until
-    then.
+    Otherwise the compiler may delay every copy until the backward pass, and the device holds the values until then.
     """
     on_device, on_host, merge = _split_by_memory(previous.saved)
     if not on_host:
@@ -194,10 +196,10 @@ def _wait_for_offload(x: Tree, previous: _Residuals) -> tuple[Tree, _Residuals]:
 
 
 def _begin_recompute(dx: Tree, residuals: list[_Residuals], more: Tree) -> tuple[Tree, list[_Residuals], Tree]:
-    """dx and what the backward pass of the last layer of `residuals` works from; none of it, nor `more`, before dx.
+    """dx, `residuals` and `more`, such that the last layer of `residuals` and `more` are not available before dx.
 
-    The barrier ties recomputation to the incoming gradient. Otherwise XLA would hoist it and keep the activations. What
-    this layer offloaded is being fetched already: what may start now is the fetch for the layer below.
+    The barrier ties recomputation to the incoming gradient. Otherwise XLA would hoist it and save the activations. The
+    values that this layer offloaded are being fetched already: now the fetch for the layer below may start.
     """
     *lower, last = residuals
     on_device, on_host, merge = _split_by_memory(last.saved)
@@ -225,8 +227,8 @@ def _backward_unrolled(layer_gradients, options, residuals, full, arrays, dx):
     weights, gathered, prefetch = arrays.weights, arrays.gathered, options.prefetch
     by_layer, residuals = [], list(residuals)
     for index in reversed(range(_depth(arrays))):
-        # Weights are prefetched as in the forward pass. Gradients of the layer before last were reduced while the last
-        # one ran.
+        # Weights are prefetched as in the forward pass. The gradients of two layers ago were reduced during the
+        # previous layer.
         reduced = by_layer[-2] if (full or gathered) and len(by_layer) > 1 else {}
         below = jnp.int32(index - 1)
         if options.recompute:
