@@ -16,9 +16,8 @@ from typing import Any
 
 import jsft
 from jsft.errors import CheckpointError, ConfigError, ModelError, run_command
-from jsft.files import ROOT
+from jsft.files import LATEST, ROOT, latest_run
 
-LATEST = Path("runs/latest")
 _TOLERANCE = 0.01  # nats between jsft and vLLM, both in float32; in practice below 1e-4
 
 _HELP = """\
@@ -80,11 +79,10 @@ def _workdir(given: str | None) -> Path:
         if not workdir.is_dir():
             raise CheckpointError(f"--workdir {given} does not exist")
         return workdir
-    if not LATEST.exists():
+    workdir = latest_run()
+    if workdir is None:
         raise CheckpointError(f"{LATEST} does not exist: no run was started here; name one with --workdir")
-    workdir = LATEST.parent / LATEST.resolve().name if LATEST.is_symlink() else LATEST
-    workdir = workdir if workdir.is_dir() else LATEST.resolve()
-    print(f"run: {workdir} (runs/latest)")
+    print(f"run: {workdir} ({LATEST})")
     return workdir
 
 

@@ -20,7 +20,7 @@ from typing import IO, Any
 from jsft.errors import describe
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
-
+LATEST = Path("runs/latest")  # a run makes this link to its directory
 _COUNT = itertools.count()
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 _LEFTOVER = re.compile(r".+\.tmp-\d+-\d+")  # what a killed writer leaves
@@ -187,3 +187,12 @@ def hub_snapshot(
     except Exception as error:  # the hub's own errors, and those of an HTTP library that changes with its version
         raise HubError(describe(error)) from error
     return Path(folder)
+
+
+def latest_run() -> Path | None:
+    """The directory of the run that was started last here, under its own name; None where there is no runs/latest."""
+    if not LATEST.exists():
+        return None
+    target = LATEST.resolve()
+    by_name = LATEST.parent / target.name
+    return by_name if by_name.exists() and by_name.samefile(target) else target

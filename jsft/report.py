@@ -33,9 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     workdirs = options.workdirs
     if not workdirs:
-        if not Path("runs/latest").exists():
+        latest = files.latest_run()
+        if latest is None:
             raise ConfigError("no run given, and there is no runs/latest here; name the directories of runs")
-        workdirs = [Path("runs/latest").resolve()]
+        workdirs = [latest.resolve()]
     runs = read_runs(workdirs)
     out = options.out or workdirs[0] / "report"
     text = write_report(runs, out, options.title)

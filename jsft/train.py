@@ -57,7 +57,6 @@ def main(argv: list[str] | None = None) -> int:
     unknown = sorted(set(flags.allow_changed) - set(schema.BY_NAME))
     if unknown:
         raise ConfigError(f"--allow_changed: unknown config field {unknown[0]}{schema.nearest_field(unknown[0])}")
-    workdir = Path(flags.workdir or f"runs/{name}")
 
     from jsft.cluster import processes  # imports JAX: everything above answers at once
 
@@ -65,12 +64,18 @@ def main(argv: list[str] | None = None) -> int:
     from jsft.run import agreement, run
     from jsft.run.profile import parse_window
 
-    profile = parse_window(flags.profile_steps) if flags.profile_steps else None
+    options = run.RunOptions(
+        name,
+        Path(flags.workdir or f"runs/{name}"),
+        frozenset(flags.allow_changed),
+        flags.ignore_plan,
+        parse_window(flags.profile_steps) if flags.profile_steps else None,
+    )
     if flags.dry_run:
         return run.dry_run(config, name, flags.ignore_plan)
     limits = {"start_seconds": config.train.start_seconds, "silence_seconds": config.train.peer_seconds}
     with processes.session(cluster, **limits, facts=agreement.start_facts(config)) as link:
-        return run.train(config, name, workdir, frozenset(flags.allow_changed), link, flags.ignore_plan, profile)
+        return run.train(config, options, link)
 
 
 if __name__ == "__main__":

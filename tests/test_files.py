@@ -139,3 +139,15 @@ def test_what_killed_writers_left_is_known_by_its_name(tmp_path):
     files.remove_leftovers(tmp_path)
     files.remove_leftovers(tmp_path / "nothing")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.tmp-1", "status.json"]
+
+
+def test_the_latest_run_has_its_own_name_where_that_is_the_same_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert files.latest_run() is None
+    for folder in ("runs/a", "elsewhere/a", "elsewhere/b"):
+        (tmp_path / folder).mkdir(parents=True)
+    link = tmp_path / "runs" / "latest"
+    for target, found in (("a", Path("runs/a")), ("../elsewhere/b", None), ("../elsewhere/a", None)):
+        link.symlink_to(target)
+        assert files.latest_run() == (found or link.resolve())
+        link.unlink()

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jsft.errors import CheckpointError, ConfigError, ModelError
-from jsft.files import ROOT, HubError, hub_snapshot
+from jsft.files import ROOT, HubError, hub_snapshot, latest_run
 
 _STEP = re.compile(r"step[_-]?(\d+)$")
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?$")
@@ -35,8 +35,8 @@ class Target:
 def find_targets(model: str | None, steps: str | None, out: Path | None) -> list[Target]:
     """The models that the command line means. Raises ConfigError, CheckpointError or ModelError."""
     if model is None:
-        latest = Path("runs/latest")
-        if not latest.exists():
+        latest = latest_run()
+        if latest is None:
             raise ConfigError("no model given, and there is no runs/latest here; name a model directory, run or hub id")
         print(f"no model given: runs/latest, which is {latest.resolve()}")
         model = str(latest.resolve())

@@ -1,10 +1,10 @@
-"""From a resolved config to a finished run: builds every part, says what it built, and hands over to the loop."""
+"""A run from its resolved config to its last step: checks everything, says what it will do, trains."""
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -15,6 +15,7 @@ from jsft.cluster.peers import PeerLink
 from jsft.cluster.processes import any_process
 from jsft.cluster.signals import Stopped, StopRequest
 from jsft.cluster.watchdog import Watchdog
+from jsft.data.batch import Batch
 from jsft.data.objective import document_mean_weights
 from jsft.errors import CheckpointError, OutOfMemoryError, explained
 from jsft.hardware import xla
@@ -33,34 +34,49 @@ from jsft.run.preflight import check_disk, check_memory
 from jsft.run.profile import Profiler
 from jsft.run.provenance import code_version, first_batch_checksum
 from jsft.run.run_readme import write_run_readme
-from jsft.run.sampling import open_generation
+from jsft.run.sampling import Generation, open_generation
 from jsft.run.setup import build
 from jsft.run.summary import write_summary
 from jsft.run.trackers import open_wandb
 from jsft.step.components import Components, compile_gradients, programs
 from jsft.step.histograms import make_histograms
-from jsft.step.optimizer import initial_state, parameter_dtype
+from jsft.step.optimizer import TrainState, initial_state, parameter_dtype
 from jsft.step.precompile import precompile
 
 Say = Callable[[str], None]
 
 
-def train(
-    config: ConfigDict,
-    name: str,
-    workdir: Path,
-    allow_changed: frozenset[str],
-    link: PeerLink | None = None,
-    ignore_plan: bool = False,
-    profile: tuple[int, int] | None = None,
-) -> int:
-    """Starts or resumes the run in `workdir`. Returns 0; raises JsftError with its exit code.
+class RunOptions(NamedTuple):
+    """What the command line says in addition to the config."""
 
-    link: to the other processes of the run, if any (`jsft.cluster.processes.session`). ignore_plan: start even if the
-    plan says that the run does not fit. profile: first step under the profiler, and the one after the last.
+    name: str
+    workdir: Path
+    allow_changed: frozenset[str] = frozenset()  # fields that may differ from the run in `workdir`
+    ignore_plan: bool = False  # start even if the plan says that the run does not fit
+    profile: tuple[int, int] | None = None  # first step under the profiler, and the one after the last
+
+
+class Supervision(NamedTuple):
+    """What watches and records a process of a run while it trains."""
+
+    directory: RunDirectory | None  # of process 0 alone
+    log: RunLog
+    stop: StopRequest
+    watchdog: Watchdog
+
+    def status(self, state: str, step: int, reason: str = "") -> None:
+        """Writes status.json on process 0."""
+        if self.directory:
+            self.directory.status(state, step, reason)
+
+
+def train(config: ConfigDict, options: RunOptions, link: PeerLink | None = None) -> int:
+    """Starts or resumes the run in `options.workdir`. Returns 0; raises JsftError with its exit code.
+
+    link: to the other processes of the run, if any (`jsft.cluster.processes.session`).
     """
     xla.configure()  # before JAX looks for devices
-    primary = jax.process_index() == 0
+    workdir, primary = options.workdir, jax.process_index() == 0
     process_exit = ProcessExit(link)
     stop = StopRequest(process_exit)
     directory = log = watchdog = None
@@ -70,13 +86,11 @@ def train(
             components = build(config, weights=fresh)
         if link:
             check_agreement(link, components)
-        if primary and fresh:
-            check_disk(components, workdir, print, ignore_plan)
-        directory = RunDirectory(workdir) if primary else None
-        if directory:
-            directory.enter(
-                config, name, allow_changed, components.data.fingerprint, model_digest(components.model_dir)
-            )
+        if primary:
+            if fresh:
+                check_disk(components, workdir, print, options.ignore_plan)
+            directory = RunDirectory(workdir)
+            _enter(directory, components, options)
             process_exit.status = lambda state, reason: directory.status(state, directory.last_step, reason, final=True)
             directory.keep_base_files(components.model_dir)
             directory.point_latest()
@@ -87,8 +101,8 @@ def train(
         watchdog = Watchdog(workdir, jax.process_index(), 60 * config.train.hang_minutes, process_exit)
         try:
             with _device_errors(), explained(CheckpointError, f"the run in {workdir} had to end", RESUME_HINT):
-                check_memory(components, log.line, ignore_plan)
-                _train(components, name, workdir, directory, log, stop, watchdog, profile)
+                check_memory(components, log.line, options.ignore_plan)
+                _train(components, options, Supervision(directory, log, stop, watchdog))
         except Exception as error:
             if directory:
                 directory.status("failed", directory.last_step, " ".join(str(error).split())[:500])
@@ -111,118 +125,134 @@ def train(
     return 0
 
 
-def _train(
-    components: Components,
-    name: str,
-    workdir: Path,
-    directory: RunDirectory | None,
-    log: RunLog,
-    stop: StopRequest,
-    watchdog: Watchdog,
-    profile: tuple[int, int] | None,
-) -> None:
-    """The run between its directory's opening and closing."""
-    config, total = components.config, components.data.total_steps
-    status = directory.status if directory else lambda *_: None
-    watchdog.at("reading the checkpoint")
-    state = checkpoint.restore(workdir, components.abstract, log.line)
+def _enter(directory: RunDirectory, components: Components, options: RunOptions) -> None:
+    digest = model_digest(components.model_dir)
+    directory.enter(components.config, options.name, options.allow_changed, components.data.fingerprint, digest)
+
+
+def _train(components: Components, options: RunOptions, process: Supervision) -> None:
+    """The run while its directory is open: restore, choose remat, compile, loop, report."""
+    workdir, total = options.workdir, components.data.total_steps
+    say, at = process.log.line, process.watchdog.at
+    at("reading the checkpoint")
+    state = checkpoint.restore(workdir, components.abstract, say)
     step = int(state.step) if state is not None else 0
     eval_data = _eval_data(components)
-    evaluated = any_process(directory is not None and has_heldout(workdir, step))
+    evaluated = any_process(process.directory is not None and has_heldout(workdir, step))
     if step >= total and (evaluated or not eval_data):
-        status("done", step)
-        log.line(f"{workdir} is done: {step} of {total} steps")
+        process.status("done", step)
+        say(f"{workdir} is done: {step} of {total} steps")
         return
-    status("running", step)
-    watchdog.at("choosing remat, which compiles")
-    remat = choose_remat(components, log.line)
-    write_summary(components, name, workdir, remat, step, log.line)
-    if directory:
-        write_run_readme(components, name, workdir)
+    process.status("running", step)
+    at("choosing remat, which compiles")
+    remat = choose_remat(components, say)
+    write_summary(components, options.name, workdir, remat, step, say)
+    if process.directory:
+        write_run_readme(components, options.name, workdir)
     if state is None:
-        watchdog.at("reading the base model's weights")
-        dtype = parameter_dtype(config)
-        state = initial_state(load_parameters(components.model_dir, components.model, components.mesh, dtype), config)
-    facts = _facts(components, name)
-    if directory:
-        facts["model"] = model_digest(workdir / "base")  # what an export of these checkpoints must say
-    if step and directory:
-        there = checkpoint.read_manifest(workdir, step)
-        check_base(workdir, there, facts["model"])
-        _say_what_changed(there, facts, log.line)
-    policy = checkpoint.Policy(
-        config.checkpoint.every, config.checkpoint.minutes, config.checkpoint.keep, tuple(config.checkpoint.milestones)
-    )
-    writer = MetricsWriter(workdir, step, log.line, open_wandb(config, name, workdir, log.line)) if directory else None
-    saver = checkpoint.Saver(workdir, policy, facts, log.line, writer.sync if writer else lambda: None)
+        at("reading the base model's weights")
+        state = _first_state(components)
+    facts = _manifest_facts(components, options, process, step)
+    with _outputs(components, options, process, step, facts) as outputs, _out_of_memory_advice(components, remat, at):
+        loop = _make_loop(components, remat, eval_data, outputs, process)
+        at("compiling")
+        loop.programs, loop.histograms = precompile(loop.programs, loop.histograms, components, bool(eval_data), say)
+        state, step, stopped = loop.run(state, components.data, step, evaluated)
+        at("waiting for the last save")
+        outputs.saver.wait()
+        if outputs.sampling and not stopped:
+            outputs.sampling.finish(lambda: at("waiting for the last steps to be sampled"))
+    if outputs.saver.failed:
+        raise CheckpointError(f"{outputs.saver.failed}; see to it, then run the same command again")
+    if stopped:
+        asked = process.stop.signal or "a signal to another process"
+        process.status("preempted", step, f"{asked} after step {step}")
+        say(f"stopped by {asked} after step {step} of {total}, saved; the same command resumes from there")
+    else:
+        process.status("done", step)
+        place = shlex.quote(str(workdir))
+        say(f"done: {step} steps; export with: python -m jsft.export --workdir {place} --step {step}")
+
+
+def _first_state(components: Components) -> TrainState:
+    """The state of step 0, from the base model's weights."""
+    dtype = parameter_dtype(components.config)
+    parameters = load_parameters(components.model_dir, components.model, components.mesh, dtype)
+    return initial_state(parameters, components.config)
+
+
+class _Outputs(NamedTuple):
+    """What a run writes while it trains; all but `saver` on process 0 alone."""
+
+    saver: checkpoint.Saver
+    writer: MetricsWriter | None = None
+    sampling: Generation | None = None
+    profiler: Profiler | None = None
+
+
+@contextmanager
+def _outputs(
+    components: Components, options: RunOptions, process: Supervision, step: int, facts: dict[str, Any]
+) -> Iterator[_Outputs]:
+    """The open outputs of a run that starts after `step`; closed after the last save. facts: for the manifests."""
+    config, workdir, say = components.config, options.workdir, process.log.line
+    writer = sampling = profiler = None
+    if process.directory:
+        writer = MetricsWriter(workdir, step, say, open_wandb(config, options.name, workdir, say))
+    settings = config.checkpoint
+    policy = checkpoint.Policy(settings.every, settings.minutes, settings.keep, tuple(settings.milestones))
+    saver = checkpoint.Saver(workdir, policy, facts, say, writer.sync if writer else lambda: None)
     if writer:
         writer.write_histogram("data/tokens", components.data.lengths)
-    generation = open_generation(config, workdir, writer, log.line) if directory else None
-
-    def on_step(step: int) -> None:
-        if directory:
-            directory.set_step(step)
-        if generation:
-            generation.poll()
-
-    profiler = Profiler(workdir, profile, log.line) if directory else None
-    count = matmul_parameters(components.model)
-    loop = Loop(
-        config,
-        components.mesh,
-        programs(components, remat),
-        saver,
-        log,
-        writer,
-        stop,
-        watchdog,
-        total,
-        flops=lambda data: step_flops(components.model, count, data.tokens, data.sum_squared_lengths),
-        peak_flops=peak_flops(jax.devices()),
-        eval_data=eval_data,
-        profiler=profiler,
-        histograms=make_histograms(config, components.mesh, components.shardings),
-        on_step=on_step,
-        on_save=generation.saved if generation else lambda step: None,
-    )
+        sampling = open_generation(config, workdir, writer, say)
+        profiler = Profiler(workdir, options.profile, say)
     try:
-        watchdog.at("compiling")
-        loop.programs, loop.histograms = precompile(
-            loop.programs, loop.histograms, components, bool(eval_data), log.line
-        )
-        state, step, stopped = loop.run(state, components.data, step, evaluated)
-        watchdog.at("waiting for the last save")
-        saver.wait()
-        if generation and not stopped:
-            generation.finish(lambda: watchdog.at("waiting for the last steps to be sampled"))
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        watchdog.at("planning what would fit")
-        raise OutOfMemoryError(f"the device ran out of memory: {advise_out_of_memory(components, remat)}") from error
+        yield _Outputs(saver, writer, sampling, profiler)
     finally:
-        if generation:
-            generation.stop()
+        if sampling:
+            sampling.stop()
         saver.wait()
-        log.stop_progress()
+        process.log.stop_progress()
         if writer:
             writer.close()
-    if saver.failed:
-        raise CheckpointError(f"{saver.failed}; see to it, then run the same command again")
-    if stopped:
-        asked = stop.signal or "a signal to another process"
-        status("preempted", step, f"{asked} after step {step}")
-        log.line(f"stopped by {asked} after step {step} of {total}, saved; the same command resumes from there")
-    else:
-        status("done", step)
-        place = shlex.quote(str(workdir))
-        log.line(f"done: {step} steps; export with: python -m jsft.export --workdir {place} --step {step}")
 
 
-def _facts(components: Components, name: str) -> dict[str, Any]:
-    """What a checkpoint's manifest says of the run that wrote it."""
-    return {
-        "name": name,
+def _make_loop(
+    components: Components, remat: str, eval_data: dict[str, list[Batch]], outputs: _Outputs, process: Supervision
+) -> Loop:
+    model, sampling = components.model, outputs.sampling
+    count = matmul_parameters(model)
+
+    def on_step(step: int) -> None:
+        if process.directory:
+            process.directory.set_step(step)
+        if sampling:
+            sampling.poll()
+
+    return Loop(
+        components.config,
+        components.mesh,
+        programs(components, remat),
+        outputs.saver,
+        process.log,
+        outputs.writer,
+        process.stop,
+        process.watchdog,
+        components.data.total_steps,
+        flops=lambda data: step_flops(model, count, data.tokens, data.sum_squared_lengths),
+        peak_flops=peak_flops(jax.devices()),
+        eval_data=eval_data,
+        profiler=outputs.profiler,
+        histograms=make_histograms(components.config, components.mesh, components.shardings),
+        on_step=on_step,
+        on_save=sampling.saved if sampling else lambda step: None,
+    )
+
+
+def _manifest_facts(components: Components, options: RunOptions, process: Supervision, step: int) -> dict[str, Any]:
+    """What the manifests of this run's checkpoints say, checked against the manifest of `step` where it resumes."""
+    facts = {
+        "name": options.name,
         "config": schema.flatten(components.config),
         "data": components.data.fingerprint,
         "plan": first_batch_checksum(components.data),
@@ -232,6 +262,14 @@ def _facts(components: Components, name: str) -> dict[str, Any]:
         "processes": jax.process_count(),
         "device_kind": jax.devices()[0].device_kind,
     }
+    if not process.directory:
+        return facts
+    facts["model"] = model_digest(options.workdir / "base")  # what an export of these checkpoints must match
+    if step:
+        there = checkpoint.read_manifest(options.workdir, step)
+        check_base(options.workdir, there, facts["model"])
+        _say_what_changed(there, facts, process.log.line)
+    return facts
 
 
 def _say_what_changed(there: dict[str, Any], here: dict[str, Any], say: Say) -> None:
@@ -267,7 +305,8 @@ def dry_run(config: ConfigDict, name: str, ignore_plan: bool = False) -> int:
     return 0
 
 
-def _eval_data(components: Components):
+def _eval_data(components: Components) -> dict[str, list[Batch]]:
+    """The held-out batches of every set, weighted for the mean over documents."""
     return {
         name: [batch._replace(loss_weights=document_mean_weights(batch)) for batch in batches]
         for name, batches in components.held_out.items()
@@ -275,7 +314,19 @@ def _eval_data(components: Components):
 
 
 @contextmanager
-def _device_errors():
+def _out_of_memory_advice(components: Components, remat: str, at: Callable[[str], None]) -> Iterator[None]:
+    """Turns the runtime's out-of-memory error into ours, with the settings that would fit."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        at("planning what would fit")
+        raise OutOfMemoryError(f"the device ran out of memory: {advise_out_of_memory(components, remat)}") from error
+
+
+@contextmanager
+def _device_errors() -> Iterator[None]:
     """Turns the runtime's out-of-memory error into ours."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""The link between processes: who is missing, lost, or left, and how. Threads stand for the processes."""
+"""The link between processes: who is missing, lost, or left, and how. Threads replace the processes."""
 
 import socket
 import threading
@@ -90,7 +90,7 @@ def test_all_others_learn_who_is_gone(victim):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_that_is_silent_is_lost(victim):
-    """As when its machine is gone or it is stopped: the connection stays, no beat comes."""
+    """As when its machine is gone or it is stopped: the connection stays open, but no heartbeat comes."""
     links = open_all(3, silence=1.0)
     losses = [Losses(link) for link in links]
     links[victim]._closing.set()
@@ -224,7 +224,7 @@ def test_a_process_that_is_late_to_agree_is_named(capsys, monkeypatch):
 
 
 def test_strangers_that_drip_bytes_hold_up_nobody():
-    """Nor does their number: the missing process is named after the time given, the others meet at once."""
+    """Nor does their number: the missing process is named in time, and the others connect at once."""
     port, results = free_port(), []
 
     def open_first():

@@ -1,4 +1,4 @@
-"""Where a process learns who it is: flags, the launcher's variables, SLURM."""
+"""Where a process finds its rank: flags, the launcher's variables, SLURM."""
 
 import pytest
 

@@ -133,7 +133,7 @@ def run(tiny: Tiny, workdir: Path, *flags: str, timeout: float = 120, **options)
 
 
 def wait_for(log: Path, text: str, process: subprocess.Popen, timeout: float = 90) -> None:
-    """Returns when `text` stands in `log`; fails when the process ends first."""
+    """Returns when `text` is in `log`; fails when the process ends first."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         if log.exists() and text in log.read_text(errors="replace"):
@@ -149,7 +149,7 @@ def status(workdir: Path) -> dict:
 
 
 def records(workdir: Path, name: str = "metrics") -> list[dict]:
-    """What a run wrote of each step, times left out."""
+    """What a run wrote of each step, without times."""
     lines = [json.loads(line) for line in (workdir / f"{name}.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k in EXACT or name != "metrics"} for line in lines]
 

@@ -179,7 +179,7 @@ def test_damaged_is_named_and_the_one_before_is_used(tmp_path, said, damage, pro
 
 
 def test_any_changed_byte_of_a_manifest_is_found(tmp_path):
-    """None stops the run and none goes by: the checkpoint before is tried."""
+    """No damage stops the run or passes unnoticed: the previous checkpoint is tried."""
     whole = manifest_bytes(
         {"step": 1, "arrays": {"parameters/a": [[2], "float32", 8]}, "files": {"parameters/d/x": [3, 4]}}
     )
@@ -228,7 +228,7 @@ def test_a_name_that_orbax_takes_for_a_pattern_loses_nothing(tmp_path, said, nam
 
 
 def test_what_cannot_be_read_back_is_never_sealed(tmp_path, said, monkeypatch):
-    """As Orbax leaves it where it finds nothing to merge: every file is whole, and no array is there."""
+    """As Orbax leaves it when it finds nothing to merge: every file is whole, but there is no array."""
     monkeypatch.setattr(orbax_io, "needs_alias", lambda path: False)
     workdir = tmp_path / "a[bc]"
     saver = save_steps(workdir, said, [1])

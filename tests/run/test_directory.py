@@ -1,4 +1,4 @@
-"""A run's directory: who owns it, whether it is the same run, and what it says of its state."""
+"""A run's directory: who owns it, whether it is the same run, and how it reports its state."""
 
 import errno
 import fcntl
@@ -167,7 +167,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 
 
 def test_a_name_that_is_not_utf_8_is_refused_before_anything_is_made(tmp_path, monkeypatch):
-    """Its checkpoints could be read, but none exported: the tokenizers' library takes UTF-8 alone."""
+    """Its checkpoints could be read but not exported: the tokenizers' library reads only UTF-8."""
     with pytest.raises(
         CheckpointError, match=r"character '\\udcff' cannot be written as utf-8; choose a name in UTF-8"
     ):
@@ -189,7 +189,7 @@ def test_the_owner_is_named(tmp_path):
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
-    """There the owner that the file names decides: alive here, gone here, or on another machine."""
+    """The owner named in the file decides: alive here, gone here, or on another machine."""
 
     def unsupported(file, how):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")

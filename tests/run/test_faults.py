@@ -13,7 +13,7 @@ from tests.run.processes import STEPS, assert_same_run, output, run, start, stat
 
 
 def test_sigterm_in_each_phase(tiny, reference, tmp_path):
-    """Exit 0 each time, nothing lost, and in the end the bits of a run that nobody disturbed."""
+    """Exit 0 each time, nothing lost, and finally the bits of an undisturbed run."""
     workdir = tmp_path / "run"
     cache = f"--config.data.cache_dir={tmp_path / 'cache'}"
     assert run(tiny, workdir, cache, faults="signal-cache") == 0

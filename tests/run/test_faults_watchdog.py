@@ -17,7 +17,7 @@ from jsft.hardware.mesh import make_mesh
 
 
 class FakeExit(ProcessExit):
-    """Notes how the process would end, and lets it live."""
+    """Records how the process would exit, without exiting."""
 
     def __init__(self):
         super().__init__(None)

@@ -36,7 +36,7 @@ def arguments(tmp_path_factory):
 
 
 class Recorder:
-    """Stands for wandb's run: wandb itself is an optional dependency and needs a server or a login."""
+    """A fake of wandb's run: wandb itself is an optional dependency and needs a server or a login."""
 
     def __init__(self):
         self.settings, self.records, self.finished = {}, [], False

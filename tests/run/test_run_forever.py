@@ -1,4 +1,4 @@
-"""scripts/run_forever.sh: which exits it restarts, and when it gives up. A script stands for the training."""
+"""scripts/run_forever.sh: which exits it restarts, and when it gives up. A script replaces the training."""
 
 import os
 import signal

@@ -18,7 +18,7 @@ RATE = 1e-3
 
 
 def numpy_counts(values) -> np.ndarray:
-    """The definition: octaves of the magnitude, zeros at the low end, nothing that is not finite."""
+    """The definition: octaves of the magnitude, zeros at the low end, no values that are not finite."""
     values = np.abs(np.asarray(values, np.float64).ravel())
     values = values[np.isfinite(values)]
     logs = np.full(values.shape, float(EDGES[0]))
