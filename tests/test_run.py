@@ -126,7 +126,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_made(inputs, tmp
 
 
 @pytest.mark.vllm
-def test_a_step_is_sampled_by_vllm_while_training_goes_on(inputs, tmp_path, capsys):
+def test_a_step_is_sampled_by_vllm_during_training(inputs, tmp_path, capsys):
     """Train, checkpoint, export and sample, all from one command."""
     workdir, puzzles = tmp_path / "run", tmp_path / "data"
     puzzles.mkdir()
@@ -172,7 +172,7 @@ def test_the_mesh_does_not_change_the_curve_and_parameters_are_sharded(inputs, t
         np.testing.assert_allclose(curve, [m["loss"] for m in metrics(one)], rtol=2e-5)
 
 
-def test_large_parameters_and_moments_are_divided_over_the_mesh(inputs):
+def test_large_parameters_and_moments_are_sharded_over_the_mesh(inputs):
     from jsft import cli
     from jsft import config as schema
     from jsft.run.setup import build

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,17 @@ from jsft.run.profile import Profiler
 from jsft.step.histograms import Histograms, named
 from jsft.step.optimizer import TrainState
 from jsft.step.programs import StepPrograms
+
+
+class _Pending(NamedTuple):
+    """A dispatched step whose metrics are still on the devices."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    counts: dict | None  # histograms, where due
+    data: StepData
+    waited: float  # seconds for the loader
+    dispatched: float  # seconds to dispatch it
 
 
 @dataclass
@@ -52,28 +63,26 @@ class Loop:
 
         Returns (state, updates done, whether it was asked to stop early).
         """
-        step, bad, pending = first_step, 0, None
+        step = first_step
         self._agreement, self._stalled, self._saved = Agreement(self.mesh), 0.0, first_step
+        self._pending, self._bad = None, 0
         batches = iter(data.iterate(first_step))
         if self._evaluates(step) and not evaluated and self.evaluate(state, step) is None:
             return state, step, True
         self.log.start(self.total_steps, first_step)
         self.watchdog.at(f"in step {step + 1}, its compilation included")
-        clock = time.perf_counter()
+        self._clock = time.perf_counter()
         while step < self.total_steps:
             waited = time.perf_counter()
             step_data = self._next(batches, step)
             if step_data is None:
-                if pending:
-                    self._report(*pending, clock, bad)
+                self._report()
                 if step != self._saved:
                     self._save(step, state)
                 return state, step, True
             waited = time.perf_counter() - waited
             if self.profiler and self.profiler.due(step + 1):
-                if pending:
-                    clock, bad = self._report(*pending, clock, bad)
-                    pending = None
+                self._report()
                 self.profiler.start(step + 1)
             dispatched = time.perf_counter()
             state, metrics, counts = self._update(state, step_data, step + 1)
@@ -81,10 +90,8 @@ class Loop:
             step += 1
             if step == first_step + 1:
                 self.stop.hold()  # from now on, a request to stop saves first
-            # A step's metrics are read after the next step is dispatched, so that the device never waits for the host.
-            if pending:
-                clock, bad = self._report(*pending, clock, bad)
-            pending = (step, metrics, counts, step_data, waited, dispatched)
+            self._report()  # of the previous step, after this one is dispatched: the device never waits for the host
+            self._pending = _Pending(step, metrics, counts, step_data, waited, dispatched)
             stopping, overdue = self._ask()
             final = step == self.total_steps
             saving = final or stopping or overdue or self.saver.wants(step)
@@ -92,19 +99,17 @@ class Loop:
             unfinished = not final or self._evaluates(step)
             profiled = bool(self.profiler and (self.profiler.ends(step) or final or stopping))
             if saving or evaluating or profiled:
-                clock, bad = self._report(*pending, clock, bad)
-                pending = None
-            if profiled:
-                self.profiler.stop(step)
-            if saving:
-                self._save(step, state)
-            if evaluating:
-                stopping = self.evaluate(state, step) is None
-                if stopping and not saving:
+                self._report()
+                if profiled:
+                    self.profiler.stop(step)
+                if saving:
                     self._save(step, state)
-            if saving or evaluating or profiled:
+                if evaluating:
+                    stopping = self.evaluate(state, step) is None
+                    if stopping and not saving:
+                        self._save(step, state)
                 self.watchdog.at(f"in step {step + 1}")
-                clock = time.perf_counter()
+                self._clock = time.perf_counter()
             if stopping and unfinished:
                 return state, step, True
         return state, step, False
@@ -157,12 +162,17 @@ class Loop:
         self.watchdog.at(f"making the histograms of step {step}, their compilation included")
         return state, metrics, self.histograms(state, gradients, metrics["lr"])
 
-    def _report(self, step, metrics, counts, data: StepData, waited, dispatched, clock, bad) -> tuple[float, int]:
-        """Fetches and writes a step's numbers. Returns (time now, non-finite steps in a row)."""
+    def _report(self) -> None:
+        """Reads and writes the metrics of the pending step, if any. Raises NonFiniteError after too many bad steps."""
+        if self._pending is None:
+            return
+        step, metrics, counts, data, waited, dispatched = self._pending
+        self._pending = None
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         # The last step before a save is read right after the previous one, whose time includes this one's dispatch.
-        seconds = max(now - clock, waited + dispatched)
+        seconds = max(now - self._clock, waited + dispatched)
+        self._clock = now
         metrics |= {
             "tokens": data.tokens,
             "supervised_tokens": data.supervised_tokens,
@@ -188,15 +198,14 @@ class Loop:
         self.log.step(step, self.total_steps, metrics)
         self.on_step(step)
         self.watchdog.stepped(step, seconds)
-        bad = bad + 1 if metrics["skipped"] else 0
-        if bad:
-            self.log.line(f"warning: step {step} had a non-finite gradient and was skipped ({bad} in a row)")
-        if bad >= self.config.train.max_bad_steps:
+        self._bad = self._bad + 1 if metrics["skipped"] else 0
+        if self._bad:
+            self.log.line(f"warning: step {step} had a non-finite gradient and was skipped ({self._bad} in a row)")
+        if self._bad >= self.config.train.max_bad_steps:
             raise NonFiniteError(
-                f"{bad} steps in a row, to step {step}, had a non-finite gradient (train.max_bad_steps); lower "
+                f"{self._bad} steps in a row, to step {step}, had a non-finite gradient (train.max_bad_steps); lower "
                 f"optimizer.learning_rate, or resume from an earlier checkpoint with another seed"
             )
-        return now, bad
 
     def evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
         """Held-out loss of every set in data.eval: per token, and the mean over documents of each one's mean.

@@ -116,7 +116,7 @@ def test_a_tokenizer_may_be_mended_until_there_is_a_checkpoint(tmp_path):
         enter_with(tmp_path, {"tokenizer.json": "b" * 64}, data="cccc")
 
 
-def test_a_run_older_than_digests_goes_on_as_before(tmp_path):
+def test_a_run_older_than_digests_resumes_as_before(tmp_path):
     enter_with(tmp_path, None)
     path = tmp_path / "config.json"
     there = json.loads(path.read_text())

@@ -60,7 +60,7 @@ def test_gives_up_without_progress(forever):
     assert "3 restarts without a new checkpoint after step 0; giving up" in process.stderr.read()
 
 
-def test_progress_counts_anew(forever):
+def test_a_new_checkpoint_resets_the_count(forever):
     process = forever(["9", "9", "9+", "9", "0"], JSFT_RESTARTS="2")
     assert process.wait(20) == 0 and len(forever.seen()) == 5
 

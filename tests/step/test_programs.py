@@ -151,7 +151,7 @@ def test_every_mesh_gives_the_plain_gradients(model, plain, replica):
     assert_close(gradients_of(make_components(model, make_mesh(replica), 128), "full", batches), expected)
 
 
-def test_compiled_ahead_a_run_compiles_nothing_more_but_a_length_not_foreseen(model):
+def test_after_precompile_a_run_compiles_only_lengths_that_were_not_foreseen(model):
     components, said = make_components(model, make_mesh(), 128, log__histograms_every=10), []
     jitted = programs(components, "full")
     counting = make_histograms(components.config, components.mesh, components.shardings)
