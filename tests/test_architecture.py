@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "cli": BASE,
     "config": {"errors", "hints"},
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},  # the hub's errors in one line
     "hints": set(),
     "evaluate": {"errors", "files", "evaluation"},  # it runs in the serving environment, without JAX
     "evaluation": {"errors", "files", "data.countdown_check", "data.thinking"},
@@ -100,9 +100,10 @@ def test_a_forbidden_import_is_found(tmp_path, line):
     assert not allowed("step.programs", what) and not allowed("planning.memory", "run.loop")
 
 
-def test_durable_files_need_only_the_standard_library():
+def test_durable_files_and_errors_need_only_the_standard_library():
     """The serving environment and a supervisor load them."""
-    tree = ast.parse(FILES["files"].read_text(encoding="utf-8"))
-    names = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
-    assert names and all(name.partition(".")[0] in sys.stdlib_module_names for name in names)
+    for name, others in (("errors", set()), ("files", {"jsft.errors"})):
+        tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+        names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+        assert names and all(name.partition(".")[0] in sys.stdlib_module_names for name in names - others)
