@@ -24,9 +24,9 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 def without_code(model_dir: Path, view: Path) -> Path:
-    """`model_dir`, or for a directory whose config needs code a view of it that does not.
+    """`model_dir`; where its config needs code, a view of it that needs none.
 
-    vLLM has InternLM2 itself; only transformers lacks its config class, for which Llama's serves.
+    vLLM has InternLM2 built in; only transformers lacks its config class, and Llama's fits.
     """
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     if "auto_map" not in config and config.get("model_type") != "internlm2":

@@ -1,6 +1,6 @@
 """python -m jsft.evaluate: benchmarks a model, a run's steps or a published checkpoint.
 
-Runs in the serving environment (scripts/eval_vllm.sh finds or makes it). Results go to
+Runs in the serving environment (scripts/eval_vllm.sh sets it up if needed). Results go to
 `<workdir>/eval/step_<N>/<task>/` as results.json and samples.jsonl; see docs/evaluation.md.
 """
 
@@ -32,7 +32,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--model", dest="model_flag", help="the same as a flag")
     add("--tasks", default="countdown", help="names with commas, or all (default: countdown)")
     add("--steps", help="of a run or a published model: 10,20,... or latest or all; 0 is the base model")
-    add("--list", action="store_true", help="list the tasks and end")
+    add("--list", action="store_true", help="list the tasks and exit")
     add("--out", type=Path, help="where results go (default: <workdir>/eval)")
     add(
         "--data_dir",
@@ -44,7 +44,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--max_tokens", type=int, help="limit of a response in tokens (default: the task's)")
     add("--temperature", type=float, help="0 is greedy (default: the task's)")
     add("--seed", type=int, default=0)
-    add("--redo", action="store_true", help="throw away what these tasks have there")
+    add("--redo", action="store_true", help="delete earlier results of these tasks")
     add("--judge", action="append", default=[], metavar="ROLE=URL#MODEL", help=_judge_help())
     server = parser.add_argument_group("a server instead of vLLM in this process")
     server.add_argument(
@@ -82,7 +82,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def _judge_help() -> str:
     roles = "; ".join(f"{role}: {meaning}" for role, (meaning, _, _) in ROLES.items())
-    return f"a judging model ({roles}). Keys: JSFT_KEY_<ROLE>, or OPENAI_API_KEY for OpenAI and this machine, in the environment"
+    keys = "Keys: JSFT_KEY_<ROLE>, or OPENAI_API_KEY for OpenAI and this machine, in the environment"
+    return f"a judging model ({roles}). {keys}"
 
 
 def main() -> int:
@@ -92,8 +93,7 @@ def main() -> int:
             s = task.sampling
             judged = f", judges: {', '.join(task.judges)}" if task.judges else ""
             print(
-                f"{task.name:18} {task.title}: {task.samples} x T {s.temperature:g}, at most "
-                f"{s.max_tokens} tokens, "
+                f"{task.name:18} {task.title}: {task.samples} x T {s.temperature:g}, at most {s.max_tokens} tokens, "
                 f"shows {task.primary}, {task.group}{judged}"
             )
         return 0
@@ -104,9 +104,9 @@ def main() -> int:
     try:
         for target in _targets(options):
             try:
-                with explained(CheckpointError, f"the evaluation in {target.out} had to end"):
+                with explained(CheckpointError, f"the evaluation in {target.out} cannot continue"):
                     outcomes = _evaluate(target, tasks, options, judges)
-            except JsftError as error:  # this model does not run; the others may
+            except JsftError as error:  # this model cannot run; others may
                 print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
                 code = code or error.exit_code
                 continue
@@ -125,7 +125,7 @@ def _targets(options: argparse.Namespace) -> list[Target]:
         return find_targets(options.model, options.steps, options.out)
     if options.steps:
         raise ConfigError("--steps and --url exclude each other: a server has one model loaded")
-    if options.reload is not None:  # the model is that directory, wherever it is sampled
+    if options.reload is not None:  # the model is that directory, on whichever server it is sampled
         return find_targets(str(options.reload), None, options.out)
     name = options.model or options.url_model or "server"
     match = re.search(r"step[_-]?(\d+)/?$", name)
@@ -189,11 +189,11 @@ def _say(target: Target, outcome: Outcome) -> None:
     score, response = results["score"], results["response"]
     scale, unit = (100, " %") if results["share"] else (1, "")
     interval = f" [{scale * score['ci95'][0]:.1f}, {scale * score['ci95'][1]:.1f}]" if score["ci95"] else ""
-    kept = " (done before)" if outcome.state == "kept" else ""
+    earlier = " (done before)" if outcome.state == "kept" else ""
     print(
         f"{where}: {results['task']} {results['primary']} {scale * score['mean']:.1f}{unit}{interval}, "
         f"{results['problems']} problems x {results['samples_per_problem']}, "
-        f"{response['tokens']['mean']:.0f} tokens, {100 * response['share_cut']:.0f} % cut{kept} "
+        f"{response['tokens']['mean']:.0f} tokens, {100 * response['share_cut']:.0f} % cut{earlier} "
         f"-> {target.out / outcome.task}",
         flush=True,
     )

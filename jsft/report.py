@@ -1,5 +1,4 @@
-"""python -m jsft.report WORKDIR... [--out DIR]: evaluations and training of runs as tables, figures and a
-page.
+"""python -m jsft.report WORKDIR... [--out DIR]: evaluations and training of runs as tables, figures and a page.
 
 Writes report.md, report.csv, report.html (one file that needs no other) and each figure as PNG and SVG.
 Several runs are drawn side by side. Default --out: <first workdir>/report.
@@ -88,11 +87,11 @@ def write_report(runs: list[Run], out: Path, title: str | None = None) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    files.write_bytes(path, data, durable=False)  # it can be made again
+    files.write_bytes(path, data, durable=False)  # it can be rewritten at any time
 
 
 def _encoded(text: str) -> bytes:
-    """UTF-8; a name may hold bytes that were none."""
+    """UTF-8. A name may hold bytes that are not valid UTF-8."""
     return text.encode("utf-8", errors="backslashreplace")
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Benchmarks a model with vLLM; finds or makes the serving environment first.
+# Benchmarks a model with vLLM; sets up the serving environment first where it is missing.
 #
 #   scripts/eval_vllm.sh [MODEL_DIR | WORKDIR | HUB_ID[:subfolder]] [--tasks a,b] [--steps 10,20,...|all]
 #                        [--tp N] [--data_dir DIR] [--out DIR] ...

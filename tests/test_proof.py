@@ -48,7 +48,7 @@ def test_recipes_resolve():
 
 
 def whole(name: str, *arguments) -> tuple[Path, str]:
-    """Runs a whole proof anew; its folder and its results."""
+    """Runs a whole proof from scratch; its folder and its results."""
     folder = ROOT / "runs" / "proof_tiny" / name
     shutil.rmtree(folder, ignore_errors=True)
     done = proof(name, "--tiny", *arguments)

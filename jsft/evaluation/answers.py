@@ -4,14 +4,14 @@ import re
 
 from jsft.evaluation import latex
 
-# What a box without braces holds: TeX boxes one token; a number is taken whole, for nobody means its first digit.
+# What a box without braces holds. TeX boxes one token; a number is taken whole, because nobody means its first digit.
 _UNBRACED = (
     r"[-+]?\\?\$?\d+(?:(?:,|\{,\})\d{3})*(?:\.\d+)?(?![.,]?\d|\{,\}\d|[a-zA-Z^_/(]|\\(?!text|mathrm|[)\],;:%$ ]))"
     r"|\\(?:[dtc]?frac\s*\d\s*\d|sqrt\s*\d|(?:[dtc]?frac|sqrt|text[a-z]*|math[a-z]+)(?:\s*\{(?:[^{}]|\{[^{}]{0,200}\}){0,200}\})+)"
     r"|\\(?:pi|infty|emptyset|varnothing)(?![a-zA-Z])"
     r"|\((?:[a-zA-Z]|-?\d+)\)|[a-zA-Z](?=\s*(?:$|[$.,;:\\*\n]))"
 )
-# A box with braces or without, an escaped character, a brace.
+# A box with or without braces, an escaped character, or a brace.
 _TOKEN = re.compile(
     rf"\\(?:boxed|fbox)\s*\{{|\\(?:boxed|fbox)(?![a-zA-Z])(?:\s|~|\\[ ,;:])*(?P<bare>{_UNBRACED})|\\.|[{{}}]", re.S
 )
@@ -22,7 +22,7 @@ _YES_NO = (
     re.compile(r"\A\W*(yes|no)(?=\s*(?:[.,;:!*]|\Z))"),
     re.compile(r"(?:[:*/\n]|\bis|\banswer)\s*\W*(yes|no)\W*\Z"),
 )
-LONGEST_CHOICE = 1_000  # characters; a letter and the words of its option
+LONGEST_CHOICE = 1_000  # characters: a letter and the words of its option
 _LABEL = re.compile(
     r"[^\w(\[]*(?:(?:the )?(?:correct |final )?(?:option|choice|answer)(?: is)?\s*:?\s*)?"
     r"(?P<open>[(\[]?)\s*(?P<letter>[A-Z])[^\S\n]*(?P<close>[)\].:]?)(?P<rest>.*)",
@@ -32,10 +32,10 @@ _SET_OFF = re.compile(r"\s*(?:[;!]*$|[(\n=\u2013\u2014,-])")  # what may follow 
 
 
 def boxed(text: str) -> list[str]:
-    r"""The contents of all outermost `\boxed{...}` in order; a box that never closes is none.
+    r"""The contents of all outermost `\boxed{...}` in order; a box that never closes does not count.
 
     Braces nest; `\{` and `\}` are LaTeX's printed braces and do not count. `\boxed 5` and `\boxed\frac12` are boxes
-    too. One pass, however the braces are nested.
+    too. The text is read once, however deep the braces are nested.
     """
     found: list[tuple[int, int]] = []  # closed boxes, inner ones first
     opened: list[int] = []  # where the content of each open box starts; -1 for other braces
@@ -69,11 +69,11 @@ def last_boxed(text: str) -> str | None:
     return inner[-1] if inner else found[-1]
 
 
-def apart(text: str) -> str:
-    r"""The text with a thin space before boxed numbers that math-verify would join to one.
+def separate_boxes(text: str) -> str:
+    r"""The text with a thin space before boxed numbers that math-verify would join to one number.
 
-    It reads the boxes of one sentence with commas between them: `\boxed{1}, \boxed{234}` as 1,234. With the space it
-    reads the set {1, 234}, as it does for all other pairs. Text with one box, or one repeated, stays.
+    math-verify joins the boxes of one sentence by commas: it reads `\boxed{1}, \boxed{234}` as 1,234. With the space
+    it reads the set {1, 234}, as it does for all other pairs. Text with a single box, even repeated, is unchanged.
     """
     if len(set(boxed(text))) < 2:
         return text
@@ -102,10 +102,11 @@ def choice(text: str | None, letters: str) -> str | None:
 
 
 def last_yes_no(text: str) -> str | None:
-    """'yes' or 'no', whichever answer stands last; None where there is neither.
+    """'yes' or 'no', whichever answer comes last; None where there is neither.
 
-    An answer has a capital and no word of its own after it: 'Yes, there is no support.' is a yes, and so is 'Yes. No
-    document denies it.' Where there is none, a capital one before a word counts, then a small one at either end.
+    An answer starts with a capital and no word follows it directly: 'Yes, there is no support.' is a yes, and so is
+    'Yes. No document denies it.' Where there is none, a capitalised one before a word counts, then a lower-case one at
+    either end of the text.
     """
     for pattern in _YES_NO:
         found = pattern.findall(text)
@@ -115,13 +116,13 @@ def last_yes_no(text: str) -> str | None:
 
 
 def only_yes_no(text: str) -> str | None:
-    """HaluEval's own rule: 'yes' or 'no' where the text holds 'Yes' or 'No' and not both, as letters with a capital."""
+    """HaluEval's own rule: 'yes' or 'no' where the text holds 'Yes' or 'No', but not both. Case matters."""
     yes, no = "Yes" in text, "No" in text
     return None if yes == no else "yes" if yes else "no"
 
 
 def last_code_block(text: str) -> str | None:
-    """The content of the last fenced code block, of one marked as Python if there is one; or None."""
+    """The content of the last fenced code block marked as Python, else of the last block; None without a block."""
     blocks = re.findall(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)```", text, re.S)
     marked = [code for language, code in blocks if language.lower() in ("python", "python3", "py")]
     if marked:

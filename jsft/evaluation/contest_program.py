@@ -1,6 +1,6 @@
 """The Python text that runs a contest solution: the names it may use without importing them, then the solution.
 
-The solution is compiled alone, so a docstring and `from __future__` stay its first statements.
+The solution is compiled by itself, so that a docstring and `from __future__` remain its first statements.
 """
 
 import functools
@@ -8,8 +8,8 @@ import importlib
 import re
 import unicodedata
 
-# What LiveCodeBench gives a solution: all names of these, then the modules themselves. `builtins` comes last, so
-# that pow, open, abs and sum are Python's own.
+# What LiveCodeBench gives a solution: all names of these modules, then the modules themselves. `builtins` comes last,
+# so that pow, open, abs and sum are Python's own.
 STARS = (
     "string",
     "re",
@@ -31,16 +31,16 @@ STARS = (
     "builtins",
 )
 ALWAYS = {"os", "sys", "builtins"}
-# Words by which a solution could reach a name that its text does not hold.
+# Words that let a solution reach a name that its text does not contain.
 REFLECTION = set(
     """globals locals vars dir eval exec compile getattr modules import_module __import__ __dict__ __globals__
     f_globals __builtins__ inspect""".split()
 )
 
-# CPython 3.12 and 3.13 count C calls apart, up to a fixed number that no program can change: a memoised function,
-# or one inside sum() or sorted(), reaches a depth of some hundreds only. The counter of each thread is raised, so
-# that the recursion limit alone counts, as before and after these versions. The sandbox gives the stack for it.
-# It is found beside the limit, which is set to an unlikely value for that, and left alone where it is not.
+# CPython 3.12 and 3.13 count C calls separately, up to a fixed number that no program can change: a memoised function,
+# or one inside sum() or sorted(), reaches a depth of only some hundreds. We raise the counter of each thread, so that
+# the recursion limit alone counts, as in the versions before and after. The sandbox gives the stack for it. The counter
+# lies next to the limit: we find it by setting the limit to an unlikely value, and change nothing if that fails.
 DEEP = """
 def _deep():
     import ctypes, sys, threading
@@ -68,7 +68,7 @@ del _deep
 """
 START = f"""
 import sys, _thread
-_thread.stack_size(64 << 20)  # of threads that do not say; the C library would take as much as for the main one
+_thread.stack_size(64 << 20)  # default of threads; the C library would use the main thread's size
 if (3, 12) <= sys.version_info < (3, 14) and sys.implementation.name == "cpython":
     exec({DEEP!r})
 """
@@ -76,8 +76,8 @@ if (3, 12) <= sys.version_info < (3, 14) and sys.implementation.name == "cpython
 PROGRAM = """{start}{prelude}
 exec(compile({code!r}, __file__, "exec", dont_inherit=True))
 """
-# The result goes to a descriptor of its own: what the solution prints does not mix with it. The solution is a
-# module that is not __main__, as in the benchmark: its own trial run at the end does not happen.
+# The result goes to a separate descriptor, so that it does not mix with what the solution prints. The solution is not
+# the module __main__, as in the benchmark: code under `if __name__ == "__main__"` does not run.
 CALL = """{start}
 def _call():
     import json, os, sys, types
@@ -96,9 +96,9 @@ _call()
 
 
 def prelude(code: str) -> str:
-    """The imports that give `code` the names it uses, each from the module that a full import would leave it to.
+    """The imports that give `code` the names it uses. Each name comes from the module that wins in a full import.
 
-    Modules none of whose names stand in the text are left out: they are a third of a short program's time.
+    A module is left out if the text holds none of its names: importing all takes a third of a short program's time.
     """
     text = unicodedata.normalize("NFKC", code)  # as Python reads names
     words = set(re.findall(r"\w+", text))
@@ -120,7 +120,7 @@ def _public(module: str) -> frozenset[str]:
 def source(code: str, function: str | None = None) -> str:
     """A program that runs `code`: as a script, or, with `function`, as a module whose function is called.
 
-    The function is a method of `Solution` where there is that class. Standard input then holds its arguments, a
+    The function is a method of the class `Solution` where there is one. Standard input then holds its arguments, one
     line of JSON each; standard output gets its result as JSON.
     """
     template = CALL if function else PROGRAM

@@ -1,7 +1,7 @@
 """Rows of benchmarks: from local files (JSON lines, JSON, CSV, parquet), else from a data set on the hub.
 
-What a row holds is read through `Fields`, which knows the benchmarks' column names in any case and says in one line
-what is missing or of a wrong type.
+`Fields` reads what a row holds: it knows the benchmarks' column names in any case, and says in one line what is missing
+or of a wrong type.
 """
 
 import csv
@@ -34,15 +34,15 @@ def find_files(data_dir: Path | None, name: str, source: Source = Source()) -> l
     """The files of benchmark `name` in `data_dir`; [] where it has none.
 
     In this order: `<name>.<suffix>`, the same in another spelling (`TruthfulQA.csv`), files with original names,
-    a folder `<name>`. `data_dir` may also be one file with such a name. Raises DataError where it is another file,
-    or where it is not clear which of a folder's files holds the test rows.
+    a folder `<name>`. `data_dir` may also be one file with such a name. Raises DataError where the file has another
+    name, or where it is not clear which of a folder's files holds the test rows.
     """
     if data_dir is None:
         return []
     if data_dir.is_file():
         if not _fits(data_dir, name, source):
             raise DataError(
-                f"{name}: --data_dir is the file {data_dir}, which has not the name of this task's data "
+                f"{name}: --data_dir is the file {data_dir}, which does not have the name of this task's data "
                 f"({_wanted(name, source)}); rename it, or give a folder of data"
             )
         return [data_dir]
@@ -93,8 +93,8 @@ def load_rows(name: str, source: Source, data_dir: Path | None) -> list[dict[str
     except Exception as error:  # the hub's client raises many kinds: no network, gated, not found
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(
-            f"{name}: no {name}.* in --data_dir and the hub's data set {source.hub} cannot be had ({reason}); "
-            f"get it from there and put it as {wanted}"
+            f"{name}: no {name}.* in --data_dir and the hub's data set {source.hub} cannot be loaded ({reason}); "
+            f"download it and save it as {wanted}"
         ) from error
 
 
@@ -166,8 +166,8 @@ def _csv_rows(stream: TextIO, path: Path) -> Iterator[dict[str, Any]]:
     for row in reader:
         if None in row:
             raise DataError(
-                f"{path}, line {reader.line_num}: more fields than the {len(reader.fieldnames or [])} names of the header; "
-                "put quotes around fields with commas"
+                f"{path}, line {reader.line_num}: more fields than the {len(reader.fieldnames or [])} names of the "
+                "header; put quotes around fields with commas"
             )
         yield {key.strip(): value for key, value in row.items()}
 

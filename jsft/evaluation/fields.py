@@ -1,4 +1,4 @@
-"""The fields of a benchmark's row, read by any of their names, with one line for each that is missing or odd."""
+"""The fields of a benchmark's row, read by any of their names; a missing or odd one is an error of one line."""
 
 import ast
 import io
@@ -10,7 +10,7 @@ from jsft.errors import DataError
 
 
 class Fields:
-    """One row. Names are compared without case, and a space is an underscore: `Correct Answer` is `correct_answer`."""
+    """One row. Names ignore case, and a space equals an underscore: `Correct Answer` is `correct_answer`."""
 
     def __init__(self, task: str, index: int, row: dict[str, Any]):
         self.where = f"{task}: row {index}"
@@ -35,7 +35,7 @@ class Fields:
         return self.get(*names)
 
     def text(self, *names: str) -> str:
-        """A text. Raises DataError where it is missing or anything else."""
+        """A text. Raises DataError where it is missing or of another type."""
         value = self.value(*names)
         if not isinstance(value, str):
             raise self.wrong(names[0], value, "a text")
@@ -49,7 +49,7 @@ class Fields:
         return str(value)
 
     def items(self, *names: str) -> list[Any]:
-        """A list, also one kept as text, as CSV must. Raises DataError."""
+        """A list; also one stored as text, as in CSV. Raises DataError."""
         value = self.value(*names)
         found = parse_list(value) if isinstance(value, str) else value
         if not isinstance(found, (list, tuple)) or not found:
@@ -87,7 +87,7 @@ def as_integer(value: Any) -> int | None:
 
 
 def parse_list(text: str) -> list[Any] | None:
-    """A list from its text: JSON, Python, or numpy's, which has no commas (`['a' 'b']`). None where it is none of them."""
+    """A list from its text: JSON, Python, or numpy's, which has no commas (`['a' 'b']`). None for any other text."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -96,7 +96,7 @@ def parse_list(text: str) -> list[Any] | None:
 
 
 def _python_list(text: str) -> Any:
-    """Python would read two texts side by side as one; here a comma goes between them."""
+    """Python would join two adjacent texts to one; here a comma goes between them."""
     try:
         tokens = [t for t in tokenize.generate_tokens(io.StringIO(text.strip()).readline) if t.string.strip()]
         parts: list[str] = []

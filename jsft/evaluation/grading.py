@@ -1,7 +1,6 @@
 """Grading in worker processes, each response under a hard time limit.
 
-Signals cannot stop a computer-algebra library stuck in C code, so a worker that is too slow is killed and
-replaced.
+Signals cannot stop a computer-algebra library that hangs in C code, so a slow worker is killed and replaced.
 """
 
 import json
@@ -17,7 +16,7 @@ from typing import Any
 
 from jsft.evaluation.tasks.base import Grade, Task
 
-START_SECONDS = 120.0  # imports of the first response are not its fault
+START_SECONDS = 120.0  # for imports, which do not count against the first response
 
 
 class GradingPool:
@@ -56,7 +55,7 @@ class GradingPool:
         if child is None:
             child = self._local.child = self._start()
         payload = json.dumps({"gold": gold, "response": response}) + "\n"
-        # A writer thread is not needed: the worker reads the whole line before it computes.
+        # No writer thread is needed: the worker reads the whole line before it computes.
         try:
             child.stdin.write(payload.encode())
             child.stdin.flush()

@@ -1,9 +1,8 @@
-"""Evaluation beside a training run: steps are sampled in the background while training goes on.
+"""Evaluation during a training run: steps are sampled in the background while training continues.
 
-The training loop exports a step (the only time it waits for), hands the directory to `StepEvaluator.start`,
-and asks `poll` at later steps for scores that have come in. Sampling runs in a process of its own: with vLLM
-in the serving environment on devices training does not use, or on a vLLM server named by a URL, which loads
-each step's weights.
+The training loop exports a step (it waits for nothing else), passes the directory to `StepEvaluator.start`, and asks
+`poll` at later steps for new scores. Sampling runs in a separate process: with vLLM in the serving environment on
+devices that training does not use, or on a vLLM server named by a URL, which loads each step's weights.
 """
 
 import dataclasses
@@ -32,11 +31,9 @@ class StepEvaluator:
     """Evaluates exported steps of one run, one after another, in the background.
 
     Args:
-      workdir: the run's directory; results go to `eval/step_<N>/<task>/`, the output to
-      `eval/step_<N>/evaluate.log`.
+      workdir: the run's directory; results go to `eval/step_<N>/<task>/`, the output to `eval/step_<N>/evaluate.log`.
       tasks: names of benchmarks.
-      url: a vLLM server with VLLM_SERVER_DEV_MODE=1 that sees `workdir`; None: vLLM in the serving
-      environment.
+      url: a vLLM server with VLLM_SERVER_DEV_MODE=1 that sees `workdir`; None: vLLM in the serving environment.
       options: further arguments of `jsft.evaluate`, e.g. ("--limit", "64", "--data_dir", "data").
 
     Raises ConfigError when neither a URL is given nor the serving environment is there.
@@ -48,7 +45,7 @@ class StepEvaluator:
         if serving.exists():
             self._python = str(serving)
         elif url:
-            self._python = sys.executable  # sampling is the server's work, grading is done here
+            self._python = sys.executable  # the server samples, this environment grades
         else:
             raise ConfigError(f"evaluating during training needs the serving environment ({serving}) or a URL of vLLM")
         self._waiting: deque[tuple[int, Path]] = deque()
@@ -60,12 +57,12 @@ class StepEvaluator:
         return self._running is not None or bool(self._waiting)
 
     def start(self, step: int, model_dir: Path) -> None:
-        """Evaluates `model_dir`, the export of `step`, as soon as earlier steps are done. Returns at once."""
+        """Evaluates `model_dir`, the export of `step`, once earlier steps are done. Returns immediately."""
         self._waiting.append((step, Path(model_dir)))
         self._next()
 
     def poll(self) -> list[StepScores]:
-        """Scores of the steps that have been finished since the last call; does not wait."""
+        """Scores of the steps that have finished since the last call. Does not wait."""
         finished = []
         while self._running is not None and self._running[1].poll() is not None:
             finished.append(self._collect())
@@ -85,7 +82,7 @@ class StepEvaluator:
         return finished
 
     def stop(self) -> None:
-        """Ends what runs and forgets what waits. `scripts/eval_vllm.sh WORKDIR` goes on where it was."""
+        """Ends the running evaluation and forgets those that wait. `scripts/eval_vllm.sh WORKDIR` resumes them."""
         self._waiting.clear()
         if self._running is not None:
             process = self._running[1]
@@ -145,12 +142,12 @@ class StepEvaluator:
             except FileNotFoundError:
                 continue
             except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-                problems.append(f"{path} cannot be read ({describe(error, str(path))})")  # training goes on
+                problems.append(f"{path} cannot be read ({describe(error, str(path))})")  # training must not end
         return StepScores(step, scores, problems)
 
 
 def _scores(task: str, results: dict[str, Any]) -> dict[str, float]:
-    """Scores of a finished task by their names. Raises what a results.json that is none of ours leads to."""
+    """Scores of a finished task by their names. Raises whatever a foreign results.json leads to."""
     if results["state"] != "done":
         return {}
     means = {f"{task}/{name}": metric["avg"]["mean"] for name, metric in results["metrics"].items()}

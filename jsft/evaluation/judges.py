@@ -1,4 +1,4 @@
-"""Judges: models that grade what no rule can, asked over an OpenAI-compatible URL (`--judge`)."""
+"""Judges: models that grade what no rule can grade, asked over an OpenAI-compatible URL (`--judge`)."""
 
 import dataclasses
 from typing import Any
@@ -51,7 +51,7 @@ class Judge:
     url: str
     model: str | None = None
     timeout: float = 120.0
-    pause: float = 1.0  # before the second attempt, seconds
+    pause: float = 1.0  # seconds before the second attempt
 
     def __post_init__(self) -> None:
         self._client = OpenAIClient(self.url, role=self.role, timeout=self.timeout, pause=self.pause)
@@ -62,12 +62,12 @@ class Judge:
         return self.model or self.url
 
     def check(self) -> None:
-        """Raises ConfigError when it plainly cannot be asked: a public server without a key."""
+        """Raises ConfigError when it clearly cannot be asked: a public server without a key."""
         if keys.is_openai(self.url) and not keys.key_for(self.url, self.role):
             raise ConfigError(f"judge '{self.role}' at {self.url} needs a key: {keys.missing_key(self.url, self.role)}")
 
     def close(self) -> None:
-        """Nothing to close; a reward model in a child process has."""
+        """Does nothing: only a reward model in a child process has something to close."""
 
     def _model(self) -> str:
         if self.model is None:

@@ -1,7 +1,7 @@
-"""Keys of servers: which one goes where, and that none is ever written.
+"""Keys of servers: which key is sent where. No key is ever written.
 
 OPENAI_API_KEY is for OpenAI's hosts, for the server of OPENAI_BASE_URL and for this machine. JSFT_KEY_URL is for
-`--url`, JSFT_KEY_<ROLE> for that judge, wherever it is. All of them travel over https, or within this machine.
+`--url`, JSFT_KEY_<ROLE> for that judge, on any host. A key is sent only over https or within this machine.
 """
 
 import ipaddress
@@ -13,13 +13,13 @@ import httpx2
 from jsft.errors import ConfigError
 
 GENERAL = "OPENAI_API_KEY"
-SHORTEST = 6  # characters of a secret; what is shorter (EMPTY, none) is a placeholder and may be a word of an answer
+SHORTEST = 6  # characters of a secret; a shorter one (EMPTY, none) is a placeholder and may be a word of an answer
 SHOWN = "[key]"
 _LONE = re.compile("[\ud800-\udfff]")  # halves of surrogate pairs
 
 
 def own_name(role: str) -> str:
-    """The variable of the key that is for one server alone. role: 'url', or a judge's."""
+    """The variable that holds the key of one server. role: 'url', or a judge's."""
     return f"JSFT_KEY_{role.upper()}"
 
 
@@ -33,7 +33,7 @@ def key_for(url: str, role: str) -> str | None:
 
 
 def missing_key(url: str, role: str) -> str:
-    """How to give `url` a key, where it has none and may want one."""
+    """How to give `url` a key, for messages about a server that may want one."""
     if not is_private(url):
         return "a key is only sent over https, or within this machine"
     if os.environ.get(GENERAL) and not _is_general(url):
@@ -42,7 +42,7 @@ def missing_key(url: str, role: str) -> str:
 
 
 def is_private(url: str) -> bool:
-    """Whether nobody on the way can read what is sent."""
+    """Whether nobody in between can read what is sent."""
     return httpx2.URL(url).scheme == "https" or is_loopback(url)
 
 
@@ -61,7 +61,7 @@ def is_openai(url: str) -> bool:
 
 
 def hidden(text: str) -> str:
-    """`text` without any key of the environment, and fit for UTF-8: for whatever a server said."""
+    """`text` without any key of the environment and valid in UTF-8. For everything that a server says."""
     for secret in _secrets():
         text = text.replace(secret, SHOWN)
     return _LONE.sub("\ufffd", text)

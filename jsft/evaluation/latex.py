@@ -22,7 +22,7 @@ _SWITCH = re.compile(
 )
 _SPACE = re.compile(r"(?<!\\)\\[,;:! ]|\\(?:thinspace|enspace|space)(?![a-zA-Z])|~|[\u00a0\u2000-\u200a\u202f]")
 _DOLLARS = re.compile(r"(?<!\\)\$|\\[()\[\]]")
-PROSE = 2  # words; more of them are a sentence
+PROSE = 2  # words; more than these are a sentence
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _BRACE = re.compile(r"\\.|[{}]", re.S)
@@ -52,7 +52,7 @@ def unwrap(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """A short text without fonts, dollars, spacing commands and Markdown marks, its white space single."""
+    """A short text without fonts, dollars, spacing commands and Markdown marks, and with single spaces."""
     text = _SWITCH.sub("", unwrap(re.sub(r"\\[{}]", " ", text)))
     text = re.sub(r"\\(?:text|math)[a-z]+\s*", "", text)  # a font without braces, as in `\mathrm C`
     text = _DOLLARS.sub(" ", _SPACE.sub(" ", re.sub(r"\\(?:q?quad|left|right)(?![a-zA-Z])", " ", text)))
@@ -65,7 +65,7 @@ def spelled(answer: str) -> str:
     r"""The same answer in a spelling that math-verify reads.
 
     `11 5/6` becomes `11\frac{5}{6}`, `1\,000` and `1 000` become `1000`, `1.2e3` becomes `1.2\times10^{3}`,
-    `~33.` becomes `33`, `\boldsymbol{x}` becomes `x`. What is none of these stays.
+    `~33.` becomes `33`, `\boldsymbol{x}` becomes `x`. Anything else is unchanged.
     """
     text = _whole(_SWITCH.sub("", answer.strip()))
     text = _without_unknown_fonts(text)
@@ -122,7 +122,7 @@ def _without_unknown_fonts(text: str) -> str:
 
 
 def _without_stop(text: str) -> str:
-    """Without one full stop or comma at the end. A sentence keeps its own: math-verify reads it differently then."""
+    """Without one full stop or comma at the end. A sentence keeps it: without it, math-verify reads it differently."""
     ends = re.search(r"(?<!\.)(?<!\\right)[.,;:]$", text)
     return text[:-1].rstrip() if ends and len(_WORD.findall(_COMMAND.sub(" ", text))) <= PROSE else text
 

@@ -1,8 +1,7 @@
 """What is evaluated: a model directory, steps of a training run, or a (published) model on the hub.
 
-A run's step N is `<workdir>/hf/step_<N>`, exported when it is not there; step 0 is the base model the run
-began with. A hub id is `owner/name` or `owner/name:subfolder`; sub-folders `step<N>` are steps, as in the
-published checkpoints.
+A run's step N is `<workdir>/hf/step_<N>`, exported when it is missing; step 0 is the base model the run started from.
+A hub id is `owner/name` or `owner/name:subfolder`; sub-folders `step<N>` are steps, as in the published checkpoints.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ class Target:
     name: str  # of the run or model
     step: int | None
     out: Path  # folder of its task folders
-    path: Path | None  # the directory, where it is known to be there already
+    path: Path | None  # the directory, if it exists already
     prepare: Callable[[], Path]
 
 
@@ -74,7 +73,7 @@ def run_steps(run: Path) -> list[int]:
 
 
 def model_digest(path: Path) -> str:
-    """Short hash that tells models apart without reading them whole: config, sizes and ends of weights."""
+    """Short hash that distinguishes models without reading them in full: config, sizes and ends of weights."""
     state = hashlib.sha256((path / "config.json").read_bytes())
     for file in sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]):
         size = file.stat().st_size

@@ -1,8 +1,8 @@
 """A client for OpenAI-compatible servers: httpx2 with bounded retries, a limit on the whole call, one-line errors.
 
-Busy servers (429), server errors (5xx), time-outs, broken connections and broken answers are tried again, after growing
+Busy servers (429), server errors (5xx), time-outs, broken connections and broken answers are retried, after growing
 pauses or the server's Retry-After. Everything else is an error at once. openai's own client would need the same loop:
-it takes answers of any shape, and limits neither the whole call nor where a key goes.
+it accepts answers of any shape, and limits neither the whole call nor where a key is sent.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ __all__ = ["BrokenAnswer", "OpenAIClient", "ServerError", "message_text"]
 ATTEMPTS = 6
 LONGEST_PAUSE = 60.0  # seconds
 CONNECT_SECONDS = 30.0
-FACTS_SECONDS = 60.0  # for what a server only has to look up
+FACTS_SECONDS = 60.0  # for answers that a server only looks up
 LARGEST = 64 << 20  # bytes of an answer; a response of 32,768 tokens is far below one MiB
 REDIRECTS = 5  # within one server
 NO_JSON = "an answer that is no JSON object"
@@ -37,7 +37,7 @@ Read = TypeVar("Read")
 
 
 class OpenAIClient:
-    """Asks one server. Thread-safe; its connections live in a thread of their own."""
+    """Asks one server. Thread-safe; its connections live in a separate thread."""
 
     def __init__(self, url: str, *, role: str = "url", timeout: float = 120.0, pause: float = 1.0):
         """`url`: with or without /v1. `role`: 'url' or a judge's: whose key is sent. `timeout`, `pause`: seconds for
@@ -52,7 +52,7 @@ class OpenAIClient:
                 timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
                 limits=httpx2.Limits(max_connections=None),
                 verify=_certificates(),
-                # A proxy of the environment is not asked for this machine: it would read the key.
+                # For this machine no proxy of the environment is used: it would read the key.
                 trust_env=not keys.is_loopback(self.url),
             )
         except (ImportError, ValueError, httpx2.InvalidURL) as error:  # SOCKS needs a package of its own
@@ -64,16 +64,16 @@ class OpenAIClient:
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     def post(self, path: str, body: dict[str, Any], read: Callable[[dict[str, Any]], Read] = dict) -> Read:
-        """Posts JSON to /v1/<path> and returns what `read` makes of the answer. One that it refuses with
-        BrokenAnswer is asked for again. Raises ServerError after the last attempt."""
+        """Posts JSON to /v1/<path> and returns what `read` makes of the answer. If `read` raises BrokenAnswer, the
+        request is retried. Raises ServerError after the last attempt."""
         return self._ask("POST", f"{self.url}/{path}", body, read)
 
     def post_root(self, path: str, body: dict[str, Any], read: Callable[[dict[str, Any]], Read] = dict) -> Read:
-        """Posts JSON to /<path>, beside /v1 (vLLM's own end points)."""
+        """Posts JSON to /<path>, outside /v1 (vLLM's own end points)."""
         return self._ask("POST", f"{self.url.removesuffix('/v1')}/{path}", body, read)
 
     def get_root(self, path: str) -> dict[str, Any]:
-        """Gets /<path>, beside /v1."""
+        """Gets /<path>, outside /v1."""
         return self._ask("GET", f"{self.url.removesuffix('/v1')}/{path}", None, dict)
 
     def models(self) -> list[ServedModel]:
@@ -141,7 +141,7 @@ class OpenAIClient:
 
 @functools.cache
 def _certificates() -> ssl.SSLContext:
-    """Made once: it takes a quarter of a second."""
+    """Cached: loading takes a quarter of a second."""
     return httpx2.create_ssl_context()
 
 
@@ -156,7 +156,8 @@ def _checked(url: str) -> str:
         raise ConfigError(f"'{keys.hidden(url)}' is no URL; it must begin with http:// or https://")
     if parts.userinfo or parts.query or parts.fragment:
         raise ConfigError(
-            f"the URL of {parts.host} holds more than host, port and path; a key goes into the environment (docs/evaluation.md)"
+            f"the URL of {parts.host} holds more than host, port and path; "
+            "a key goes into the environment (docs/evaluation.md)"
         )
     return url.rstrip("/")
 
@@ -196,8 +197,8 @@ def _said(content: bytes) -> str:
 
 
 def _retry_after(said: str, otherwise: float) -> float:
-    """Seconds that a server wants to be left alone (a number, or a date), at most LONGEST_PAUSE; `otherwise` where it
-    says nothing, or nothing that can be waited for."""
+    """Seconds to wait by a server's Retry-After (a number or a date), at most LONGEST_PAUSE; `otherwise` where it is
+    missing or unusable."""
     try:
         seconds = float(said)
     except ValueError:

@@ -15,7 +15,7 @@ from jsft.evaluation.shapes import ChatCompletion
 
 TEMPLATE_TOKENS = 256  # more than any chat template adds to a prompt
 TAIL_TOKENS = 32  # more than a generation prompt has, in any tokenizer
-HOPELESS = 200  # so many broken answers in a row: the server is at fault, not the prompts
+HOPELESS = 200  # broken answers in a row: the server is at fault, not the prompts
 
 
 class OpenAIEngine:
@@ -82,8 +82,7 @@ class OpenAIEngine:
             stop.set()
 
     def reload(self, path: Path) -> None:
-        """Makes a vLLM server in development mode load the weights of another directory of the same
-        architecture.
+        """Makes a vLLM server in development mode load the weights of another directory of the same architecture.
 
         The server must see the same file system. Raises ModelError when it refuses, or would do it wrongly.
         """
@@ -100,13 +99,12 @@ class OpenAIEngine:
         except ServerError as error:
             raise ModelError(
                 f"the server did not load {path} ({error}); it must be vLLM, started with "
-                "VLLM_SERVER_DEV_MODE=1, see "
-                "the same directory and hold a model of this architecture"
+                "VLLM_SERVER_DEV_MODE=1, see the same directory and hold a model of this architecture"
             ) from error
         self.facts["root"] = str(path)
 
     def close(self) -> None:
-        """Nothing is held between requests; here so that both engines are closed alike."""
+        """Does nothing: no state is held between requests. Both engines are closed the same way."""
 
     def __enter__(self) -> "OpenAIEngine":
         return self
@@ -124,9 +122,8 @@ class OpenAIEngine:
             "top_p": sampling.top_p,
             "seed": request.seed,
         }
-        # Without max_tokens a server gives what its context leaves, which is what is meant where
-        # the limit is longer.
-        # A token is at least a byte, so this never asks for more than there is.
+        # Without max_tokens a server uses what its context leaves: right where the limit is longer than that.
+        # A token is at least one byte, so this never asks for more than the context holds.
         prompt = sum(len(m["content"].encode(errors="replace")) for m in request.messages) + TEMPLATE_TOKENS
         if self.context is None or prompt + sampling.max_tokens <= self.context:
             body["max_tokens"] = sampling.max_tokens
@@ -156,8 +153,8 @@ class OpenAIEngine:
 
 
 class PromptThinking:
-    """How the prompts end that a server renders from messages. vLLM and llama.cpp are asked, once for each
-    prompt; other servers do not tell."""
+    """How the prompts that a server renders from messages end. vLLM and llama.cpp are asked, once for each prompt;
+    other servers do not tell."""
 
     def __init__(self, client: OpenAIClient, model: str, server: str | None):
         """server: who serves, by /v1/models' `owned_by`."""
@@ -166,8 +163,8 @@ class PromptThinking:
         self._known: dict[str, str] = {}
 
     def of(self, messages: list[dict[str, str]]) -> str | None:
-        """A result of `prompt_thinking`, or None where the server does not tell. Thread-safe: two threads may at
-        worst ask the same."""
+        """A result of `prompt_thinking`, or None where the server does not tell. Thread-safe: at worst two threads ask
+        the same question."""
         if self._ask is None:
             return None
         key = json.dumps(messages)

@@ -60,8 +60,8 @@ def summarise(
 
 
 def _response(rows: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Lengths in generated tokens, shares of responses that are cut, unclosed or empty, and how many prompts
-    ended how (a server may not tell)."""
+    """Lengths in generated tokens, shares of responses that are cut, unclosed or empty, and counts of how prompts ended
+    (a server may not tell)."""
     lengths = np.asarray([sample["tokens"] for row in rows for sample in row], np.float64)
 
     def share(condition) -> float:

@@ -1,10 +1,10 @@
-"""A reward model from a directory or the hub, in a child process with transformers: one raw score a
-conversation.
+"""A reward model from a directory or the hub, in a child process with transformers: one raw score per conversation.
 
-Runs after sampling, when vLLM has given the device back.
+Runs after sampling, when vLLM has freed the device.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -24,14 +24,14 @@ class LocalReward:
         self._lock = threading.Lock()
 
     def check(self) -> None:
-        """Raises ModelError when a directory is meant and it is not one."""
+        """Raises ModelError when the name looks like a directory but holds no model."""
         path = Path(self.name)
         looks_local = path.is_absolute() or self.name.startswith(".") or path.exists()
         if looks_local and not (path / "config.json").exists():
             raise ModelError(f"judge 'reward': {self.name} has no config.json")
 
     def reward(self, messages: list[dict[str, str]]) -> float:
-        """Raw score of a conversation. Loads the model when first asked. Raises ModelError."""
+        """Raw score of a conversation, finite. Loads the model at the first call. Raises ModelError."""
         with self._lock:
             if self._process is None:
                 self._start()
@@ -39,7 +39,10 @@ class LocalReward:
                 answer = self._ask({"messages": messages})
             except (BrokenPipeError, ValueError):
                 raise ModelError(f"the reward model {self.name} ended unexpectedly (out of memory?)") from None
-        return float(answer["score"])
+        score = float(answer["score"])
+        if not math.isfinite(score):
+            raise ModelError(f"judge 'reward' gave no score ({score}); is {self.name} a reward model?")
+        return score
 
     def close(self) -> None:
         if self._process is not None:

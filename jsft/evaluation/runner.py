@@ -1,7 +1,6 @@
-"""Runs tasks on one model: what is missing is sampled in one stream over all tasks, then graded, judged,
-summed up.
+"""Runs tasks on one model: samples what is missing in one stream over all tasks, then grades, judges and summarises.
 
-A task that cannot run (no data, no judge, prompts too long) fails with one line and the others go on.
+A task that cannot run (no data, no judge, prompts too long) fails with one line; the others continue.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ from jsft.evaluation.store import TaskFolder
 from jsft.evaluation.tasks.base import Grade, Problem, Task
 
 JUDGE_THREADS = 8
-HOPELESS = 16  # so many broken answers and no good one: the judge is at fault, not the responses
+HOPELESS = 16  # broken answers and no good one: the judge is at fault, not the responses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Model:
 
 @dataclasses.dataclass
 class Outcome:
-    """How one task ended: 'done', 'kept' (it was done before) or 'failed' with its error."""
+    """How one task ended: 'done', 'kept' (finished by an earlier call) or 'failed' with its error."""
 
     task: str
     state: str
@@ -160,7 +159,7 @@ class _TaskRun:
         self.done = self.folder.open(options.redo)
 
     def pending(self) -> list[Request]:
-        """Requests whose samples are not there yet."""
+        """Requests for the missing samples."""
         return [
             Request(
                 self.task.name,
@@ -229,7 +228,7 @@ class _TaskRun:
         return self.folder.results
 
     def _judged(self, keys: list[tuple[str, int]], gold: dict[str, Any]) -> list[Grade]:
-        """Asks the judges, several at a time. Each verdict is kept: the next try asks for the rest."""
+        """Asks the judges, several at a time. Each verdict is saved, so that the next call asks only for the rest."""
         names = {role: self.options.judges[role].name for role in self.task.judges}
 
         def known(key: tuple[str, int]) -> dict[str, Any] | None:

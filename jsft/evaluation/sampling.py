@@ -38,8 +38,8 @@ class Completion:
     """The answer to a request: the text, its length in tokens, and why it ended ('stop' or 'length').
 
     `prompt_thinking` says how the rendered prompt ended (`jsft.data.thinking.prompt_thinking`); None: the server
-    does not tell. `error` holds the reason of a request the model could not take (a prompt longer than its context); then
-    there is no text.
+    does not tell. `error` says why the model could not take the request (a prompt longer than its context); then there
+    is no text.
     """
 
     task: str
@@ -53,14 +53,14 @@ class Completion:
 
 
 def sample_seed(seed: int, task: str, problem: str, sample: int) -> int:
-    """Seed of one sample: a function of its name only, so an interrupted run goes on with the same draws."""
+    """Seed of one sample: a function of its name only, so that a resumed run draws the same samples."""
     name = f"{seed}/{task}/{problem}/{sample}".encode(errors="surrogatepass")
     return int.from_bytes(hashlib.sha256(name).digest()[:4], "little") >> 1
 
 
 def check_stored(entry: dict[str, Any]) -> None:
-    """Raises TypeError for a stored sample that holds what no `Completion` does: earlier versions stored whatever a
-    server answered, a list or a number too."""
+    """Raises TypeError for a stored sample with values that no `Completion` has: earlier versions stored whatever a
+    server answered, even a list or a number."""
     if "response" not in entry:  # a verdict
         return
     tokens = entry.get("tokens", 0)

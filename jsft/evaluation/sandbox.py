@@ -1,10 +1,10 @@
-"""Runs code that a model wrote: in processes of its own, without network, files, or more memory and time than
-given, and ends all of them with it.
+"""Runs code that a model wrote: in separate processes, without network or files, with limited memory and time, and
+ends all of them at the end.
 
-`sandbox_launcher` (a script of the standard library only) builds the room: its own user, mount, process,
-network and IPC namespaces, a root directory that holds nothing but read-only system libraries and Python, a
-small writable /room, resource limits, another user id, no capabilities, few system calls. Where the kernel
-allows no user namespaces, `why_not` says so; `weaknesses` names what else it does not allow.
+`sandbox_launcher` (a script that uses only the standard library) builds the room: its own user, mount, process, network
+and IPC namespaces, a root directory that holds only read-only system libraries and Python, a small writable /room,
+resource limits, another user id, no capabilities, few system calls. Where the kernel allows no user namespaces,
+`why_not` says so; `weaknesses` names what else is missing.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from jsft.evaluation import sandbox_cgroup, sandbox_filter
 
 LAUNCHER = Path(__file__).with_name("sandbox_launcher.py")
 OUTPUT_BYTES = 8 << 20  # of stdout; a program that prints more is stopped
-BUILD_SECONDS = 60.0  # for the room; the program's own time begins after it
-END_SECONDS = 10.0  # for the kernel to end all in the room
+BUILD_SECONDS = 60.0  # for building the room; the program's own time starts afterwards
+END_SECONDS = 10.0  # for the kernel to end everything in the room
 MISSING = {
     "filter": "judged programs may make any system call: libseccomp2 is not installed, or the kernel has no seccomp",
     "memory": "the memory of judged programs is limited for each process only: /proc shows none of them",
@@ -46,7 +46,7 @@ class Finished:
 
     state: 'ok' (code 0), 'failed', 'timeout', 'flood' (printed too much), 'memory' (its processes used too much
     together) or 'broken' (the sandbox itself could not start; `stderr` says why). A program cannot choose
-    'broken': the room's keeper says it, over a socket that the program does not hold.
+    'broken': the room's keeper says it, over a socket that the program cannot reach.
     """
 
     state: str
@@ -111,7 +111,7 @@ def why_not() -> str | None:
 
 
 def weaknesses() -> list[str]:
-    """What this machine does not allow the sandbox to forbid, a line each; call it where `why_not` is None."""
+    """What the sandbox cannot forbid on this machine, one line each. Call it only where `why_not` is None."""
     return [MISSING[name] for name in _probe().missing]
 
 
@@ -127,7 +127,7 @@ def _prefixes() -> list[str]:
 
 
 class _Conversation:
-    """What the judge and the room say to each other."""
+    """The messages between the judge and the room."""
 
     def __init__(self, process: subprocess.Popen, writer: int, listener: socket.socket, job: bytes):
         self.process, self.writer, self.listener = process, writer, listener
@@ -205,7 +205,7 @@ class _Conversation:
             os.close(descriptor)
 
     def finished(self, state: str) -> Finished:
-        """How it ended, by the keeper's word before ours."""
+        """How it ended. What the keeper says counts before what we saw."""
         words = [line.split(" ", 1) for line in self.told.decode("utf-8", "replace").splitlines()]
         said = {line[0]: line[1] if len(line) > 1 else "" for line in words}
         errors, code = self.errors.decode("utf-8", "replace")[-4000:], None

@@ -1,8 +1,8 @@
-"""A control group for the processes of one judged program, where this machine lets us make one.
+"""A control group for the processes of one judged program, where this machine allows us to make one.
 
-Version 2 only. A group is made below the nearest of our own groups that hands its children the memory controller
-and that we may write to: so as root of a machine, in a delegated systemd unit, in a privileged container. No
-process of ours is moved. Elsewhere the room's keeper alone watches the memory.
+Version 2 only. The group is made below the nearest of our own groups that gives its children the memory controller and
+that we may write to. That works as root of a machine, in a delegated systemd unit and in a privileged container. Our
+own processes are not moved. Elsewhere only the room's keeper watches the memory.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
-KEEPERS_MB = 64  # beyond the program's limit: page tables, pipes, what the kernel keeps for it
+KEEPERS_MB = 64  # above the program's limit: page tables, pipes and other kernel memory
 _numbers = itertools.count(1)
 
 

@@ -1,10 +1,10 @@
 """Which system calls a judged program may make: a seccomp filter, compiled by the system's libseccomp.
 
 libseccomp knows every architecture's numbers and closes the side doors (32-bit calls, x32). It is called through
-ctypes: it comes with Debian, Ubuntu and Fedora (apt and systemd need it), and its bindings on PyPI either need
-it too or are not kept up. What is not listed fails with 'not implemented', which C libraries handle. So keyrings,
-io_uring, userfaultfd, bpf, perf, ptrace, memfd, System V memory, mounts and namespaces are not there, nor any
-socket but Unix ones.
+ctypes: it comes with Debian, Ubuntu and Fedora (apt and systemd need it), and its bindings on PyPI either need it too
+or are unmaintained. A call that is not listed fails with 'not implemented', which C libraries handle. So a program has
+no keyrings, io_uring, userfaultfd, bpf, perf, ptrace, memfd, System V memory, mounts or namespaces, and only Unix
+sockets.
 """
 
 import ctypes

@@ -1,5 +1,4 @@
-"""Builds a locked room and runs the program in it. Started by `sandbox.run`; standard library only, no imports
-of ours.
+"""Builds a locked room and runs the program in it. Started by `sandbox.run`; it imports only the standard library.
 
 Three processes of ours stand between the judge and the program. The launcher (outside) enters new namespaces
 and forks the keeper. The keeper is process 1 of the room: it builds the room, forks the program, watches the
@@ -45,8 +44,8 @@ ROOM = "/tmp"  # covered by the new root; only this process sees it
 SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/bin")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 MEGABYTE = 1 << 20
-FILL_RATE = 4 << 30  # bytes a second that a processor is taken to fill at most
-JUDGES_DELAY = 3.0  # seconds after which the keeper ends what the judge should have ended
+FILL_RATE = 4 << 30  # bytes a second that one processor can fill at most, by assumption
+JUDGES_DELAY = 3.0  # seconds after the limit: then the keeper ends what the judge should have ended
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -81,8 +80,8 @@ def make_read_only(target: str) -> None:
         for escape in (b"\\040", b"\\011", b"\\012", b"\\134"):
             place = place.replace(escape, bytes([int(escape[1:], 8)]))
         if place == inside or place.startswith(inside + b"/"):
-            kept = sum(flag for name, flag in MOUNT_FLAGS.items() if name in options.split(b","))
-            flags = MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | kept  # flags of the outside are locked
+            locked = sum(flag for name, flag in MOUNT_FLAGS.items() if name in options.split(b","))
+            flags = MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | locked  # flags set outside cannot be cleared here
             check(libc.mount(None, place, None, ctypes.c_ulong(flags), None), f"remount {target}")
 
 
@@ -118,9 +117,9 @@ def die_with_parent() -> None:
 
 
 def leave_keyring(filtered: bool) -> None:
-    """An empty session keyring: keys of the judge's session are out of reach.
+    """Joins an empty session keyring, so that keys of the judge's session are out of reach.
 
-    Where the kernel has no keyrings or the container forbids the call, the program cannot call it either.
+    Where the kernel has no keyrings or the container forbids the call, the program cannot use them either.
     """
     if libc.syscall(KEYCTL, JOIN_SESSION_KEYRING, None) < 0:
         number = ctypes.get_errno()
@@ -179,9 +178,9 @@ def enter_namespaces() -> None:
 
 
 def launch(job: dict, teller: Teller, judge: int) -> None:
-    """Starts the keeper and waits for its end. SIGTERM ends the keeper, and so all in the room, first."""
+    """Starts the keeper and waits for its end. On SIGTERM it first ends the keeper, and thereby all in the room."""
     leave_keyring(bool(job["filter"]))
-    # Opened with the judge's rights; the program moves itself in before it has none.
+    # Opened with the judge's rights; the program joins the group before it loses them.
     group = os.open(job["cgroup"], os.O_WRONLY) if job["cgroup"] else None
     enter_namespaces()
     die_with_parent()  # only now: new credentials clear it
@@ -195,7 +194,7 @@ def launch(job: dict, teller: Teller, judge: int) -> None:
     os.close(alive)
     os.closerange(0, 3)  # the judge waits for the end of what is written there
     teller.socket.close()
-    while os.waitpid(keeper, os.WNOHANG)[0] == 0:  # its end is told when everything in the room is dead
+    while os.waitpid(keeper, os.WNOHANG)[0] == 0:  # reported when everything in the room is dead
         if signal.sigwait({signal.SIGTERM, signal.SIGCHLD}) == signal.SIGTERM:
             os.kill(keeper, signal.SIGKILL)
 
@@ -211,7 +210,7 @@ def keep(job: dict, teller: Teller, group: int | None, alive: int) -> None:
         os.set_blocking(alive, False)
         try:
             os.read(alive, 1)
-            os._exit(1)  # end of file: the launcher died before it was tied to us
+            os._exit(1)  # end of file: the launcher died before die_with_parent
         except BlockingIOError:
             pass
         os.setsid()  # a signal to the program's group must not reach the launcher
@@ -241,7 +240,7 @@ def forbid_shared_memory() -> None:
 
 
 def build_room(job: dict, teller: Teller) -> "tuple[Processes | None, list[int]]":
-    """A root directory with system libraries and Python, read-only, and /room to write in; then into it.
+    """Builds a root directory with read-only system libraries and Python and a writable /room, and enters it.
 
     Returns a view of the processes in it, None where /proc can show none, and the ends to write outputs to.
     """
@@ -370,7 +369,7 @@ class Processes:
 
 
 def watch(program: int, job: dict, processes: Processes | None, teller: Teller) -> None:
-    """Reaps what ends until the program does; looks at the memory more often the less is left."""
+    """Reaps processes until the program ends. The less memory is left, the more often it checks."""
     limit, end = job["memory_mb"] * MEGABYTE, time.monotonic() + job["seconds"] + JUDGES_DELAY
     rate = FILL_RATE * min(job["processes"], len(os.sched_getaffinity(0)))
     wait = 0.01
@@ -398,7 +397,7 @@ def join(group: int) -> None:
 
 
 def become_program(job: dict, teller: Teller, outputs: list[int], missing: list[str]) -> None:
-    """Limits, no privileges, no needless system calls, for this process and all it starts; then the program."""
+    """Limits this process and all it starts, drops privileges and system calls, then executes the program."""
     try:
         for number, descriptor in enumerate((os.open("/dev/stdin", os.O_RDONLY), *outputs)):
             os.dup2(descriptor, number)

@@ -1,4 +1,4 @@
-"""What servers must answer: the fields we read, with their types. Text loses keys, and what UTF-8 cannot hold."""
+"""What servers must answer: the fields we read, with their types. Keys and invalid UTF-8 are replaced in all text."""
 
 from typing import Annotated, Any, Self
 
@@ -10,7 +10,7 @@ from jsft.evaluation.keys import hidden
 
 
 class ServerError(JsftError):
-    """A server does not answer, refuses, or answers what is not understood. No key is in its message."""
+    """A server does not answer, refuses, or gives an answer that cannot be read. Its message holds no key."""
 
     def __init__(self, message: str, status: int | None = None):
         """status: of HTTP, where the server refused."""
@@ -27,7 +27,7 @@ def _hidden(value: Any) -> Any:
 
 
 def _last(value: Any) -> Any:
-    """A score is one number, or the last of those of all tokens."""
+    """A score is one number, or the last of one number per token."""
     while isinstance(value, list) and value:
         value = value[-1]
     return value
@@ -85,8 +85,8 @@ class ChatCompletion(_Shape):
 
     @property
     def text(self) -> str:
-        """The first choice's text; thinking split off by the server is put back. Where nothing follows it, it was never
-        closed: a server that found its end gives an answer too."""
+        """The first choice's text, with the thinking that the server split off put back. Thinking without an answer
+        after it was never closed: a server that found its end returns an answer too."""
         message = self.choices[0].message
         text, thoughts = message.content or "", message.reasoning or message.reasoning_content
         if not thoughts:

@@ -26,8 +26,7 @@ def ratio(sums: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
         return {"mean": mean, "ci95": None}
     shares = sums / np.maximum(counts, 1)
     if shares.max() == shares.min() and shares[0] in (0.0, 1.0):
-        # All alike: a bootstrap would claim certainty. The exact binomial interval
-        # (Clopper-Pearson) does not.
+        # All problems agree: a bootstrap would claim certainty. The exact binomial interval (Clopper-Pearson) does not.
         edge = ((1 - LEVEL) / 2) ** (1 / len(sums))
         return {"mean": mean, "ci95": [0.0, 1 - edge] if mean == 0 else [edge, 1.0]}
     rng = np.random.default_rng(0)

@@ -1,8 +1,8 @@
 """A task's folder: `samples.jsonl`, written line by line as samples come, and `results.json`.
 
 While a task runs, `samples.jsonl` is a log: a line per finished sample, later a line per judge's verdict.
-When it is done the file is written once more, sorted and with the grades, and `results.json` says `"state":
-"done"`. A torn last line (the process was killed) is cut off, a damaged one before it is left out.
+When the task is done, the file is rewritten, sorted and with the grades, and `results.json` says `"state": "done"`.
+A torn last line (the process was killed) is cut off; a damaged line before it is left out.
 """
 
 import json
@@ -27,7 +27,7 @@ class TaskFolder:
 
     @property
     def results(self) -> dict[str, Any] | None:
-        """results.json, or None. Raises CheckpointError where it is none of ours."""
+        """results.json, or None. Raises CheckpointError where we did not write it."""
         path = self.path / "results.json"
         try:
             results = json.loads(path.read_bytes())
@@ -94,7 +94,7 @@ class TaskFolder:
     def fail(self, reason: str) -> None:
         """Leaves the samples for another try and says why there is no result."""
         if self._stream is not None:
-            with suppress(OSError):  # what did not fit is lost, as was said
+            with suppress(OSError):  # the disk is full: that error was reported already
                 self._stream.close()
         self.write_results({"state": "failed", "reason": reason})
 
@@ -104,7 +104,7 @@ class TaskFolder:
             files.write_text(self.path / "results.json", text)
 
     def _read_samples(self) -> None:
-        """Takes every whole line. Damaged ones are counted, and left out of the file; their samples are made again."""
+        """Reads every whole line. Damaged ones are counted and removed from the file; their samples are drawn again."""
         path = self.path / "samples.jsonl"
         if not path.exists():
             return
@@ -125,12 +125,12 @@ class TaskFolder:
                 found.append((key, line))
         if damaged:
             more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
-            print(f"warning: {path}, line {damaged[0]} is damaged{more}; what it held is made again", flush=True)
+            print(f"warning: {path}, line {damaged[0]} is damaged{more}; what it held is redone", flush=True)
         # A verdict whose sample was in a damaged line is no sample.
         self.samples = {key: entry for key, entry in self.samples.items() if "response" in entry}
-        kept = [line for key, line in found if key in self.samples]
-        if kept != lines:
-            files.write_bytes(path, b"".join(kept))
+        good = [line for key, line in found if key in self.samples]
+        if good != lines:
+            files.write_bytes(path, b"".join(good))
 
 
 def _refused(constant: str) -> None:

@@ -28,16 +28,16 @@ def as_graded(sample: dict[str, Any]) -> str:
 
 
 def is_drawn(sample: dict[str, Any]) -> bool:
-    """Whether nothing about a sample is missing. One of an earlier version does not say how its prompt ended;
-    that is missed only where the response has no tag that tells."""
+    """Whether a sample is complete. One of an earlier version does not say how its prompt ended; that matters only
+    where no tag in the response tells."""
     if "response" not in sample:
         return False
     return "prompt_thinking" in sample or OPEN in sample["response"] or CLOSE in sample["response"]
 
 
 def settle(samples: Iterable[dict[str, Any]]) -> None:
-    """Notes in samples of one model, whose server does not tell how prompts end, that they open the thinking,
-    where the responses show it (`prompt_opened`)."""
+    """Marks the prompts of samples as opening the thinking, where the server does not tell but the responses show it
+    (`prompt_opened`). `samples`: of one model."""
     unknown = [sample for sample in samples if "response" in sample and sample.get("prompt_thinking") is None]
     if prompt_opened(sample["response"] for sample in unknown):
         for sample in unknown:

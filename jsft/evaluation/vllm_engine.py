@@ -141,8 +141,7 @@ class VllmEngine:
         if _MEMORY.search(reason) or self._process.poll() == -9:
             return OutOfMemoryError(
                 f"vLLM has too little memory for {self.settings.model} with --tp {self.settings.tp} "
-                f"({reason}); raise "
-                f"--tp or --gpu_memory, or lower --max_model_len; its log: {log}"
+                f"({reason}); raise --tp or --gpu_memory, or lower --max_model_len; its log: {log}"
             )
         verb = "failed while sampling from" if hasattr(self, "facts") else "refused"
         return ModelError(f"vLLM {verb} {self.settings.model}: {reason} (its log: {log})")
@@ -169,7 +168,7 @@ def check_model_dir(path: Path, trust_remote_code: bool) -> int | None:
 
 def _environment(settings: VllmSettings) -> dict[str, str]:
     environment = dict(os.environ)
-    # vLLM's modules are not all compiled when it is installed; without this, some would be at every start.
+    # Installing vLLM does not compile all its modules; without this, some would be compiled at every start.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, environment.get("PYTHONPATH")) if p)

@@ -1,9 +1,8 @@
 """The process that holds vLLM: reads requests on stdin, writes completions on stdout, both as JSON lines.
 
-Apart from the evaluating process so that a crash, an out-of-memory kill or a chatty log of vLLM stays in
-here, and its GPU memory is free again when it ends. First line in: the engine's settings; first line out:
-`ready` or `error`. Then batches of requests, each closed by an empty line; out: `done` (one finished sample),
-`tokens` (progress), and `end` after each batch.
+A separate process contains a crash, an out-of-memory kill or a long log of vLLM, and its GPU memory is free again when
+it ends. First line in: the engine's settings; first line out: `ready` or `error`. Then batches of requests, each closed
+by an empty line; out: `done` (one finished sample), `tokens` (progress), and `end` after each batch.
 """
 
 import json
@@ -29,7 +28,7 @@ def main() -> None:
     settings = json.loads(sys.stdin.readline())
     try:
         engine = Engine(settings)
-    except BaseException as error:  # whatever it is, the parent says it in one line
+    except BaseException as error:  # of any kind; the parent reports it in one line
         say(error=f"{type(error).__name__}: {error}")
         raise
     say(ready=engine.facts)
@@ -64,8 +63,7 @@ class Engine:
             disable_log_stats=True,
         )
         if on_cpu:
-            # A prompt cut in two rewinds the generator of a seeded request, which torch's CPU
-            # generator cannot.
+            # A prompt in two chunks rewinds the generator of a seeded request; torch's CPU generator cannot do that.
             options["enable_chunked_prefill"] = False
         self.llm = vllm.LLM(**options)
         self.tokenizer = self.llm.get_tokenizer()

@@ -1,4 +1,4 @@
-"""Reads what runs left behind: results of evaluations, and the metrics of training."""
+"""Reads the results of evaluations and the metrics of training from run directories."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ class Curve:
         return (point.score - self.base.score) * (-1 if self.lower_is_better else 1)
 
     def dip(self) -> "Dip | None":
-        """The dip below the base model: its deepest step, and the first later step that is back; or None."""
+        """The dip below the base model: its deepest step, and the first later step as good as the base; or None."""
         if self.base is None or not self.trained:
             return None
         deepest = min(self.trained, key=self.gain)
@@ -98,7 +98,7 @@ def read_run(path: Path) -> Run:
 
 
 def read_runs(paths: list[Path]) -> list[Run]:
-    """Reads several runs; runs of one name are told apart by their directories."""
+    """Reads several runs. Runs of the same name are shown by their directories."""
     runs = [read_run(path) for path in paths]
     names = [run.name for run in runs]
     for run in runs:

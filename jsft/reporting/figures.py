@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from jsft.reporting.collect import Curve, Point, Run
 
-# Colours that stay apart for colour-blind eyes (Okabe and Ito); runs beyond them differ by line style too.
+# Colours that colour-blind readers can distinguish (Okabe and Ito); further runs also differ by line style.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
 STYLE = {
@@ -37,7 +37,7 @@ def look(index: int) -> dict:
 
 
 def label(name: str) -> str:
-    """A name as matplotlib draws it: dollars are no formula, an underscore in front hides nothing, all is printable."""
+    """A name escaped for matplotlib: dollars make no formula, a leading underscore hides nothing, all is printable."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name).replace("$", "\\$")
     return f" {text}" if text.startswith("_") else text
 
@@ -46,22 +46,18 @@ def all_figures(runs: list[Run]) -> dict[str, tuple[str, Figure]]:
     """File name -> (caption, figure), for what the runs have data for."""
     makers: dict[str, tuple[str, Callable[[list[Run]], Figure | None]]] = {
         "scores": (
-            "Score against step. Dashed: the base model. Bands: 95 % interval. Triangle: deepest point "
-            "of a dip; "
-            "vertical line: the first later step that is as good as the base model. Crosses: the paper's "
-            "numbers.",
+            "Score against step. Dashed: the base model. Bands: 95 % interval. Triangle: deepest point of a dip; "
+            "vertical line: the first later step that is as good as the base model. Crosses: the paper's numbers.",
             score_figure,
         ),
         "domains": (
-            "In-domain against out-of-domain: mean change from the base model over the tasks of each "
-            "kind, in points, "
+            "In-domain against out-of-domain: mean change from the base model over the tasks of each kind, in points, "
             "step by step. On the dotted diagonal the gain carries over in full.",
             domain_figure,
         ),
         "safety": (
-            "Safety against reasoning: attack success rate against the mean score of the reasoning "
-            "tasks, step by step. "
-            "Down and to the right is better.",
+            "Safety against reasoning: attack success rate against the mean score of the reasoning tasks, step by "
+            "step. Down and to the right is better.",
             safety_figure,
         ),
         "lengths": ("Mean length of responses in tokens against step.", length_figure),

@@ -1,8 +1,7 @@
-"""Scores published in the paper 'Rethinking Generalization in Reasoning SFT' (Appendix D, Tables 18, 19, 21,
-22, 24).
+"""Scores published in the paper 'Rethinking Generalization in Reasoning SFT' (Appendix D, Tables 18, 19, 21, 22, 24).
 
-Percent; MATH500 is avg@3, AIME24 avg@10. Step 0 is the base model. Taken from a transcription of the tables:
-the match of table to run is inferred. AIME24 has 30 problems and the runs one seed: a few points are noise.
+Percent; MATH500 is avg@3, AIME24 avg@10. Step 0 is the base model. Taken from a transcription of the tables: which
+table belongs to which run is inferred. AIME24 has 30 problems and the runs have one seed: a few points are noise.
 """
 
 _STEPS = (10, 20, 40, 80, 160, 320, 480, 640)

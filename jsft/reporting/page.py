@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: figures as SVG, tables, no scripts, no requests."""
+"""The report as one self-contained HTML page: figures as SVG, tables, no scripts, no requests."""
 
 import base64
 import html
@@ -55,7 +55,7 @@ def page(title: str, sections: list[tuple[str, list[Table | tuple[str, str, Figu
     listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        # The browser itself sees to it that nothing is fetched or run.
+        # With this policy the browser fetches and runs nothing.
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"

@@ -92,7 +92,7 @@ def score_tables(run: Run) -> list[Table]:
 
 
 def paper_table(run: Run) -> Table | None:
-    """The paper's published scores of this run beside ours."""
+    """The paper's published scores of this run next to ours."""
     pairs = [(run.curves[task], paper) for task, paper in run.known.items() if task in run.curves]
     if not pairs:
         return None

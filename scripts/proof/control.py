@@ -4,7 +4,7 @@
 
 RUN is the directory of a jsft run; its config.json says what to repeat; MODEL is the base model as
 transformers reads it. Nothing of jsft is imported: tokenising, batches, schedule, loss and update are written
-here anew, with padded rows instead of packed ones, transformers' model and torch's AdamW. For runs of
+again, with padded rows instead of packed ones, transformers' model and torch's AdamW. For runs of
 `fidelity=best` without shuffling. OUT gets metrics.jsonl and heldout.jsonl.
 """
 
@@ -116,8 +116,8 @@ def main(run: Path, out: Path, base: Path) -> None:
                 part = nll_sum(model, tokens, targets) / count
                 part.backward()
                 loss += part.detach()
-                for kept, p in zip(exact, working, strict=True):
-                    kept.grad = p.grad.float() if kept.grad is None else kept.grad + p.grad
+                for master, p in zip(exact, working, strict=True):
+                    master.grad = p.grad.float() if master.grad is None else master.grad + p.grad
                     p.grad = None
             clip = config["optimizer.clip_norm"]
             norm = torch.nn.utils.clip_grad_norm_(exact, clip if clip else math.inf)
@@ -125,8 +125,8 @@ def main(run: Path, out: Path, base: Path) -> None:
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             with torch.no_grad():
-                for kept, p in zip(exact, working, strict=True):
-                    p.copy_(kept)
+                for master, p in zip(exact, working, strict=True):
+                    p.copy_(master)
             record = {"step": step + 1, "loss": float(loss), "grad_norm": float(norm), "lr": rate}
             print(json.dumps(record | {"seconds": time.perf_counter() - began}), file=metrics, flush=True)
 

@@ -67,7 +67,7 @@ def draw_heldout(axes, runs: dict[str, Path]) -> None:
 
 
 def difference(one: Path, other: Path) -> dict[str, float]:
-    """How far the training losses of two runs are apart over the steps both have."""
+    """The difference between the training losses of two runs, over the steps that both have."""
     (a_steps, a), (b_steps, b) = (curve(run / "metrics.jsonl", "loss") for run in (one, other))
     _, i, j = np.intersect1d(a_steps, b_steps, return_indices=True)
     gap = a[i] - b[j]

@@ -4,7 +4,7 @@
     python scripts/proof/models.py pair OUT
 
 The first: a Qwen3 of 31 M parameters, its tokenizer learnt from DATA. The second: a very small Qwen2 and what
-smollm2.py makes of one. OUT is kept where it is there already.
+smollm2.py makes of one. An OUT that exists is not changed.
 """
 
 import argparse
@@ -54,21 +54,21 @@ def countdown(data: Path, out: Path, tiny: bool) -> None:
 
 def pair(out: Path) -> None:
     """Directories with the same function: a Qwen2, an InternLM2, and that as a Llama."""
-    beside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    write_random_model(beside / "qwen2", "qwen2", **TINY)
-    # The other directories bring their files along; config and weights are made from the first one's.
-    write_random_model(beside / "internlm2", "internlm2", **TINY)
-    shutil.copytree(beside / "qwen2", beside / "llama")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_random_model(partial / "qwen2", "qwen2", **TINY)
+    # The other directories have files of their own; their config and weights are derived from the first one.
+    write_random_model(partial / "internlm2", "internlm2", **TINY)
+    shutil.copytree(partial / "qwen2", partial / "llama")
     base = (
-        json.loads((beside / "qwen2/config.json").read_text()),
-        load_file(beside / "qwen2/model.safetensors"),
+        json.loads((partial / "qwen2/config.json").read_text()),
+        load_file(partial / "qwen2/model.safetensors"),
     )
     for name, change in (("internlm2", as_internlm2), ("llama", as_llama)):
         config, tensors = change(*base)
-        (beside / name / "config.json").write_text(json.dumps(config, indent=2))
-        save_file(tensors, beside / name / "model.safetensors", {"format": "pt"})
-    beside.rename(out)
+        (partial / name / "config.json").write_text(json.dumps(config, indent=2))
+        save_file(tensors, partial / name / "model.safetensors", {"format": "pt"})
+    partial.rename(out)
 
 
 def main() -> int:

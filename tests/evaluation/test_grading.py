@@ -9,6 +9,7 @@ from jsft.evaluation.grading import GradingPool
 from jsft.evaluation.tasks.aime24 import Aime24
 from jsft.evaluation.tasks.aime25 import Aime25
 from jsft.evaluation.tasks.countdown import Countdown
+from jsft.evaluation.tasks.gpqa_diamond import GpqaDiamond
 from jsft.evaluation.tasks.hexphi import HexPhi
 from jsft.evaluation.tasks.math500 import Math500
 from jsft.evaluation.tasks.mmlu_pro import subset
@@ -173,3 +174,12 @@ def test_subset_keeps_proportions_and_is_fixed():
     shuffled = subset(rows[::-1], 100)
     assert {r["question_id"] for r in shuffled} == {r["question_id"] for r in chosen}
     assert subset(rows[:50], 100) == rows[:50]
+
+
+def test_half_a_surrogate_pair_in_a_question_has_a_place_too():
+    rows = [{"question_id": i, "question": f"q{i} \ud835", "category": "a"} for i in range(20)]
+    chosen, reversed_ = ({row["question_id"] for row in subset(given, 10)} for given in (rows, rows[::-1]))
+    assert len(chosen) == 10 and chosen == reversed_
+    wrong = {f"Incorrect Answer {i}": str(i) for i in (1, 2, 3)}
+    document = GpqaDiamond().document({"Question": "Which? \ud835", "Correct Answer": "0", **wrong}, 0)
+    assert sorted(document["options"]) == list("0123") and document["options"]["ABCD".index(document["answer"])] == "0"

@@ -26,7 +26,8 @@ seen = [sorted({json.dumps(task.grade(gold[r["key"]], text).scores) for _ in ran
 assert random.getstate() == before  # the random numbers of others are not touched
 more = [task.grade({**gold[letters["key"]], "prompt": f"prompt {i}"}, half).scores for i in range(30)]
 refused = []
-for wrong in (row("keywords:unheard_of"), row("punctuation:no_comma", n=1), row("language:response_language", language="xx")):
+unknown_language = row("language:response_language", language="xx")
+for wrong in (row("keywords:unheard_of"), row("punctuation:no_comma", n=1), unknown_language):
     try:
         task.problems([wrong])
     except DataError as error:

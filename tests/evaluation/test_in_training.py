@@ -1,4 +1,4 @@
-"""Evaluation beside a training run: in the background, in order, against a server that loads each step."""
+"""Evaluation during a training run: in the background, in order, against a server that loads each step."""
 
 import json
 import os

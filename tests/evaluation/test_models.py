@@ -282,7 +282,7 @@ def test_a_damaged_line_costs_its_own_sample_alone(tmp_path, capsys):
         assert again.open() is False
         assert again.samples == {("a", 0): entry("a", 0), ("c", 0): entry("c", 0)}, "a verdict alone is no sample"
         assert path.read_bytes() == lines[0] + lines[2]
-        assert capsys.readouterr().out == f"warning: {path}, line 2 is damaged; what it held is made again\n"
+        assert capsys.readouterr().out == f"warning: {path}, line 2 is damaged; what it held is redone\n"
 
 
 @pytest.mark.parametrize(

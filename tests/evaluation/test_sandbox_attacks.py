@@ -33,7 +33,7 @@ needs_filter = pytest.mark.skipif(not sandbox_filter.compiled(), reason="no libs
 def as_user(arguments: list[str], **settings: str) -> subprocess.CompletedProcess:
     """Runs this Python as an ordinary user, who also sees the directories that are closed to users here."""
     if os.geteuid() != 0:
-        pytest.skip("only root can become another user; the tests beside this one ran as a user")
+        pytest.skip("only root can become another user; the other tests ran as a user")
     if not shutil.which("unshare") or not shutil.which("setpriv"):
         pytest.skip("needs util-linux")
     places = {str(Path(p).resolve()) for p in (sys.prefix, sys.base_prefix, ROOT)}
@@ -245,8 +245,9 @@ def test_the_program_joins_its_control_group(tmp_path, monkeypatch):
 
 
 def test_a_judge_that_stands_still_does_not_keep_a_program_alive():
-    code = f"from jsft.evaluation import sandbox as s\nprint(s.run({attacks.DAEMON + attacks.SURVIVORS['another program']!r}"
-    code += ", limits=s.Limits(seconds=0.5)).state)"
+    program = attacks.DAEMON + attacks.SURVIVORS["another program"]
+    code = "from jsft.evaluation import sandbox as s\n"
+    code += f"print(s.run({program!r}, limits=s.Limits(seconds=0.5)).state)"
     judge = subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
     )

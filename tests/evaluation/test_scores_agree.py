@@ -1,4 +1,4 @@
-"""Our scores and those of math-verify and lm-eval, as they ship, on the same responses: equal, or the page says why not."""
+"""Our scores equal those of math-verify and lm-eval on the same responses, or docs/evaluation.md says why not."""
 
 import json
 import os
@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Run in the serving environment: lm-eval's own functions, filters and settings (its YAML files), and our scores.
 SCRIPT = """
 import json
+import sys
 from pathlib import Path
 import yaml
 import lm_eval
@@ -55,19 +56,40 @@ def ours(task, gold, response, metric):
 
 options = ["the gluon", "the W boson", "the photon", "the Higgs boson"]
 question = {"question": "Which?", "options": options, "category": "physics"}
+of_aime = lambda gold, response: aime({"Answer": gold["answer"]}, [response])["exact_match"]
+of_gsm8k = filtered("gsm8k/gsm8k-cot-zeroshot.yaml", "flexible-extract", RegexFilter, "%s")
+of_mmlu_pro = filtered("mmlu_pro/_default_template_yaml", "custom-extract", RegexFilter, "%s")
+of_gpqa = filtered("gpqa/cot_zeroshot/_gpqa_cot_zeroshot_yaml", "flexible-extract", MultiChoiceRegexFilter, "(%s)")
 SCORERS = {
-    "aime24": (recorded.AIME24, "strict", lambda gold, response: aime({"Answer": gold["answer"]}, [response])["exact_match"]),
-    "gsm8k": (recorded.GSM8K, "reference", filtered("gsm8k/gsm8k-cot-zeroshot.yaml", "flexible-extract", RegexFilter, "%s")),
-    "mmlu_pro": (recorded.MMLU_PRO, "reference", filtered("mmlu_pro/_default_template_yaml", "custom-extract", RegexFilter, "%s")),
-    "gpqa_diamond": (recorded.GPQA_DIAMOND, "reference",
-                     filtered("gpqa/cot_zeroshot/_gpqa_cot_zeroshot_yaml", "flexible-extract", MultiChoiceRegexFilter, "(%s)")),
+    "aime24": (recorded.AIME24, "strict", of_aime),
+    "gsm8k": (recorded.GSM8K, "reference", of_gsm8k),
+    "mmlu_pro": (recorded.MMLU_PRO, "reference", of_mmlu_pro),
+    "gpqa_diamond": (recorded.GPQA_DIAMOND, "reference", of_gpqa),
     "ifeval": (recorded.IFEVAL, None, of_ifeval),
 }
 out = {}
 for name, (cases, metric, theirs) in SCORERS.items():
     task = get_task(name)
-    rows = [({**question, **gold} if "options" not in gold and name in ("gpqa_diamond", "mmlu_pro") else gold, *rest) for gold, *rest in cases]
-    out[name] = [[response, why, ours(task, gold, response, metric), theirs(gold, response)] for gold, response, why in rows]
+    out[name] = []
+    for gold, response, why in cases[:: int(sys.argv[1])]:
+        if "options" not in gold and name in ("gpqa_diamond", "mmlu_pro"):
+            gold = {**question, **gold}
+        out[name].append([response, why, ours(task, gold, response, metric), theirs(gold, response)])
+
+half, right = "Which? \\ud835", "photon \\ud835"
+ROWS = {
+    "gpqa_diamond": {"Question": half, "Correct Answer": right, "Incorrect Answer 1": "a", "Incorrect Answer 2": "b",
+                     "Incorrect Answer 3": "c"},
+    "mmlu_pro": {"question": half, "options": ["a", right], "answer": "B", "category": "physics"},
+    "ifeval": {"prompt": half, "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+}
+out["half"] = []
+for name, row in ROWS.items():
+    task = get_task(name)
+    (problem,) = task.problems([row])
+    response = f"The answer is {problem.gold.get('answer')}."
+    scores = task.grade(problem.gold, response).scores
+    out["half"].append([name, half in problem.messages[0]["content"], scores[task.primary]])
 print("RESULT" + json.dumps(out))
 """
 
@@ -83,12 +105,15 @@ def test_the_reference_score_of_mathematics_is_math_verifys():
     assert len(MATH500) >= 60 and 20 < sum(scores) < len(scores) - 20
 
 
-@pytest.fixture(scope="module")
-def compared(serve_python):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([str(serve_python), "-c", SCRIPT], capture_output=True, text=True, env=environment)
+SOME, ALL = 6, 1  # every so many responses of a task
+
+
+@pytest.fixture(scope="module", params=[SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
+def compared(serve_python, request):
+    command = [str(serve_python), "-c", SCRIPT, str(request.param)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert "RESULT" in done.stdout, done.stderr[-3000:]
-    return json.loads(done.stdout.split("RESULT")[1])
+    return {"every": request.param, **json.loads(done.stdout.split("RESULT")[1])}
 
 
 @pytest.mark.vllm
@@ -98,8 +123,7 @@ def test_scores_are_lm_evals_but_for_the_reasons_on_the_page(name, compared):
     for response, why, ours, theirs in compared[name]:
         assert (ours == theirs) is (why is None), (response, ours, theirs)
         assert why is None or why in page, why
-    scores = [ours for _, _, ours, _ in compared[name]]
-    assert len(scores) >= 54 and 10 < sum(scores) < len(scores) - 10
+    _both_kinds([ours for _, _, ours, _ in compared[name]], compared["every"])
 
 
 @pytest.mark.vllm
@@ -111,4 +135,14 @@ def test_ifevals_scores_are_lm_evals(compared):
         assert (ours == counted) is (why is None), (response, ours, theirs)
         assert why is None or why in page, why
         strict.append(ours["prompt_strict"])
-    assert len(strict) >= 60 and 10 < sum(strict) < len(strict) - 10
+    _both_kinds(strict, compared["every"])
+
+
+@pytest.mark.vllm
+def test_half_a_surrogate_pair_in_a_row_changes_no_score(compared):
+    assert compared["half"] == [[name, True, 1.0] for name in ("gpqa_diamond", "mmlu_pro", "ifeval")]
+
+
+def _both_kinds(scores, every):
+    """Enough responses were compared, and many of each kind: right and wrong."""
+    assert len(scores) >= 54 // every and 10 // every < sum(scores) < len(scores) - 10 // every

@@ -13,8 +13,7 @@ from jsft.evaluation.sampling import Sampling
 
 IN_DOMAIN, OUT_OF_DOMAIN, GENERAL, SAFETY = "in-domain", "out-of-domain reasoning", "general", "safety"
 
-# A score is a share (0..1) or any number; a pair (sum, count) is averaged over counts instead of over
-# samples.
+# A score is a share (0..1) or any number; a pair (sum, count) is averaged over counts instead of over samples.
 Score = float | tuple[float, float]
 
 
@@ -41,9 +40,7 @@ class Task:
 
     name: ClassVar[str]
     title: ClassVar[str]
-    version: ClassVar[int] = (
-        1  # raise it when prompts, sampling or grading change: results of other versions are not mixed
-    )
+    version: ClassVar[int] = 1  # raise it when prompts, sampling or grading change: versions are never mixed
     group: ClassVar[str]
     source: ClassVar[Source] = Source()
     sampling: ClassVar[Sampling]
@@ -68,11 +65,11 @@ class Task:
         return load_rows(self.name, self.source, data_dir)
 
     def grade(self, gold: dict[str, Any], response: str) -> Grade:
-        """Grades one response; pure. Judged tasks return what can be said without the judge."""
+        """Grades one response, without side effects. Judged tasks define `judge` instead."""
         raise NotImplementedError
 
     def shown_gold(self, gold: dict[str, Any]) -> dict[str, Any]:
-        """The part of `gold` that is written beside each sample."""
+        """The part of `gold` that is written with each sample."""
         return gold
 
     def judge(self, gold: dict[str, Any], response: str, judges: dict[str, Any]) -> Grade:
@@ -83,5 +80,5 @@ class Task:
         """Imports what grading needs, before the time limit of the first response starts."""
 
     def requirement(self) -> str | None:
-        """What is missing in this environment to run the task, as one line; None when nothing is."""
+        """What this environment lacks to run the task, as one line; None when it lacks nothing."""
         return None

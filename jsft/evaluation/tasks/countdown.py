@@ -1,8 +1,8 @@
 """Countdown: make a target out of given numbers with + - * /, each number used once. Checked exactly.
 
 Puzzles come from `<data_dir>/eval_countdown.jsonl` (written with the training set, held out from it) or
-`<data_dir>/countdown.jsonl`, rows of {message, numbers, target}; without a file, a fixed set is generated
-(which an own training set should then exclude). TinyZero's columns (`nums`, or a verl row's `reward_model`) are read too.
+`<data_dir>/countdown.jsonl`, rows of {message, numbers, target}. Without a file, a fixed set is generated; a training
+set should then exclude it. TinyZero's columns (`nums`, or a verl row's `reward_model`) are read too.
 """
 
 from typing import Any
@@ -63,6 +63,6 @@ class Countdown(Task):
 
 
 def _ground_truth(row: dict[str, Any]) -> dict[str, Any]:
-    """The puzzle of a row made for verl; its own prompt asks for other tags than ours, so it is left."""
+    """The puzzle of a row made for verl. Its prompt asks for other tags than ours, so it is not used."""
     truth = row["reward_model"].get("ground_truth") if isinstance(row.get("reward_model"), dict) else None
     return truth if isinstance(truth, dict) else row

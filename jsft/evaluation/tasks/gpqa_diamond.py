@@ -1,6 +1,6 @@
 """GPQA-Diamond: 198 graduate-level questions with four options; avg@3.
 
-The order of the options is fixed by a hash of the question (the reference's changes with Python's hash seed).
+A hash of the question fixes the order of the options (the reference's order changes with Python's hash seed).
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from jsft.evaluation.tasks.mmlu_pro import FONTS, MATCH
 LETTERS = "ABCD"
 FOUR_COLUMNS = (("A", "B", "C", "D"), ("choice1", "choice2", "choice3", "choice4"))  # in copies
 COLUMNS = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
-# A capital letter: in 'the answer is a photon' no option is named.
+# A capital letter: 'the answer is a photon' names no option.
 _PHRASE = re.compile(rf"answer is:?\s*\**[$\\]?\(?{FONTS}\(?((?-i:[A-D]))\b", re.I)
 
 
@@ -52,9 +52,8 @@ class GpqaDiamond(HarnessTask):
     config = {
         "doc_to_text": (
             "Problem:\n{{question}}\n\n{% if options %}Options:\n{% for option in options %}{{'ABCD'[loop.index0]}}. "
-            "{{option}}\n"
-            "{% endfor %}\n{% endif %}Please reason step by step, and put the letter of the right option within "
-            "\\boxed{}."
+            "{{option}}\n{% endfor %}\n{% endif %}Please reason step by step, and put the letter of the right option "
+            "within \\boxed{}."
         ),
         "doc_to_target": "{{answer}}",
         "filter_list": [
@@ -72,7 +71,8 @@ class GpqaDiamond(HarnessTask):
         question = fields.text("Question").strip()
         options = [fields.scalar(column).strip() for column in COLUMNS[1:]]
         order = list(range(4))
-        random.Random(hashlib.sha256(question.encode()).hexdigest()).shuffle(order)
+        digest = hashlib.sha256(question.encode(errors="surrogatepass")).hexdigest()
+        random.Random(digest).shuffle(order)
         return {
             "question": question,
             "options": [options[i] for i in order],

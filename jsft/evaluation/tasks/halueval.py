@@ -1,7 +1,7 @@
 """HaluEval: is a statement about a question, a dialogue or a document made up? Answers are Yes or No.
 
-Rows are the samples of the hub (one statement and its label), or the original files: pairs of a right and a made-up
-statement, of which a hash of the row picks the one to show, as the original picks one at random.
+Rows are the samples of the hub (one statement and its label) or the original files: pairs of a right and a made-up
+statement. A hash of the row picks the one to show; the original picks at random.
 """
 
 import hashlib

@@ -5,6 +5,8 @@ resuming and statistics stay ours. Each filter sees the part of the response tha
 """
 
 import importlib.util
+import json
+import logging
 from typing import Any, ClassVar
 
 from jsft.evaluation import thinking
@@ -75,12 +77,12 @@ class HarnessTask(Task):
 
 def lm_eval_task(task: HarnessTask, documents: list[dict[str, Any]]) -> Any:
     """The lm-eval task itself on the given documents (what `lm_eval.evaluate` takes)."""
-    import logging
-
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
-    rows = {"test": datasets.Dataset.from_list(documents)}
+    # Arrow holds UTF-8 only: half a surrogate pair becomes a question mark in these copies.
+    encoded = json.dumps(documents, ensure_ascii=False).encode(errors="replace")
+    rows = {"test": datasets.Dataset.from_list(json.loads(encoded))}
     fixed = {
         "task": task.name,
         "output_type": "generate_until",

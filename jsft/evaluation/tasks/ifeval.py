@@ -57,8 +57,7 @@ class IfEval(HarnessTask):
         needed = {i for p in problems for i in p.gold["instruction_id_list"] if i in NEEDS_PUNKT}
         if needed and not _has_punkt():
             raise DataError(
-                f"ifeval: {' and '.join(sorted(needed))} need NLTK's sentence splitter; in the serving "
-                "environment "
+                f"ifeval: {' and '.join(sorted(needed))} need NLTK's sentence splitter; in the serving environment "
                 "run: python -m nltk.downloader punkt_tab"
             )
         return problems
@@ -87,8 +86,8 @@ class IfEval(HarnessTask):
 def check_instructions(document: dict[str, Any], results: list[str]) -> dict[str, Any]:
     """lm-eval's check of one response, the same each time: strict and loose, per prompt and per instruction.
 
-    A checker draws what its arguments do not say, as the letter of three prompts that ask for '!' or '#'; and the
-    detection of languages is random too. Both get a fixed seed here, for strict and loose the same.
+    A checker draws arguments that are missing at random: three prompts ask for '!' or '#', and their letter is drawn.
+    Language detection is random too. Both get a fixed seed here, the same for strict and loose.
     """
     import langdetect
     from lm_eval.tasks.ifeval import utils
@@ -99,7 +98,7 @@ def check_instructions(document: dict[str, Any], results: list[str]) -> dict[str
     scores: dict[str, Any] = {}
     try:
         for way in ("strict", "loose"):
-            random.seed(document["prompt"])
+            random.seed(document["prompt"].encode(errors="surrogatepass"))
             outcome = getattr(utils, f"test_instruction_following_{way}")(example, results[0])
             scores[f"prompt_level_{way}_acc"] = outcome.follow_all_instructions
             scores[f"inst_level_{way}_acc"] = outcome.follow_instruction_list
@@ -126,7 +125,7 @@ def _check_arguments(problem: Problem) -> None:
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that are there; tables hold whole numbers as 4.0 where other rows have none."""
+    """The arguments that have a value. Tables store whole numbers as 4.0 where other rows have none."""
     whole = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in arguments.items()}
     return {k: v for k, v in whole.items() if v is not None and v == v}
 

@@ -1,8 +1,7 @@
-"""LiveCodeBench v2: 511 programming problems; the last Python block is run against the tests in a sandbox;
-mean of 3.
+"""LiveCodeBench v2: 511 programming problems; the last Python block runs against the tests in a sandbox; mean of 3.
 
 A problem reads standard input and prints, or completes a function of `class Solution`. The sandboxed program
-sees a test's input only; its output is compared out here.
+sees only a test's input; its output is compared outside.
 """
 
 import base64
@@ -22,14 +21,12 @@ from jsft.evaluation.sampling import Sampling
 from jsft.evaluation.tasks.base import OUT_OF_DOMAIN, Grade, Problem, Task
 
 INSTRUCTION = (
-    "You are an expert Python programmer. You will be given a programming problem; write a correct "
-    "Python program that "
+    "You are an expert Python programmer. You will be given a programming problem; write a correct Python program that "
     "matches its specification and passes all tests.\n\n"
 )
 WITH_STDIN = (
-    "{question}\n\nRead the input from standard input and print the result. Put the whole program into "
-    "one fenced block:"
-    "\n```python\n# your code\n```"
+    "{question}\n\nRead the input from standard input and print the result. "
+    "Put the whole program into one fenced block:\n```python\n# your code\n```"
 )
 WITH_FUNCTION = (
     "{question}\n\nComplete this starter code and put the whole program into one fenced block:\n"
@@ -37,7 +34,7 @@ WITH_FUNCTION = (
 )
 SECONDS = 6.0  # per test, as in the reference
 NOTES = {"timeout": "too slow", "flood": "printed too much", "memory": "used too much memory"}
-# What the tests of a row raise that are not what they should be.
+# What malformed tests of a row raise.
 UNREADABLE = (
     ValueError,
     TypeError,
@@ -132,7 +129,9 @@ def passes(code: str, gold: dict[str, Any]) -> tuple[bool, str | None]:
     """Whether a program passes all tests; else how the first failing one ended, in a word."""
     source = contest_program.source(code, gold["function"])
     for test in gold["tests"]:
-        finished = sandbox.run(source, test["input"].encode(), sandbox.Limits(seconds=SECONDS, memory_mb=4096))
+        finished = sandbox.run(
+            source, test["input"].encode(errors="surrogatepass"), sandbox.Limits(seconds=SECONDS, memory_mb=4096)
+        )
         if finished.state == "broken":
             raise RuntimeError(finished.stderr.strip() or "the sandbox could not be built")
         if finished.state != "ok":
@@ -173,7 +172,7 @@ def _same_numbers(ours: list[str], theirs: list[str]) -> bool:
 def decode_tests(tests: str | list) -> list[dict[str, str]]:
     """Tests of a row: a list, or JSON, or JSON in a pickle in zlib in base64, as the private ones are shipped.
 
-    Raises ValueError where they are anything else, and what zlib and pickle raise.
+    Raises ValueError for anything else, and what zlib and pickle raise.
     """
     if isinstance(tests, str):
         try:

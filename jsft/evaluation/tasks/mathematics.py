@@ -15,7 +15,7 @@ from jsft.evaluation.tasks.base import IN_DOMAIN, Grade, Problem, Task
 
 # The reference's instruction, character for character: scores move with it.
 PROMPT = "{problem}\n Please reason step by step, and put your final answer within \\boxed{{}}."
-LONGEST = 20_000  # characters of a response's end that are parsed; an answer stands at its end
+LONGEST = 20_000  # only so many characters at a response's end are parsed: the answer is there
 LONGEST_ANSWER = 1_000  # characters; no benchmark has a longer one
 
 
@@ -63,10 +63,11 @@ class Mathematics(Task):
         too_long = final is not None and len(final) > LONGEST_ANSWER
         read = parse_answer(latex.spelled(final)) if final and not too_long else []
         strict = bool(read) and equal(parse_answer(latex.spelled(gold["answer"])), read)
-        anywhere = parse(answers.apart(response[-LONGEST:]))
+        anywhere = parse(answers.separate_boxes(response[-LONGEST:]))
         # As the reference: against the gold solution, where the benchmark has one.
         solution = self.solution_is_gold and gold.get("solution")
-        reference = equal(parse(answers.apart(solution)) if solution else parse_answer(gold["answer"]), anywhere)
+        target = parse(answers.separate_boxes(solution)) if solution else parse_answer(gold["answer"])
+        reference = equal(target, anywhere)
         scores = {
             "reference": float(reference),
             "strict": float(strict),
@@ -85,7 +86,7 @@ class Mathematics(Task):
 class IntegerAnswers(Mathematics):
     """A competition whose answers are integers from 0 to 999: AIME.
 
-    Graded against the integer. Worked solutions end in an equation or in `\\textbf{(073)}` now and then.
+    Graded against the integer: some worked solutions end in an equation or in `\\textbf{(073)}`.
     """
 
     samples = 10

@@ -1,8 +1,8 @@
 r"""MMLU-Pro: questions of 14 fields with up to ten options, zero-shot, greedy.
 
-`reference` takes the first 'answer is X' or `\boxed{X}` anywhere, thinking included, as the reference's
-filter does; `strict` the last boxed letter after the thinking. Of more than 1,000 rows a fixed subset of
-1,000 is used, each field in proportion (the reference's own subset of 1,000 is not published).
+`reference` takes the first 'answer is X' or `\boxed{X}` anywhere, thinking included, as the reference's filter does;
+`strict` takes the last boxed letter after the thinking. Of more than 1,000 rows a fixed subset of 1,000 is used, each
+field in proportion (the reference's own subset of 1,000 is not published).
 """
 
 import hashlib
@@ -39,10 +39,8 @@ class MmluPro(HarnessTask):
     breakdown = "category"
     config = {
         "doc_to_text": (
-            "Question:\n{{question}}\nOptions:\n{% for option in options "
-            "%}{{'ABCDEFGHIJ'[loop.index0]}}. {{option}}\n"
-            "{% endfor %}\nPlease reason step by step, and put the letter of the right option within "
-            "\\boxed{}."
+            "Question:\n{{question}}\nOptions:\n{% for option in options %}{{'ABCDEFGHIJ'[loop.index0]}}. {{option}}\n"
+            "{% endfor %}\nPlease reason step by step, and put the letter of the right option within \\boxed{}."
         ),
         "doc_to_target": "{{answer}}",
         "filter_list": [
@@ -51,7 +49,7 @@ class MmluPro(HarnessTask):
                 "filter": [
                     {
                         "function": "regex",
-                        # The reference's rule, which knew `\text` alone of all fonts.
+                        # The reference's rule, which knows no font but `\text`; here all fonts are read.
                         "regex_pattern": rf"(?:answer is \(?|\\boxed\{{[$(]*{FONTS}\(?)([ABCDEFGHIJ])\b",
                     },
                     {"function": "take_first"},
@@ -104,6 +102,7 @@ def subset(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
         counts[name] += 1
 
     def order(row: dict[str, Any]) -> str:
-        return hashlib.sha256(f"{row.get('question_id')}/{row.get('question')}".encode()).hexdigest()
+        name = f"{row.get('question_id')}/{row.get('question')}"
+        return hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()
 
     return [row for name, group in groups.items() for row in sorted(group, key=order)[: counts[name]]]
