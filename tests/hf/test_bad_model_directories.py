@@ -366,6 +366,20 @@ def test_a_hub_id_offline(monkeypatch, tmp_path):
         resolve_model("owner/name")
 
 
+@pytest.mark.parametrize("error", [RuntimeError("reset\nby peer"), ValueError("Repo id must be short"), OSError()])
+def test_whatever_the_hub_s_client_raises_is_one_line(monkeypatch, error):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ModelError) as caught:
+        resolve_model("owner/name")
+    assert "owner/name: no such directory, and " in str(caught.value) and "\n" not in str(caught.value)
+    assert type(error).__name__ in str(caught.value)
+
+
 def test_a_directory_resolves_to_itself(random_model):
     assert resolve_model(str(random_model("qwen3"))) == random_model("qwen3")
 
