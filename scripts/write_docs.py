@@ -120,8 +120,8 @@ def recorded() -> dict[tuple[str, str, str], int]:
 def plan_table() -> str:
     """The plan of every base model's default recipe on 8 x H200, with both presets."""
     rows = [
-        "| model, `math_cot_ep8` | fidelity | GiB of 125 | compiled | state and gradients | kept | workspace | layers "
-        "keep | s a step | hours | checkpoint GB | disk GB |",
+        "| model, `math_cot_ep8` | fidelity | GiB of 125 | compiled | state and gradients | saved | workspace | layers "
+        "save | s a step | hours | checkpoint GB | disk GB |",
         "|" + "---|" * 12,
     ]
     for model in MODELS:

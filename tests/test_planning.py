@@ -1,5 +1,4 @@
-"""The plan: memory held against compiled programs, time against recorded steps, and what it says of bad
-input."""
+"""The plan: memory against compiled programs, time against recorded steps, and the messages for bad input."""
 
 import dataclasses
 import json
@@ -81,10 +80,10 @@ def test_memory_is_within_a_tenth_of_the_compiled_program(monkeypatch, base, siz
     assert 0.9 < found["ratio"] < 1.1, found
 
 
-def test_kept_activations_agree_with_the_recorded_gpu_programs():
-    """Recorded for 14B, 8 x H200, 16,384 tokens: 30.7 GiB of temporaries with full, 45.6 with attention, q,
-    k, v kept,
-    87.6 with gate and up too. That program was another's, so only the differences must agree."""
+def test_saved_activations_agree_with_the_recorded_gpu_programs():
+    """Recorded for 14B, 8 x H200, 16,384 tokens: 30.7 GiB of temporaries with full, 45.6 with attention, q, k, v saved,
+    87.6 with gate and up too. The program was of another trainer, so only the differences must agree.
+    """
     model, config = PUBLISHED["qwen3_14b"], make_config(data__pack_length=16384, data__max_length=16384)
     mesh = planned_mesh(config, 8)
     kept = {}
@@ -100,7 +99,8 @@ def test_kept_activations_agree_with_the_recorded_gpu_programs():
 BFLOAT16 = {f"precision__{n}": "bfloat16" for n in ("params", "moments", "gradients", "reduce")}
 
 
-# On one H200, rows of 16,384: what was kept, tokens a second (docs/lab/2026-11-29-training-step.md), GiB of temporaries.
+# On one H200, rows of 16,384: what was saved, tokens a second (docs/lab/2026-11-29-training-step.md),
+# GiB of temporaries.
 MEASURED = [
     ("qwen3_1_7b", "none", 46134, 36.7),
     ("qwen3_4b", "none", 19916, 66.9),
@@ -119,7 +119,7 @@ def test_time_agrees_with_measured_steps(base, remat, measured, _):
     assert work.collectives == {} and work.waiting_seconds == 0
 
 
-# Likewise of H200s of one host: GPUs, tokens of a row, dtype of all weights, mean length of a token's document, seconds.
+# The same for H200s of one host: GPUs, tokens of a row, dtype of all state, mean length of a token's document, seconds.
 MEASURED_TOGETHER = [
     ("qwen3_8b", LADDER[2], 2, 16384, "float32", 6986, 3.262),
     ("qwen3_8b", LADDER[3], 2, 32768, "float32", 6924, 3.329),
@@ -146,8 +146,8 @@ def test_time_agrees_with_measured_steps_of_several_gpus(base, remat, devices, r
 
 
 def test_weights_gathered_and_gradients_reduced_once_a_step():
-    """2 bytes of memory for each weight of the layers; a gather of each in a step instead of 2 in each micro batch. And 4
-    bytes for its gradient, 1/8 of which was there before; a reduction in a step instead of 1 in each micro batch.
+    """gather: 2 bytes for each weight of the layers; 1 gather of each in a step instead of 2 in each micro batch.
+    reduce: 4 bytes for its gradient, which had 1/8 of that; 1 reduction in a step instead of 1 in each micro batch.
     """
     plans = {}
     for name, gather, reduce in (("layer", "layer", "layer"), ("step", "step", "layer"), ("both", "step", "step")):

@@ -107,8 +107,8 @@ def checkpoint_policy(names: Sequence[str]) -> Callable[..., object]:
 # Norms, rotary and silu are recomputed from the second rung on: they cost little next to the matrix products, and the
 # second rung saves all of those. Each later rung recomputes the products that free most memory for their time.
 # Offloading is free while the link keeps up with the layers: for 14B that is a quarter of what the second rung saves
-# (docs/lab/2026-11-29-training-step.md). These rungs come late because eight GPUs share the bandwidth of a host's memory,
-# which was not measured.
+# (docs/lab/2026-11-29-training-step.md). These rungs come late because eight GPUs share the bandwidth of a host's
+# memory, which was not measured.
 _ATTENTION = ("attention_out", "attention_lse")
 _QKV = ("query_projection", "key_projection", "value")
 LADDER: tuple[str, ...] = (

@@ -12,8 +12,7 @@ from jsft.planning.memory import HEADROOM, Memory, estimate, planned_mesh
 
 
 class Fit(NamedTuple):
-    """rung: what each layer keeps; memory: with it; fits: within the limit; changes: what would make it
-    fit."""
+    """rung: what each layer saves; memory: with it; fits: within the limit; changes: what would make it fit."""
 
     rung: str
     memory: Memory
@@ -31,8 +30,7 @@ def rungs(
 
 
 def fit(model: ModelConfig, config: ConfigDict, devices: int, limit: float, platform: str = "gpu") -> Fit:
-    """The config's remat, or for `auto` the first rung that fits `limit` bytes; the last one where none
-    does."""
+    """The config's remat, or for `auto` the first rung that fits `limit` bytes; the last one if none does."""
     ladder = rungs(model, config, devices, limit, platform)
     if config.remat == "auto":
         rung, memory, fits = next((row for row in ladder if row[2]), ladder[-1])
@@ -46,7 +44,9 @@ def fit(model: ModelConfig, config: ConfigDict, devices: int, limit: float, plat
 
 
 def changes(model: ModelConfig, config: ConfigDict, devices: int, limit: float, platform: str = "gpu") -> list[str]:
-    """Single changes of fields, and then both of the strongest, each of which makes the run fit."""
+    """At most three changes of fields, each enough to make the run fit: alone, then with bfloat16 state. Then, where
+    more devices help, how many.
+    """
     found = []
     if config.remat != "auto":
         found += [f"remat={rung}" for rung, _, fits in rungs(model, config, devices, limit, platform) if fits][:1]

@@ -1,4 +1,4 @@
-"""What a plan is made from: the model's architecture and the documents' lengths, at hand or not."""
+"""The inputs of a plan, present on this machine or not: the model's architecture and the documents' lengths."""
 
 import json
 import re
@@ -16,8 +16,10 @@ from jsft.planning.work import ASSUMED_LENGTHS, PUBLISHED_ROWS, Lengths
 
 
 def find_model(path: str) -> tuple[ModelConfig, str]:
-    """The architecture of a model directory, or of a published base model by its hub id; and where it came
-    from."""
+    """(architecture, where it is from) of a model directory, or of a published base model by its hub id.
+
+    Raises ConfigError for another name, ModelError for a directory that cannot be read.
+    """
     if Path(path).is_dir():
         return read_config(path), f"{path}/config.json"
     if Path(path).is_absolute() or path.count("/") != 1:
@@ -26,8 +28,7 @@ def find_model(path: str) -> tuple[ModelConfig, str]:
     if name in PUBLISHED:
         return PUBLISHED[name], "jsft/models/published.py"
     raise ConfigError(
-        f"model.path={path}: no such directory, and not a base model known by "
-        f"name{nearest(name, PUBLISHED)}; a plan "
+        f"model.path={path}: no such directory, and not a base model known by name{nearest(name, PUBLISHED)}; a plan "
         f"needs the model's config.json at least"
     )
 
@@ -40,8 +41,7 @@ def find_lengths(
     weighted: float | None,
     documents: int | None,
 ) -> Lengths:
-    """Lengths from `file`, from a given mean, from the data itself, or as assumed of a published set, in this
-    order.
+    """Lengths from, in this order: `file`, a given mean, the data itself, the assumption for a published set.
 
     Raises ConfigError when nothing is known of them.
     """
@@ -56,8 +56,7 @@ def find_lengths(
         if Path(config.model.path).is_dir():
             return _measured(config, devices)
         raise ConfigError(
-            f"model.path={config.model.path} is not a directory here, so that {paths[0]} cannot be "
-            f"tokenised; give the "
+            f"model.path={config.model.path} is not a directory here, so that {paths[0]} cannot be tokenised; give the "
             f"directory, or --mean_length TOKENS --documents N"
         )
     name = Path(paths[0]).name.lower()

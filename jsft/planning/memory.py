@@ -1,8 +1,7 @@
-"""Bytes of a device's memory that a run takes, from the parameter table and the names that remat keeps.
+"""Bytes of a device's memory that a run takes, from the parameter table and the names that remat saves.
 
-A step's fullest moment is in the program that makes gradients: beside the state and the gradients lie what
-every layer keeps for the backward pass, and the workspace either of one layer's backward pass or of a chunk
-of the loss.
+A step's fullest moment is in the program that makes gradients. It holds the state, the gradients, what every layer
+saves for the backward pass, and a workspace: that of one layer's backward pass or of a chunk of the loss.
 """
 
 import math
@@ -21,15 +20,14 @@ from jsft.models.remat import REMAT_NAMES, parse_remat, saved_on_device, saved_o
 from jsft.step.gather_once import gathers_once, reduces_once
 from jsft.step.optimizer import parameter_dtype
 
-HEADROOM = 0.98  # of a device's memory: the rest is for the allocator's gaps and the runtime's own buffers
+HEADROOM = 0.98  # of a device's memory; the rest is for gaps of the allocator and buffers of the runtime
 
 
 class Workspace(NamedTuple):
-    """Temporaries of a program in units of an activation: [b, T, F], [b, T, D], [b, T, H h] of a layer; a
-    chunk's logits.
+    """Temporaries of a program, in units of an activation: [b, T, F], [b, T, D], [b, T, H h] of a layer; a chunk's
+    logits.
 
-    layer_full: weights of a layer held whole at once (gathered, or as gradients before they are scattered),
-    in matrices [F, D].
+    layer_full: full matrices [F, D] of a layer at once: weights that are gathered, gradients before they are scattered.
     """
 
     mlp: float
@@ -51,18 +49,18 @@ GPU = Workspace(mlp=6.0, residual=8.0, query=4.0, logits=1.7, loss=6.0, chunk=2.
 
 
 class Memory(NamedTuple):
-    """Bytes per device. `total` is the fullest moment of a step."""
+    """Bytes per device. `total` is the fullest moment of a step. `plan --json` has the fields as keys."""
 
     parameters: int
     moments: int
     gradients: int
-    beside: int  # a second tree of gradients, where those of a micro batch cannot be added in place
+    beside: int  # a second tree of gradients, where those of a micro batch are not added in place
     batch: int
-    kept: int  # activations that remat keeps, over all layers
+    kept: int  # activations that remat saves, over all layers
     layer: int  # workspace of one layer's backward pass, gathered weights and their gradients included
     loss: int  # workspace of a chunk of the loss
-    gathered: int  # of `layer`: the largest weights of a layer held whole
-    whole: int  # weights of all layers, gathered once a step
+    gathered: int  # of `layer`: full weights
+    whole: int  # full weights of all layers, where they are gathered once a step
 
     @property
     def workspace(self) -> int:
@@ -90,7 +88,7 @@ class ParameterSize(NamedTuple):
 
     full: int
     local: int  # on one device
-    layer_matrix: bool  # a matrix of the layers, which is gathered before it is used
+    layer_matrix: bool  # a matrix of the layers: gathered before use
 
     @property
     def sharded(self) -> bool:
@@ -136,9 +134,7 @@ def saved_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int, pall
     saved = tokens * itemsize * (model.hidden_size + saved_width(model, names))
     if pallas and "attention_lse" in names:
         saved += tokens * 4 * model.num_heads
-    if (
-        everything and pallas
-    ):  # attention's output as the kernel wrote it and as the projection reads it: XLA holds both
+    if everything and pallas:  # XLA holds attention's output twice, as the kernel wrote it and as the product reads it
         saved += tokens * itemsize * model.query_size
     if everything and not pallas and itemsize < 4:  # plain XLA attention saves keys and values in float32 instead
         saved += tokens * 2 * model.kv_size * (4 - itemsize)

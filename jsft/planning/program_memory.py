@@ -1,4 +1,4 @@
-"""What compiled step programs need of memory, and the estimate held against it."""
+"""The memory that compiled step programs need, and its comparison with the estimate."""
 
 import time
 from pathlib import Path
@@ -15,18 +15,21 @@ PROGRAMS = ("add_gradients", "update")
 
 
 class _NoData(NamedTuple):
-    """Stands where a run has its data: the programs ask only for the number of steps and the documents' lengths."""
+    """In place of a run's data. The programs read only the number of steps and the documents' lengths."""
 
     total_steps: int = 1000
     lengths: tuple[int, ...] = ()  # not known
 
 
 class ProgramMemory(NamedTuple):
-    """Bytes of one device while a program runs. beside: what it does not touch, but the run holds."""
+    """Bytes of one device while a program runs. beside: held by the run, not used by the program.
+
+    tests/recorded_memory.json has the fields as keys.
+    """
 
     arguments: int
     outputs: int
-    aliased: int  # of the outputs: in the place of an argument
+    aliased: int  # of the outputs: written over an argument
     temporaries: int
     beside: int
 
@@ -79,10 +82,10 @@ def program_memory(
 
 
 def compare(config: ConfigDict, devices: int, remat: str, kind: str | None = None) -> dict[str, Any]:
-    """The estimate beside the compiled program that adds gradients; bytes per device.
+    """The estimate and the compiled program that adds gradients; bytes per device.
 
     kind: compile for GPUs of this kind that are not here (`jsft.hardware.deviceless`); None: for the devices of this
-    machine, of which one GPU stands for many (`xla.mock_gpus`). Raises ConfigError when these are of another number.
+    machine, where one GPU poses as many (`xla.mock_gpus`). Raises ConfigError where there are not `devices` of them.
     """
     import jax
 
@@ -119,14 +122,14 @@ def compare(config: ConfigDict, devices: int, remat: str, kind: str | None = Non
 
 
 def compile_kind(device: str) -> str | None:
-    """`device` where a program for it must be compiled without it: no GPU here, but JAX's CUDA plugin."""
+    """`device` where programs must be compiled without one: no GPU here, but JAX's CUDA plugin. Otherwise None."""
     from jsft.hardware import deviceless
 
     return None if _gpus() or not deviceless.available() else device
 
 
 def _gpus() -> int:
-    """NVIDIA GPUs of this machine, counted without waking JAX."""
+    """Number of NVIDIA GPUs of this machine, counted without starting JAX."""
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 

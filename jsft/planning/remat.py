@@ -1,8 +1,8 @@
-"""What each layer keeps for the backward pass: a ladder of named values, and the fastest rung that fits.
+"""What each layer saves for the backward pass: the fastest rung of the ladder that fits.
 
-Keeping more saves recompute and costs memory. `remat=auto` compiles the gradient program of each rung, from the one
-that keeps most, and takes the first whose own memory analysis fits the device beside the optimizer's state. Rungs that
-the plan finds far too large are passed over: a large model's program takes half a minute to compile.
+Saving more avoids recompute and costs memory. `remat=auto` compiles the gradient program of each rung, from the one
+that saves most, and takes the first that fits the device together with the optimizer's state, by the compiler's own
+count. Rungs that the plan finds far too large are skipped: a large model's program takes half a minute to compile.
 """
 
 import os
@@ -16,7 +16,7 @@ from jsft.models.remat import LADDER
 from jsft.planning.memory import HEADROOM, estimate
 from jsft.step.components import compile_gradients
 
-_HOST_SHARE = 0.8  # of the host's memory; the loader and the processes' own needs have the rest
+_HOST_SHARE = 0.8  # of the host's memory; the rest is for the loader and the processes themselves
 _FAR_TOO_LARGE = 1.15  # of the device's memory
 _LAST_RESORTS = "lower data.rows_per_device or data.pack_length, use more devices, or set precision.params=bfloat16"
 
@@ -24,7 +24,7 @@ _LAST_RESORTS = "lower data.rows_per_device or data.pack_length, use more device
 def choose_remat(parts, say) -> str:
     """The config's remat, or for `auto` the first rung of LADDER that fits. Raises OutOfMemoryError if none does.
 
-    On a device that does not tell its memory (a CPU) auto is `none`.
+    On a device that does not report its memory (a CPU) auto is `none`.
     """
     asked = parts.config.remat
     if asked != "auto":
@@ -53,7 +53,7 @@ def choose_remat(parts, say) -> str:
 
 
 def _planned(parts, rung: str) -> int:
-    """Bytes for each device by the plan, which tests hold to a tenth of the compiled programs'."""
+    """Bytes for each device by the plan, which is within a tenth of the compiled programs (tests/test_planning.py)."""
     return estimate(parts.model, parts.config, parts.mesh, rung, jax.local_devices()[0].platform).total
 
 
@@ -61,12 +61,14 @@ class Needed(NamedTuple):
     """Bytes for each device."""
 
     device: int
-    host: int  # what is kept there for the backward pass, and the copy of the state while it is saved
+    host: int  # values saved there for the backward pass, and the copy of the state while a checkpoint is written
 
 
 def _fits(needed: Needed | None, limit: int | None) -> bool:
-    """Whether all devices of this process have room. A host's is told by its size, which is the same on all of a run's
-    hosts, not by what happens to be free: processes that chose differently would wait for each other for ever.
+    """Whether all devices of this process have room.
+
+    A host counts by its size, the same on all hosts of a run, not by what happens to be free: processes that chose
+    differently would wait for each other for ever.
     """
     if needed is None or (limit and needed.device > HEADROOM * limit):
         return False
@@ -78,7 +80,7 @@ def _host_memory() -> int:
 
 
 def bytes_needed(parts, rung: str) -> Needed | None:
-    """What the state and one gradient program need with remat `rung`; None when it does not compile for memory."""
+    """What the state and one gradient program need with remat `rung`; None when compiling runs out of memory."""
     state = sum(map(shard_bytes, jax.tree.leaves(parts.abstract)))
     parameters = sum(map(shard_bytes, jax.tree.leaves(parts.abstract.parameters)))
     try:
@@ -87,16 +89,16 @@ def bytes_needed(parts, rung: str) -> Needed | None:
         if "RESOURCE_EXHAUSTED" in str(error):
             return None
         raise
-    # The program's arguments are the parameters, the gradients, which it gives back in place, and the batch; the moments
-    # stay beside it.
+    # The program's arguments are the parameters, the gradients (updated in place) and the batch. The moments are added:
+    # they stay in memory.
     needed = state - parameters + memory.argument_size_in_bytes + memory.temp_size_in_bytes
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    kept = memory.host_temp_size_in_bytes
-    return Needed(needed, kept + state if kept else 0)
+    on_host = memory.host_temp_size_in_bytes
+    return Needed(needed, on_host + state if on_host else 0)
 
 
 def advise_out_of_memory(parts, remat: str) -> str:
-    """What a run that ran out of memory with `remat` needed, and the next rung that fits: one sentence."""
+    """One sentence for a run that ran out of memory with `remat`: what it needed, and the next rung that fits."""
     stats = jax.local_devices()[0].memory_stats() or {}
     limit = stats.get("bytes_limit")
     of = f" of {limit / 2**30:.1f} GiB" if limit else ""
@@ -105,7 +107,8 @@ def advise_out_of_memory(parts, remat: str) -> str:
             f"remat={remat} did not fit{of}; set a later rung of the ladder ({' > '.join(LADDER)}), or {_LAST_RESORTS}"
         )
     now = bytes_needed(parts, remat)
-    text = f"the plan for remat={remat} was {f'{now.device / 2**30:.3g} GiB' if now else 'more than there is'}{of} per device"
+    needs = f"{now.device / 2**30:.3g} GiB" if now else "more than there is"
+    text = f"the plan for remat={remat} was {needs}{of} per device"
     for rung in LADDER[LADDER.index(remat) + 1 :] if remat in LADDER else LADDER:
         needed = bytes_needed(parts, rung)
         if _fits(needed, limit) and (now is None or needed.device < now.device):

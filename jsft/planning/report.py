@@ -1,4 +1,4 @@
-"""The whole plan as one dictionary, and in words."""
+"""The plan as one dictionary, and in words."""
 
 from typing import Any
 
@@ -27,8 +27,10 @@ def make_plan(
     weighted_length: float | None = None,
     documents: int | None = None,
 ) -> dict[str, Any]:
-    """The plan of a resolved config: bytes, FLOPs and seconds as plain numbers. Raises ConfigError,
-    DataError, ModelError."""
+    """The plan of a resolved config: bytes, FLOPs and seconds as plain numbers.
+
+    Raises ConfigError, DataError, ModelError.
+    """
     mesh = planned_mesh(config, devices)
     model, source = find_model(config.model.path)
     lengths = find_lengths(config, devices, lengths_file, mean_length, weighted_length, documents)
@@ -106,7 +108,7 @@ def _memory(memory: Memory) -> dict[str, int]:
 
 
 def _gib(size: float) -> str:
-    """Bytes in GiB: to a tenth, of what is small to a thousandth."""
+    """Bytes in GiB: to a tenth, small sizes to a thousandth."""
     return f"{size / GIB:,.1f}" if size >= GIB / 10 else f"{size / GIB:.3f}"
 
 
@@ -119,22 +121,18 @@ def lines(plan: dict[str, Any]) -> list[str]:
         return _gib(memory[key])
 
     verdict = "fits" if plan["fits"] else "DOES NOT FIT"
-    once = f"whole for a step {gib('whole_bytes')}, " if memory["whole_bytes"] else ""
+    once = f"gathered for a step {gib('whole_bytes')}, " if memory["whole_bytes"] else ""
     found = [
         f"{'run:':11}{plan['run']} on {devices['count']} x {devices['kind']} (replica={devices['replica']}, "
         f"fsdp={devices['fsdp']}): {verdict}",
-        f"{'model:':11}{model['family']}, {model['parameters'] / 1e6:,.1f} M parameters, {model['layers']} "
-        f"layers "
+        f"{'model:':11}{model['family']}, {model['parameters'] / 1e6:,.1f} M parameters, {model['layers']} layers "
         f"({model['source']})",
-        f"{'memory:':11}{gib('total_bytes')} GiB of {memory['limit_bytes'] / GIB:.1f} GiB per "
-        f"device "
-        f"({devices['memory_bytes'] / GIB:.0f} on the card); layers keep: {memory['remat']}",
+        f"{'memory:':11}{gib('total_bytes')} GiB of {memory['limit_bytes'] / GIB:.1f} GiB per device "
+        f"({devices['memory_bytes'] / GIB:.0f} on the card); layers save: {memory['remat']}",
         f"{'':11}parameters {gib('parameters_bytes')}, {once}moments {gib('moments_bytes')}, gradients "
-        f"{_gib(memory['gradients_bytes'] + memory['beside_bytes'])}, kept activations "
-        f"{gib('kept_bytes')}, "
-        f"then the larger of",
-        f"{'':11}a layer's backward pass {gib('layer_bytes')} (whole weights {gib('gathered_bytes')}) and a "
-        f"chunk of "
+        f"{_gib(memory['gradients_bytes'] + memory['beside_bytes'])}, saved activations {gib('kept_bytes')}, then the "
+        f"larger of",
+        f"{'':11}a layer's backward pass {gib('layer_bytes')} (full weights {gib('gathered_bytes')}) and a chunk of "
         f"the loss {gib('loss_bytes')}",
     ]
     for rung in memory["rungs"]:
@@ -144,21 +142,20 @@ def lines(plan: dict[str, Any]) -> list[str]:
     if not plan["fits"] and not plan["changes"]:
         found.append(f"{'to fit:':11}a smaller model, or more memory per device")
     found += [
-        f"{'data:':11}{data['documents']:,} documents of {data['mean_tokens']:,.0f} tokens (weighted by "
-        f"length "
+        f"{'data:':11}{data['documents']:,} documents of {data['mean_tokens']:,.0f} tokens (weighted by length "
         f"{data['weighted_tokens']:,.0f}); {data['source']}",
         f"{'step:':11}{data['global_batch']} documents, {step['tokens']:,.0f} tokens in "
-        f"{data['micro_batches']:.1f} micro "
-        f"batches of {data['rows']} x {data['pack_length']:,}, padding {data['padding_share']:.1%}",
+        f"{data['micro_batches']:.1f} micro batches of {data['rows']} x {data['pack_length']:,}, "
+        f"padding {data['padding_share']:.1%}",
         f"{'':11}{step['flops'] / 1e15:,.3g} PFLOP, and {step['recomputed_flops'] / 1e15:,.3g} of recompute",
     ]
     for kind, row in step["collectives"].items():
         found.append(f"{'':11}{kind}: {row['calls']:,.0f} calls, {_gib(row['bytes'])} GiB in and out of a device")
     spread = time["spread"]
     found += [
-        f"{'':11}{step['seconds']:.2f} s ({step['compute_seconds']:.2f} s of computation, {step['waiting_seconds']:.2f} s "
-        f"of waiting for {step['collective_seconds']:.2f} s of collectives), {step['tokens_per_second']:,.0f} tokens/s, "
-        f"MFU {step['mfu']:.0%}",
+        f"{'':11}{step['seconds']:.2f} s ({step['compute_seconds']:.2f} s of computation, "
+        f"{step['waiting_seconds']:.2f} s of waiting for {step['collective_seconds']:.2f} s of collectives), "
+        f"{step['tokens_per_second']:,.0f} tokens/s, MFU {step['mfu']:.0%}",
         f"{'time:':11}{time['steps']:,} steps, {time['hours'] * (1 - spread):.2f} to "
         f"{time['hours'] * (1 + spread):.2f} h"
         + (
@@ -169,14 +166,12 @@ def lines(plan: dict[str, Any]) -> list[str]:
         + "; without start, evaluation and saving",
         f"{'':11}rates: {time['rates']}",
         f"{'disk:':11}{disk['total_bytes'] / 1e9:,.0f} GB: {disk['kept']} checkpoints of "
-        f"{disk['checkpoint_bytes'] / 1e9:,.1f} "
-        f"GB, one more while it is written, and {disk['milestones']} milestones of "
-        f"{disk['milestone_bytes'] / 1e9:,.1f} GB",
+        f"{disk['checkpoint_bytes'] / 1e9:,.1f} GB, one more while it is written, and {disk['milestones']} milestones "
+        f"of {disk['milestone_bytes'] / 1e9:,.1f} GB",
     ]
     if compiled := plan.get("compiled"):
         found.append(
-            f"{'compiled:':11}{compiled['total_bytes'] / GIB:.2f} GiB per device on {compiled['device']}, "
-            f"estimated "
+            f"{'compiled:':11}{compiled['total_bytes'] / GIB:.2f} GiB per device on {compiled['device']}, estimated "
             f"{compiled['estimate_bytes'] / GIB:.2f} ({compiled['ratio'] - 1:+.1%}); "
             f"{compiled['seconds']:.0f} s to compile"
         )

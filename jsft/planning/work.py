@@ -18,8 +18,7 @@ from jsft.models.remat import parse_remat, repeated_weights, repeats_attention, 
 from jsft.planning.memory import parameter_sizes, sharded_layer_elements
 from jsft.step.gather_once import gathers_once, reduces_once
 
-# Mean tokens of a document, and mean of squares / mean, of the published data sets (docs/recipes.md):
-# assumptions.
+# Assumed of the published data sets (docs/recipes.md): mean tokens of a document, and mean of squares / mean.
 ASSUMED_LENGTHS = {
     "math-cot": (6600, 8500),
     "deepseek-r1": (4500, 5500),
@@ -34,7 +33,7 @@ _PADDING = 0.015  # of packed rows where lengths are not known one by one; real 
 class Lengths(NamedTuple):
     """What is known of the documents of a step. weighted: mean of squares / mean, in tokens."""
 
-    documents: int  # of the whole data set
+    documents: int  # of the data set
     mean: float
     weighted: float
     source: str
@@ -63,7 +62,7 @@ class Work(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Collectives run beside the computation, which waits for some of them: the longer of the two counts."""
+        """Collectives overlap with the computation, which waits for some of them: the longer of the two counts."""
         return max(self.compute_seconds + self.waiting_seconds, self.collective_seconds)
 
 
@@ -76,8 +75,7 @@ def plan_work(
     device: Device,
     per_node: int = 8,
 ) -> Work:
-    """Work of a mean update on `mesh`. per_node: devices of a node, beyond which collectives use the
-    network."""
+    """Work of a mean update on `mesh`. per_node: devices of a node, beyond which collectives use the network."""
     batch, positions = config.train.global_batch, config.data.pack_length
     rows = mesh.size * config.data.rows_per_device
     tokens = batch * lengths.mean
@@ -110,14 +108,14 @@ def plan_work(
     seconds = sum(size for kind, (_, size) in collectives.items() if kind != "all-reduce") / link
     if "all-reduce" in collectives:
         seconds += collectives["all-reduce"][1] / (device.link if mesh.size <= per_node else NETWORK)
-    # However far they travel: they take as much of the computation's multiprocessors and memory.
+    # The same within a node and between nodes: collectives take as much of the multiprocessors and of memory.
     waiting = RATES.waiting * sum(size for _, size in collectives.values()) / device.link
     extra = extra_products + extra_attention
     return Work(tokens, micro_batches, padding, flops, extra, collectives, compute, seconds, waiting)
 
 
 def recomputed(model: ModelConfig, remat: str) -> tuple[float, float]:
-    """(weights whose product the backward pass repeats, over all layers; how often it repeats attention's forward pass).
+    """(weights whose product the backward pass repeats, over all layers; how often it repeats attention's forward).
 
     Values saved on the host count as recomputed: the time of their transfer is not in the plan.
     """

@@ -33,7 +33,7 @@ def small_config(**fields):
 @needs_plugin
 @pytest.mark.parametrize("unroll", [False, True])
 def test_the_step_compiles_with_its_pallas_kernels(unroll):
-    """Arguments and outputs are what the tables say; asking for the kernel by name shows that it is the one compiled."""
+    """Arguments and outputs are what the tables say. The kernel is asked for by name, so it is the one compiled."""
     sizes = dict(hidden_size=512, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=1024, vocab_size=4096)
     model = dataclasses.replace(PUBLISHED["qwen3_14b"], **sizes)
     config = small_config(attention__implementation="pallas", train__unroll_layers=unroll)
@@ -52,9 +52,9 @@ def test_the_step_compiles_with_its_pallas_kernels(unroll):
 @needs_plugin
 @pytest.mark.parametrize("when", ["layer", "gather", "both"])
 @pytest.mark.parametrize("params", ["float32", "bfloat16"])
-def test_the_way_back_keeps_no_copy_of_the_divided_weights(params, when):
-    """What a layer adds to the temporaries is what it keeps of the activations, not its part of the weights too, nor of
-    weights gathered, or gradients to be reduced, once a step: these are arguments, which the plan counts.
+def test_the_backward_pass_saves_no_copy_of_the_sharded_weights(params, when):
+    """A layer adds to the temporaries only the activations that it saves. Its shards of the weights, and full weights
+    or gradients under gather=step and reduce=step, are arguments, which the plan counts.
     """
     same = {f"precision__{name}": params for name in ("params", "moments", "gradients")}
     once = dict(mesh__gather="layer" if when == "layer" else "step", mesh__reduce="step" if when == "both" else "layer")
@@ -79,8 +79,8 @@ def test_the_way_back_keeps_no_copy_of_the_divided_weights(params, when):
 @needs_plugin
 @pytest.mark.parametrize("devices", [1, 2])
 def test_one_array_like_the_embedding_at_a_time(devices):
-    """The loss's gradient of its size is summed in float32; on several devices the embedding's own too, long after it.
-    (On one device its rows alone are, unless it is the unembedding too.)
+    """The loss sums the unembedding's gradient in float32; on several devices the embedding's is summed too, much
+    later. On one device only the rows of an untied embedding's gradient are summed.
     """
     same = dict.fromkeys(("precision__params", "precision__moments", "precision__gradients"), "bfloat16")
     config = small_config(data__max_length=4096, data__pack_length=4096, **same)
@@ -97,8 +97,8 @@ def test_one_array_like_the_embedding_at_a_time(devices):
 
 
 @needs_plugin
-def test_kernels_are_tried_out_for_short_products_with_slices_of_weights():
-    """The compiler tries none out for what reads a slice where it lies."""
+def test_short_products_with_slices_of_weights_are_autotuned():
+    """The compiler does not autotune a product that reads a slice in place."""
     whole = NamedSharding(Mesh(np.array(deviceless.gpus("h200", 1)), ("all",)), PartitionSpec())
 
     def reads_in_place(rows):

@@ -1,4 +1,4 @@
-"""How the process meets its devices."""
+"""The process's settings for XLA."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ print(jax.jit(jax.shard_map(device, mesh=mesh, in_specs=P("d"), out_specs=P()))(
 @pytest.mark.slow
 @pytest.mark.parametrize("configured", [True, False])
 def test_a_virtual_device_may_be_late_without_an_abort(configured):
-    """XLA by itself ends the process after a minute; so the case is one."""
+    """Without our setting XLA ends the process after a minute."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",

@@ -158,7 +158,7 @@ def test_the_deterministic_backward_pass_is_the_same_gradient(random_model, pack
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_gated_product_made_again_is_the_same(dtype):
+def test_the_recomputed_gated_product_is_the_same(dtype):
     """Value and gradients to the bit: the backward pass rounds where the forward pass did."""
     keys = jax.random.split(jax.random.key(0), 4)
     gate, up = (jax.random.normal(key, (2, 24, 48), dtype) for key in keys[:2])
@@ -265,7 +265,7 @@ def test_each_weight_is_gathered_twice_and_scattered_once(random_model):
 
 
 def test_no_second_copy_of_the_stacked_weights(random_model):
-    """The backward pass reads the weights again; it must not keep them per layer."""
+    """The backward pass reads the weights again; it must not save them per layer."""
     config = dataclasses.replace(read_config(random_model("qwen3")), num_layers=16)
     _, memory = collectives(config, one_device(), jnp.bfloat16, rows=1)
     layers = 16 * (128 * 128 * 3 + 3 * 128 * 256) * 2

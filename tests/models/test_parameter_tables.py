@@ -62,20 +62,20 @@ def make_config(family, numbers):
 
 
 @pytest.mark.parametrize(("family", "numbers"), SIZES)
-def test_every_large_parameter_is_divided_by_eight(family, numbers):
+def test_every_large_parameter_is_sharded_over_eight(family, numbers):
     config = make_config(family, numbers)
     mesh = make_mesh()
     tree = abstract_parameters(config, mesh, jnp.float32)
     assert jax.tree.structure(tree) == jax.tree.structure(parameter_table(config))
-    whole = divided = 0
+    total = local = 0
     for leaf in jax.tree.leaves(tree):
         part = int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
         if leaf.size > 2_000_000:  # norms and biases of all layers together stay below
             assert part * 8 == leaf.size, leaf
-        whole, divided = whole + leaf.size, divided + part
-    assert divided < whole / 8 * 1.01
-    assert whole == count_parameters(parameter_table(config))
-    assert whole / 1e9 == pytest.approx(numbers[-1], abs=0.0006)  # the published sizes
+        total, local = total + leaf.size, local + part
+    assert local < total / 8 * 1.01
+    assert total == count_parameters(parameter_table(config))
+    assert total / 1e9 == pytest.approx(numbers[-1], abs=0.0006)  # the published sizes
 
 
 def test_names_on_disk_of_qwen3():
@@ -152,7 +152,7 @@ def test_the_module_declares_what_the_table_says():
     assert "fsdp" in tree["layers"]["query"].sharding.spec
 
 
-def test_toy_sizes_that_do_not_divide_stay_whole():
+def test_toy_sizes_that_do_not_divide_are_not_sharded():
     config = make_config("qwen3", (60, 2, 4, 2, 30, 100, 259, True, 0))
     tree = abstract_parameters(config, make_mesh(), jnp.float32)
     assert tree["embedding"].sharding.is_fully_replicated and tree["layers"]["gate"].sharding.is_fully_replicated
