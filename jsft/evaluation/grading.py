@@ -11,10 +11,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from jsft.evaluation.tasks.base import Grade, Task
+from jsft.files import ROOT
 
 START_SECONDS = 120.0  # for imports, which do not count against the first response
 
@@ -72,8 +72,7 @@ class GradingPool:
         return Grade(dict.fromkeys(self.task.metrics, 0.0), None, note)
 
     def _start(self) -> subprocess.Popen:
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+        path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
         child = subprocess.Popen(
             [sys.executable, "-m", "jsft.evaluation.grading", self.task.name],
             stdin=subprocess.PIPE,

@@ -19,7 +19,7 @@ HOPELESS = 200  # broken answers in a row: the server is at fault, not the promp
 
 
 class OpenAIEngine:
-    """Chat completions of one served model. Close it, or use it as a context manager."""
+    """Chat completions of one served model."""
 
     kind = "url"
 
@@ -105,12 +105,6 @@ class OpenAIEngine:
 
     def close(self) -> None:
         """Does nothing: no state is held between requests. Both engines are closed the same way."""
-
-    def __enter__(self) -> "OpenAIEngine":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _one(self, request: Request) -> Completion:
         name = request.task, request.problem, request.sample

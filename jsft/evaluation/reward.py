@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jsft.errors import ModelError
+from jsft.files import ROOT
 
 
 class LocalReward:
@@ -51,14 +52,13 @@ class LocalReward:
             self._process = None
 
     def _start(self) -> None:
-        root = Path(__file__).resolve().parents[2]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "jsft.evaluation.reward", self.name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(root)},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         first = self._process.stdout.readline()
         said: dict[str, Any] = json.loads(first) if first.strip() else {"error": "it ended while loading"}

@@ -15,6 +15,7 @@ from typing import Any
 
 from jsft.errors import ConfigError, JsftError, ModelError, OutOfMemoryError
 from jsft.evaluation.sampling import Completion, Request
+from jsft.files import ROOT
 
 _ERROR = re.compile(r"\b((?:\w+\.)*\w*(?:Error|Exception)): (.+)")
 _MEMORY = re.compile(r"out of memory|no available memory|kv cache.*(?:larger|needed)|free memory on device", re.I)
@@ -35,7 +36,7 @@ class VllmSettings:
 
 
 class VllmEngine:
-    """A vLLM engine. Close it, or use it as a context manager."""
+    """A vLLM engine. Close it: its processes hold the GPU."""
 
     kind = "vllm"
 
@@ -108,12 +109,6 @@ class VllmEngine:
             pass
         self._process.wait()
 
-    def __enter__(self) -> "VllmEngine":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _read(self) -> None:
         for line in self._process.stdout:
             self._lines.put(json.loads(line))
@@ -170,8 +165,7 @@ def _environment(settings: VllmSettings) -> dict[str, str]:
     environment = dict(os.environ)
     # Installing vLLM does not compile all its modules; without this, some would be compiled at every start.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    root = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, environment.get("PYTHONPATH")) if p)
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), environment.get("PYTHONPATH")) if p)
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
