@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jsft.hardware.mesh import describe, make_mesh
-from jsft.run.checkpoint import Policy, Saver, restore, verify
+from jsft.run.checkpoint import Policy, Saver, restore
+from jsft.run.manifest import verify
 from jsft.step.optimizer import TrainState
 
 SAVES = 5

@@ -40,8 +40,6 @@ from jsft.run.manifest import (
 from jsft.run.orbax_io import check_readable, one_line, orbax_path, quiet
 from jsft.step.optimizer import TrainState
 
-__all__ = ["Policy", "Saver", "list_steps", "read_manifest", "restore", "restore_parameters", "verify"]
-
 _TIMEOUT_SECONDS = 1800  # processes wait this long for each other at the end of a save
 _PATIENCE_SECONDS = 10  # training waits this long for the previous save; then it skips the new one
 _SPLIT_BYTES = 64 * 2**20  # of larger replicated arrays, each replica writes a part

@@ -28,7 +28,7 @@ from jsft.run import checkpoint
 from jsft.run.agreement import check_agreement, check_workdir
 from jsft.run.directory import RunDirectory
 from jsft.run.loop import Loop
-from jsft.run.manifest import check_base, list_steps
+from jsft.run.manifest import check_base, list_steps, read_manifest
 from jsft.run.metrics import MetricsWriter, RunLog, has_heldout
 from jsft.run.preflight import check_disk, check_memory
 from jsft.run.profile import Profiler
@@ -266,7 +266,7 @@ def _manifest_facts(components: Components, options: RunOptions, process: Superv
         return facts
     facts["model"] = model_digest(options.workdir / "base")  # what an export of these checkpoints must match
     if step:
-        there = checkpoint.read_manifest(options.workdir, step)
+        there = read_manifest(options.workdir, step)
         check_base(options.workdir, there, facts["model"])
         _say_what_changed(there, facts, process.log.line)
     return facts

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from jsft.errors import ConfigError
 from jsft.evaluation.in_training import StepEvaluator, StepScores
-from jsft.run.checkpoint import list_steps
+from jsft.run.manifest import list_steps
 from jsft.run.metrics import MetricsWriter
 
 _POLL_SECONDS = 0.5

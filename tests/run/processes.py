@@ -159,7 +159,7 @@ def final_state(workdir: Path, step: int = STEPS) -> dict[str, np.ndarray]:
     import jax
     from orbax.checkpoint import v1 as ocp
 
-    from jsft.run.checkpoint import verify
+    from jsft.run.manifest import verify
 
     assert verify(workdir, step) is None
     path = str((workdir / "checkpoints" / str(step)).absolute())

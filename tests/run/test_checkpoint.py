@@ -16,16 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jsft.errors import CheckpointError
 from jsft.hardware.mesh import make_mesh
 from jsft.run import checkpoint, orbax_io
-from jsft.run.checkpoint import (
-    Policy,
-    Saver,
-    list_steps,
-    newest_whole,
-    restore,
-    restore_parameters,
-    verify,
-)
-from jsft.run.manifest import manifest_bytes, reading
+from jsft.run.checkpoint import Policy, Saver, newest_whole, restore, restore_parameters
+from jsft.run.manifest import list_steps, manifest_bytes, read_manifest, reading, verify
 from jsft.step.optimizer import TrainState
 
 
@@ -188,12 +180,12 @@ def test_any_changed_byte_of_a_manifest_is_found(tmp_path):
     for i in range(len(whole)):
         path.write_bytes(whole[:i] + bytes([whole[i] ^ (1 << i % 8)]) + whole[i + 1 :])
         with pytest.raises(CheckpointError) as caught:
-            checkpoint.read_manifest(tmp_path, 1)
+            read_manifest(tmp_path, 1)
         assert type(caught.value) is CheckpointError, f"byte {i}: {caught.value}"
     for i in range(len(whole)):
         path.write_bytes(whole[:i])
         with pytest.raises(CheckpointError, match="manifest"):
-            checkpoint.read_manifest(tmp_path, 1)
+            read_manifest(tmp_path, 1)
 
 
 def test_a_checkpoint_of_before_the_manifest_had_a_checksum_is_read(tmp_path, said):
@@ -434,7 +426,7 @@ def test_the_clock_that_counts_cannot_be_set_back(tmp_path, said, monkeypatch):
 
 def test_manifest_tells_what_wrote_it(tmp_path, said):
     save_steps(tmp_path, said, [1])
-    manifest = checkpoint.read_manifest(tmp_path, 1)
+    manifest = read_manifest(tmp_path, 1)
     assert manifest["step"] == 1 and manifest["code"] == "1"
     assert manifest["arrays"]["parameters/a"] == [[64, 8], "float32", 64 * 8 * 4]
     assert all(len(entry) == 2 for entry in manifest["files"].values()) and len(manifest["files"]) > 5

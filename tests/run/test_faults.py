@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from jsft.run.checkpoint import list_steps
+from jsft.run.manifest import list_steps
 from tests.run.processes import STEPS, assert_same_run, output, run, start, status, wait_for
 
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from jsft.run.checkpoint import list_steps
+from jsft.run.manifest import list_steps
 from tests.run import processes
 from tests.run.processes import STEPS, records, run, start, status, wait_for
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from jsft.run.checkpoint import list_steps
+from jsft.run.manifest import list_steps
 from tests.run import processes
 from tests.run.processes import STEPS, assert_same_run, output, records, run, start, status, wait_for
 
