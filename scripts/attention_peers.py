@@ -1,6 +1,4 @@
-"""The attention kernels that scripts/bench_attention.py times beside jsft's: cuDNN's as JAX has it, and
-FlashAttention-4 in torch.
-"""
+"""The peers of jsft's kernels in scripts/bench_attention.py: cuDNN's attention in JAX, FlashAttention-4 in torch."""
 
 import functools
 

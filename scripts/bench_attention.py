@@ -1,14 +1,13 @@
-"""Times packed attention on a GPU beside cuDNN's packed path in the same run, and searches kernel
-configurations.
+"""Times packed attention on a GPU and cuDNN's packed path in the same run, and searches kernel configurations.
 
     python scripts/bench_attention.py                          every case
     python scripts/bench_attention.py --cases 16k_one,2k       some of them
-    python scripts/bench_attention.py --fa4                    beside FlashAttention-4 too, in the same process
+    python scripts/bench_attention.py --fa4                    FlashAttention-4 too, in the same process
     python scripts/bench_attention.py --timing queued,waited   each call waited for as well, on a rested card
     python scripts/bench_attention.py --tune --heads 40/8      the kernels' configurations for one head layout
 
 Rates are useful TFLOP/s: 4 H h sum(len^2) / 2 for the forward pass, 2.5 times that for the backward one;
-pairs a kernel masks are not counted. Ours and the peers run in an order drawn anew for each round; inputs are
+pairs a kernel masks are not counted. Ours and the peers run in a new random order for each round; inputs are
 random. A queued time is the median over rounds of the mean of calls issued back to back, as a training step
 issues them: the card gets to its power limit. A waited one is the median of calls that are each launched and
 waited for, the first few of them after a rest: how the targets of docs/lab/2026-11-29-attention-peers.md were
@@ -106,9 +105,7 @@ def seconds(function, arguments, calls: int) -> float:
 
 
 def compile_all(jobs):
-    """jobs: {key: (jitted, arguments)} -> {key: compiled, or the exception}. Assembling takes seconds: in
-    threads.
-    """
+    """jobs: {key: (jitted, arguments)} -> {key: compiled, or the exception}. In threads: assembling takes seconds."""
     lowered = {}
     for key, (function, arguments) in jobs.items():
         try:
@@ -132,7 +129,7 @@ def compile_all(jobs):
 def median_times(runs, rounds: int, length: float, watch=lambda key: None):
     """{key: median seconds of a call}; runs: {key: (function, arguments)}; watch is told what is about to run.
 
-    The order is drawn anew for each round, and what is timed for `length` seconds has run alone as long before: a
+    The order is random, a new one for each round. What is timed for `length` seconds has run alone as long before: a
     card at its power limit gives a kernel that follows a lighter one a higher clock.
     """
     calls, times = {}, {key: [] for key in runs}

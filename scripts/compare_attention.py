@@ -1,9 +1,9 @@
-"""Times the attention kernels of this checkout beside those of another one, each kernel alone, on one GPU.
+"""Times the attention kernels of this checkout and of another one, each kernel alone, on one GPU.
 
     git worktree add ../other BRANCH
     python scripts/compare_attention.py ../other --cases 16k_one,2k
 
-Both run in one process on the same inputs, in an order drawn anew for each round: a card at its power limit
+Both run in one process on the same inputs, in a new random order for each round: a card at its power limit
 gives a kernel that follows a lighter one a higher clock, so that a fixed order misleads. Before its timing a
 kernel runs alone for as long as it is timed. Prints for each case and kernel the medians in ms, useful
 TFLOP/s of the products the kernel makes (forward 2, dq 3, dkv 4, fused 5), the relative difference of the
@@ -44,7 +44,7 @@ def flash_of(tree: Path):
     def ours():
         return [name for name in sys.modules if name.split(".")[0] == "jsft"]
 
-    kept = {name: sys.modules.pop(name) for name in ours()}
+    saved = {name: sys.modules.pop(name) for name in ours()}
     sys.path.insert(0, str(tree))
     try:
         return importlib.import_module("jsft.kernels.flash.attention")
@@ -52,7 +52,7 @@ def flash_of(tree: Path):
         sys.path.remove(str(tree))
         for name in ours():
             del sys.modules[name]
-        sys.modules.update(kept)
+        sys.modules.update(saved)
 
 
 def kernels_of(flash, case: bench.Case, h: int):

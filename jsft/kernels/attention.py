@@ -1,7 +1,6 @@
 """Causal attention over packed documents: one function, two implementations.
 
-A document is the range [doc_start, doc_end) of its row. Position i sees the positions of its own document up
-to i.
+A document is the range [doc_start, doc_end) of its row. Position i sees the positions of its own document up to i.
 """
 
 import functools
@@ -43,8 +42,7 @@ def packed_attention(
       q: [B, T, H, h].
       k: [B, T, K, h], where K divides H; query head i reads key head i // (H // K).
       v: [B, T, K, h].
-      doc_start: int32 [B, T]; first position of the document of each position. Padding: a document for each
-        position.
+      doc_start: int32 [B, T]; first position of the document of each position. Padding: one document a position.
       doc_end: int32 [B, T]; one past the last position of that document.
       scale: factor of the logits, usually h ** -0.5.
       implementation: "pallas" (Hopper GPU; bfloat16 or float16; h 64 or 128), "xla" (any device, any float
@@ -76,8 +74,9 @@ def packed_attention(
 
 
 def sums_query_gradient(q: jax.Array, k: jax.Array, implementation: str = "auto", backward: str = "auto") -> bool:
-    """Whether the backward pass of `packed_attention` sums q's gradient in an array in memory, which is then float32 and
-    can be had as it is (`q_carry`): the fused kernel. Raises like `packed_attention`.
+    """Whether the backward pass of `packed_attention` sums q's gradient in float32 in memory: the fused kernel.
+
+    `q_carry` then gives it unrounded. Raises like `packed_attention`.
     """
     if _choose(implementation, backward) == "xla" or _pallas_cannot_take(q):
         return False
@@ -158,9 +157,7 @@ def _pallas_cannot_take(q) -> str | None:
 
 @functools.cache
 def _refuse_bad_assembler() -> None:
-    """ptxas of CUDA 12.8.0 to 12.9.0 compiles causal masks wrong; jax's own kernels refuse these versions
-    too.
-    """
+    """ptxas of CUDA 12.8.0 to 12.9.0 compiles causal masks wrong; jax's own kernels refuse these versions too."""
     from jax._src.lib import cuda_versions
 
     version = cuda_versions.cuda_runtime_get_version() if cuda_versions else 0
@@ -168,9 +165,7 @@ def _refuse_bad_assembler() -> None:
 
 
 def check_cuda_version(version: int) -> None:
-    """Raises ConfigError for a CUDA runtime (1000 * major + 10 * minor + patch) whose assembler is known as
-    wrong.
-    """
+    """Raises ConfigError for a CUDA runtime (1000 * major + 10 * minor + patch) with an assembler known as wrong."""
     if 12080 <= version < 12091:
         raise ConfigError(
             f"attention.implementation: CUDA {version // 1000}.{version % 1000 // 10} has an assembler (ptxas "

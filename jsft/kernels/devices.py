@@ -13,8 +13,9 @@ def target_device():
 
 
 def kernels_unavailable(device=None) -> str | None:
-    """Why the Pallas kernels, which are Mosaic GPU's and so Hopper's, cannot run on `device` (default: `target_device()`);
-    None where they can.
+    """Why the Pallas kernels, which Mosaic GPU compiles for Hopper alone, cannot run on `device`; None where they can.
+
+    device: by default `target_device()`.
     """
     device = device or target_device()
     if device.platform != "gpu":

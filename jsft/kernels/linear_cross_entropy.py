@@ -55,8 +55,7 @@ def linear_cross_entropy(
 
     Args:
       hidden: [B, T, D], rows over the mesh axes ('replica', 'fsdp').
-      unembedding: [V, D], V over 'fsdp'. A V that the axis does not divide is padded (exact, at the cost of a
-        copy).
+      unembedding: [V, D], V over 'fsdp'. A V that the axis does not divide is padded (exact, but copied).
       targets: int32 [B, T], in [0, V).
       weights: float32 [B, T]; 0 means not supervised: such a token costs nothing and its target is not read.
       mesh: with axes 'replica' and 'fsdp'; one device is the same code.
@@ -113,9 +112,7 @@ _loss.defvjp(_loss_forward, _loss_backward)
 
 
 def _sharded(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype):
-    """-> (LossSums, d loss / d hidden, d loss / d unembedding); without `gradient_dtype` the last two are
-    None.
-    """
+    """-> (LossSums, d loss / d hidden, d loss / d unembedding); without `gradient_dtype` the last two are None."""
     grads = gradient_dtype is not None
     rows = P(_ROWS)
     body = functools.partial(_local, V=V, chunk=chunk, parts=mesh.shape[_VOCABULARY], gradient_dtype=gradient_dtype)
@@ -164,8 +161,8 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
         logits = dot(xc, w, (((1,), (1,)), ((), ())))  # [C, V/N]
         if padded:
             logits = jnp.where(first + column < V, logits, -jnp.inf)
-        # The target's logit is set apart, so that the sums are of the others alone: 1 - p of a confident token is lost
-        # in a sum that holds both. All reads of the whole logits come before, lest the compiler copy them.
+        # The target's logit is separated, so that the sums are of the others alone: 1 - p of a confident token is lost
+        # in a sum that holds both. All reads of the whole logits come before; otherwise the compiler copies them.
         here = (tc >= 0) & (tc < width)
         at_target = jnp.take_along_axis(logits, jnp.clip(tc, 0, width - 1)[:, None], axis=1)[:, 0]
         at_target = jnp.where(here, at_target, 0)
@@ -248,12 +245,12 @@ def _all_devices(statistics):
     tops, shifts, totals, weighted, at_target = statistics
     at_target = jnp.sum(at_target, axis=0)
     top = jnp.maximum(jnp.max(tops, axis=0), at_target)
-    apart, target = shifts - top, at_target - top
-    root = jnp.exp(apart / 2)  # twice: a sum near the largest float, of a shift as far below, is no zero
+    below, target = shifts - top, at_target - top
+    root = jnp.exp(below / 2)  # twice: a sum near the largest float, of a shift as far below, is no zero
     others = jnp.sum(totals * root * root, axis=0)
     exp = jnp.exp(target)
     z = others + exp
-    moments = jnp.sum((weighted * root + totals * root * apart) * root, axis=0)
+    moments = jnp.sum((weighted * root + totals * root * below) * root, axis=0)
     return top, z, jnp.log1p(others + (exp - 1)), others, (moments + exp * target) / z, target
 
 
@@ -266,8 +263,10 @@ def _pass_in_xla(logits, shift, *, dtype):
 
 
 def _within_reach(logits, top, log_z, shift, exp):
-    """(exp, shift): as given, or, where in some row the sum of the exponentials over all devices, exp(top + log_z -
-    shift), or its inverse might take a product out of the dtype's range, recomputed with the largest logit for the shift.
+    """(exp, shift): as given, or recomputed with the largest logit for the shift.
+
+    They are recomputed where in some row the sum of the exponentials over all devices, exp(top + log_z - shift), or its
+    inverse might take a product out of the dtype's range.
     """
     reach = _REACH * np.log(float(jnp.finfo(exp.dtype).max))
     far = ~jnp.all(jnp.abs(top - shift + log_z) < reach)

@@ -24,15 +24,15 @@ def norm_fits(N: int, n: int) -> bool:
     return N % _ROWS == 0 and row_layout(n) is not None
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "apart", "interpret"))
+@functools.partial(jax.jit, static_argnames=("eps", "write_sum", "interpret"))
 def rms_norm(
-    terms: list[jax.Array], weight: jax.Array, *, eps: float, apart: bool = False, interpret: bool = False
+    terms: list[jax.Array], weight: jax.Array, *, eps: float, write_sum: bool = False, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """(s, weight [n] * s / sqrt(mean(s^2) + eps)) of the sum s of one or two `terms` [N, n], rounded as
-    `jsft.kernels.norms.rms_norm` says. s of one term is that term, unless it is to lie `apart`.
+    `jsft.kernels.norms.rms_norm` says. s of one term is that term itself, unless `write_sum`.
     """
     N, n = terms[0].shape
-    dtype, writes_sum = terms[0].dtype, apart or len(terms) == 2
+    dtype, write_sum = terms[0].dtype, write_sum or len(terms) == 2
     layout, height = row_layout(n)
     shape = height, n
 
@@ -44,12 +44,12 @@ def rms_norm(
         normal = (s * over_rows(scale, shape)).astype(dtype).astype(jnp.float32)
         weight = rows.load(weight_ref, layout.reduce((0,))).astype(dtype).astype(jnp.float32)
         rows.store(y_ref.at[at], normal * over_columns(weight, shape))
-        if writes_sum:
+        if write_sum:
             rows.store(sum_ref[0].at[at], s)
 
-    out = [jax.ShapeDtypeStruct((N, n), dtype)] * (1 + writes_sum)
+    out = [jax.ShapeDtypeStruct((N, n), dtype)] * (1 + write_sum)
     made = rows.call(kernel, out, "rms_norm", interpret, program=N // height)(*terms, weight)
-    return tuple(made) if writes_sum else (terms[0], made[0])
+    return tuple(made) if write_sum else (terms[0], made[0])
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
@@ -66,7 +66,8 @@ def rms_norm_backward(
 
         def one_tile(i, sums):
             at = pl.ds(program * _ROWS + i * height, height)
-            weight = over_columns(rows.load(weight_ref, layout.reduce((0,))), shape)  # not kept: registers are short
+            # Loaded for each tile: registers are short.
+            weight = over_columns(rows.load(weight_ref, layout.reduce((0,))), shape)
             x, g, rest = (rows.load(ref.at[at], layout) for ref in (x_ref, g_ref, g_x_ref))
             scale = lax.rsqrt(jnp.sum(x * x, axis=1) / n + eps)
             along = jnp.sum(x * g * weight, axis=1) * scale / n
@@ -102,7 +103,7 @@ def _halves(h: int):
 def rms_norm_rotate(
     x: jax.Array, weight: jax.Array, cos: jax.Array, sin: jax.Array, *, eps: float, interpret: bool = False
 ) -> jax.Array:
-    """[N, heads, h] -> the same: rms_norm over h with `weight` [h], then the rotation by cos, sin: float32 [N, h / 2]."""
+    """[N, heads, h] -> the same: rms_norm over h with `weight` [h], then rotated by cos, sin: float32 [N, h / 2]."""
     N, heads, h = x.shape
     layout, group, grid = _rotation(heads, h, N)
     shape, halves = (_TOKENS, h // 2), _halves(h)

@@ -1,7 +1,7 @@
 """RMS norm, and RMS norm with rotary embedding: each one function, two implementations.
 
-On Hopper GPUs a Pallas kernel does each direction in one pass (`norm_kernels`); elsewhere, and for shapes or dtypes that it does
-not take, plain XLA does. Both work in float32 and keep nothing but their inputs for the backward pass.
+On Hopper GPUs a Pallas kernel does each direction in one pass (`norm_kernels`). Elsewhere, and for shapes or dtypes
+that it does not take, plain XLA does. Both work in float32 and save only their inputs for the backward pass.
 """
 
 import functools
@@ -23,7 +23,10 @@ def describe_norms(implementation: str = "auto") -> str:
     if not _runs(implementation):
         why = kernels_unavailable() if target_device().platform == "gpu" else None
         return "plain XLA, float32 inside" + (f", as update and loss: Pallas kernels cannot run, {why}" if why else "")
-    return "Pallas kernels, one pass each way (plain XLA for other than bfloat16 or float16, and where 32 does not divide the positions)"
+    return (
+        "Pallas kernels, one pass each way (plain XLA for other than bfloat16 or float16, and where 32 does not divide "
+        "the positions)"
+    )
 
 
 def _runs(implementation: str, cannot_take: str | None = None) -> bool:
@@ -49,12 +52,12 @@ def rms_norm(
     weight: jax.Array,
     eps: float,
     implementation: str = "auto",
-    apart: bool = False,
+    write_sum: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """(s, weight * s / sqrt(mean(s^2) + eps)) over the last axis, of s = x + added.
 
-    s comes back so that the residual stream may go on from here: the gradients of both results are then added where
-    they are made, in one pass.
+    The residual stream continues from the returned s: the gradients of both results are then added in one pass, by the
+    kernel that computes them.
 
     Args:
       x: [..., n], a float dtype.
@@ -62,24 +65,24 @@ def rms_norm(
       weight: [n]; its gradient is summed in float32.
       eps: added to the mean of the squares.
       implementation: "pallas" (a Hopper GPU; bfloat16 or float16), "xla" or "auto": Pallas where it can run.
-      apart: the kernel writes s also where it is x. For an x that is kept while the residual stream goes on: a product's
-        result is added to s where it lies, for which the compiler would copy x.
+      write_sum: write the sum even when it equals x, so that XLA need not copy x before an in-place add. For an x that
+        is saved for the backward pass.
 
     Returns two arrays of x's shape and dtype. s is rounded to it, the mean is taken in float32, and the normalised s is
     rounded to x's dtype before the weight multiplies it, as in transformers.
     Raises ConfigError for an implementation that is unknown or cannot run.
     """
     fits = norm_fits(x.size // x.shape[-1], x.shape[-1])
-    return _rms_norm(x, added, weight, eps, _takes(implementation, x, fits), apart)
+    return _rms_norm(x, added, weight, eps, _takes(implementation, x, fits), write_sum)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _rms_norm(x, added, weight, eps, pallas, apart):
+def _rms_norm(x, added, weight, eps, pallas, write_sum):
     if not pallas:
         s = x if added is None else x + added
         return s, _plain_norm(s, weight, eps)
     rows = [a.reshape(-1, x.shape[-1]) for a in (x, added) if a is not None]
-    s, y = norm_kernels.rms_norm(rows, weight, eps=eps, apart=apart)
+    s, y = norm_kernels.rms_norm(rows, weight, eps=eps, write_sum=write_sum)
     return s.reshape(x.shape), y.reshape(x.shape)
 
 
@@ -99,13 +102,13 @@ def _plain_norm_backward(x, weight, g, eps):
     return dx, jnp.sum(g32 * normal, axis=tuple(range(x.ndim - 1)))
 
 
-def _rms_norm_forward(x, added, weight, eps, pallas, apart):
-    s, y = _rms_norm(x, added, weight, eps, pallas, apart)
-    form = None if added is None else ()  # arrays alone may be kept, but also the form
+def _rms_norm_forward(x, added, weight, eps, pallas, write_sum):
+    s, y = _rms_norm(x, added, weight, eps, pallas, write_sum)
+    form = None if added is None else ()  # only arrays may be saved, but the structure is saved too
     return (s, y), (x if added is None else s, weight, form)
 
 
-def _rms_norm_backward(eps, pallas, apart, residuals, gradients):
+def _rms_norm_backward(eps, pallas, write_sum, residuals, gradients):
     s, weight, form = residuals
     g_s, g = gradients
     if pallas:
@@ -122,16 +125,16 @@ _rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding of [B, T, heads, h] by float32 [B, T, 1, h / 2]: element i of the first half turns with element i
-    of the second half.
+    """Rotary embedding of [B, T, heads, h] by float32 [B, T, 1, h / 2]: element i of the first half is rotated
+    with element i of the second half.
 
-    The halves change places by a reversal, not by slices and a concatenation: elementwise to the compiler, which then
-    makes one pass of it together with its neighbours.
+    The halves change places by a reversal, not by slices and a concatenation: the compiler treats a reversal as
+    elementwise and fuses it with its neighbours into one pass.
     """
     halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
     cos, sin = cos[..., None, :], sin[..., None, :]
-    turned = halves * cos + lax.rev(halves, (halves.ndim - 2,)) * jnp.concatenate([-sin, sin], axis=-2)
-    return turned.reshape(x.shape).astype(x.dtype)
+    rotated = halves * cos + lax.rev(halves, (halves.ndim - 2,)) * jnp.concatenate([-sin, sin], axis=-2)
+    return rotated.reshape(x.shape).astype(x.dtype)
 
 
 def rms_norm_rotate(

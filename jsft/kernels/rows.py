@@ -19,8 +19,8 @@ _HELD = 24, 48  # values of a row in a thread: at best no more, at most. Several
 def row_layout(n: int, vector: int = 8):
     """(layout of [rows, n] in registers, rows), or None for an n that it cannot divide.
 
-    A row lies in as few warps as can hold it, so that few of them, or one, meet for its sum. `vector` values of a thread,
-    or 4, lie side by side: 16 bytes are best, of the widest dtype that is read or written.
+    A row lies in as few warps as can hold it, so that few of them, or one, meet for its sum. `vector` or 4 values of a
+    thread are contiguous: 16 bytes are best, of the widest dtype that is read or written.
     """
     for held, width, warps in itertools.product(_HELD, sorted({vector, 4}, reverse=True), (1, 2, 4)):
         lanes = min(_LANES, n // width)
@@ -31,7 +31,7 @@ def row_layout(n: int, vector: int = 8):
 
 
 def _layout(rows_of_warps, rows_of_lanes, warps, lanes, width):
-    """Columns are split over warps, their lanes, and vectors of `width`, in this order; rows over what is left of both."""
+    """Columns are split over warps, lanes and vectors of `width`, in this order; rows over the rest of both."""
     tiling = plgpu.Tiling(
         ((rows_of_warps * rows_of_lanes, warps * lanes * width), (rows_of_lanes, lanes * width), (1, width))
     )

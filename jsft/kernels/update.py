@@ -1,7 +1,7 @@
 """An optimizer's update of stacked weights in place, as a Pallas kernel: each value is read and written once.
 
 The compiler takes two passes and a float32 copy of the new weights where their change is summed as well, and joins
-gradients that lie apart, a layer in each array, inside the kernel at half its speed.
+unstacked gradients, a layer in each array, inside the kernel at half its speed.
 """
 
 import functools

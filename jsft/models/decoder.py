@@ -112,10 +112,10 @@ def decoder_layer(
     """x + attention(norm(x)), then x + mlp(norm(x))."""
     norm = functools.partial(rms_norm, eps=model.rms_eps, implementation=options.norms)
     copy = copies_residual(options, "attention_input", "residual")
-    x, normal = norm(*stream, weights["attention_norm"], apart=copy)
+    x, normal = norm(*stream, weights["attention_norm"], write_sum=copy)
     x, branch = add_branch(x, attention(normal, weights, context, model, options), options)
     x = checkpoint_name(x, "residual")
-    x, normal = norm(x, branch, weights["mlp_norm"], apart=copies_residual(options, "mlp_input"))
+    x, normal = norm(x, branch, weights["mlp_norm"], write_sum=copies_residual(options, "mlp_input"))
     return add_branch(x, mlp(normal, weights), options)
 
 

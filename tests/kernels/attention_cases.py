@@ -79,8 +79,6 @@ def oracle(q, k, v, do, doc_start, scale):
 
 
 def relative(ours, want) -> float:
-    """||ours - want|| / ||want||; against 0.1 for each entry where the truth is zero, as with documents of
-    one token.
-    """
+    """||ours - want|| / ||want||; against 0.1 for each entry where the truth is zero, as with one-token documents."""
     size = max(np.linalg.norm(want), 0.1 * np.sqrt(want.size) if np.abs(want).max() < 1e-9 else 0)
     return float(np.linalg.norm(np.asarray(ours, np.float64) - want) / size)

@@ -1,5 +1,5 @@
 """The attention kernels as they are assembled for a Hopper GPU, without one. Needs JAX's CUDA plugin: the slow tests
-install it, each version of JAX in an environment of its own, which is kept in the user's cache.
+install it, each version of JAX in an environment of its own in the user's cache.
 
 A kernel that lowers may still spill, or have its products serialized: it is right then, and slow, and only the
 assembler's report says so.
@@ -31,8 +31,8 @@ from jsft.kernels.flash import tuned
 for kernel, arguments in kernels_to_compile(tuned.configs(128, 5, 16384), 10, 2, 128, jnp.bfloat16, everywhere):
     jax.jit(kernel).lower(*arguments).compile(compiler_options=deviceless.COMPILER_OPTIONS)
 """
-# What compiling takes without a GPU; the plugin's other libraries are gigabytes. The newest ones: so a new assembler that
-# spills is noticed.
+# What compiling takes without a GPU; the plugin's other libraries are gigabytes. The newest ones, so that a new
+# assembler that spills is noticed.
 TOOLS = {
     13: (
         "nvidia-cuda-nvcc",
@@ -47,7 +47,10 @@ TOOLS = {
 
 
 def assembled(python: Path | str, nvjitlink: bool = False, program: str = COMPILE) -> str:
-    """What the assembler says of the kernels of `program`, compiled by this Python with ptxas, or as JAX's plugin has it."""
+    """What the assembler says of the kernels of `program`, which this Python compiles.
+
+    nvjitlink: with the assembler of the plugin's choice, not with ptxas.
+    """
     environment = os.environ | {"MOSAIC_GPU_DUMP_PTXAS": "1", "JAX_ENABLE_COMPILATION_CACHE": "0"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, Path(__file__).parent)))
     # Mosaic takes the first ptxas of PATH: this environment's, if it has one.
@@ -62,7 +65,7 @@ def assembled(python: Path | str, nvjitlink: bool = False, program: str = COMPIL
 
 
 def check(said: str) -> None:
-    """Registers divided, products not serialized, nothing spilled but a few addresses."""
+    """Registers shared out, products not serialized, nothing spilled but a few addresses."""
     assert "problem: None" in said
     assert not re.findall(r"\((C7504|C7507|C7508|C7512)\).*", said)
     spilled = {

@@ -1,4 +1,4 @@
-"""The flash kernels on a Hopper GPU: against float64 and beside bfloat16 XLA; determinism, isolation,
+"""The flash kernels on a Hopper GPU: against float64 and bfloat16 XLA; determinism, isolation,
 lengths.
 
     pytest -m gpu tests/kernels
@@ -54,7 +54,7 @@ def test_errors_are_those_of_bfloat16(lengths, H, K, h):
 
 
 def test_the_query_gradient_in_float32():
-    """Between a norm with rotation and the fused kernel: the same gradients as in the query's dtype, to its rounding."""
+    """Between a norm with rotation and the fused kernel: the gradients of the query's dtype, to its rounding."""
     q, k, v, do, start, end = make([[700, 1348]], 4, 2, 128)
     x, k, v, do = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, do))
     angles = jnp.linspace(0, 3, 2048)[None, :, None, None] * jnp.ones(64)
@@ -81,7 +81,7 @@ def test_maxima_that_grow_from_block_to_block():
 
 
 def check_errors(case):
-    """Ours, forward and both backward passes, beside plain bfloat16 and float64."""
+    """Ours, forward and both backward passes, against plain bfloat16 and float64."""
     scale = case[0].shape[3] ** -0.5
     plain = run(plain_bfloat16, *case, scale=scale)
     wanted = oracle(*case[:5], scale)

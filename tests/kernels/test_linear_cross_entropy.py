@@ -102,8 +102,9 @@ def test_bfloat16_hidden_with_float32_master_weights():
 
 @pytest.mark.parametrize("scale, above, within", [(2, 22, 1e-4), (6, 67, 6e-4), (3000, 33_000, 1e-4)])
 def test_logits_far_above_a_rows_first(scale, above, within):
-    """Exponentials relative to a row's first logit hold the second case's sums, but are made anew for its gradients; the
-    third overflows them.
+    """Exponentials relative to a row's first logit hold the second case's sums, but are recomputed for its gradients.
+
+    The third case overflows them.
     """
     hidden, unembedding, targets, weights = make_inputs()
     inputs = hidden * scale, unembedding, targets, weights
@@ -221,7 +222,7 @@ def test_kernel_of_the_exponentials(V, interpret):
 
 
 def test_one_pass_over_the_logits_in_the_program_for_a_gpu():
-    """Compiled for Hopper's kernels with bfloat16 hidden states, the exponentials come from the kernel, once a chunk."""
+    """Compiled for Hopper with bfloat16 hidden states, the exponentials come from the kernel, once a chunk."""
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
     auto = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.sharding.AbstractMesh((1, 1), ("replica", "fsdp"), axis_types=auto, abstract_device=device)
@@ -287,8 +288,8 @@ def test_scale_of_the_loss_reaches_the_gradients():
             * linear_cross_entropy(h, unembedding, jnp.asarray(inputs[2]), jnp.asarray(inputs[3]), mesh=mesh).loss
         )
     )
-    once, thrice = (jax.grad(loss(factor))(hidden) for factor in (1.0, 3.0))
-    np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)
+    once, three_times = (jax.grad(loss(factor))(hidden) for factor in (1.0, 3.0))
+    np.testing.assert_allclose(three_times, 3 * once, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

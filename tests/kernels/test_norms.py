@@ -1,4 +1,4 @@
-"""RMS norm and RMS norm with rotation: both implementations against float64, and the Pallas kernels compiled for CUDA."""
+"""RMS norm and RMS norm with rotation: both implementations against float64, the Pallas kernels compiled for CUDA."""
 
 import math
 
@@ -107,14 +107,14 @@ def test_rms_norm_that_writes_the_stream_again(implementation):
     """The same values and gradients; the kernel's stream is another array."""
     (x, _, weight), gradients, _ = rms_case()
 
-    def both(apart):
-        out, vjp = jax.vjp(lambda x, weight: rms_norm(x, None, weight, EPS, implementation, apart), x, weight)
+    def both(write_sum):
+        out, vjp = jax.vjp(lambda x, weight: rms_norm(x, None, weight, EPS, implementation, write_sum), x, weight)
         return *out, *vjp(gradients)
 
     for got, want in zip(both(True), both(False)):
         np.testing.assert_array_equal(got, want)
     rows = [jax.ShapeDtypeStruct((64, 384), jnp.bfloat16)]
-    traced = jax.make_jaxpr(lambda rows, w: norm_kernels.rms_norm(rows, w, eps=EPS, apart=True))(rows, weight)
+    traced = jax.make_jaxpr(lambda rows, w: norm_kernels.rms_norm(rows, w, eps=EPS, write_sum=True))(rows, weight)
     assert traced.jaxpr.outvars[0] is not traced.jaxpr.invars[0]
 
 

@@ -1,4 +1,4 @@
-"""The kernel that updates in place, interpreted and on a GPU: against the plain update, with gradients apart and whole."""
+"""The kernel that updates in place, interpreted and on a GPU: against the plain update, gradients unstacked and not."""
 
 import functools
 
@@ -43,7 +43,7 @@ def case(dtype, moments, seed=0):
     return TrainState(parameters, first, second, jnp.int32(5), jnp.int32(5)), gradients
 
 
-def apart(gradients):
+def unstacked(gradients):
     return gradients | {"layers": gradients["layers"] | {"up": tuple(gradients["layers"]["up"])}}
 
 
@@ -71,7 +71,7 @@ def test_the_kernel_updates_as_plain_xla_does(layers_of_calls, dtype, moments, f
         gradients["layers"]["up"] = gradients["layers"]["up"].at[1, 2, 3].set(jnp.inf)
     rate = jnp.float32(1e-3)
     plain, plainly = jax.jit(lambda s, g: apply_update(s, g, rate, config))(state, gradients)
-    ours, metrics = jax.jit(lambda s, g: apply_update(s, g, rate, config, kernel=True))(state, apart(gradients))
+    ours, metrics = jax.jit(lambda s, g: apply_update(s, g, rate, config, kernel=True))(state, unstacked(gradients))
     assert sorted(layers_of_calls) == [1, L]  # the embedding, the matrices
     for (path, a), b, old in zip(jax.tree.leaves_with_path(ours[:3]), *map(jax.tree.leaves, (plain[:3], state[:3]))):
         assert a.dtype == b.dtype == old.dtype

@@ -13,7 +13,7 @@ from jsft.kernels.flash.ranges import TILE
 from jsft.kernels.flash.row_sums import row_sums_and_zeros
 from jsft.kernels.flash.tuned import configs
 
-# Under jit, so that a program of many layers makes each kernel's code once, not once a layer.
+# Under jit, so that a program of many layers compiles each kernel once, not once a layer.
 _static = ("scale", "config", "interpret")
 _forward = jax.jit(forward, static_argnames=(*_static, "programs"))
 _backward_dq = jax.jit(backward_dq, static_argnames=(*_static, "programs"))
@@ -54,7 +54,7 @@ def _attention_forward(q, k, v, q_carry, doc_start, doc_end, scale, backward, in
     run = functools.partial(_forward, scale=scale, config=config, programs=_multiprocessors(), interpret=interpret)
     o, lse = _batched(run)(q, k, v, doc_start)
     o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")
-    form = None if q_carry is None else ()  # arrays alone may be kept, but also the form
+    form = None if q_carry is None else ()  # only arrays may be saved, but the structure is saved too
     return o, (q, k, v, form, doc_start, doc_end, o, lse)
 
 

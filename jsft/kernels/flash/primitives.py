@@ -31,13 +31,17 @@ def tiled(shape, dtype):
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
 
 
-def accumulate(f, *shapes, pool=None):
+def simulated_accumulators(simulated: bool, *shapes) -> tuple:
+    """Shared memory for accumulators of `shapes` of both compute warpgroups; only interpret mode needs it."""
+    return tuple(plgpu.SMEM((2, *shape), jnp.float32) for shape in shapes) if simulated else ()
+
+
+def accumulate(f, *shapes, pool=()):
     """Calls f with float32 accumulators of `shapes`, zero: registers on the GPU.
 
-    In interpret mode, which lacks half of what accumulators can do, `pool` holds a shared-memory stand-in for
-    each.
+    Interpret mode lacks half of what accumulators can do: there `pool` holds shared memory for each.
     """
-    if pool is None:
+    if not pool:
         return pl.run_scoped(f, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
     for ref in pool:
         ref[...] = jnp.zeros(ref.shape, jnp.float32)
@@ -57,8 +61,7 @@ def multiply(accumulator, a, b) -> None:
 def read(accumulator, *, in_flight: int = 0):
     """The accumulator's value once at most the last `in_flight` products are unfinished."""
     if _in_registers(accumulator):
-        # The barrier pins the value behind the wait: to the compiler it depends on registers, not on the
-        # wait.
+        # The barrier pins the value behind the wait: to the compiler it depends on registers, not on the wait.
         return lax.optimization_barrier(plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight))
     return accumulator[...]
 
@@ -73,11 +76,26 @@ def _in_registers(accumulator) -> bool:
     return isinstance(getattr(accumulator, "aval", None), type(plgpu.ACC((64, 8), jnp.float32).get_ref_aval()))
 
 
-def compiler_params() -> plgpu.CompilerParams:
-    """No automatic barriers: no warpgroup reads and writes the same shared memory, but where the kernels
-    wait. No shared memory for reductions either: those here stay within a warp.
+def kernel(body, out_type, scratch, name: str, interpret, **grid: int):
+    """The kernel of three warpgroups, which `body` tells apart by the axis "wg".
+
+    body: called with the references to inputs and outputs, then with `scratch`, a pytree of references.
+    grid: programs along each axis that `body` asks for by name (`lax.axis_index`), the last one fastest.
     """
-    return plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=[scratch],
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=3,
+        thread_name="wg",
+        kernel_name=name,
+        # No automatic barriers: where warpgroups share memory, the kernels wait themselves. No shared memory for
+        # reductions either: those here stay within a warp.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+        interpret=interpret,
+    )
 
 
 def rows(x, shape):
@@ -89,7 +107,7 @@ def columns(x, shape):
 
 
 def row_positions(first):
-    """Positions of a warpgroup's 64 rows, of which `first` is the first."""
+    """Positions of a warpgroup's 64 rows, counted from `first`."""
     return plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=ROW) + first
 
 
@@ -107,14 +125,15 @@ def zero(i):
     """0 for i >= 0, which the compiler does not know.
 
     Adding it to an address keeps what depends on that address inside the loop over i: dozens of operand
-    descriptors that never change would otherwise be kept in registers the accumulators need.
+    descriptors that never change would otherwise stay in registers that the accumulators need.
     """
     return lax.shift_right_arithmetic(i, jnp.int32(31))
 
 
 def drain(*barriers, count, stages: int) -> None:
-    """Awaits what nobody has awaited of `barriers`, each of `stages` in a ring that was gone round for `count`
-    steps: every completion of a barrier must be awaited.
+    """Awaits the completions of `barriers` that nobody has awaited: every completion must be awaited.
+
+    Each is a ring of `stages` barriers, after `count` steps.
     """
 
     @pl.loop(jnp.maximum(count - stages, 0), count)
@@ -139,11 +158,9 @@ def publish(interpret: bool) -> None:
 
 
 def tell(signals, index, interpret: bool) -> None:
-    """This compute warpgroup gives signal `index`; the other one awaits it. Signals are given and awaited in
-    turn.
+    """This compute warpgroup gives signal `index`; the other one awaits it. Signals are given and awaited in turn.
 
-    On the GPU these are the hardware's own barriers, cheaper than barriers in memory; Mosaic itself uses 0 to
-    3.
+    On the GPU these are the hardware's own barriers, cheaper than barriers in memory; Mosaic itself uses 0 to 3.
     """
     if interpret:
         plgpu.barrier_arrive(signals.at[index])
@@ -170,8 +187,9 @@ def _hardware_barrier(operation: str, index) -> None:
 
 
 def scaled_where_needed(x, factor, interpret: bool):
-    """x * factor, a factor to each row; a warp all of whose factors are 1 does nothing. x: [64, n]
-    accumulator layout; factor: float32 [64] rows.
+    """x * factor, a factor to each row. A warp does nothing if all its factors are 1.
+
+    x: [64, n] accumulator layout; factor: float32 [64] rows.
     """
     if interpret:
         return x * rows(factor, x.shape)
@@ -224,11 +242,10 @@ def sums_by_eight(x, interpret: bool):
 
 
 def keep_columns(x, first, last, fill: float, interpret: bool):
-    """x where first[i] <= j < last[i], else `fill`; x: [64, n] accumulator layout, first and last: int32 [64]
-    rows.
+    """x where first[i] <= j < last[i], else `fill`; x: [64, n] accumulator layout, first and last: int32 [64] rows.
 
-    The plain form, comparing with an iota, makes the compiler keep one register for each column of a thread
-    across the loop. Here a thread's columns are constants beside the limits moved to its first column.
+    Comparing with an iota makes the compiler hold one register for each column of a thread across the loop. Here a
+    thread's columns are constants, and the limits are taken relative to its first column.
     """
     if interpret:
         j = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=WGMMA)

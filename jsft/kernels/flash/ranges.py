@@ -43,9 +43,7 @@ def query_blocks(tile_start, end_of_first_row, end_of_last_row, block: int) -> B
 
 
 def order_of_queries(doc_start):
-    """int32 [B * T / TILE]: tiles of queries, b * (T / TILE) + tile, by falling work. doc_start: int32 [B,
-    T].
-    """
+    """int32 [B * T / TILE]: tiles of queries, b * (T / TILE) + tile, by falling work. doc_start: int32 [B, T]."""
     return _order(doc_start[:, ::TILE] - _tile_starts(doc_start))
 
 

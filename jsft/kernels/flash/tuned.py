@@ -1,5 +1,6 @@
-"""Configurations of the kernels, searched on a Hopper GPU as scripts/bench_attention.py --tune does
-(docs/lab/2026-11-29-attention-peers.md).
+"""Configurations of the kernels, found on a Hopper GPU by `scripts/bench_attention.py --tune`.
+
+Measured in docs/lab/2026-11-29-attention-peers.md.
 """
 
 import dataclasses
@@ -24,7 +25,6 @@ class Configs:
     fused: bool
 
 
-# (h, length class) -> what is taken unless a search found something else.
 _128 = Configs(
     forward=KernelConfig(128, 2),
     dq=KernelConfig(64, 4),
@@ -39,15 +39,13 @@ _64 = Configs(
     dq_dkv=KernelConfig(128, 2),
     fused=False,
 )
-_DEFAULT = {
+# (h, length class) -> configurations
+CONFIGS = {
     (128, "short"): _128,
     (128, "long"): dataclasses.replace(_128, fused=True),  # measured with rows of 16k and 32k
     (64, "short"): _64,
     (64, "long"): _64,
 }
-
-# (h, query heads per key head, length class) -> what a search found there; it has found nothing better yet.
-_TUNED: dict[tuple[int, int, str], Configs] = {}
 
 
 def length_class(T: int) -> str:
@@ -55,5 +53,8 @@ def length_class(T: int) -> str:
 
 
 def configs(h: int, group: int, T: int) -> Configs:
-    """Configurations for head width h, H // K = group and rows of T positions."""
-    return _TUNED.get((h, group, length_class(T)), _DEFAULT[h, length_class(T)])
+    """Configurations for head width h, H // K = group and rows of T positions.
+
+    No search has found that they should depend on `group`. scripts/compare_attention.py asks other checkouts too.
+    """
+    return CONFIGS[h, length_class(T)]
