@@ -6,8 +6,8 @@ Every figure says where it is from; a plan prints the source of its rates with t
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from jsft.config import nearest
 from jsft.errors import ConfigError
+from jsft.hints import nearest
 
 if TYPE_CHECKING:
     import jax

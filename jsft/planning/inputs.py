@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from jsft.config import nearest
 from jsft.data.sources import split_paths
 from jsft.errors import ConfigError, DataError
+from jsft.hints import nearest
 from jsft.models.config import ModelConfig
 from jsft.models.families import read_config
 from jsft.models.published import PUBLISHED
