@@ -49,41 +49,49 @@ def write_report(runs: list[Run], out: Path, title: str | None = None) -> str:
 
     Raises CheckpointError when `out` cannot be written.
     """
-    from jsft.reporting import tables
+    from jsft.reporting import beside, tables
     from jsft.reporting.figures import all_figures
     from jsft.reporting.page import page, svg
 
     title = title or "Report: " + ", ".join(run.name for run in runs)
     summary, training = tables.summary_table(runs), tables.training_table(runs)
-    paper = [table for run in runs if (table := tables.paper_table(run))]
+    claims = beside.claims_table(runs)
+    paper = [beside.grid_table(runs), *(beside.last_table(run) for run in runs)]
+    courses = [beside.course_table(run) for run in runs]
     details = [table for run in runs for table in tables.score_tables(run)]
     figures = all_figures(runs)
+    drawings = {name: svg(figure) for name, (_, figure) in figures.items()}
     notes = [f"not finished, left out: {where}" for run in runs for where in run.skipped]
 
     def drawn(*names: str) -> list:
-        return [(name, *figures[name]) for name in names if name in figures]
+        return [(name, figures[name][0], drawings[name]) for name in names if name in figures]
 
     sections = [
         (
             "Evaluation",
-            drawn("scores") + ([summary] if summary else []) + paper + drawn("domains", "safety", "lengths"),
+            drawn("scores") + _there(summary) + drawn("domains", "safety", "lengths"),
         ),
-        ("Training", drawn("training") + ([training] if training else [])),
+        ("Beside the paper", _there(claims) + drawn("paper") + _there(*paper, *courses)),
+        ("Training", drawn("training") + _there(training)),
         ("All numbers", details),
     ]
-    shown = [t for t in (summary, *paper, training) if t]
-    markdown = f"# {tables.plain(title)}\n\n" + "\n".join(t.markdown() for t in (*shown, *details))
+    shown = _there(summary, claims, *paper, training)
+    markdown = f"# {tables.plain(title)}\n\n" + "\n".join(t.markdown() for t in (*shown, *_there(*courses), *details))
     markdown += "".join(f"\n![{caption}]({name}.png)\n" for name, (caption, _) in figures.items())
     markdown += "".join(f"\n- {tables.plain(note)}" for note in notes) + ("\n" if notes else "")
     with explained(CheckpointError, f"the report cannot be written to {out}", "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
         for name, (_, figure) in figures.items():
-            _write(out / f"{name}.svg", svg(figure))
+            _write(out / f"{name}.svg", drawings[name])
             _write(out / f"{name}.png", _png(figure))
         _write(out / "report.csv", _encoded(tables.csv_text(runs)))
         _write(out / "report.md", _encoded(markdown))
         _write(out / "report.html", _encoded(page(title, sections, notes)))
-    return "\n".join(t.markdown() for t in shown or details)
+    return "\n".join(t.text() for t in shown or details)
+
+
+def _there(*tables) -> list:
+    return [table for table in tables if table is not None]
 
 
 def _write(path: Path, data: bytes) -> None:

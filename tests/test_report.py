@@ -13,10 +13,9 @@ import pytest
 from jsft import report
 from jsft.errors import ConfigError, DataError
 from jsft.evaluation.tasks import TASKS
-from jsft.reporting import tables
+from jsft.reporting import beside, tables
 from jsft.reporting.collect import read_run, read_runs
 from jsft.reporting.figures import all_figures
-from jsft.reporting.known import known_scores
 
 
 def write_result(run: Path, step: int, task: str, mean: float, *, half: float = 0.03, tokens: float = 900.0, **more):
@@ -88,11 +87,12 @@ def test_dip_and_recovery(run):
 
 def test_tables_name_the_papers_numbers(run):
     found = read_run(run)
-    table = tables.paper_table(found)
-    rows = {row[0]: row[1:] for row in table.rows}
-    assert rows["0 (base)"] == ["70.0 [67.0, 73.0]", "70.8", "-0.8"]
-    assert rows["20"] == ["62.0 [59.0, 65.0]", "62.9", "-0.9"]
-    assert rows["320"] == ["–", "86.3", "–"]
+    rows = {(row[0], row[1]): row[2:6] for row in beside.last_table(found).rows}
+    assert rows["MATH500", "0 (base)"] == ["70.0 [67.0, 73.0]", "70.8", "-0.8", "within our interval"]
+    assert rows["GPQA-Diamond", "640"] == ["28.0 [25.0, 31.0]", "37.9", "-9.9", "higher"]
+    assert rows["AIME 2024", "640"] == ["–", "30.7", "–", "–"]
+    course = {row[0]: row[1:3] for row in beside.course_table(found).rows}
+    assert course["20"] == ["62.0 [59.0, 65.0]", "62.9"] and course["320"] == ["–", "86.3"]
     summary = {row[1]: row for row in tables.summary_table([found]).rows}
     assert summary["MATH500"][3:] == [
         "70.0",
@@ -108,21 +108,13 @@ def test_tables_name_the_papers_numbers(run):
     assert training == ["qwen3_4b-math_cot_ep8", "50", "1.9800", "1.0000", "1.1", "0.500", "1,026"]
 
 
-def test_known_scores_by_both_names():
-    published = known_scores("Qwen3-1.7B_Math-CoT-20k_lr5e-5_ep8_bs256")
-    assert published == known_scores("qwen3_1_7b-math_cot_ep8")
-    assert published["math500"][40] == 42.9 and published["aime24"][0] == 5.7
-    assert 20 not in known_scores("qwen3_4b-math_nocot_ep8")["math500"]
-    assert known_scores("qwen3_8b-math_cot_ep8") == {}
-
-
 def test_report_is_written_whole(run, tmp_path, monkeypatch, capsys):
     other = write_run(tmp_path / "other", "other", {"math500": {0: 0.7, 640: 0.72}})
     write_result(other, 640, "aime24", 0.1, state="failed", reason="no judge")
     monkeypatch.setattr(sys, "argv", ["report", str(run), str(other), "--out", str(tmp_path / "out")])
     assert report.main() == 0
     out = tmp_path / "out"
-    names = ["scores", "domains", "safety", "lengths", "training"]
+    names = ["scores", "paper", "domains", "safety", "lengths", "training"]
     expected = {f"{n}.{s}" for n in names for s in ("png", "svg")} | {
         "report.md",
         "report.csv",
@@ -265,5 +257,5 @@ def test_page_in_a_browser(run, tmp_path):
         probe.as_uri(),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "<title>shown 5 of 5, fetched 0, table true</title>" in done.stdout, done.stderr[-2000:]
+    assert "<title>shown 6 of 6, fetched 0, table true</title>" in done.stdout, done.stderr[-2000:]
     assert "CONSOLE" not in done.stderr

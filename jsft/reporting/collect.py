@@ -8,7 +8,7 @@ from typing import Any
 
 from jsft.errors import DataError, describe, explained
 from jsft.evaluation.tasks import TASKS
-from jsft.reporting.known import known_scores
+from jsft.reporting.published import Published, Scores, find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,18 @@ class Run:
     curves: dict[str, Curve]
     metrics: list[dict[str, Any]]  # lines of metrics.jsonl
     heldout: list[dict[str, Any]]
-    known: dict[str, dict[int, float]]
     skipped: list[str]  # evaluations that are not finished
+    published: Published | None = None  # the published run that it repeats
+    fidelity: str | None = None  # of its config; None: not known
+
+    @property
+    def scores(self) -> Scores:
+        """The paper's scores of this run; {} where it repeats none."""
+        return self.published.scores if self.published else {}
+
+    def known(self, curve: Curve) -> dict[int, float]:
+        """The paper's scores for the metric that a curve shows: update -> value."""
+        return {update: score.value for update, score in self.scores.get((curve.task, curve.metric), {}).items()}
 
 
 def read_run(path: Path) -> Run:
@@ -92,9 +102,20 @@ def read_run(path: Path) -> Run:
             f"{path} holds nothing to report: no metrics.jsonl and no finished "
             "eval/step_<N>/<task>/results.json" + (f" ({len(skipped)} not finished)" if skipped else "")
         )
-    name = _config_name(path) or path.resolve().name
-    known = known_scores(name) or known_scores(path.resolve().name)
-    return Run(name, path, curves, metrics, _read_lines(path / "heldout.jsonl"), known, skipped)
+    config = _config(path)
+    name = config.get("name")
+    name = name if isinstance(name, str) and name else path.resolve().name
+    fields = config.get("config")
+    return Run(
+        name,
+        path,
+        curves,
+        metrics,
+        _read_lines(path / "heldout.jsonl"),
+        skipped,
+        find(name) or find(path.resolve().name),
+        fields.get("fidelity") if isinstance(fields, dict) else None,
+    )
 
 
 def read_runs(paths: list[Path]) -> list[Run]:
@@ -195,9 +216,10 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _config_name(path: Path) -> str | None:
+def _config(path: Path) -> dict[str, Any]:
+    """config.json of a run; {} where there is none that can be read."""
     try:
-        name = json.loads((path / "config.json").read_bytes()).get("name")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
-    return name if isinstance(name, str) and name else None
+        config = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}

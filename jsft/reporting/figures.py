@@ -47,8 +47,14 @@ def all_figures(runs: list[Run]) -> dict[str, tuple[str, Figure]]:
     makers: dict[str, tuple[str, Callable[[list[Run]], Figure | None]]] = {
         "scores": (
             "Score against step. Dashed: the base model. Bands: 95 % interval. Triangle: deepest point of a dip; "
-            "vertical line: the first later step that is as good as the base model. Crosses: the paper's numbers.",
+            "vertical line: the first later step that is as good as the base model. Crosses, dotted: the paper's scores "
+            "(one seed); pale crosses are in one transcription only, or doubtful.",
             score_figure,
+        ),
+        "paper": (
+            "Last checkpoints beside the paper's. Circle and line: ours with its 95 % interval over problems. Cross: the "
+            "paper's score of the same run and step (one seed); pale where it is in one transcription only, or doubtful.",
+            paper_figure,
         ),
         "domains": (
             "In-domain against out-of-domain: mean change from the base model over the tasks of each kind, in points, "
@@ -94,9 +100,7 @@ def score_figure(runs: list[Run]) -> Figure | None:
             )
         if curve.base is not None and curve.trained:
             axes.axhline(curve.base.score, color=style["color"], linestyle=(0, (4, 3)), linewidth=1, alpha=0.8)
-        paper = {n: v for n, v in run.known.get(curve.task, {}).items() if n > 0}
-        if paper:
-            axes.plot(list(paper), list(paper.values()), "x", color=style["color"], markersize=5, alpha=0.8)
+        _draw_paper(axes, run, curve, style["color"])
         if dip := curve.dip():
             axes.plot(dip.deepest.step, dip.deepest.score, "v", color=style["color"], markersize=8)
             if dip.end:
@@ -106,6 +110,48 @@ def score_figure(runs: list[Run]) -> Figure | None:
         return label(f"{curve.title}: {curve.metric}{' (lower is better)' if curve.lower_is_better else ''}")
 
     return _panels(runs, draw, title, lambda c: "percent" if c.share else "score")
+
+
+def _draw_paper(axes: Axes, run: Run, curve: Curve, color: str) -> None:
+    """The paper's scores of a run's trained steps."""
+    paper = {n: s for n, s in sorted(run.scores.get((curve.task, curve.metric), {}).items()) if n > 0}
+    if not paper:
+        return
+    axes.plot(list(paper), [s.value for s in paper.values()], linestyle=":", linewidth=1, color=color, alpha=0.6)
+    for pale in (False, True):
+        shown = {n: s.value for n, s in paper.items() if bool(s.mark) is pale}
+        axes.plot(list(shown), list(shown.values()), "x", color=color, markersize=6, alpha=0.4 if pale else 1)
+
+
+def paper_figure(runs: list[Run]) -> Figure | None:
+    """A panel per benchmark, a line per run: our last checkpoint with its interval, and the paper's score there."""
+    tasks: dict[str, list[tuple[Run, Curve]]] = {}
+    for run in runs:
+        for curve in run.curves.values():
+            if curve.trained and curve.trained[-1].step in run.scores.get((curve.task, curve.metric), {}):
+                tasks.setdefault(curve.task, []).append((run, curve))
+    if not tasks:
+        return None
+    named = [run for run in runs if any(run is other for found in tasks.values() for other, _ in found)]
+    columns = min(3, len(tasks))
+    rows = math.ceil(len(tasks) / columns)
+    size = (3.2 * columns + 2.4, rows * (1.0 + 0.24 * len(named)) + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = list(np.atleast_1d(figure.subplots(rows, columns, sharey=True)).flat)
+    for axes, found in zip(grid, tasks.values(), strict=False):
+        for run, curve in found:
+            place, point = named.index(run), curve.trained[-1]
+            score = run.scores[curve.task, curve.metric][point.step]
+            if point.low is not None:
+                axes.hlines(place, point.low, point.high, color=COLOURS[0], alpha=0.5)
+            axes.plot(point.score, place, "o", color=COLOURS[0], markersize=4)
+            axes.plot(score.value, place, "x", color=COLOURS[1], markersize=6, alpha=0.4 if score.mark else 1)
+        axes.set_title(label(found[0][1].title)), axes.set_xlabel("percent" if found[0][1].share else "score")
+        axes.set_yticks(range(len(named)), [label(run.name) for run in named], fontsize=7)
+        axes.set_ylim(len(named) - 0.5, -0.5)
+    for axes in grid[len(tasks) :]:
+        axes.remove()
+    return figure
 
 
 def length_figure(runs: list[Run]) -> Figure | None:

@@ -20,6 +20,7 @@ figcaption, .note { color: #555; font-size: .88rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #e4e4e4; text-align: right; white-space: nowrap; }
 th { vertical-align: bottom; white-space: normal; } th:first-child, td:first-child { text-align: left; }
+.prose th, .prose td { white-space: normal; text-align: left; vertical-align: top; }
 tbody tr:hover { background: #f5f7fa; }
 """
 
@@ -34,8 +35,8 @@ def svg(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def page(title: str, sections: list[tuple[str, list[Table | tuple[str, str, Figure]]]], notes: list[str]) -> str:
-    """The page. A section is (heading, parts); a part is a table or (name, caption, figure)."""
+def page(title: str, sections: list[tuple[str, list[Table | tuple[str, str, bytes]]]], notes: list[str]) -> str:
+    """The page. A section is (heading, parts); a part is a table or (name, caption, SVG)."""
     parts = []
     for heading, content in sections:
         if not content:
@@ -45,8 +46,8 @@ def page(title: str, sections: list[tuple[str, list[Table | tuple[str, str, Figu
             if isinstance(item, Table):
                 parts.append(item.html())
                 continue
-            name, caption, figure = item
-            data = base64.b64encode(svg(figure)).decode()
+            name, caption, drawing = item
+            data = base64.b64encode(drawing).decode()
             parts.append(
                 f'<figure id="{name}"><img alt="{html.escape(caption)}" '
                 f'src="data:image/svg+xml;base64,{data}">'

@@ -5,6 +5,7 @@ import dataclasses
 import html
 import io
 import re
+import textwrap
 
 from jsft.reporting.collect import Curve, Point, Run
 
@@ -30,6 +31,19 @@ class Table:
     header: list[str]
     rows: list[list[str]]
     note: str = ""
+    prose: bool = False  # cells are sentences
+
+    def text(self, width: int = 79) -> str:
+        """For a terminal: a table of sentences as paragraphs, any other as Markdown."""
+        if not self.prose:
+            return self.markdown()
+        lines = [f"### {self.title}", ""]
+        for name, *cells in self.rows:
+            lines += textwrap.wrap(name, width)
+            for head, value in zip(self.header[1:], cells, strict=True):
+                indent = {"initial_indent": "    ", "subsequent_indent": "        "}
+                lines += textwrap.wrap(f"{head}: {value}", width, **indent)
+        return "\n".join([*lines, "", *textwrap.wrap(self.note, width), ""])
 
     def markdown(self) -> str:
         lines = [f"### {plain(self.title)}", ""]
@@ -43,7 +57,8 @@ class Table:
         body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in self.rows)
         note = f"<p class=note>{html.escape(self.note)}</p>" if self.note else ""
         title = html.escape(self.title)
-        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        kind = " class=prose" if self.prose else ""
+        table = f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         return f"<h3>{title}</h3><div class=wide>{table}</div>{note}"
 
 
@@ -70,7 +85,7 @@ def score_tables(run: Run) -> list[Table]:
     def rows(cell) -> list[list[str]]:
         found = [[next((p for p in c.points if p.step == step), None) for c in curves] for step in steps]
         return [
-            [_step(step), *(cell(p, c) if p else "–" for p, c in zip(points, curves, strict=True))]
+            [step_name(step), *(cell(p, c) if p else "–" for p, c in zip(points, curves, strict=True))]
             for step, points in zip(steps, found, strict=True)
         ]
 
@@ -91,32 +106,7 @@ def score_tables(run: Run) -> list[Table]:
     ]
 
 
-def paper_table(run: Run) -> Table | None:
-    """The paper's published scores of this run next to ours."""
-    pairs = [(run.curves[task], paper) for task, paper in run.known.items() if task in run.curves]
-    if not pairs:
-        return None
-    header = ["step"]
-    for curve, _ in pairs:
-        header += [curve.title, "paper", "difference"]
-    rows = []
-    for step in sorted({n for _, paper in pairs for n in paper} | {p.step for c, _ in pairs for p in c.points}):
-        cells = []
-        for curve, paper in pairs:
-            point = next((p for p in curve.points if p.step == step), None)
-            published = paper.get(step)
-            both = point is not None and published is not None
-            cells += [
-                with_interval(point, curve) if point else "–",
-                number(published),
-                f"{point.score - published:+.1f}" if both else "–",
-            ]
-        rows.append([_step(step), *cells])
-    note = "Published scores are of one run with one seed; AIME has 30 problems, so a few points are noise."
-    return Table(f"{run.name}: the paper's scores", header, rows, note)
-
-
-def _step(step: int) -> str:
+def step_name(step: int) -> str:
     return "0 (base)" if step == 0 else str(step)
 
 
@@ -133,7 +123,6 @@ def summary_table(runs: list[Run]) -> Table | None:
                 continue
             dip, last = curve.dip(), curve.trained[-1]
             best = max(curve.trained, key=lambda p, c=curve: -p.score if c.lower_is_better else p.score)
-            paper = run.known.get(curve.task, {})
             rows.append(
                 [
                     run.name,
@@ -148,7 +137,7 @@ def summary_table(runs: list[Run]) -> Table | None:
                     (str(dip.end.step) if dip.end else "not yet") if dip else "–",
                     f"{number(best.score, curve)} @ {best.step}",
                     f"{with_interval(last, curve)} @ {last.step}",
-                    number(paper.get(last.step)),
+                    number(run.known(curve).get(last.step), curve),
                 ]
             )
     if not rows:
@@ -210,7 +199,7 @@ def csv_text(runs: list[Run]) -> str:
                     average = metric["avg"]
                     low, high = average["ci95"] or ("", "")
                     primary = name == curve.metric
-                    paper = run.known.get(curve.task, {}).get(point.step, "") if primary else ""
+                    paper = run.known(curve).get(point.step, "") if primary else ""
                     write(
                         [
                             cell(run.name),
