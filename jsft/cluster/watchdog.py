@@ -7,9 +7,11 @@ import statistics
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from jsft import files
 from jsft.cluster.exit import RESUME_HINT, ProcessExit
@@ -106,10 +108,9 @@ class Watchdog:
         with suppress(OSError):
             with path.open("w", encoding="utf-8") as file:
                 file.write(f"process {self._process}, {doing}, without progress for {silent:.0f} s\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
+                _write_stacks(file)
         with suppress(OSError, ValueError):
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            _write_stacks(sys.stderr)
         self._process_exit.now(
             HangError.exit_code,
             "failed",
@@ -117,3 +118,11 @@ class Watchdog:
             f"{self.limit():.0f} s, see train.hang_minutes); the stacks of all threads are in {path}; "
             f"{RESUME_HINT}",
         )
+
+
+def _write_stacks(file: TextIO) -> None:
+    """Writes the main thread's stack, then those of up to 100 threads: faulthandler stops there, newest first."""
+    file.write("Main thread (most recent call last):\n")
+    file.writelines(traceback.format_stack(sys._current_frames()[threading.main_thread().ident]))
+    file.flush()
+    faulthandler.dump_traceback(file, all_threads=True)

@@ -13,6 +13,7 @@ import random
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -62,6 +63,7 @@ class OpenAIClient:
             ) from None
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)  # the thread ends with its client
 
     def post(self, path: str, body: dict[str, Any], read: Callable[[dict[str, Any]], Read] = dict) -> Read:
         """Posts JSON to /v1/<path> and returns what `read` makes of the answer. If `read` raises BrokenAnswer, the

@@ -1,5 +1,7 @@
 """Servers in trouble: what is tried again, what is not, and how the error reads."""
 
+import gc
+import threading
 import time
 
 import pytest
@@ -58,6 +60,17 @@ def test_no_server_and_no_url():
         OpenAIClient("http://127.0.0.1:9", pause=0.01).models()
     with pytest.raises(ConfigError, match="is no URL"):
         OpenAIClient("127.0.0.1:8000")
+
+
+def test_the_thread_ends_with_its_client(fake_openai):
+    before = set(threading.enumerate())
+    client = OpenAIClient(fake_openai(lambda body: "there").url)
+    client.post("chat/completions", BODY)
+    (thread,) = (t for t in set(threading.enumerate()) - before if t.daemon and "run_forever" in t.name)
+    del client
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_pauses_grow(fake_openai, monkeypatch):

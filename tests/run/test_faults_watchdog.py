@@ -72,6 +72,21 @@ def test_a_hang_is_found_and_described(tmp_path, process_exit, capfd):
     assert "test_a_hang_is_found" in capfd.readouterr().err
 
 
+def test_the_main_thread_is_described_among_many(tmp_path, process_exit):
+    """faulthandler alone lists 100 threads and leaves out the oldest, which is the main one."""
+    release = threading.Event()
+    others = [threading.Thread(target=release.wait) for _ in range(120)]
+    for thread in others:
+        thread.start()
+    dog = watch(tmp_path, process_exit, limit=0.4)
+    assert process_exit.called.wait(5)
+    dog.close()
+    release.set()
+    for thread in others:
+        thread.join()
+    assert "test_the_main_thread_is_described" in (tmp_path / "hang-3.txt").read_text()
+
+
 def test_progress_is_no_hang(tmp_path, process_exit):
     dog = watch(tmp_path, process_exit, limit=0.6)
     for step in range(12):
