@@ -1,4 +1,4 @@
-"""jsft: full-parameter fine-tuning of Qwen3, Qwen2.5 and InternLM2.5 on long-reasoning data, in JAX.
+"""jsft: full-parameter fine-tuning of Qwen3, Qwen2.5, Llama 3, Mistral and InternLM2.5, in JAX.
 
 Importing this package imports no JAX: the evaluation room runs in the serving environment, which has none. The names of
 the Python API (`jsft.api`) are fetched when they are first used.

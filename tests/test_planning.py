@@ -26,7 +26,8 @@ from jsft.planning.work import Lengths, checkpoint_bytes, plan_work
 from jsft.run import preflight
 
 GIB = 2**30
-BASES = [name for name in PUBLISHED if name not in ("qwen3_0_6b", "qwen2_5_0_5b")]
+RECIPES = Path(__file__).parents[1] / "configs"
+BASES = [name for name in PUBLISHED if (RECIPES / f"{name}.py").is_file()]
 SMALL = dict(
     hidden_size=1024,
     num_heads=8,

@@ -19,6 +19,7 @@ from jsft.data.examples import Example
 from jsft.data.thinking import MISMATCHES, mismatch, prompt_thinking
 from jsft.errors import ConfigError, DataError, ModelError
 
+DATE = "26 Jul 2024"  # what Llama's chat templates write where they have no clock
 _DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system\n.*?<\|im_end\|>\n", re.DOTALL)
 
 
@@ -111,6 +112,8 @@ class Chat:
         self.strip_default_system = strip_default_system
         self.train_turns = train_turns
         self._options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        if "date_string" in str(tokenizer.chat_template):  # otherwise Llama's template would write today's date
+            self._options["date_string"] = DATE
         backend = tokenizer.backend_tokenizer
         self._plain, self._literal = (Tokenizer.from_str(backend.to_str()) for _ in range(2))
         for one in (self._plain, self._literal):

@@ -1,5 +1,6 @@
 """A small random model directory, complete enough for jsft, transformers and vLLM: for trying out and for tests."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from jsft.errors import ModelError
+from jsft.models.config import Llama3Rope
 from jsft.models.families import FAMILIES, parameter_table, read_config
 from jsft.models.parameters import Table, disk_tensors, get_leaf
 
@@ -61,6 +63,8 @@ def write_random_model(
     max_positions: int = 4096,
     rope_theta: float = 1e6,
     rope_dynamic_factor: float | None = None,
+    rope_llama3: Llama3Rope | None = None,
+    attention_bias: bool = False,
     seed: int = 0,
     dtype: str = "bfloat16",
     std: float = 0.02,
@@ -71,10 +75,12 @@ def write_random_model(
 
     Args:
       out_dir: made by this function; must not exist.
-      family: "qwen3", "qwen2" or "internlm2" (never tied; qwen2 and internlm2 need hidden_size = heads * head_dim).
+      family: a key of `jsft.models.families.FAMILIES`. internlm2 is never tied; qwen2 and internlm2 need hidden_size =
+        heads * head_dim.
       head_dim: vLLM's CPU attention serves 32, 64, 80, 96, 112, 128 and a few larger ones.
       vocab_size: rows of the embedding; default: the tokenizer's tokens rounded up to a multiple of 64.
-      rope_dynamic_factor: dynamic NTK beyond `max_positions`.
+      rope_dynamic_factor: dynamic NTK beyond `max_positions`; rope_llama3: Llama 3.1's scaling instead.
+      attention_bias: biases on query, key, value and output (qwen3 and llama).
       std: standard deviation of the weights.
       perturb: draw norm weights from U(0.5, 1.5) and biases from N(0, 0.3), so that a wrong use of them shows.
       tokenizer: one with the SPECIAL_TOKENS; default: `byte_tokenizer`.
@@ -86,7 +92,7 @@ def write_random_model(
         raise ModelError(f"{out_dir} exists already; choose another directory for the random model")
     if family not in FAMILIES:
         raise ModelError(f"family {family!r} is unknown; one of {', '.join(FAMILIES)}")
-    if family != "qwen3" and hidden_size != heads * head_dim:
+    if family in ("qwen2", "internlm2") and hidden_size != heads * head_dim:
         raise ModelError(
             f"a {family} model needs hidden_size = heads * head_dim, not {hidden_size} and {heads} * {head_dim}"
         )
@@ -105,7 +111,7 @@ def write_random_model(
         "vocab_size": vocab_size or -(-size // 64) * 64,
         "max_position_embeddings": max_positions,
         "rope_theta": rope_theta,
-        "rope_scaling": None if rope_dynamic_factor is None else {"type": "dynamic", "factor": rope_dynamic_factor},
+        "rope_scaling": _rope_scaling(rope_dynamic_factor, rope_llama3),
         "rms_norm_eps": 1e-5 if family == "internlm2" else 1e-6,
         "tie_word_embeddings": tied and family != "internlm2",
         "initializer_range": std,
@@ -118,10 +124,12 @@ def write_random_model(
     }
     if family == "internlm2":
         config |= {"bias": False, "auto_map": {"AutoConfig": "configuration_internlm2.InternLM2Config"}}
-    else:
+    elif family in ("qwen2", "qwen3"):
         config |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": layers}
-    if family == "qwen3":
-        config |= {"head_dim": head_dim, "attention_bias": False}
+    if family in ("qwen3", "llama", "mistral"):
+        config |= {"head_dim": head_dim}
+    if family in ("qwen3", "llama"):
+        config |= {"attention_bias": attention_bias}
     partial = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -150,6 +158,14 @@ def write_random_model(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out_dir
+
+
+def _rope_scaling(dynamic_factor: float | None, llama3: Llama3Rope | None) -> dict | None:
+    """config.json's rope_scaling."""
+    if llama3:
+        fields = dataclasses.asdict(llama3)
+        return {"rope_type": "llama3", "original_max_position_embeddings": fields.pop("original_positions"), **fields}
+    return None if dynamic_factor is None else {"type": "dynamic", "factor": dynamic_factor}
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -1,4 +1,4 @@
-"""The decoder of the three families: config, parameters, forward pass."""
+"""The decoder of all families: config, parameters, forward pass."""
 
 from jsft.models.config import ModelConfig
 from jsft.models.decoder import PackedRows

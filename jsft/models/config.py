@@ -10,6 +10,16 @@ from jsft.errors import ModelError
 
 
 @dataclasses.dataclass(frozen=True)
+class Llama3Rope:
+    """Llama 3.1's scaling of the rotary frequencies: rope_type `llama3` of config.json."""
+
+    factor: float  # what long wavelengths are stretched by
+    low_freq_factor: float  # wavelengths beyond original_positions / this are stretched in full
+    high_freq_factor: float  # those below original_positions / this are left as they are
+    original_positions: int  # longest sequence before the scaling
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Architecture of one model. Hashable: it may be a static argument of a jitted function."""
 
@@ -30,6 +40,8 @@ class ModelConfig:
     qk_norm: bool  # RMSNorm over each query and key head
     initializer_range: float  # standard deviation of fresh weights
     dtype: str  # of the weights, as config.json states it
+    output_bias: bool = False  # bias on attention's output
+    rope_llama3: Llama3Rope | None = None
 
     @property
     def query_size(self) -> int:
@@ -40,6 +52,17 @@ class ModelConfig:
     def kv_size(self) -> int:
         """K * h."""
         return self.num_kv_heads * self.head_dim
+
+
+# Keys that would change the decoder, the one value of each that it has, and why.
+_FIXED = (
+    ("hidden_act", "silu", "the feed-forward block is SwiGLU with silu"),
+    ("mlp_bias", False, "the feed-forward block has no biases"),
+    ("attention_dropout", 0, "training has no dropout; set it to 0"),
+    ("partial_rotary_factor", 1, "all of a head is rotated"),
+    ("rope_interleaved", False, "the two halves of a head are rotated, not neighbours"),
+    ("dual_chunk_attention_config", None, "attention over chunks is another computation"),
+)
 
 
 class ConfigJson:
@@ -95,25 +118,40 @@ class ConfigJson:
         if value is not None and value != allowed:
             raise self.wrong(f"{key} is {value!r}, which is not supported: {why}")
 
-    def rope(self) -> tuple[float, float | None]:
-        """(rope_theta, dynamic NTK factor or None). Raises ModelError for any other kind of scaling."""
+    def rope(self, default_theta: float | None = None) -> dict[str, Any]:
+        """The fields of ModelConfig that say how positions are encoded. Raises ModelError for an unknown scaling."""
         parameters = self.get("rope_parameters", dict, {})
         scaling = parameters or self.get("rope_scaling", dict, {})
-        theta = parameters.get("rope_theta", self.raw.get("rope_theta"))
+        theta = parameters.get("rope_theta", self.raw.get("rope_theta", default_theta))
         if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not 0 < theta < math.inf:
             raise self.wrong(f"rope_theta is {theta!r}, want a positive number")
+        fields = dict(rope_theta=float(theta), rope_dynamic_factor=None, rope_llama3=None)
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        known = {"rope_type", "type", "factor", "rope_theta"}
-        if kind == "default":
-            return float(theta), None
-        if kind != "dynamic":
-            raise self.wrong(f"rope type {kind!r} is not supported (supported: default, dynamic)")
-        if unknown := sorted(set(scaling) - known):
-            raise self.wrong(f"rope scaling has unsupported keys {', '.join(unknown)} (supported: type, factor)")
-        factor = scaling.get("factor")
-        if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 1 <= factor < math.inf:
-            raise self.wrong(f"rope scaling factor is {factor!r}, want a number >= 1")
-        return float(theta), float(factor)
+        if kind == "dynamic":
+            return fields | {"rope_dynamic_factor": self._rope_numbers(scaling, "factor")["factor"]}
+        if kind == "llama3":
+            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            *factors, original = self._rope_numbers(scaling, *names).values()
+            if factors[2] <= factors[1]:
+                raise self.wrong(f"rope scaling has high_freq_factor={factors[2]:g}, want more than low_freq_factor")
+            return fields | {"rope_llama3": Llama3Rope(*factors, int(original))}
+        if kind != "default":
+            raise self.wrong(f"rope type {kind!r} is not supported (supported: default, dynamic, llama3)")
+        self._rope_numbers(scaling)
+        return fields
+
+    def _rope_numbers(self, scaling: dict[str, Any], *names: str) -> dict[str, float]:
+        """These numbers of a rope scaling, each at least 1. Raises ModelError for one that is wrong, or another key."""
+        if scaling.get("partial_rotary_factor", 1) != 1:
+            raise self.wrong("partial_rotary_factor is not 1, which is not supported: all of a head is rotated")
+        if unknown := sorted(set(scaling) - {"rope_type", "type", "rope_theta", "partial_rotary_factor", *names}):
+            keys = ", ".join(("type", *names))
+            raise self.wrong(f"rope scaling has unsupported keys {', '.join(unknown)} (supported: {keys})")
+        for name in names:
+            value = scaling.get(name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 1 <= value < math.inf:
+                raise self.wrong(f"rope scaling {name} is {value!r}, want a number >= 1")
+        return {name: float(scaling[name]) for name in names}
 
     def dtype(self) -> str:
         """'bfloat16', 'float32' or 'float16'; 'float32' where the file says nothing, as transformers has it."""
@@ -122,11 +160,17 @@ class ConfigJson:
             raise self.wrong(f"dtype {value!r} is not supported (supported: bfloat16, float32, float16)")
         return value
 
-    def model_config(self, family: str, **fields) -> ModelConfig:
-        """The ModelConfig of a Llama-like decoder: what all families read alike, and the family's `fields`."""
+    def model_config(self, family: str, default_theta: float | None = None, **fields) -> ModelConfig:
+        """The ModelConfig of a Llama-like decoder: what all families read alike, and the family's `fields`.
+
+        default_theta: the family's rope_theta where the file has none.
+        """
         if "quantization_config" in self.raw:
             raise self.wrong("has a quantization_config: quantised weights cannot be trained; use the original model")
-        self.expect("hidden_act", "silu", "silu", "the feed-forward block is SwiGLU with silu")
+        for key, allowed, why in _FIXED:
+            self.expect(key, allowed, allowed, why)
+        if any(kind != "full_attention" for kind in self.get("layer_types", list, [])):
+            raise self.wrong("layer_types names more than full_attention; sliding-window layers are not supported")
         heads = self.size("num_attention_heads")
         kv_heads = self.size("num_key_value_heads", heads)
         if heads % kv_heads:
@@ -139,7 +183,6 @@ class ConfigJson:
             head_dim = hidden // heads
         if head_dim % 2:
             raise self.wrong(f"head_dim={head_dim} is odd; rotary embeddings need an even one")
-        theta, dynamic = self.rope()
         common = dict(
             family=family,
             vocab_size=self.size("vocab_size"),
@@ -150,8 +193,7 @@ class ConfigJson:
             head_dim=head_dim,
             intermediate_size=self.size("intermediate_size"),
             max_positions=self.size("max_position_embeddings"),
-            rope_theta=theta,
-            rope_dynamic_factor=dynamic,
+            **self.rope(default_theta),
             rms_eps=self.number("rms_norm_eps"),
             tied_embeddings=self.get("tie_word_embeddings", bool, False),
             qkv_bias=False,

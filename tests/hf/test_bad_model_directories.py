@@ -386,7 +386,7 @@ def test_a_directory_resolves_to_itself(random_model):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"family": "llama"}, "unknown"), ({"family": "qwen2", "hidden_size": 100}, "hidden_size = heads")],
+    [({"family": "gemma"}, "unknown"), ({"family": "qwen2", "hidden_size": 100}, "hidden_size = heads")],
 )
 def test_a_random_model_that_cannot_be(tmp_path, options, message):
     with pytest.raises(ModelError, match=message):

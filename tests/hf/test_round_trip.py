@@ -25,7 +25,7 @@ from jsft.hf.write import write_model
 from jsft.models import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
-FAMILIES = ("qwen3", "qwen2", "internlm2")
+FAMILIES = ("qwen3", "qwen2", "llama", "internlm2")
 
 
 def meshes():

@@ -13,15 +13,17 @@ from jsft.hf import verify
 from jsft.hf.load import open_parameters
 from jsft.hf.write import write_model
 from jsft.models import read_config
+from jsft.models.config import Llama3Rope
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = {
     "qwen3": {},
     "qwen2": {"tied": False, "heads": 7, "kv_heads": 1, "hidden_size": 224},
+    "llama": {"tied": False, "rope_llama3": Llama3Rope(8.0, 1.0, 4.0, 64)},
     "internlm2": {"rope_dynamic_factor": 2.0},
 }
 
-# One start of vLLM for the three of them.
+# One start of vLLM for all of them.
 SERVE = """
 import json, sys
 import check_vllm

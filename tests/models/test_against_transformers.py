@@ -12,6 +12,7 @@ import pytest
 from jsft.hardware.mesh import make_mesh
 from jsft.hf.load import load_parameters
 from jsft.models import DecoderOptions, PackedRows, hidden_states, read_config, unembedding
+from jsft.models.config import Llama3Rope
 
 T = 60
 # name: family, options of the random model. Query heads to a key head: 1, 2, 5, 7.
@@ -24,6 +25,12 @@ MODELS = {
     "qwen2-untied-gqa2": ("qwen2", {"tied": False}),
     "qwen2-tied-gqa1": ("qwen2", {"heads": 4, "kv_heads": 4}),
     "qwen2-untied-gqa5": ("qwen2", {"tied": False, "heads": 10, "kv_heads": 2, "hidden_size": 320}),
+    "qwen3-attention-bias": ("qwen3", {"attention_bias": True}),
+    "llama-2": ("llama", {"tied": False, "heads": 4, "kv_heads": 4, "rope_theta": 1e4}),
+    # 60 positions with these thresholds: frequencies in full, in between and divided.
+    "llama-3.1": ("llama", {"tied": False, "rope_theta": 5e3, "rope_llama3": Llama3Rope(8.0, 1.0, 4.0, 32)}),
+    "llama-3.2-tied-bias": ("llama", {"rope_llama3": Llama3Rope(32.0, 1.0, 4.0, 48), "attention_bias": True}),
+    "mistral-other-head-dim": ("mistral", {"tied": False, "hidden_size": 160, "heads": 4}),
     "internlm2-gqa2": ("internlm2", {"rope_dynamic_factor": 2.0, "max_positions": 512}),
     "internlm2-gqa7": ("internlm2", {"heads": 7, "kv_heads": 1, "hidden_size": 224}),
     "internlm2-dynamic-ntk-active": ("internlm2", {"rope_dynamic_factor": 2.0, "max_positions": 24}),

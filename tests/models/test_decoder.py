@@ -22,6 +22,7 @@ from jsft.models import (
     read_config,
     unembedding,
 )
+from jsft.models.config import Llama3Rope
 from jsft.models.forward import StepArrays, accumulates_in_place
 from jsft.models.layers import _rows_added, linear, sum_rows_in_order, swiglu, swiglu_linear
 from jsft.models.remat import REMAT_NAMES, parse_remat
@@ -79,9 +80,10 @@ def test_remat_changes_memory_not_results(random_model, packed_rows):
 
 def test_gradients_agree_with_finite_differences(random_model, packed_rows):
     """The hand-written backward passes (linear, norms, activation, embedding, bias) against the forward alone."""
-    config = read_config(random_model("qwen2"))
+    model_dir = random_model("llama", attention_bias=True, rope_llama3=Llama3Rope(8.0, 1.0, 4.0, 32))
+    config = read_config(model_dir)
     mesh = make_mesh()
-    parameters = load_parameters(random_model("qwen2"), config, mesh, jnp.float32)
+    parameters = load_parameters(model_dir, config, mesh, jnp.float32)
     batch = shard_batch(packed_rows([[12, 4]] * 8, 16, 259), mesh)
 
     factors = jax.random.normal(jax.random.key(1), (8, 16, config.hidden_size))

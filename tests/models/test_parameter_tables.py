@@ -25,6 +25,18 @@ QWEN2 = {
     "7B": (3584, 28, 28, 4, 128, 18944, 152064, False, 7.616),
     "14B": (5120, 48, 40, 8, 128, 13824, 152064, False, 14.770),
     "32B": (5120, 64, 40, 8, 128, 27648, 152064, False, 32.764),
+    "72B": (8192, 80, 64, 8, 128, 29568, 152064, False, 72.706),
+}
+LLAMA = {
+    "3.2-1B": (2048, 16, 32, 8, 64, 8192, 128256, True, 1.236),
+    "3.2-3B": (3072, 28, 24, 8, 128, 8192, 128256, True, 3.213),
+    "3.1-8B": (4096, 32, 32, 8, 128, 14336, 128256, False, 8.030),
+    "3.1-70B": (8192, 80, 64, 8, 128, 28672, 128256, False, 70.554),
+    "SmolLM2-135M": (576, 30, 9, 3, 64, 1536, 49152, True, 0.1345),
+}
+MISTRAL = {
+    "7B-v0.3": (4096, 32, 32, 8, 128, 14336, 32768, False, 7.248),
+    "Nemo-12B": (5120, 40, 32, 8, 128, 14336, 131072, False, 12.248),
 }
 INTERNLM2 = {
     "1.8B": (2048, 24, 16, 8, 128, 8192, 92544, False, 1.889),
@@ -33,7 +45,13 @@ INTERNLM2 = {
 }
 SIZES = [
     pytest.param(family, numbers, id=f"{family}-{name}")
-    for family, sizes in (("qwen3", QWEN3), ("qwen2", QWEN2), ("internlm2", INTERNLM2))
+    for family, sizes in (
+        ("qwen3", QWEN3),
+        ("qwen2", QWEN2),
+        ("internlm2", INTERNLM2),
+        ("llama", LLAMA),
+        ("mistral", MISTRAL),
+    )
     for name, numbers in sizes.items()
 ]
 
