@@ -26,9 +26,10 @@ from jax import lax
 from jsft import config as schema
 from jsft.data.batch import Batch
 from jsft.data.chat import Chat, Document, load_tokenizer
-from jsft.data.examples import Keys, columns_to_read, parse_row
+from jsft.data.examples import parse_row
 from jsft.data.objective import token_weights
 from jsft.data.preview import CLOSE, OPEN
+from jsft.data.shapes import Keys, recognise
 from jsft.data.vocabulary import Embedding
 from jsft.errors import ConfigError, DataError
 from jsft.hardware import mesh as meshes
@@ -82,8 +83,8 @@ class Model:
         """
         keys, documents = Keys(), []
         for i, row in enumerate(rows):
-            columns = columns_to_read(list(row), keys, where=f"row {i}")
-            document = self.chat.encode(parse_row(dict(row), keys, columns, f"row {i}"), f"row {i}")
+            shape = recognise(list(row), keys, where=f"row {i}")
+            document = self.chat.encode(parse_row(dict(row), shape, f"row {i}"), f"row {i}")
             self._embedding.check_tokens(document.tokens, self.chat, f"row {i}")
             documents.append(document)
         if not documents:

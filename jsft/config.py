@@ -84,11 +84,24 @@ FIELDS: tuple[Field, ...] = (
     Field("data.answer_key", str, "answer", "Column with the reference answer; never trained on."),
     Field("data.messages_key", str, None, "Column with whole conversations; replaces prompt and response."),
     Field(
+        "data.columns",
+        object,
+        None,
+        "What the columns hold, where no known shape of rows fits: WHAT=COLUMN,... with prompt, response, messages, "
+        "text, system, input, tools; or the columns to look at, where several shapes fit.",
+    ),
+    Field(
         "data.train_turns",
         str,
         "all",
-        "With data.messages_key: which assistant turns are trained.",
+        "Of a conversation: which assistant turns are trained.",
         choices=("all", "last"),
+    ),
+    Field(
+        "data.split_turns",
+        bool,
+        False,
+        "Make one document of each assistant turn and what precedes it: for templates that drop earlier thinking.",
     ),
     Field("data.max_length", int, 20000, "Longest document in tokens, prompt and EOS included.", minimum=2),
     Field(
@@ -432,6 +445,8 @@ def _check_together(config: ConfigDict) -> None:
             f"data.pack_length={data.pack_length} is not a multiple of 128, the attention kernel's block; "
             f"use {-(-data.pack_length // 128) * 128}"
         )
+    if data.split_turns and data.train_turns == "last":
+        raise ConfigError("data.split_turns=true trains every turn, and data.train_turns=last only one; leave one out")
     if config.mesh.reduce == "step" and config.mesh.gather != "step":
         raise ConfigError("mesh.reduce=step works on weights that are gathered once a step; set mesh.gather=step too")
     group = objective.reference_ranks * objective.reference_micro_batch

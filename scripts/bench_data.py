@@ -26,7 +26,7 @@ from jsft.data.cache import open_cache
 from jsft.data.chat import Chat, load_tokenizer
 from jsft.data.countdown import Difficulty, generate
 from jsft.data.documents import Documents
-from jsft.data.examples import Keys
+from jsft.data.shapes import Keys
 from jsft.data.sources import open_source
 
 CHARACTERS_PER_TOKEN = 3.2

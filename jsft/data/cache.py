@@ -22,9 +22,10 @@ import pyarrow as pa
 from jsft import files
 from jsft.data.cache_parts import DamagedPart, Part, UncheckedPart, part_name, read_part, write_part
 from jsft.data.chat import Chat
-from jsft.data.examples import Keys, parse_row
+from jsft.data.examples import parse_row
 from jsft.data.progress import progress_bar
-from jsft.data.rows import training_columns
+from jsft.data.rows import training_shape
+from jsft.data.shapes import Keys, Shape
 from jsft.data.sources import Source
 from jsft.data.vocabulary import Embedding
 from jsft.errors import DataError
@@ -52,6 +53,7 @@ class TokenCache:
         parts = [part.batch for part in checked]
         self.key = directory.name
         self.ignored_columns: list[str] = []
+        self.shape = ""  # of the rows, in words
         join = lambda name, dtype: np.concatenate(
             [np.zeros(0, dtype), *(part[name].to_numpy(zero_copy_only=False) for part in parts)]
         )
@@ -110,15 +112,17 @@ def open_cache(
     must have a row in it. Raises DataError for a bad row (`on_bad_row='error'`), when nothing can be written, and for a
     cache that stays damaged; ModelError for a token without a row.
     """
-    columns = training_columns(source, keys, need_advantage=need_advantage)
-    key = hashlib.sha256(repr((FORMAT, source.content_key(), chat.key(), tuple(columns))).encode()).hexdigest()[:32]
+    shape = training_shape(source, keys, need_advantage=need_advantage)
+    columns = shape.reads(source.columns)
+    key = hashlib.sha256(repr((FORMAT, source.content_key(), chat.key(), shape.key(columns))).encode()).hexdigest()[:32]
     directory = _writable(cache_dir, source) / key
-    job = _Job(source, chat, keys, columns, directory, on_bad_row, embedding, say)
+    job = _Job(source, chat, shape, columns, directory, on_bad_row, embedding, say)
     cache = TokenCache(directory, source, _whole_parts(job, threads or len(os.sched_getaffinity(0))))
     largest = cache.largest_token()
     if embedding is not None and largest >= embedding.rows:
         for index in range(len(cache)):
             embedding.check_tokens(cache.tokens(index), chat, cache.where(index))
+    cache.shape = shape.name
     cache.ignored_columns = [column for column in source.columns if column not in (*columns, keys.answer)]
     if cache.bad and on_bad_row == "error":
         raise DataError(cache.bad[0][1] + SKIP)
@@ -135,7 +139,7 @@ class _Job(NamedTuple):
 
     source: Source
     chat: Chat
-    keys: Keys
+    shape: Shape
     columns: list[str]
     directory: Path
     on_bad_row: str
@@ -225,24 +229,23 @@ def _build(job: _Job, threads: int) -> None:
 
 def _rendered_parts(job: _Job, start: int) -> Iterator[tuple[int, int, dict, list]]:
     """Yields (first row, end row, {rows, advantages, bad, thinking}, rendered conversations) part by part."""
-    source, chat, keys, columns = job.source, job.chat, job.keys, job.columns
+    source, chat = job.source, job.chat
     first = end = start
     meta, rendered, characters = _no_rows(), [], 0
-    for row, value in source.rows(start, columns):
+    for row, value in source.rows(start, job.columns):
         try:
             if isinstance(value, DataError):
                 raise value
             where = source.where(row)
-            example = parse_row(value, keys, columns, where)
-            conversation = chat.pieces(example, where)
-            if not any(piece.text for piece in conversation.pieces if not piece.trained):
-                raise DataError(f"{where}: the chat template renders no prompt, so every token would be trained")
-            meta["rows"].append(row)
-            meta["advantages"].append(example.advantage)
-            rendered.append(conversation)
-            if conversation.mismatch:
-                meta["thinking"].append((row, conversation.mismatch))
-            characters += sum(len(turn["content"]) for turn in example.messages)
+            example = parse_row(value, job.shape, where)
+            found = [chat.pieces(one, where) for one in chat.documents(example)]
+            for conversation in found:
+                meta["rows"].append(row)
+                meta["advantages"].append(example.advantage)
+                rendered.append(conversation)
+                if conversation.mismatch:
+                    meta["thinking"].append((row, conversation.mismatch))
+                characters += sum(len(piece.text) for piece in conversation.pieces)
         except DataError as error:
             if job.on_bad_row == "error":
                 raise DataError(f"{error}{SKIP}") from error

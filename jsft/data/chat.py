@@ -2,21 +2,24 @@
 
 The template's text and each trained turn are tokenised separately, so no token straddles the border between what is
 read and what is learnt. A trained turn is its content and the token that ends it: the template's end-of-turn token
-where the conversation continues, the configured EOS after the last turn.
+where the conversation continues, the configured EOS after the last turn. Of a turn with thinking or tool calls of its
+own, the template writes the text (`conversation.py`).
 """
 
 import hashlib
 import os
 import re
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jsft.data.examples import Example
+from jsft.data.conversation import Conversation
+from jsft.data.examples import Example, one_for_each_turn
 from jsft.data.thinking import MISMATCHES, mismatch, prompt_thinking
+from jsft.data.turns import THINKING
 from jsft.errors import ConfigError, DataError, ModelError
 
 DATE = "26 Jul 2024"  # what Llama's chat templates write where they have no clock
@@ -33,8 +36,9 @@ class Document(NamedTuple):
 
 class _Piece(NamedTuple):
     text: str
-    trained: bool  # True for an assistant turn's content, False for the template's text, other turns included
+    trained: bool  # True for an assistant turn, False for the template's text, other turns included
     guard: str  # the character that marks control-token text of the data; '' where there is none
+    literal: bool = False  # the data's own text, in which nothing is a control token
 
 
 class Rendered(NamedTuple):
@@ -91,7 +95,7 @@ class Chat:
     """Renders and tokenises conversations with one tokenizer and one set of choices.
 
     strip_default_system: remove the system turn a ChatML template adds by itself when the data has none.
-    train_turns: 'all' assistant turns of a conversation, or only the 'last'.
+    train_turns: 'all' assistant turns of a conversation, only the 'last', or 'split': each as the last of a document.
     enable_thinking: passed to the template when not None. Then a response whose thinking contradicts the template is
     taken as intended: `pieces` names the mismatch and does not refuse it.
     """
@@ -137,47 +141,73 @@ class Chat:
         """Tokens and trained spans of one conversation; DataError naming `where` when the template refuses it."""
         return self.tokenise(self.pieces(example, where))
 
+    def documents(self, example: Example) -> list[Example]:
+        """What a row becomes: itself, or the conversation up to each trained turn (train_turns='split')."""
+        return one_for_each_turn(example) if self.train_turns == "split" else [example]
+
     def pieces(self, example: Example, where: str) -> Rendered:
         """The conversation cut into template text and assistant turns.
 
-        Raises DataError naming `where` when the template refuses the turns or rewrites earlier ones, and when a trained
-        turn opens thinking again or thinks after the template closed it.
+        Raises DataError naming `where` when the template refuses the turns, rewrites earlier ones or leaves out a part
+        of the data, and when a trained turn opens thinking again or thinks after the template closed it.
 
         While the template renders, a private-use character guards control-token text of the data. It tells that text
         from the template's own control tokens afterwards.
         """
-        messages, count, guard = example.messages, 0, ""
-        if self._control is not None:
-            count = sum(len(self._control.findall(turn["content"])) for turn in messages)
-        if count:
-            guard = next(c for c in map(chr, range(0xF0000, 0xFFFFD)) if all(c not in m["content"] for m in messages))
-            guarded = partial(self._control.sub, lambda match: match[0][0] + guard + match[0][1:])
-            messages = [{**turn, "content": guarded(turn["content"])} for turn in messages]
-        turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
-        if self.train_turns == "last":
-            turns = turns[-1:]
+        if example.text is not None:
+            return self._text(example.text)
+        talk = Conversation(self, example, where)
+        turns = example.trainable if self.train_turns == "all" else example.trainable[-1:]
         pieces, done, found = [], "", None
         for turn in turns:
-            rendered = self._render(messages[:turn], where)
-            if not rendered.startswith(done):
-                earlier = turns[turns.index(turn) - 1]
+            prompt = talk.prompt(turn)
+            if not prompt.startswith(done):
                 raise DataError(
-                    f"{where}: the chat template rewrites assistant turn {earlier} once later turns follow "
-                    "(templates of thinking models drop the thinking); train with data.train_turns=last"
+                    f"{where}: the chat template rewrites assistant turn {turns[turns.index(turn) - 1]} once later turns "
+                    "follow (templates of thinking models drop the thinking); train with data.train_turns=last, or each "
+                    "turn as a row of its own with data.split_turns=true"
                 )
-            found = found or self._mismatch(rendered, example.messages, turn, where)
-            content = messages[turn]["content"]
-            pieces.append(_Piece(rendered[len(done) :], False, guard))
-            pieces.append(_Piece(content, True, guard))
-            done = rendered + content
-        return Rendered(pieces, count, found)
+            whole = talk.says_more(turn)
+            text = talk.rendered_turn(turn, turns[-1], prompt) if whole else talk.messages[turn]["content"]
+            plain = text.replace(talk.guard, "") if talk.guard else text
+            found = found or self._mismatch(prompt, plain, turn == len(talk.messages) - 1, turn, where)
+            pieces.append(_Piece(prompt[len(done) :], False, talk.guard))
+            pieces.append(_Piece(text, True, talk.guard, literal=not whole))
+            done = prompt + text
+        if not any(piece.text for piece in pieces if not piece.trained):
+            raise DataError(f"{where}: the chat template renders no prompt, so every token would be trained")
+        if turns[-1] < len(talk.messages) - 1:  # the last turns are not to be learnt, but the end of this one is
+            pieces.append(_Piece(self.end_of_turn, False, ""))
+        return Rendered(pieces, talk.control_text, found)
+
+    def _text(self, text: str) -> Rendered:
+        """A text that is trained as it is: its control tokens are control tokens."""
+        bos, eos = self.tokenizer.bos_token or "", self.tokenizer.convert_ids_to_tokens(self.eos_id)
+        starts = bos and not text.startswith(bos) and self._adds_bos
+        text = (bos if starts else "") + text.removesuffix(eos)
+        return Rendered([_Piece(text, True, "")], 0, None)
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        """Whether the tokenizer itself begins each text with its BOS."""
+        return self.tokenizer.backend_tokenizer.encode("x").ids[:1] == [self.tokenizer.bos_token_id]
+
+    @cached_property
+    def end_of_turn(self) -> str:
+        """What the template writes after an assistant turn, without white space at the end; '' where it refuses."""
+        mark = "\ue000"
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]
+        try:
+            return self.render(turns, "", add_generation_prompt=False).rpartition(mark)[2].rstrip()
+        except DataError:
+            return ""
 
     def prompt_thinking(self, prompt: str | list[dict[str, str]], where: str) -> str:
         """How the thinking stands at the end of a rendered prompt (`thinking.prompt_thinking`); a prompt that is a
         string is one user turn. Raises DataError naming `where` when the template refuses it.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return prompt_thinking(self._render(messages, where))
+        return prompt_thinking(self.render(messages, where))
 
     def tokenise(self, rendered: Rendered) -> Document:
         """Token ids and spans of `pieces`. The tokenizers library does most of the work and releases Python's lock."""
@@ -195,16 +225,16 @@ class Chat:
         """Text of token ids, control tokens shown."""
         return self.tokenizer.decode(list(map(int, tokens)), skip_special_tokens=False)
 
-    def _mismatch(self, prompt: str, messages: list[dict[str, str]], turn: int, where: str) -> str | None:
+    def _mismatch(self, prompt: str, text: str, last: bool, turn: int, where: str) -> str | None:
         """Name of the mismatch between a turn's thinking and its prompt's; DataError for one that is refused."""
-        name = mismatch(prompt_thinking(prompt), messages[turn]["content"])
+        name = mismatch(prompt_thinking(prompt), text)
         if name and MISMATCHES[name].refused and "enable_thinking" not in self._options:
-            which = "the response" if turn == len(messages) - 1 else f"assistant turn {turn}"
+            which = "the response" if last else f"assistant turn {turn}"
             raise DataError(f"{where}: {which} {MISMATCHES[name].what}; {MISMATCHES[name].fix}")
         return name
 
     def _ids(self, piece: _Piece) -> np.ndarray:
-        if piece.trained:
+        if piece.literal:
             return _encode(self._literal, piece.text.replace(piece.guard, "") if piece.guard else piece.text)
         if not piece.guard:
             return _encode(self._plain, piece.text)
@@ -216,12 +246,18 @@ class Chat:
                 ids.append(_encode(self._literal, segment.replace(piece.guard, "")))
         return np.concatenate(ids)
 
-    def _render(self, messages: list[dict[str, str]], where: str) -> str:
+    def render(
+        self, messages: list[dict[str, Any]], where: str, *, tools: Any = None, add_generation_prompt: bool = True
+    ) -> str:
+        """The template's text. Raises DataError naming `where` when it refuses the turns."""
         import jinja2
 
+        if not self._knows("developer"):
+            messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
+        options = self._options | ({"tools": tools} if tools else {})
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, **self._options
+                messages, add_generation_prompt=add_generation_prompt, tokenize=False, **options
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
             roles = ", ".join(str(turn.get("role")) for turn in messages)  # a prompt may come here unchecked
@@ -230,6 +266,24 @@ class Chat:
         if self.strip_default_system and messages[0]["role"] != "system":
             text = _DEFAULT_SYSTEM.sub("", text, count=1) if _DEFAULT_SYSTEM.match(text) else text
         return text
+
+    def thinking_key(self) -> str | None:
+        """The name under which the template reads the thinking of a turn; None where it reads none."""
+        return next((key for key in THINKING if self._knows(key)), None)
+
+    def _knows(self, word: str) -> bool:
+        return word in str(self.tokenizer.chat_template)
+
+    def guard(self, texts: Sequence[str]) -> tuple[str, int]:
+        """A character that none of the texts holds, and how many control-token texts they hold; '' where none."""
+        count = sum(len(self._control.findall(text)) for text in texts) if self._control is not None else 0
+        if not count:
+            return "", 0
+        return next(c for c in map(chr, range(0xF0000, 0xFFFFD)) if all(c not in text for text in texts)), count
+
+    def guarded(self, text: str, guard: str) -> str:
+        """The text with every control-token text broken by `guard`."""
+        return self._control.sub(lambda match: match[0][0] + guard + match[0][1:], text)
 
 
 def _encode(tokenizer, text: str) -> np.ndarray:

@@ -127,6 +127,7 @@ class Documents:
         bad = sorted([*self.cache.bad, *self.left_out])
         return {
             "files": self.cache.source.listing(),
+            "shape": self.cache.shape,
             "documents": len(self),
             "tokens": int(self.lengths.sum()),
             "supervised_tokens": int(self.supervised.sum()),

@@ -1,131 +1,144 @@
-"""One row, checked: a conversation whose last turn is the assistant's, and its advantage."""
+"""One row, checked: a conversation whose last turn is the assistant's, or plain text; and its advantage."""
 
 import math
 import sys
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jsft.data.shapes import Shape
+from jsft.data.turns import Turn, json_value, read_turn, says_nothing, text_of
 from jsft.errors import DataError
 
-ROLES = ("system", "user", "assistant", "tool")
-TURN_KEYS = ("role", "content", "name")  # all that a turn may hold; a name is not shown to the model
-_OF_CONTENT = ("reasoning_content", "reasoning", "thinking", "tool_calls")  # what the model is to produce
 _MAY_FOLLOW = {  # role -> the roles it may come after; None: it may open the conversation
     "system": (None,),
-    "user": (None, "system", "assistant"),
+    "developer": (None, "system"),
+    "user": (None, "system", "developer", "assistant"),
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
 
 
-class Keys(NamedTuple):
-    """Column names of a data set. `messages`, where set, replaces `prompt` and `response`."""
-
-    prompt: str = "message"
-    response: str = "response"
-    advantage: str = "advantage"
-    answer: str = "answer"
-    messages: str | None = None
-
-
 class Example(NamedTuple):
-    """A conversation ready for the chat template."""
+    """A conversation ready for the chat template, or a text that is trained as it is."""
 
-    messages: list[dict[str, str]]  # role and content; the last turn is the assistant's
+    messages: list[dict[str, Any]]  # `turns.Turn.message`; the last turn is the assistant's. [] where there is `text`
     advantage: float  # 1.0 where the data has none; NaN where the row's is no finite number (`check_advantage`)
+    untrained: frozenset[int] = frozenset()  # assistant turns that the data marks as not to be learnt
+    tools: list[dict[str, Any]] | None = None  # descriptions of the tools, for the template
+    text: str | None = None
+
+    @property
+    def response(self) -> str:
+        """The text of the last turn, or the whole text."""
+        return self.messages[-1]["content"] if self.text is None else self.text
+
+    @property
+    def trainable(self) -> list[int]:
+        """The assistant turns that may be trained."""
+        turns = enumerate(self.messages)
+        return [i for i, turn in turns if turn["role"] == "assistant" and i not in self.untrained]
 
 
-def columns_to_read(columns: Sequence[str], keys: Keys, *, where: str, need_advantage: bool = False) -> list[str]:
-    """The columns of `columns` that training reads. Raises DataError, naming `where`, when one is missing."""
-    wanted = {keys.messages: "data.messages_key"} if keys.messages else {}
-    wanted = wanted or {keys.prompt: "data.prompt_key", keys.response: "data.response_key"}
-    if need_advantage:
-        wanted[keys.advantage] = "data.advantage_key"
-    for column, field in wanted.items():
-        if column not in columns:
-            hint = "; or data.messages_key=messages" if "messages" in columns and not keys.messages else ""
-            raise DataError(f"{where}: no column '{column}' (has {', '.join(columns) or 'none'}); set {field}{hint}")
-    return [*wanted, *([keys.advantage] if keys.advantage in columns and not need_advantage else [])]
+def one_for_each_turn(example: Example) -> list[Example]:
+    """The conversation up to each trainable turn: data.split_turns."""
+    cut = [example._replace(messages=example.messages[: turn + 1]) for turn in example.trainable]
+    return cut if example.text is None else [example]
 
 
-def parse_row(row: dict[str, Any], keys: Keys, columns: Sequence[str], where: str) -> Example:
-    """Checks a row and returns its conversation; a prompt that is a string is one user turn.
+def parse_row(row: dict[str, Any], shape: Shape, where: str) -> Example:
+    """Checks a row of this shape; a prompt that is a string is one user turn.
 
-    columns: those of `columns_to_read`. The row must have all of them except the advantage, which is checked where
-    it is used (`check_advantage`).
-
-    Raises DataError naming `where` (file and row), the field and how to fix it.
+    The advantage is checked where it is used (`check_advantage`). Raises DataError naming `where` (file and row), the
+    field and how to fix it.
     """
-    missing = [column for column in columns if column not in row and column != keys.advantage]
-    if missing:
+    if missing := [column for column in shape.required if column not in row]:
         raise DataError(f"{where}: no field '{missing[0]}' (has {', '.join(row) or 'none'})")
-    if keys.messages:
-        field = keys.messages
-        messages = _turns(row[field], field, where)
-        if messages[-1]["role"] != "assistant":
-            raise DataError(f"{where}, field '{field}': ends with a {messages[-1]['role']} turn; nothing to train on")
-    else:
-        field = keys.response
-        prompt = row[keys.prompt]
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": _prompt(prompt, f"'{keys.prompt}'", where)}]
-        messages = _turns(prompt, keys.prompt, where)
-        if messages[-1]["role"] == "assistant":
-            raise DataError(
-                f"{where}, field '{keys.prompt}': ends with an assistant turn; "
-                f"it must end with the turn that '{keys.response}' answers"
-            )
-        response = row[keys.response]
-        if isinstance(response, dict):
-            check_keys(response, f"{where}, field '{keys.response}'")
-        messages.append({"role": "assistant", "content": _text(response, f"'{keys.response}'", where)})
-    _check_order(messages, field, where)
     try:
-        advantage = check_advantage(row, keys.advantage, where) if keys.advantage in columns else 1.0
+        advantage = check_advantage(row, shape.advantage, where) if shape.advantage else 1.0
     except DataError:
         advantage = math.nan
-    return Example(messages, advantage)
+    if shape.text:
+        return Example([], advantage, text=text_of(row[shape.text], f"'{shape.text}'", where))
+    field = shape.messages or shape.response
+    turns = _turns(row[field], field, where) if shape.messages else _prompt_and_response(row, shape, where)
+    turns = [*_system(row, shape, turns, where), *turns]
+    if turns[-1].message["role"] != "assistant":
+        last = turns[-1].message["role"]
+        raise DataError(f"{where}, field '{field}': ends with a {last} turn; nothing to train on")
+    messages = [turn.message for turn in turns]
+    _check_order(messages, field, where)
+    untrained = frozenset(i for i, turn in enumerate(turns) if not turn.trained)
+    example = Example(messages, advantage, untrained, _tools(row, shape, where))
+    if not example.trainable:
+        raise DataError(f"{where}, field '{field}': every assistant turn is marked as not to be learnt; remove the row")
+    return example
 
 
-def _turns(value: Any, field: str, where: str) -> list[dict[str, str]]:
+def _prompt_and_response(row: dict[str, Any], shape: Shape, where: str) -> list[Turn]:
+    if shape.history and not says_nothing(row.get(shape.history)):
+        raise DataError(
+            f"{where}: its '{shape.history}' would be lost; write the whole conversation into a column 'messages'"
+        )
+    prompt, more = row[shape.prompt], row.get(shape.input) if shape.input else None
+    if isinstance(prompt, str):
+        if isinstance(more, str) and more.strip():
+            prompt = f"{prompt}\n\n{more}" if prompt.strip() else more
+        prompt = [{"role": "user", "content": _prompt(prompt, f"'{shape.prompt}'", where)}]
+    turns = _turns(prompt, shape.prompt, where)
+    if turns[-1].message["role"] == "assistant":
+        raise DataError(
+            f"{where}, field '{shape.prompt}': ends with an assistant turn; "
+            f"it must end with the turn that '{shape.response}' answers"
+        )
+    if not shape.whole:
+        turns = [turn._replace(trained=False) for turn in turns]
+    response = row[shape.response]
+    if isinstance(response, dict):
+        response = [response]
+    if (
+        isinstance(response, list)
+        and response
+        and isinstance(response[0], dict)
+        and {"role", "from"} & set(response[0])
+    ):
+        return turns + _turns(response, shape.response, where)
+    text = text_of(response, f"'{shape.response}'", where)
+    return [*turns, Turn({"role": "assistant", "content": text}, True)]
+
+
+def _system(row: dict[str, Any], shape: Shape, turns: list[Turn], where: str) -> list[Turn]:
+    """The turn of the row's own column for it."""
+    value = row.get(shape.system) if shape.system else None
+    if says_nothing(value):
+        return []
+    if turns[0].message["role"] == "system":
+        raise DataError(f"{where}: has a system turn and a column '{shape.system}'; keep one of them")
+    return [Turn({"role": "system", "content": text_of(value, f"'{shape.system}'", where)}, True)]
+
+
+def _tools(row: dict[str, Any], shape: Shape, where: str) -> list[dict[str, Any]] | None:
+    value = row.get(shape.tools) if shape.tools else None
+    if says_nothing(value):
+        return None
+    tools = json_value(value, f"'{shape.tools}'", where)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) and tool_name(tool) for tool in tools):
+        raise DataError(
+            f"{where}, field '{shape.tools}': expected a list of {{type, function: {{name, ...}}}}, or its JSON text"
+        )
+    return tools or None
+
+
+def tool_name(tool: dict[str, Any]) -> str:
+    """The name in a description or call of a tool; '' where there is none."""
+    function = tool.get("function", tool)
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def _turns(value: Any, field: str, where: str) -> list[Turn]:
     if not isinstance(value, list) or not value:
         kind = "null" if value is None else "empty" if value == [] else f"a {type(value).__name__}"
         raise DataError(f"{where}, field '{field}': is {kind}; expected a list of {{role, content}} or a string")
-    turns = []
-    for index, turn in enumerate(value):
-        name = f"'{field}[{index}]'"
-        if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
-            raise DataError(f"{where}, field {name}: expected {{role, content}}, found {str(turn)[:60]!r}")
-        check_keys(turn, f"{where}, field {name}")
-        if turn["role"] not in ROLES:
-            raise DataError(f"{where}, field {name}: unknown role {turn['role']!r}; use one of {', '.join(ROLES)}")
-        content = _text(turn["content"], name, where, may_be_blank=turn["role"] in ("system", "tool"))
-        turns.append({"role": turn["role"], "content": content})
-    return turns
-
-
-def check_keys(turn: dict[str, Any], where: str) -> None:
-    """Raises DataError naming `where` when a turn has more than role, content and name: a weight, say, would be lost.
-
-    Keys without a value pass (null, empty, or holding nothing else): a parquet struct has every key of every row.
-    """
-    for key, value in turn.items():
-        if key in TURN_KEYS or _says_nothing(value):
-            continue
-        if key in _OF_CONTENT:
-            fix = "write it into the content, as the model is to produce it"
-        else:
-            fix = (
-                f"a turn may hold {', '.join(TURN_KEYS)}; remove the key, and the whole row where it marks a "
-                "turn that is not to be learnt"
-            )
-        raise DataError(f"{where}: its '{key}' would be lost; {fix}")
-
-
-def _says_nothing(value: Any) -> bool:
-    if isinstance(value, dict):
-        value = list(value.values())
-    return all(map(_says_nothing, value)) if isinstance(value, list) else value is None or value == ""
+    return [read_turn(turn, f"{field}[{index}]", where) for index, turn in enumerate(value)]
 
 
 def _prompt(value: str, field: str, where: str) -> str:
@@ -133,31 +146,10 @@ def _prompt(value: str, field: str, where: str) -> str:
         raise DataError(
             f"{where}, field {field}: is a conversation written as JSON text; store a list of {{role, content}}"
         )
-    return _text(value, field, where)
+    return text_of(value, field, where)
 
 
-def _text(value: Any, field: str, where: str, may_be_blank: bool = False) -> str:
-    if not isinstance(value, str):
-        kind = "null" if value is None else f"a {type(value).__name__}"
-        fix = "fix or remove the row"
-        if isinstance(value, dict) and "content" in value:
-            fix = "write the text of its 'content' in its place, or whole conversations with data.messages_key"
-        elif isinstance(value, list):
-            fix = "join the texts of its parts into one"
-        raise DataError(f"{where}, field {field}: is {kind} where text is expected; {fix}")
-    if not value.strip() and not may_be_blank:
-        raise DataError(f"{where}, field {field}: is {'blank' if value else 'empty'}; fix or remove the row")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}, field {field}: holds the lone surrogate {value[error.start]!a} at character "
-            f"{error.start}; decode the text properly or remove the row"
-        ) from None
-    return value
-
-
-def _check_order(messages: list[dict[str, str]], field: str, where: str) -> None:
+def _check_order(messages: list[dict[str, Any]], field: str, where: str) -> None:
     previous = None
     for index, turn in enumerate(messages):
         role = turn["role"]

@@ -12,12 +12,13 @@ from jsft.data.cache import open_cache
 from jsft.data.chat import Chat
 from jsft.data.countdown_check import check, extract_answer
 from jsft.data.documents import Documents, Limit
-from jsft.data.examples import Example, Keys, check_advantage, parse_row
+from jsft.data.examples import Example, check_advantage, parse_row
 from jsft.data.loader import make_chat, make_keys, make_layout
 from jsft.data.preview import heading, marked_text
 from jsft.data.progress import track
-from jsft.data.rows import training_columns
+from jsft.data.rows import training_shape
 from jsft.data.schedule import steps_per_epoch
+from jsft.data.shapes import Keys, Shape
 from jsft.data.sources import Row, Source, open_source, split_paths
 from jsft.data.steps import Recipe, StepSource, packing_report
 from jsft.data.thinking import thinking_lines
@@ -125,17 +126,21 @@ class Checks(NamedTuple):
         limit = Limit(data.max_length, data.truncation)
         return cls(make_keys(config), chat, limit, config.objective.use_advantage, embedding)
 
-    def row(self, value: Row, columns: list[str], where: str) -> tuple[Example, str | None]:
+    def row(self, value: Row, shape: Shape, where: str) -> tuple[Example, str | None]:
         """The conversation, and the name of what is odd about its thinking. Raises DataError, and ModelError for a
         token without a row in the embedding.
         """
         if isinstance(value, DataError):
             raise value
-        example = parse_row(value, self.keys, columns, where)
+        example = parse_row(value, shape, where)
         if self.need_advantage:
-            check_advantage(value, self.keys.advantage, where)
+            check_advantage(value, shape.advantage, where)
         if self.chat is None:
             return example, None
+        odd = [self._document(one, where) for one in self.chat.documents(example)]
+        return example, next(filter(None, odd), None)
+
+    def _document(self, example: Example, where: str) -> str | None:
         rendered = self.chat.pieces(example, where)
         # A token is at least a byte, so that most rows need not be tokenised to know that they are short enough.
         size = sum(len(piece.text.encode()) for piece in rendered.pieces) + _SPARE
@@ -144,7 +149,7 @@ class Checks(NamedTuple):
             self.limit.check(document, where)
             if self.embedding:
                 self.embedding.check_tokens(document.tokens, self.chat, where)
-        return example, rendered.mismatch
+        return rendered.mismatch
 
 
 def validate(files: Sequence[str], checks: Checks) -> int:
@@ -157,11 +162,11 @@ def validate(files: Sequence[str], checks: Checks) -> int:
     for name in files:
         try:
             source = open_source(name)
-            columns = training_columns(source, checks.keys, need_advantage=checks.need_advantage)
+            shape = training_shape(source, checks.keys, need_advantage=checks.need_advantage)
             for line in source.listing():
                 print(f"{name}: {line}")
             wrong, odd = 0, []
-            for message in _problems(source, checks, columns, odd):
+            for message in _problems(source, checks, shape, odd):
                 wrong += 1
                 if wrong <= SHOWN:
                     print(message)
@@ -178,15 +183,17 @@ def validate(files: Sequence[str], checks: Checks) -> int:
     return DataError.exit_code if bad else 0
 
 
-def _problems(source: Source, checks: Checks, columns: list[str], odd: list[tuple[int, str]]) -> Iterator[str]:
+def _problems(source: Source, checks: Checks, shape: Shape, odd: list[tuple[int, str]]) -> Iterator[str]:
     """What is wrong with the rows, a line each. `odd` is given (row, name of the mismatch) of rows that are good, but
     whose thinking may not be what was meant.
     """
     puzzle = ["numbers", "target"] if {"numbers", "target"} <= set(source.columns) else []
-    for row, value in track(source.rows(columns=[*columns, *puzzle]), "checking", "rows", len(source)):
+    for row, value in track(
+        source.rows(columns=[*shape.reads(source.columns), *puzzle]), "checking", "rows", len(source)
+    ):
         where = source.where(row)
         try:
-            example, name = checks.row(value, columns, where)
+            example, name = checks.row(value, shape, where)
             if name:
                 odd.append((row, name))
             if puzzle and not _solved(example, value):
@@ -198,7 +205,7 @@ def _problems(source: Source, checks: Checks, columns: list[str], odd: list[tupl
 
 
 def _solved(example: Example, row: dict) -> bool:
-    answer = extract_answer(example.messages[-1]["content"])
+    answer = extract_answer(example.response)
     try:
         return answer is not None and check(answer, row["numbers"], int(row["target"]))
     except (TypeError, ValueError, OverflowError, KeyError):
@@ -207,11 +214,11 @@ def _solved(example: Example, row: dict) -> bool:
 
 def _examples(source: Source, keys: Keys) -> Iterator[Example]:
     """The usable rows; the cache has judged the others."""
-    columns = training_columns(source, keys)
-    for row, value in source.rows(columns=columns):
+    shape = training_shape(source, keys)
+    for row, value in source.rows(columns=shape.reads(source.columns)):
         try:
             if not isinstance(value, DataError):
-                yield parse_row(value, keys, columns, source.where(row))
+                yield parse_row(value, shape, source.where(row))
         except DataError:
             pass
 

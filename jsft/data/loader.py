@@ -15,9 +15,9 @@ from jsft.data.batch import Batch, StepData
 from jsft.data.cache import TokenCache, open_cache
 from jsft.data.chat import Chat, load_tokenizer
 from jsft.data.documents import Documents
-from jsft.data.examples import Keys
 from jsft.data.folders import HELD_OUT, TRAIN
 from jsft.data.objective import token_weights
+from jsft.data.shapes import Keys, read_columns
 from jsft.data.sources import open_source, split_paths
 from jsft.data.steps import Recipe, StepSource, assemble, local_rows, packing_report
 from jsft.data.vocabulary import Embedding
@@ -76,7 +76,7 @@ class TrainingData:
         r = self.report
         lines = [
             *r["files"],
-            f"{r['documents']:,} documents, {r['tokens']:,} tokens, {r['supervised_tokens']:,} trained "
+            f"{r['shape']}: {r['documents']:,} documents, {r['tokens']:,} tokens, {r['supervised_tokens']:,} trained "
             f"({r['supervised_tokens'] / r['tokens']:.1%}); longest {r['longest']:,}",
             f"{r['micro_batches']:.1f} micro batches of {r['shape']} a step; "
             f"padding {r['padding_share']:.2%}, device imbalance {r['device_imbalance']:.2%} "
@@ -197,7 +197,7 @@ def make_chat(config, model_dir: str | Path) -> Chat:
         eos_token=data.eos_token,
         strip_default_system=data.strip_default_system,
         enable_thinking=data.enable_thinking,
-        train_turns=data.train_turns,
+        train_turns="split" if data.split_turns else data.train_turns,
     )
     if embedding := Embedding.of(model_dir):
         embedding.check_tokenizer(chat)
@@ -207,7 +207,8 @@ def make_chat(config, model_dir: str | Path) -> Chat:
 def make_keys(config) -> Keys:
     """The column names of `config.data`."""
     data = config.data
-    return Keys(data.prompt_key, data.response_key, data.advantage_key, data.answer_key, data.messages_key)
+    columns = read_columns(data.columns)
+    return Keys(data.prompt_key, data.response_key, data.advantage_key, data.answer_key, data.messages_key, columns)
 
 
 def make_layout(

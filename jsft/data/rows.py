@@ -6,9 +6,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from jsft.data.examples import Keys, check_keys, columns_to_read
 from jsft.data.progress import track
+from jsft.data.shapes import Keys, Shape, recognise
 from jsft.data.sources import Source, open_source, split_paths
+from jsft.data.turns import check_keys
 from jsft.errors import DataError
 
 
@@ -100,11 +101,19 @@ def good_rows(source: Source, columns: Sequence[str] | None = None) -> Iterator[
         yield row, value
 
 
-def training_columns(source: Source, keys: Keys, *, need_advantage: bool = False) -> list[str]:
-    """The columns that training reads (`examples.columns_to_read`); DataError naming the file that lacks one."""
-    for path, columns in source.columns_by_file():
-        columns_to_read(columns, keys, where=str(path), need_advantage=need_advantage)
-    return columns_to_read(source.columns, keys, where=str(source.files[0]), need_advantage=need_advantage)
+def training_shape(source: Source, keys: Keys, *, need_advantage: bool = False) -> Shape:
+    """The shape of the rows. DataError where it is not clear, or naming the file that lacks a column of it."""
+    (first, columns), *others = source.columns_by_file()
+    shape = recognise(columns, keys, where=str(first), need_advantage=need_advantage)
+    for path, there in others:
+        if missing := [name for name in shape.reads(columns) if name not in there and name != shape.advantage]:
+            raise DataError(
+                f"{path}: no column '{missing[0]}' (has {', '.join(there) or 'none'}), which {first} has "
+                f"({shape.name}); give all files of data.train the same columns, or set data.columns"
+            )
+    if need_advantage:
+        source.require(shape.advantage)
+    return shape if not shape.advantage or shape.advantage in source.columns else shape._replace(advantage=None)
 
 
 def row_columns(source: Source) -> list[str]:

@@ -41,8 +41,7 @@ def text_statistics(examples: Iterable[Example]) -> dict[str, int]:
     rows: Counter[bytes] = Counter()
     found = Counter(duplicate_prompts=0, duplicate_rows=0, without_think=0, unclosed_think=0, without_boxed=0)
     for example in examples:
-        *before, last = example.messages
-        response = last["content"]
+        before, response = example.messages[:-1], example.response
         prompt = "\0".join(turn["role"] + "\0" + turn["content"] for turn in before).encode()
         prompts[hashlib.sha256(prompt).digest()] += 1
         rows[hashlib.sha256(prompt + b"\0" + response.encode()).digest()] += 1

@@ -36,3 +36,11 @@ def make_config(tmp_path, tiny_model):
         return schema.resolve(config)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def qwen3_tokenizer(shared_data):
+    """The real Qwen3 tokenizer with its chat template; loading it takes seconds."""
+    from jsft.data.chat import load_tokenizer
+
+    return load_tokenizer(shared_data / "qwen3_tokenizer")

@@ -57,3 +57,25 @@ def write_rows(path: Path, rows, row_group_size: int | None = None) -> Path:
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def cot_rows(count=12):
+    ask = "What is {0} + {0}?\nPlease reason step by step and box the answer."
+    return [
+        {
+            "message": [{"role": "user", "content": ask.format(i)}],
+            "response": f"<think>\n{i} and {i}, \\boxed{{0}} no\n</think>\n\nIt is \\boxed{{{2 * i}}}.",
+            "answer": str(2 * i),
+            "advantage": 1.0,
+        }
+        for i in range(count)
+    ]
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """Rows of a parquet or JSON-lines file."""
+    return (
+        pq.read_table(path).to_pylist()
+        if str(path).endswith("parquet")
+        else [json.loads(line) for line in Path(path).read_text().splitlines()]
+    )

@@ -13,7 +13,7 @@ import pytest
 
 from jsft.data import cache as caching
 from jsft.data.chat import Chat, load_tokenizer
-from jsft.data.examples import Keys
+from jsft.data.shapes import Keys
 from jsft.data.sources import open_source
 from jsft.errors import DataError
 from tests.data.helpers import CHATML, rows_of, write_rows, write_tokenizer
@@ -44,7 +44,7 @@ def test_documents_come_back_as_encoded(tmp_path, chat, small_parts):
     assert cache.directory.parent == tmp_path / ".jsft_cache" and len(fold(cache.directory)) == 5
     assert len(cache) == 70 and cache.rows.tolist() == list(range(70))
     for i in (0, 15, 16, 69):
-        expected = chat.encode(caching.parse_row(rows[i], Keys(), ["message", "response"], ""), "")
+        expected = chat.encode(caching.parse_row(rows[i], caching.training_shape(cache.source, Keys()), ""), "")
         assert (cache.tokens(i) == expected.tokens).all() and cache.lengths[i] == len(expected.tokens)
         assert (cache.document_spans(i) == expected.spans).all()
     assert not cache.tokens(3).flags.owndata  # a view of the mapped file
@@ -286,7 +286,7 @@ BUILDER = """
 import sys, time
 from jsft.data import cache as caching
 from jsft.data.chat import Chat, load_tokenizer
-from jsft.data.examples import Keys
+from jsft.data.shapes import Keys
 from jsft.data.sources import open_source
 caching.PART_ROWS = 16
 write, delay = caching.write_part, float(sys.argv[3])

@@ -199,8 +199,8 @@ QWEN3_IDS = [
 
 
 @pytest.fixture(scope="module")
-def qwen3(shared_data):
-    return Chat(load_tokenizer(shared_data / "qwen3_tokenizer"), eos_token="<|endoftext|>")
+def qwen3(qwen3_tokenizer):
+    return Chat(qwen3_tokenizer, eos_token="<|endoftext|>")
 
 
 def test_qwen3_golden(qwen3):

@@ -138,13 +138,13 @@ def test_columns_of_json_lines_are_those_of_all_the_first_rows(tmp_path):
 
 
 def test_a_later_file_without_a_column_is_named(files, tmp_path):
-    from jsft.data.examples import Keys
-    from jsft.data.rows import training_columns
+    from jsft.data.rows import training_shape
+    from jsft.data.shapes import Keys
 
     paths, rows = files
     bare = str(write_rows(tmp_path / "bare.parquet", [{"message": "q"}]))
-    with pytest.raises(DataError, match="bare.parquet: no column 'response' .has message.; set data.response_key"):
-        training_columns(open_source([paths[0], bare]), Keys())
+    with pytest.raises(DataError, match="bare.parquet: no column 'response' .has message., which .* has .message . response.; give all files"):
+        training_shape(open_source([paths[0], bare]), Keys())
     with pytest.raises(DataError, match="bare.parquet: no column 'answer'"):
         open_source([paths[0], bare]).require("message", "answer")
 

@@ -7,8 +7,8 @@ import pytest
 
 from jsft.data.cache import open_cache
 from jsft.data.chat import Chat, load_tokenizer
-from jsft.data.examples import Keys
 from jsft.data.loader import make_chat, open_eval_data, open_training_data
+from jsft.data.shapes import Keys
 from jsft.data.sources import open_source
 from jsft.data.vocabulary import Embedding
 from jsft.errors import ModelError
