@@ -173,20 +173,51 @@ def hub_snapshot(
     what the cache holds is used. Raises HubError.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
     allowed, ignored = (None if names is None else list(names) for names in (patterns, ignore))
     try:
         folder = snapshot_download(
             repository, repo_type=kind, revision=revision, allow_patterns=allowed, ignore_patterns=ignored
         )
-    except LocalEntryNotFoundError as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-        why = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else "the hub cannot be reached"
-        raise HubError(why) from error
     except Exception as error:  # the hub's own errors, and those of an HTTP library that changes with its version
-        raise HubError(describe(error)) from error
+        raise HubError(_hub_reason(error, f"{kind} {repository}", revision)) from error
     return Path(folder)
+
+
+def _hub_reason(error: Exception, what: str, revision: str | None) -> str:
+    """Why the hub did not give `what`, and how to fix it, in one line."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(
+        error, errors.LocalEntryNotFoundError
+    ):  # neither the hub nor its cache: the hub's answer is the cause
+        if constants.HF_HUB_OFFLINE:
+            return "HF_HUB_OFFLINE is set and it is not in the cache"
+        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the hub's {what} has no revision {revision or 'main'}"
+    if isinstance(error, errors.GatedRepoError):
+        return f"the hub gives {what} only to accounts that accepted its terms: accept them on its page, set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"the hub has no {what}, or it is private: check the name; for a private one set HF_TOKEN"
+    if status == 401:
+        return "the hub refuses the token in HF_TOKEN or of `hf auth login`: make a new one, or unset it"
+    if status == 403:
+        return f"the hub refuses {what} (403): give the token in HF_TOKEN the right to read it"
+    if status:
+        return f"the hub answers {status} ({constants.ENDPOINT}): try again later"
+    connection = (
+        "ConnectError",
+        "ConnectTimeout",
+        "ReadTimeout",
+        "ReadError",
+        "RemoteProtocolError",
+        "ConnectionError",
+    )
+    if any(kind.__name__ in connection for kind in type(error).__mro__):
+        return f"the hub cannot be reached ({constants.ENDPOINT}): check the network; whole files stay in the cache"
+    return describe(error)
 
 
 def latest_run() -> Path | None:

@@ -17,6 +17,8 @@ TOKENIZER_FILES = (
 )
 # What a training run and its export need of a hub repository.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*")
+# Other formats of the same weights: Mistral's, and everything in subfolders (Llama's `original/`, ONNX).
+_OTHER_FORMATS = ("consolidated*.safetensors", "*/*")
 
 
 def resolve_model(path: str | Path, revision: str | None = None, patterns: Sequence[str] = _MODEL_FILES) -> Path:
@@ -32,7 +34,7 @@ def resolve_model(path: str | Path, revision: str | None = None, patterns: Seque
     if not _is_hub_id(name):
         raise ModelError(f"model directory {name} does not exist (a hub id has the form owner/name)")
     try:
-        return hub_snapshot(name, revision=revision, patterns=patterns)
+        return hub_snapshot(name, revision=revision, patterns=patterns, ignore=_OTHER_FORMATS)
     except HubError as error:
         raise ModelError(
             f"model {name}: no such directory, and {error}; give a local directory as model.path"
