@@ -58,7 +58,7 @@ def write_report(runs: list[Run], out: Path, title: str | None = None) -> str:
     claims = beside.claims_table(runs)
     paper = [beside.grid_table(runs), *(beside.last_table(run) for run in runs)]
     courses = [beside.course_table(run) for run in runs]
-    details = [table for run in runs for table in tables.score_tables(run)]
+    details = [t for run in runs for t in _there(*tables.score_tables(run), tables.behaviour_table(run))]
     figures = all_figures(runs)
     drawings = {name: svg(figure) for name, (_, figure) in figures.items()}
     notes = [f"not finished, left out: {where}" for run in runs for where in run.skipped]
@@ -69,7 +69,7 @@ def write_report(runs: list[Run], out: Path, title: str | None = None) -> str:
     sections = [
         (
             "Evaluation",
-            drawn("scores") + _there(summary) + drawn("domains", "safety", "lengths"),
+            drawn("scores") + _there(summary) + drawn("domains", "safety", "lengths", "behaviours"),
         ),
         ("Beside the paper", _there(claims) + drawn("paper") + _there(*paper, *courses)),
         ("Training", drawn("training") + _there(training)),

@@ -12,6 +12,7 @@ import pytest
 
 from jsft import report
 from jsft.errors import ConfigError, DataError
+from jsft.evaluation.behaviours import of_folder
 from jsft.evaluation.tasks import TASKS
 from jsft.reporting import beside, tables
 from jsft.reporting.collect import read_run, read_runs
@@ -147,6 +148,31 @@ def test_lines_that_are_drawn(run, tmp_path):
     assert domain.get_xdata()[-1] == pytest.approx(16.0) and domain.get_ydata()[-1] == pytest.approx(-2.0)
 
 
+def test_what_responses_do_is_drawn_and_written(tmp_path, capsys):
+    """Measured by the evaluation, or, for results of an earlier version, from its samples."""
+    run = tmp_path / "run"
+    for step, response in ((0, "It is 2."), (20, "It is 3. Wait, no: 2.")):
+        write_result(run, step, "math500", 0.5)
+        line = {"problem": "a", "sample": 0, "prompt": [{"role": "user", "content": "1+1?"}], "response": response}
+        folder = run / "eval" / f"step_{step}" / "math500"
+        (folder / "samples.jsonl").write_text(json.dumps(line | {"tokens": 50}) + "\n")
+    measured = of_folder(run / "eval" / "step_20" / "math500") | {"loops": {"mean": 0.25, "ci95": None}}
+    write_result(run, 40, "math500", 0.5, behaviours=measured)
+    write_result(run, 80, "math500", 0.5)
+    found = read_runs([run])
+    assert capsys.readouterr().out.count("measuring what its responses do") == 2
+    axes = {a.get_title(): a for a in all_figures(found)["behaviours"][1].axes}
+    course, base = axes["backtracking"].get_lines()
+    assert list(course.get_xdata()) == [20, 40] and list(course.get_ydata()) == [100, 100]
+    assert base.get_ydata()[0] == 0 and list(axes["loops"].get_lines()[0].get_ydata()) == [0, 25]
+    assert list(axes["answer tokens"].get_lines()[0].get_ydata()) == [50, 50]
+    rows = {row[0]: row[1:] for row in tables.behaviour_table(found[0]).rows}
+    assert rows["MATH500 at 20"] == ["100.0", "0.0", "0.0", "0.0", "0.0", "20.00", "0.00", "0.00", "0", "50"]
+    assert "MATH500 at 80" not in rows
+    lines = list(csv.DictReader(tables.csv_text(found).splitlines()))
+    assert {line["step"]: line["backtracking"] for line in lines} == {"0": "0.0", "20": "1.0", "40": "1.0", "80": ""}
+
+
 def test_training_alone_and_evaluation_alone(tmp_path):
     trained = write_run(tmp_path / "trained", "t", {})
     with (trained / "metrics.jsonl").open("a") as stream:
@@ -214,7 +240,8 @@ NAMES = [
 
 def test_names_are_names_in_every_form_of_a_report(tmp_path, capsys):
     """No formula of a spreadsheet or of mathematics, no HTML, no link: and every figure is drawn."""
-    runs = read_runs([write_run(tmp_path / str(i), name, CURVES) for i, name in enumerate(NAMES)])
+    curves = {task: {0: 0.5, 10: 0.4} for task in ("math500", "gpqa_diamond", "hexphi")}
+    runs = read_runs([write_run(tmp_path / str(i), name, curves) for i, name in enumerate(NAMES)])
     markdown = report.write_report(runs, tmp_path / "out")
     rows = list(csv.reader((tmp_path / "out" / "report.csv").open(newline="")))
     assert {row[0] for row in rows[1:]} == {"'" + NAMES[0], *NAMES[1:4], NAMES[4].replace("\udcff", "\\udcff")}

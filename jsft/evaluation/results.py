@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jsft.evaluation import statistics, thinking
+from jsft.evaluation import behaviours, statistics, thinking
 from jsft.evaluation.tasks.base import Problem, Task
 
 
@@ -31,6 +31,9 @@ def summarise(
         "share": task.share,
         "metrics": metrics,
         "response": _response(rows),
+        "behaviours": behaviours.summarise(
+            (behaviours.prompt_text(p.messages), row) for p, row in zip(problems, rows, strict=True)
+        ),
         "thinking": thinking.HOW,
         "problems": len(problems),
         "samples_per_problem": k,

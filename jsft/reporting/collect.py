@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jsft.errors import DataError, describe, explained
+from jsft.evaluation.behaviours import VERSION, of_folder
 from jsft.evaluation.tasks import TASKS
 from jsft.reporting.published import Published, Scores, find
 
@@ -23,6 +24,7 @@ class Point:
     cut: float  # share of responses at the token limit
     no_think_end: float  # share of responses without </think>
     results: dict[str, Any]
+    behaviours: dict[str, Any] = dataclasses.field(default_factory=dict)  # of evaluation.behaviours; {}: not measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +143,7 @@ def _read_evaluations(folder: Path) -> tuple[dict[str, Curve], list[str]]:
             skipped.append(f"{file.parent}: {results.get('reason') or results.get('state')}")
             continue
         try:
-            task, point = str(results["task"]), _point(int(match[1]), results)
+            task, point = str(results["task"]), _point(int(match[1]), _measured(results, file.parent))
             for name in ("title", "group", "primary", "share", "lower_is_better", "metrics"):
                 results[name]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -180,7 +182,19 @@ def _point(step: int, results: dict[str, Any]) -> Point:
         response["share_cut"],
         response["share_without_think_end"],
         results,
+        results.get("behaviours") or {},
     )
+
+
+def _measured(results: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The results with the behaviours of their samples, where the evaluation did not measure them, or by others of
+    the patterns."""
+    found = results.get("behaviours")
+    if isinstance(found, dict) and found.get("patterns") == VERSION:
+        return results
+    if (folder / "samples.jsonl").exists():
+        print(f"{folder}: measuring what its responses do", flush=True)
+    return results | {"behaviours": of_folder(folder)}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -4,42 +4,28 @@ import math
 from collections.abc import Callable
 
 import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from jsft.evaluation.behaviours import MEASURES, SHARES
 from jsft.reporting.collect import Curve, Point, Run
+from jsft.reporting.drawing import (
+    COLOURS,
+    STYLE,
+    add_legend,
+    joint,
+    label,
+    look,
+    panel_grid,
+    path_axes,
+    running_mean,
+    step_axis,
+    task_panels,
+    thinned,
+)
 
-# Colours that colour-blind readers can distinguish (Okabe and Ito); further runs also differ by line style.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", ":", "-.")
-STYLE = {
-    "figure.dpi": 110,
-    "savefig.dpi": 150,
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "svg.fonttype": "path",
-}
-LONGEST_LINE = 2000  # points of a training curve that are drawn; more is averaged in blocks
-
-
-def look(index: int) -> dict:
-    """Line style of run number `index`."""
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % len(DASHES)]}
-
-
-def label(name: str) -> str:
-    """A name escaped for matplotlib: dollars make no formula, a leading underscore hides nothing, all is printable."""
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name).replace("$", "\\$")
-    return f" {text}" if text.startswith("_") else text
+REASONING = ("in-domain", "out-of-domain reasoning")  # groups of tasks
 
 
 def all_figures(runs: list[Run]) -> dict[str, tuple[str, Figure]]:
@@ -67,6 +53,11 @@ def all_figures(runs: list[Run]) -> dict[str, tuple[str, Figure]]:
             safety_figure,
         ),
         "lengths": ("Mean length of responses in tokens against step.", length_figure),
+        "behaviours": (
+            "What responses do, step by step: mean over the reasoning tasks that a run has at a step. Dashed: the base "
+            "model. The first five are shares of responses; docs/evaluation.md says how each is told.",
+            behaviour_figure,
+        ),
         "training": ("The course of training. Thin: each step; thick: running mean.", training_figure),
     }
     figures = {}
@@ -109,7 +100,7 @@ def score_figure(runs: list[Run]) -> Figure | None:
     def title(curve: Curve) -> str:
         return label(f"{curve.title}: {curve.metric}{' (lower is better)' if curve.lower_is_better else ''}")
 
-    return _panels(runs, draw, title, lambda c: "percent" if c.share else "score")
+    return task_panels(runs, draw, title, lambda c: "percent" if c.share else "score")
 
 
 def _draw_paper(axes: Axes, run: Run, curve: Curve, color: str) -> None:
@@ -172,7 +163,42 @@ def length_figure(runs: list[Run]) -> Figure | None:
             axes.axhline(curve.base.tokens, color=style["color"], linestyle=(0, (4, 3)), linewidth=1, alpha=0.8)
         axes.set_ylim(bottom=0)
 
-    return _panels(runs, draw, lambda c: label(c.title), lambda c: "tokens")
+    return task_panels(runs, draw, lambda c: label(c.title), lambda c: "tokens")
+
+
+def behaviour_figure(runs: list[Run]) -> Figure | None:
+    """A panel per measure: its mean over a run's reasoning tasks against step."""
+    drawn = []
+    for measure in MEASURES:
+        if "_per_" in measure:
+            continue
+
+        def value(curve: Curve, point: Point, measure: str = measure) -> float | None:
+            mean = point.behaviours.get(measure, {}).get("mean")
+            return 100 * mean if mean is not None and measure in SHARES else mean
+
+        courses = []
+        for index, run in enumerate(runs):
+            tasks = [c for c in run.curves.values() if c.group in REASONING and any(p.behaviours for p in c.points)]
+            courses.append((index, run, joint(tasks, value)))
+        if any(course for *_, course in courses):
+            drawn.append((measure, courses))
+    if not drawn:
+        return None
+    figure, grid = panel_grid(len(drawn))
+    for axes, (measure, courses) in zip(grid, drawn, strict=True):
+        for index, run, course in courses:
+            style, steps = look(index), [step for step in course if step > 0] or list(course)
+            values = [course[step] for step in steps]
+            axes.plot(steps, values, marker="o", markersize=3.5, label=label(run.name), **style)
+            if 0 in course and steps != [0]:
+                axes.axhline(course[0], color=style["color"], linestyle=(0, (4, 3)), linewidth=1, alpha=0.8)
+        axes.set_title(measure.replace("_", " ")), axes.set_xlabel("step")
+        axes.set_ylabel("percent of responses" if measure in SHARES else "tokens")
+        axes.set_ylim(bottom=0)
+        step_axis(axes, sorted({step for *_, course in courses for step in course if step > 0}))
+    add_legend(figure, grid[0], len(runs))
+    return figure
 
 
 def domain_figure(runs: list[Run]) -> Figure | None:
@@ -182,8 +208,8 @@ def domain_figure(runs: list[Run]) -> Figure | None:
         curves = list(run.curves.values())
         inside = [c for c in curves if c.group == "in-domain" and c.share]
         outside = [c for c in curves if c.group.startswith("out-of-domain") and c.share]
-        paths.append((index, run, _joint(inside, Curve.gain), _joint(outside, Curve.gain)))
-    axes = _path_axes(paths, "in-domain: points above the base model", "out-of-domain: points above the base model")
+        paths.append((index, run, joint(inside, Curve.gain), joint(outside, Curve.gain)))
+    axes = path_axes(paths, "in-domain: points above the base model", "out-of-domain: points above the base model")
     if axes is None:
         return None
     axes.axhline(0, color="grey", linewidth=0.8), axes.axvline(0, color="grey", linewidth=0.8)
@@ -200,9 +226,9 @@ def safety_figure(runs: list[Run]) -> Figure | None:
     paths = []
     for index, run in enumerate(runs):
         curves = list(run.curves.values())
-        reasoning = [c for c in curves if c.group in ("in-domain", "out-of-domain reasoning") and c.share]
-        paths.append((index, run, _joint(reasoning, score), _joint([c for c in curves if c.group == "safety"], score)))
-    axes = _path_axes(paths, "reasoning tasks: mean score, percent", "attack success rate, percent")
+        reasoning = [c for c in curves if c.group in REASONING and c.share]
+        paths.append((index, run, joint(reasoning, score), joint([c for c in curves if c.group == "safety"], score)))
+    axes = path_axes(paths, "reasoning tasks: mean score, percent", "attack success rate, percent")
     return None if axes is None else axes.figure
 
 
@@ -220,15 +246,15 @@ def training_figure(runs: list[Run]) -> Figure | None:
     panels = [p for p in panels if any(m.get(p[0]) is not None for run in runs for m in run.metrics)]
     if not panels:
         return None
-    figure, grid = _grid(len(panels))
+    figure, grid = panel_grid(len(panels))
     for axes, (key, title, logarithmic) in zip(grid, panels, strict=True):
         for index, run in enumerate(runs):
             pairs = [(m["step"], m[key]) for m in run.metrics if m.get(key) is not None]
             if not pairs:
                 continue
             steps, values = (np.asarray(x, float) for x in zip(*pairs, strict=True))
-            steps, values = _thinned(steps, values)
-            smooth = _running_mean(values) if key != "lr" and len(values) >= 20 else None
+            steps, values = thinned(steps, values)
+            smooth = running_mean(values) if key != "lr" and len(values) >= 20 else None
             style = look(index)
             if smooth is None:
                 marker = "o" if len(values) < 3 else None
@@ -241,7 +267,7 @@ def training_figure(runs: list[Run]) -> Figure | None:
         if logarithmic:
             axes.set_yscale("log")
         axes.set_title(title), axes.set_xlabel("step")
-    _legend(figure, grid[0], len(runs))
+    add_legend(figure, grid[0], len(runs))
     return figure
 
 
@@ -257,106 +283,3 @@ def _draw_heldout(axes: Axes, run: Run, style: dict) -> None:
             linewidth=0.8,
             label=label(f"{run.name}, held out: {name.removesuffix('/loss')}"),
         )
-
-
-def _panels(runs: list[Run], draw, title, unit) -> Figure | None:
-    tasks: dict[str, Curve] = {}
-    for run in runs:
-        for curve in run.curves.values():
-            if curve.task not in tasks or curve.trained:
-                tasks[curve.task] = curve
-    if not tasks:
-        return None
-    figure, grid = _grid(len(tasks))
-    for axes, (task, sample) in zip(grid, tasks.items(), strict=True):
-        steps = set()
-        for index, run in enumerate(runs):
-            if task in run.curves:
-                draw(axes, index, run, run.curves[task])
-                steps |= {p.step for p in run.curves[task].trained}
-        axes.set_title(title(sample)), axes.set_ylabel(unit(sample)), axes.set_xlabel("step")
-        _step_axis(axes, sorted(steps))
-    _legend(figure, grid[0], len(runs))
-    return figure
-
-
-def _step_axis(axes: Axes, steps: list[int]) -> None:
-    """Checkpoints double from one to the next: a logarithmic axis where they span a decade."""
-    if len(steps) > 2 and steps[-1] >= 10 * steps[0]:
-        axes.set_xscale("log")
-    if 0 < len(steps) <= 12:
-        axes.set_xticks(steps, [str(s) for s in steps], rotation=45 if len(steps) > 6 else 0)
-        axes.minorticks_off()
-
-
-def _joint(curves: list[Curve], value: Callable[[Curve, Point], float | None]) -> dict[int, float]:
-    """Mean of `value` over curves at the steps all of them have."""
-    if not curves:
-        return {}
-    tables = [{p.step: value(c, p) for p in c.points if value(c, p) is not None} for c in curves]
-    common = set.intersection(*(set(t) for t in tables))
-    return {step: sum(t[step] for t in tables) / len(tables) for step in sorted(common)}
-
-
-def _path_axes(paths: list, x_label: str, y_label: str) -> Axes | None:
-    drawn = [(i, run, x, y, sorted(set(x) & set(y))) for i, run, x, y in paths]
-    if not any(len(steps) > 1 for *_, steps in drawn):
-        return None
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
-    axes = figure.subplots()
-    for index, run, x, y, steps in drawn:
-        if not steps:
-            continue
-        xs, ys = [x[s] for s in steps], [y[s] for s in steps]
-        axes.plot(xs, ys, marker="o", markersize=4, linewidth=1, label=label(run.name), **look(index))
-        for step, a, b in zip(steps, xs, ys, strict=True):
-            text = "base" if step == 0 else str(step)
-            axes.annotate(
-                text,
-                (a, b),
-                xytext=(4, 3),
-                textcoords="offset points",
-                fontsize=7,
-                color=look(index)["color"],
-            )
-    axes.set_xlabel(x_label), axes.set_ylabel(y_label)
-    axes.margins(0.12)
-    axes.legend(fontsize=8)
-    return axes
-
-
-def _grid(count: int) -> tuple[Figure, list[Axes]]:
-    columns = min(3, count)
-    rows = math.ceil(count / columns)
-    figure = Figure(figsize=(4.1 * columns + 0.4, 2.9 * rows + 0.5), layout="constrained")
-    grid = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
-    for axes in grid[count:]:
-        axes.remove()
-    return figure, grid[:count]
-
-
-def _legend(figure: Figure, axes: Axes, runs: int) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    found = dict(zip(labels, handles, strict=True))
-    for other in figure.axes:
-        found |= {k: v for k, v in zip(*reversed(other.get_legend_handles_labels()), strict=True) if k not in found}
-    if runs > 1 or len(found) > 1:
-        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=2 if len(found) > 1 else 1)
-
-
-def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    block = math.ceil(len(values) / LONGEST_LINE)
-    if block <= 1:
-        return steps, values
-    starts = np.arange(0, len(values), block)
-    sizes = np.diff(np.append(starts, len(values)))
-    return np.add.reduceat(steps, starts) / sizes, np.add.reduceat(values, starts) / sizes
-
-
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of a twentieth of the curve, shorter at the ends."""
-    half = max(1, len(values) // 40)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    low = np.maximum(np.arange(len(values)) - half, 0)
-    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)

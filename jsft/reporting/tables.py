@@ -7,6 +7,7 @@ import io
 import re
 import textwrap
 
+from jsft.evaluation.behaviours import MEASURES, SHARES
 from jsft.reporting.collect import Curve, Point, Run
 
 _MARKUP = re.compile(r"[\\`*<>|~$&]|\b_|_\b|(?<=\])\(|(?<=!)\[")
@@ -106,6 +107,26 @@ def score_tables(run: Run) -> list[Table]:
     ]
 
 
+def behaviour_table(run: Run) -> Table | None:
+    """Of one run: what responses do, by task and step."""
+    rows = [
+        [f"{curve.title} at {step_name(point.step)}", *(_measure(point.behaviours, name) for name in MEASURES)]
+        for curve in run.curves.values()
+        for point in curve.points
+        if point.behaviours
+    ]
+    header = ["task and step", *(name.replace("_", " ") for name in MEASURES)]
+    note = "Backtracking to mixed languages: percent of responses. Told by patterns (docs/evaluation.md)."
+    return Table(f"{run.name}: what responses do", header, rows, note) if rows else None
+
+
+def _measure(behaviours: dict, name: str) -> str:
+    mean = behaviours.get(name, {}).get("mean")
+    if mean is None:
+        return "–"
+    return f"{100 * mean:.1f}" if name in SHARES else f"{mean:.2f}" if "_per_" in name else f"{mean:,.0f}"
+
+
 def step_name(step: int) -> str:
     return "0 (base)" if step == 0 else str(step)
 
@@ -188,10 +209,11 @@ def csv_text(runs: list[Run]) -> str:
     """One line per run, step, task and metric."""
     out = io.StringIO()
     write = csv.writer(out, lineterminator="\n").writerow
-    write(
+    columns = (
         "run step task group metric primary mean low high problems samples_per_problem tokens share_cut "
-        "share_without_think_end paper_percent".split()
+        "share_without_think_end paper_percent"
     )
+    write([*columns.split(), *MEASURES])
     for run in runs:
         for curve in run.curves.values():
             for point in curve.points:
@@ -217,6 +239,7 @@ def csv_text(runs: list[Run]) -> str:
                             round(point.cut, 4),
                             round(point.no_think_end, 4),
                             paper,
+                            *(point.behaviours.get(name, {}).get("mean", "") for name in MEASURES),
                         ]
                     )
     return out.getvalue()
