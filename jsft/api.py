@@ -27,7 +27,6 @@ from jsft import config as schema
 from jsft.data.batch import Batch
 from jsft.data.chat import Chat, Document, load_tokenizer
 from jsft.data.examples import parse_row
-from jsft.data.objective import token_weights
 from jsft.data.preview import CLOSE, OPEN
 from jsft.data.shapes import Keys, recognise
 from jsft.data.vocabulary import Embedding
@@ -40,6 +39,7 @@ from jsft.models.families import read_config
 from jsft.models.forward import hidden_states, unembedding
 from jsft.models.module import Decoder
 from jsft.models.options import DecoderOptions
+from jsft.objectives import token_weights
 
 Row = Mapping[str, Any]  # `message` (text, or a list of {role, content}) and `response`
 _BLOCK = 128  # rows are padded to a multiple: few lengths, few compilations

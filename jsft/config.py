@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from jsft import hints
+from jsft import hints, objectives
 from jsft.errors import ConfigError
 from jsft.hints import nearest
 
@@ -183,7 +183,22 @@ FIELDS: tuple[Field, ...] = (
         None,
         "How tokens are weighted: the published runs' per-micro-batch means, one "
         "mean over the step's tokens, or a mean per sequence.",
-        choices=("reference", "token_mean", "sequence_mean"),
+        choices=tuple(objectives.NORMALISATIONS),
+    ),
+    Field(
+        "objective.weighting",
+        str,
+        "none",
+        "A factor of each token's loss that depends on the model, without gradient (docs/objectives.md).",
+        choices=("none", *objectives.WEIGHTINGS),
+    ),
+    Field(
+        "objective.weighting_parameter",
+        float,
+        None,
+        "The weighting's parameter; default: "
+        + ", ".join(f"{one.default:g} ({name})" for name, one in objectives.WEIGHTINGS.items() if one.default)
+        + ".",
     ),
     Field(
         "objective.use_advantage",
@@ -434,7 +449,7 @@ def _check_together(config: ConfigDict) -> None:
     for name in ("model.path", "data.train"):
         if not get(config, name):
             raise ConfigError(f"{name} is not set; give it in the config file or as --config.{name}=...")
-    data, objective, batch = config.data, config.objective, config.train.global_batch
+    data, objective = config.data, config.objective
     if data.pack_length < data.max_length:
         raise ConfigError(
             f"data.pack_length={data.pack_length} is shorter than data.max_length={data.max_length}: the longest "
@@ -449,12 +464,13 @@ def _check_together(config: ConfigDict) -> None:
         raise ConfigError("data.split_turns=true trains every turn, and data.train_turns=last only one; leave one out")
     if config.mesh.reduce == "step" and config.mesh.gather != "step":
         raise ConfigError("mesh.reduce=step works on weights that are gathered once a step; set mesh.gather=step too")
-    group = objective.reference_ranks * objective.reference_micro_batch
-    if objective.name == "reference" and batch % group:
-        raise ConfigError(
-            f"train.global_batch={batch} is not a multiple of objective.reference_ranks x "
-            f"objective.reference_micro_batch = {group}, which the reference objective needs"
-        )
+    objectives.token_weights(
+        objective.name,
+        [1] * config.train.global_batch,
+        reference_ranks=objective.reference_ranks,
+        reference_micro_batch=objective.reference_micro_batch,
+    )
+    objectives.weighting_of(objective.weighting, objective.weighting_parameter)
     if config.optimizer.schedule == "wsd" and config.optimizer.warmup_ratio + config.optimizer.decay_ratio > 1:
         raise ConfigError("optimizer.warmup_ratio + optimizer.decay_ratio is above 1: the wsd schedule does not fit")
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # A room is a folder or a file of jsft. It imports itself, and what is below it.
 COMMANDS = {"train", "export", "plan", "prepare", "report", "api", "__init__"}
-BASE = {"config", "errors", "files", "hints"}
+BASE = {"config", "errors", "files", "hints", "objectives"}
 MACHINE = BASE | {"kernels", "hardware"}
 CONTENT = MACHINE | {"data", "models", "hf"}
 BELOW_RUN = CONTENT | {"step", "planning"}
@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "hardware": BASE,
     "cluster": {"errors"},
     "cli": BASE,
-    "config": {"errors", "hints"},
+    "config": {"errors", "hints", "objectives"},
+    "objectives": {"errors"},
     "errors": set(),
     "files": {"errors"},  # the hub's errors in one line
     "hints": set(),

@@ -30,3 +30,15 @@ class StepData(NamedTuple):
     sum_squared_lengths: int  # sum over documents of length^2: the cost of attention
     weight_sum: float  # of all loss weights, without advantages: 1 for a mean, B/(8m) in the reference's objective
     padding_share: float  # padding positions / all positions
+
+
+def document_mean_weights(batch: Batch) -> np.ndarray:
+    """float32 [R, T]: weights that make sum(weights * nll) the sum over documents of each one's mean loss.
+
+    The number of documents is the sum of these weights. For a loss per document on held-out data.
+    """
+    supervised = batch.loss_weights != 0
+    row = np.arange(supervised.shape[0])[:, None] * supervised.shape[1]
+    counts = np.bincount((batch.doc_start + row).ravel(), supervised.ravel(), minlength=supervised.size)
+    per_position = counts[batch.doc_start + row]
+    return np.where(supervised, 1.0 / np.maximum(per_position, 1), 0.0).astype(np.float32)

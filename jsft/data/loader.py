@@ -16,12 +16,12 @@ from jsft.data.cache import TokenCache, open_cache
 from jsft.data.chat import Chat, load_tokenizer
 from jsft.data.documents import Documents
 from jsft.data.folders import HELD_OUT, TRAIN
-from jsft.data.objective import token_weights
 from jsft.data.shapes import Keys, read_columns
 from jsft.data.sources import open_source, split_paths
 from jsft.data.steps import Recipe, StepSource, assemble, local_rows, packing_report
 from jsft.data.vocabulary import Embedding
 from jsft.errors import ConfigError, DataError
+from jsft.objectives import token_weights
 
 EVAL_CHUNK = 4096  # held-out documents packed together
 
@@ -144,7 +144,7 @@ def open_eval_data(
     config, model_dir: str | Path, *, rows: int, process_index: int = 0, process_count: int = 1
 ) -> dict[str, list[Batch]]:
     """Held-out sets of data.eval by name, each packed in batches of [rows, data.pack_length] with weight 1 per
-    supervised token. `objective.document_mean_weights` makes the weights of a loss per document.
+    supervised token. `batch.document_mean_weights` makes the weights of a loss per document.
     """
     layout = schedule.Layout(rows, rows, config.data.pack_length, align=config.data.align)
     local = local_rows(rows, process_index, process_count)

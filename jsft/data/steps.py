@@ -6,9 +6,9 @@ import numpy as np
 
 from jsft.data.batch import Batch, StepData
 from jsft.data.documents import Documents
-from jsft.data.objective import token_weights
 from jsft.data.schedule import Layout, StepSchedule, padding_and_imbalance, schedule_step, step_rows
 from jsft.errors import ConfigError
+from jsft.objectives import token_weights
 
 
 class Recipe(NamedTuple):

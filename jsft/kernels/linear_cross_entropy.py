@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jsft.kernels import logits as kernel
 from jsft.kernels.devices import kernels_unavailable
+from jsft.objectives import TokenStatistics, Weighting
 
 _ROWS = ("replica", "fsdp")  # mesh axes of the batch rows
 _VOCABULARY = "fsdp"  # mesh axis of the vocabulary
@@ -29,12 +30,13 @@ _CHUNK_TOKENS = 8192  # over all devices of the vocabulary axis, at most: beyond
 class LossSums(NamedTuple):
     """Sums over the supervised tokens (weight != 0) of all devices; float32 scalars."""
 
-    loss: jax.Array  # sum of weight * nll: the objective
+    loss: jax.Array  # sum of weight * factor * nll: the objective; the factor is 1 without a weighting
     nll: jax.Array  # sum of -log p(target), natural log
     entropy: jax.Array  # sum of the entropies of p, in nats
     correct: jax.Array  # number of tokens whose target has the largest logit
     count: jax.Array  # number of supervised tokens
     weighted_entropy: jax.Array  # sum of weight * entropy
+    factor: jax.Array | None = None  # sum of the factors; None without a weighting
 
 
 def linear_cross_entropy(
@@ -46,6 +48,7 @@ def linear_cross_entropy(
     mesh: Mesh,
     chunk_tokens: int | None = None,
     gradient_dtype: jnp.dtype = jnp.float32,
+    weighting: Weighting | None = None,
 ) -> LossSums:
     """Sums of the weighted negative log-likelihood and its companions; differentiable through `.loss` alone.
 
@@ -62,6 +65,8 @@ def linear_cross_entropy(
       chunk_tokens: tokens at a time over all devices of 'fsdp'. Default: as many as keep a device's logits
         under 2.5 GiB, at most 8,192.
       gradient_dtype: of the buffer that sums the unembedding's gradient over the chunks.
+      weighting: makes a factor of each token's loss from p; no gradient goes through it. None: no factor, and the
+        program is that without this argument.
 
     Raises:
       ValueError: shapes that do not fit each other or the mesh.
@@ -74,7 +79,13 @@ def linear_cross_entropy(
         unembedding = jnp.pad(unembedding, ((0, padding), (0, 0)))
     local_tokens = targets.size // (parts * mesh.shape["replica"])
     chunk = chunk_size(V, parts, local_tokens, chunk_tokens)
-    return _loss(hidden, unembedding, targets, weights.astype(jnp.float32), mesh, V, chunk, jnp.dtype(gradient_dtype))
+    weights, gradient_dtype = weights.astype(jnp.float32), jnp.dtype(gradient_dtype)
+    return _loss(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype, weighting)
+
+
+def count_sums(weighting: Weighting | None) -> int:
+    """The number of sums in `LossSums`."""
+    return len(LossSums._fields) - (weighting is None)
 
 
 def chunk_size(vocabulary: int, parts: int, local_tokens: int, chunk_tokens: int | None = None) -> int:
@@ -88,19 +99,21 @@ def chunk_size(vocabulary: int, parts: int, local_tokens: int, chunk_tokens: int
     return max(1, min(chunk_tokens // parts, local_tokens))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _loss(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype):
-    sums, _, _ = _sharded(hidden, unembedding, targets, weights, mesh, V, chunk, None)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
+def _loss(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype, weighting):
+    sums, _, _ = _sharded(hidden, unembedding, targets, weights, mesh, V, chunk, None, weighting)
     return sums
 
 
-def _loss_forward(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype):
-    sums, d_hidden, d_unembedding = _sharded(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype)
+def _loss_forward(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype, weighting):
+    sums, d_hidden, d_unembedding = _sharded(
+        hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype, weighting
+    )
     # The empty array brings the dtype along: residuals are arrays.
     return sums, (d_hidden, d_unembedding, jnp.empty((0,), unembedding.dtype))
 
 
-def _loss_backward(mesh, V, chunk, gradient_dtype, residuals, cotangents):
+def _loss_backward(mesh, V, chunk, gradient_dtype, weighting, residuals, cotangents):
     d_hidden, d_unembedding, like = residuals
     factor = cotangents.loss
     d_hidden = (d_hidden * factor).astype(d_hidden.dtype)
@@ -111,11 +124,12 @@ def _loss_backward(mesh, V, chunk, gradient_dtype, residuals, cotangents):
 _loss.defvjp(_loss_forward, _loss_backward)
 
 
-def _sharded(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype):
+def _sharded(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype, weighting):
     """-> (LossSums, d loss / d hidden, d loss / d unembedding); without `gradient_dtype` the last two are None."""
     grads = gradient_dtype is not None
     rows = P(_ROWS)
-    body = functools.partial(_local, V=V, chunk=chunk, parts=mesh.shape[_VOCABULARY], gradient_dtype=gradient_dtype)
+    parts = mesh.shape[_VOCABULARY]
+    body = functools.partial(_local, V=V, chunk=chunk, parts=parts, gradient_dtype=gradient_dtype, weighting=weighting)
     return jax.shard_map(
         body,
         mesh=mesh,
@@ -125,7 +139,7 @@ def _sharded(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dty
     )(hidden, unembedding, targets, weights)
 
 
-def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_dtype):
+def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_dtype, weighting):
     """One device's part: hidden [b, T, D], unembedding [V/N, D]."""
     shape, dtype = hidden.shape, hidden.dtype
     grads = gradient_dtype is not None
@@ -174,6 +188,11 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
         gathered = lax.all_gather(local, _VOCABULARY) if parts > 1 else local[None]
         top, z, log_z, others, mean, target_logit = _all_devices(jnp.moveaxis(gathered, 1, 0))
         on, nll, entropy = wc != 0, log_z - target_logit, log_z - mean
+        without_factor, factors = wc, []
+        if weighting is not None:
+            statistics = TokenStatistics(nll, jnp.exp(target_logit) / z, others / z, jnp.maximum(entropy, 0))
+            factor = weighting(statistics).astype(wide)
+            wc, factors = wc * factor, [jnp.sum(jnp.where(on, factor, 0))]
         sums += jnp.stack(
             [
                 jnp.sum(wc * nll),
@@ -181,7 +200,8 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
                 jnp.sum(jnp.where(on, entropy, 0)),
                 jnp.sum(on & (target_logit >= 0)).astype(wide),
                 jnp.sum(on).astype(wide),
-                jnp.sum(wc * entropy),
+                jnp.sum(without_factor * entropy),
+                *factors,
             ]
         )
         if grads:
@@ -201,7 +221,7 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
             dx = dx.at[index].set(dxc.astype(dtype), mode="drop", unique_indices=True)
         return i + 1, sums, dx, dw
 
-    state = jnp.int32(0), jnp.zeros(len(LossSums._fields), wide), jnp.zeros_like(x) if grads else None, None
+    state = jnp.int32(0), jnp.zeros(count_sums(weighting), wide), jnp.zeros_like(x) if grads else None, None
     if grads:  # the first chunk, before the loop: the others' product is added to its, and no zeros are written or read
         state = step(state)
     _, sums, dx, dw = lax.while_loop(lambda state: state[0] < trips, step, state)

@@ -15,8 +15,7 @@ from jsft.cluster.peers import PeerLink
 from jsft.cluster.processes import any_process
 from jsft.cluster.signals import Stopped, StopRequest
 from jsft.cluster.watchdog import Watchdog
-from jsft.data.batch import Batch
-from jsft.data.objective import document_mean_weights
+from jsft.data.batch import Batch, document_mean_weights
 from jsft.errors import CheckpointError, OutOfMemoryError, explained
 from jsft.hardware import xla
 from jsft.hardware.cards import peak_flops

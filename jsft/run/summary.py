@@ -9,6 +9,7 @@ from jsft.hardware import mesh as meshes
 from jsft.hardware.mesh import shard_bytes
 from jsft.kernels.attention import describe_attention
 from jsft.kernels.norms import describe_norms
+from jsft.objectives import describe
 from jsft.run.preflight import expectation
 from jsft.step.components import typical_length
 
@@ -47,7 +48,7 @@ def write_summary(components, name: str, workdir: Path | None, remat: str, step:
     line("memory", f"{held / 2**30:.2f} GiB of parameters and optimizer state per device; layers save: {remat}")
     line(
         "objective",
-        f"{config.objective.name} (fidelity {config.fidelity}); {optimizer.schedule} schedule to "
+        f"{describe(config.objective)} (fidelity {config.fidelity}); {optimizer.schedule} schedule to "
         f"{optimizer.learning_rate:g}, warm-up {optimizer.warmup_ratio:g}, clip {optimizer.clip_norm:g}",
     )
     for i, text in enumerate(components.data.report_lines()):

@@ -20,12 +20,13 @@ from jsft.data.batch import Batch
 from jsft.hardware.mesh import batch_sharding, replicated, shard_batch
 from jsft.hardware.xla import prefetch_options
 from jsft.kernels.attention import settle_backward
-from jsft.kernels.linear_cross_entropy import LossSums, linear_cross_entropy
+from jsft.kernels.linear_cross_entropy import LossSums, count_sums, linear_cross_entropy
 from jsft.models.config import ModelConfig
 from jsft.models.decoder import PackedRows
 from jsft.models.families import abstract_parameters
 from jsft.models.forward import StepArrays, accumulates_in_place, hidden_states, unembedding, unstack_matrices
 from jsft.models.options import DecoderOptions
+from jsft.objectives import Weighting, weighting_of
 from jsft.step.gather_once import (
     gathered_weights,
     gathers_once,
@@ -117,13 +118,22 @@ def _unrolls(config: ConfigDict, mesh: Mesh) -> bool:
 
 
 def loss_sums(
-    parameters: Tree, batch: Batch, model: ModelConfig, options: DecoderOptions, step: StepArrays = StepArrays()
+    parameters: Tree,
+    batch: Batch,
+    model: ModelConfig,
+    options: DecoderOptions,
+    step: StepArrays = StepArrays(),
+    weighting: Weighting | None = None,
 ) -> LossSums:
-    """Sums over the supervised tokens of `batch`; `.loss` = sum(loss_weights * -log p(target)), float32."""
+    """Sums over the supervised tokens of `batch`; `.loss` = sum(loss_weights * -log p(target)), float32, each token
+    also times the factor of `weighting`.
+    """
     rows = PackedRows(batch.tokens, batch.positions, batch.doc_start, batch.doc_end)
     hidden = hidden_states(parameters, model, rows, options, step)
     matrix = unembedding(parameters, model)
-    return linear_cross_entropy(hidden, matrix, batch.targets, batch.loss_weights, mesh=options.mesh)
+    return linear_cross_entropy(
+        hidden, matrix, batch.targets, batch.loss_weights, mesh=options.mesh, weighting=weighting
+    )
 
 
 def gradient_form(model: ModelConfig, config: ConfigDict, mesh: Mesh) -> Tree:
@@ -149,6 +159,7 @@ def make_programs(
     dtype = jnp.dtype(config.precision.gradients)
     options = decoder_options(config, mesh, remat, typical_length)
     evaluation = dataclasses.replace(decoder_options(config, mesh, remat), defer_reduce=False)
+    weighting = weighting_of(config.objective.weighting, config.objective.weighting_parameter)
     full = replicated(mesh)
     rows = batch_sharding(mesh)
     state_sharding = TrainState(shardings, shardings, shardings, full, full)
@@ -166,7 +177,7 @@ def make_programs(
 
     def start():
         gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), sum_form)
-        return gradients, LossSums(*[jnp.float32(0)] * len(LossSums._fields))
+        return gradients, LossSums(*[jnp.float32(0)] * count_sums(weighting))
 
     def add_gradients(weights, batch, gradients, sums):
         parameters, gathered = weights
@@ -181,7 +192,7 @@ def make_programs(
             parameters = with_placeholders(parameters, gathered, sum_form, dtype)
 
         def objective(p):
-            more = loss_sums(p, batch, model, options, step)
+            more = loss_sums(p, batch, model, options, step, weighting)
             return more.loss, more
 
         (_, more), new = jax.value_and_grad(objective, has_aux=True)(parameters)
@@ -208,6 +219,8 @@ def make_programs(
             "accuracy": sums.correct / count,
             "lr": rate,
         }
+        if weighting is not None:
+            metrics["weighting"] = sums.factor / count
         return state, metrics
 
     def evaluate(parameters, batch):

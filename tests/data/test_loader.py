@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jsft.data import schedule
+from jsft.data.batch import document_mean_weights
 from jsft.data.loader import eval_specs, open_eval_data, open_training_data
-from jsft.data.objective import document_mean_weights
 from jsft.data.steps import Recipe, StepSource
 from jsft.errors import ConfigError, DataError
 from tests.data.helpers import rows_of, write_rows

@@ -10,6 +10,7 @@ import pytest
 from jsft.kernels import linear_cross_entropy as module
 from jsft.kernels.linear_cross_entropy import linear_cross_entropy
 from jsft.kernels.logits import exponentials
+from jsft.objectives import WEIGHTINGS, TokenStatistics, weighting_of
 
 
 def make_mesh(replica: int, fsdp: int):
@@ -26,21 +27,26 @@ def make_inputs(B=8, T=24, D=16, V=64, supervised=0.4, seed=0):
     return hidden, unembedding, targets, weights
 
 
-def oracle(hidden, unembedding, targets, weights):
+def oracle(hidden, unembedding, targets, weights, weighting=None):
     """Sums and the gradients of the loss in float64 numpy."""
     z = hidden @ unembedding.T
     z = z - z.max(-1, keepdims=True)
     log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
     p = np.exp(log_p)
     at_target = np.take_along_axis(log_p, targets[..., None], -1)[..., 0]
-    on = weights != 0
+    on, given, factor = weights != 0, weights, np.ones_like(weights)
+    if weighting is not None:
+        at, entropy = np.exp(at_target), -(p * log_p).sum(-1)
+        factor = weighting(TokenStatistics(-at_target, at, 1 - at, entropy)).astype(float)
+        weights = weights * factor  # a number from here on: no gradient goes through it
     sums = (
         -(weights * at_target).sum(),
         -at_target[on].sum(),
         -(p * log_p).sum(-1)[on].sum(),
         (on & (at_target >= log_p.max(-1))).sum(),
         on.sum(),
-        -(weights * (p * log_p).sum(-1)).sum(),
+        -(given * (p * log_p).sum(-1)).sum(),
+        *([factor[on].sum()] if weighting is not None else []),
     )
     d_z = (p - np.eye(z.shape[-1])[targets]) * weights[..., None]
     return sums, d_z @ unembedding, np.einsum("btv,btd->vd", d_z, hidden)
@@ -57,7 +63,7 @@ def run(inputs, mesh, dtype=jnp.float32, weight_dtype=None, **options):
         return sums.loss, sums
 
     (_, sums), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*arguments)
-    return sums, gradients
+    return jax.tree.leaves(sums), gradients
 
 
 def relative(a, b):
@@ -73,6 +79,32 @@ def test_matches_float64_on_every_mesh(replica, fsdp, chunk_tokens):
     np.testing.assert_allclose(np.array(sums), want, rtol=2e-6)
     assert relative(d_hidden, want_hidden) < 1e-6
     assert relative(d_unembedding, want_unembedding) < 1e-6
+
+
+def of_all_statistics(token):
+    """A weighting that reads everything a weighting may read."""
+    return 0.3 * token.probability + 0.5 * token.doubt**2 + 0.1 * token.entropy + 0.01 * token.nll
+
+
+def check_weighting(weighting, mesh):
+    inputs = make_inputs()
+    sums, (d_hidden, d_unembedding) = run(inputs, mesh, chunk_tokens=20, weighting=weighting)
+    want, want_hidden, want_unembedding = oracle(*inputs, weighting)
+    plain, plain_hidden, _ = oracle(*inputs)
+    np.testing.assert_allclose(np.array(sums), want, rtol=4e-6)
+    assert relative(d_hidden, want_hidden) < 2e-6 and relative(d_unembedding, want_unembedding) < 2e-6
+    assert relative(plain_hidden, want_hidden) > 0.02 and plain[1:] == want[1:-1]  # only the loss is weighted
+
+
+def test_a_weighting_is_a_factor_without_gradient():
+    check_weighting(of_all_statistics, make_mesh(2, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("replica, fsdp", [(1, 1), (1, 8)])
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_so_is_each_of_ours(name, replica, fsdp):
+    check_weighting(weighting_of(name), make_mesh(replica, fsdp))
 
 
 @pytest.mark.parametrize("V", [61, 3])  # 3: less than the devices
@@ -186,9 +218,10 @@ def test_entropies_of_large_logits_are_those_of_float64(level, fsdp):
     np.testing.assert_allclose(np.array(sums), want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("fsdp", [1, 2])
+@pytest.mark.parametrize("fsdp, weighting", [(1, weighting_of("focal", 0.5)), (2, None)])
 @pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
-def test_so_are_the_kernels_but_for_the_rounding_to_bfloat16(interpret, fsdp, monkeypatch):
+def test_so_are_the_kernels_but_for_the_rounding_to_bfloat16(interpret, fsdp, weighting, monkeypatch):
+    """With a weighting too that is a power of 1 - p: the kernel's sums give it exactly."""
     if not interpret and fsdp > jax.device_count():
         pytest.skip(f"needs {fsdp} devices")
     monkeypatch.setattr(module.kernel, "exponentials", functools.partial(exponentials, interpret=interpret))
@@ -197,8 +230,8 @@ def test_so_are_the_kernels_but_for_the_rounding_to_bfloat16(interpret, fsdp, mo
     V = 516 * fsdp  # a block of a device, and a bit
     logits, targets = confident_tokens(20, jnp.bfloat16, V, each=1)
     inputs = np.repeat(logits, fsdp, 0), np.eye(V), np.repeat(targets, fsdp, 0), np.ones((fsdp, targets.size))
-    sums, (ours, _) = run(inputs, make_mesh(1, fsdp), jnp.bfloat16)
-    want_sums, want, _ = oracle(*inputs)
+    sums, (ours, _) = run(inputs, make_mesh(1, fsdp), jnp.bfloat16, weighting=weighting)
+    want_sums, want, _ = oracle(*inputs, weighting)
     np.testing.assert_allclose(np.array(sums), want_sums, rtol=1e-5)
     at_target = [np.take_along_axis(np.asarray(g, np.float64), inputs[2][..., None], -1) for g in (ours, want)]
     np.testing.assert_allclose(*at_target, rtol=3 * 2**-8)
@@ -221,18 +254,30 @@ def test_kernel_of_the_exponentials(V, interpret):
         np.testing.assert_allclose(got, exactly, rtol=1e-5)
 
 
-def test_one_pass_over_the_logits_in_the_program_for_a_gpu():
-    """Compiled for Hopper with bfloat16 hidden states, the exponentials come from the kernel, once a chunk."""
+@pytest.mark.parametrize("weighting", [None, of_all_statistics])
+def test_one_pass_over_the_logits_in_the_program_for_a_gpu(weighting):
+    """Compiled for Hopper with bfloat16 hidden states, the exponentials come from the kernel, once a chunk. A weighting
+    takes what that pass made: it adds no array of the logits' size and no product.
+    """
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
     auto = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.sharding.AbstractMesh((1, 1), ("replica", "fsdp"), axis_types=auto, abstract_device=device)
     shapes = ((2, 64, 32), jnp.bfloat16), ((4096, 32), jnp.float32), ((2, 64), jnp.int32), ((2, 64), jnp.float32)
     arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-    loss = jax.jit(jax.grad(lambda *a: linear_cross_entropy(*a, mesh=mesh).loss, argnums=(0, 1)))
-    with jax.sharding.use_abstract_mesh(mesh):
-        text = loss.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    text = program_for_a_gpu(mesh, arguments, weighting)
     # Of the first chunk, and of the loop over the others; jax 0.12 lowers both to one function.
     assert text.count("@mosaic_gpu") in (1, 2)
+    if weighting is not None:
+        plain = program_for_a_gpu(mesh, arguments, None)
+        for word in ("@mosaic_gpu", "dot_general", "x4096x"):
+            assert text.count(word) == plain.count(word) > 0, word
+
+
+def program_for_a_gpu(mesh, arguments, weighting):
+    """StableHLO of the loss and its gradients for a Hopper GPU."""
+    loss = lambda *a: linear_cross_entropy(*a, mesh=mesh, weighting=weighting).loss
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(jax.grad(loss, (0, 1))).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_unsupervised_tokens_are_neither_read_nor_computed():

@@ -56,10 +56,15 @@ def masked_mean(values, mask):
     return (values * mask).sum() / mask.sum()
 
 
-def whole_batch_loss(objective, nll, mask, advantage):
+def whole_batch_loss(objective, nll, mask, advantage, entropy):
     """An objective in one expression over the unpacked batch [B, T-1]."""
     if objective.endswith("+advantage"):
-        return whole_batch_loss(objective.removesuffix("+advantage"), nll * advantage[:, None], mask, None)
+        return whole_batch_loss(objective.removesuffix("+advantage"), nll * advantage[:, None], mask, None, entropy)
+    if objective.endswith("*dft"):
+        return whole_batch_loss(objective.removesuffix("*dft"), nll * (-nll).exp().detach(), mask, None, entropy)
+    if objective.endswith("*eaft"):
+        factor = (entropy / math.log(20)).clamp(max=1)
+        return whole_batch_loss(objective.removesuffix("*eaft"), nll * factor, mask, None, entropy)
     if objective == "token_mean":
         return masked_mean(nll, mask)
     assert objective == "sequence_mean"
@@ -83,8 +88,8 @@ def main(job, out):
 
     first = [column[:batch] for column in rows]
     for objective in job.get("objectives", ()):
-        nll, _, _, mask = token_numbers(model, first)
-        loss = whole_batch_loss(objective, nll, mask, advantages[:batch])
+        nll, entropy, _, mask = token_numbers(model, first)
+        loss = whole_batch_loss(objective, nll, mask, advantages[:batch], entropy)
         for name, g in zip(names, gradient(model, loss)):
             results[f"gradient/{objective}/{name}"] = g.float().numpy()
 

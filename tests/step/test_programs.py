@@ -207,6 +207,22 @@ def test_the_documents_lengths_settle_the_backward_kernel(model, monkeypatch, le
     assert found.value.args == expected
 
 
+def test_a_weighting_changes_the_objective_of_training_alone(model):
+    """The held-out loss stays the negative log-likelihood; the mean factor is a metric."""
+
+    def programs_and_shapes(**fields):
+        components = make_components(model, make_mesh(devices=jax.devices()[:1]), 128, **fields)
+        jitted = programs(components, "full")
+        given = arguments(components, jitted)
+        names = ("evaluate", "update", "add_gradients")
+        return [jitted._asdict()[name].trace(*given[name]) for name in names]
+
+    plain, weighted = programs_and_shapes(), programs_and_shapes(objective__weighting="dft")
+    assert str(weighted[0].jaxpr) == str(plain[0].jaxpr) and str(weighted[2].jaxpr) != str(plain[2].jaxpr)
+    metrics = [set(traced[1].out_info[1]) for traced in (plain, weighted)]
+    assert metrics[1] - metrics[0] == {"weighting"} and metrics[0] < metrics[1]
+
+
 def collectives(text):
     """(kind, element type, elements) -> how often, from a compiled program's text."""
     found = collections.Counter()

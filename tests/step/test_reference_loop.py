@@ -42,6 +42,7 @@ JOB = dict(
 )
 STEPS = 20
 OBJECTIVES = ("token_mean", "sequence_mean", "token_mean+advantage", "sequence_mean+advantage")
+WEIGHTED = ("token_mean*dft", "sequence_mean*eaft")
 FLOAT32 = dict.fromkeys(
     ("precision__params", "precision__moments", "precision__gradients", "precision__compute"), "float32"
 )
@@ -97,7 +98,7 @@ def emulation(python, folder, name, **changes):
 def emulations(serve_python, world):
     """The two that every test follows, side by side."""
     return {
-        dtype: emulation(serve_python, world, dtype, dtype=dtype, objectives=OBJECTIVES)
+        dtype: emulation(serve_python, world, dtype, dtype=dtype, objectives=OBJECTIVES + WEIGHTED)
         for dtype in ("float32", "bfloat16")
     }
 
@@ -140,7 +141,7 @@ def build(config, devices):
     """(model config, mesh, data, programs, parameters) of jsft on the first `devices` devices."""
     model = read_config(config.model.path)
     data = open_training_data(config, config.model.path, rows_per_micro_batch=devices)
-    flat, groups = schema.flatten(config), ("precision.", "optimizer.")
+    flat, groups = schema.flatten(config), ("precision.", "optimizer.", "objective.weighting")
     compiled_in = tuple((name.replace(".", "__"), flat[name]) for name in flat if name.startswith(groups))
     folder = Path(config.model.path).parent
     mesh, programs = programs_for(folder, model, devices, config.data.pack_length, compiled_in)
@@ -309,10 +310,12 @@ def test_pure_bfloat16_differs_by_the_order_of_additions_alone(world, serve_pyth
     assert far < 1.5 * spread
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", [*OBJECTIVES, *(pytest.param(one, marks=pytest.mark.slow) for one in WEIGHTED)])
 def test_gradient_is_that_of_the_whole_unpacked_batch(world, in_float32, objective):
     name, _, advantage = objective.partition("+")
-    config = make_config(world, 256, **FLOAT32, objective__name=name, objective__use_advantage=bool(advantage))
+    name, _, weighting = name.partition("*")
+    fields = dict(objective__name=name, objective__weighting=weighting or "none")
+    config = make_config(world, 256, **FLOAT32, **fields, objective__use_advantage=bool(advantage))
     model, mesh, data, programs, parameters = build(config, 2)
     batches = data[0].micro_batches
     assert len(batches) > 2
