@@ -13,7 +13,7 @@ The published runs had 2 rows per GPU and micro batch, so their gradient is 16 t
 EOS is the tokenizer's own. numina_ep8 cuts documents at 10,000 tokens.
 """
 
-from configs import recipes
+from jsft.configs import recipes
 
 RECIPES = ("math_cot_ep8", "math_nocot_ep8", "numina_ep8", "countdown_ep8", "deepseek_r1_ep8")
 

@@ -9,7 +9,7 @@ The authors' copies of Qwen2.5 ('-no-sys-prompt') are not public: these are the 
 system turn that their chat template adds by itself (`data.strip_default_system`).
 """
 
-from configs import recipes
+from jsft.configs import recipes
 
 RECIPES = ("math_cot_ep8",)
 

@@ -18,7 +18,7 @@ Recipe, published name, hours on 8 x H200 (estimates; docs/recipes.md says of wh
     deepseek_r1_ep8            Qwen3-14B_DeepSeek-R1-20k_lr5e-5_ep8_bs256         4.5 h
 """
 
-from configs import recipes
+from jsft.configs import recipes
 
 RECIPES = tuple(recipes.RECIPES)  # all there are
 

@@ -8,7 +8,7 @@ Recipe, published name, hours on 8 x H200 (estimates; docs/recipes.md says of wh
     countdown_ep8   Qwen3-1.7B_Countdown-CoT-20k_lr5e-5_ep8_bs256   0.4 h
 """
 
-from configs import recipes
+from jsft.configs import recipes
 
 RECIPES = ("math_cot_ep8", "math_nocot_ep8", "countdown_ep8")
 

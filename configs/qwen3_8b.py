@@ -10,7 +10,7 @@ Recipe, published name, hours on 8 x H200 (estimates; docs/recipes.md says of wh
     deepseek_r1_ep8  Qwen3-8B_DeepSeek-R1-20k_lr5e-5_ep8_bs256     2.5 h
 """
 
-from configs import recipes
+from jsft.configs import recipes
 
 RECIPES = ("math_cot_ep8", "math_nocot_ep8", "numina_ep8", "countdown_ep8", "deepseek_r1_ep8")
 

@@ -51,6 +51,9 @@ class Field:
 _PARAMS = ("float32", "bfloat16", "bfloat16_stochastic")
 _FLOATS = ("float32", "bfloat16")
 
+# Fields that may be unset though they have a default: the run then chooses by the rules of docs/own-run.md.
+CHOSEN = ("data.max_length", "data.pack_length", "train.global_batch", "optimizer.learning_rate")
+
 FIELDS: tuple[Field, ...] = (
     Field(
         "fidelity",
@@ -125,7 +128,13 @@ FIELDS: tuple[Field, ...] = (
         "Passed to the chat template when set; responses whose thinking contradicts the template are then counted, not "
         "refused.",
     ),
-    Field("data.eos_token", str, None, "Token appended to every response; default: the tokenizer's EOS."),
+    Field(
+        "data.eos_token",
+        str,
+        None,
+        "Token appended to every response; chat: the one with which the chat template ends a turn; default: the "
+        "tokenizer's EOS.",
+    ),
     Field("data.cache_dir", str, None, "Where tokenised data is cached; default: beside the data file."),
     Field(
         "data.on_bad_row",
@@ -213,8 +222,8 @@ FIELDS: tuple[Field, ...] = (
         "optimizer.schedule",
         str,
         "cosine",
-        "After warm-up: cosine to 0, constant, or warm-up-stable-decay.",
-        choices=("cosine", "constant", "wsd"),
+        "After warm-up: cosine or linear to 0, constant, or warm-up-stable-decay.",
+        choices=("cosine", "linear", "constant", "wsd"),
     ),
     Field(
         "optimizer.warmup_ratio",
@@ -223,6 +232,13 @@ FIELDS: tuple[Field, ...] = (
         "Share of all updates that warm up, rounded down; where one does, the first update has rate 0.",
         minimum=0,
         maximum=1,
+    ),
+    Field(
+        "optimizer.warmup_steps",
+        int,
+        None,
+        "Updates that warm up, in place of optimizer.warmup_ratio.",
+        minimum=0,
     ),
     Field(
         "optimizer.decay_ratio",
@@ -351,7 +367,14 @@ FIELDS: tuple[Field, ...] = (
         "Write histograms of weights, gradients and updates by layer to TensorBoard every this many updates; 0: never.",
         minimum=0,
     ),
-    Field("eval.every", int, 0, "Compute data.eval's loss every this many updates; 0: never, 1 for each.", minimum=0),
+    Field(
+        "eval.every",
+        int,
+        None,
+        "Compute data.eval's loss every this many updates, and before the first and after the last; 0: never. Default: "
+        "before the first and after the last.",
+        minimum=0,
+    ),
     Field(
         "eval.generate.tasks",
         str,
@@ -428,8 +451,34 @@ def put(config: ConfigDict, name: str, value: Any) -> None:
     config[leaf] = value
 
 
+def check_unset(name: str) -> None:
+    """Raises ConfigError for a field that always has a value."""
+    field = BY_NAME[name]
+    if field.default is not None and name not in CHOSEN:
+        raise ConfigError(f"{name}=None: this field always has a value; its default is {field.default}")
+
+
+def unset(config: ConfigDict, name: str) -> None:
+    """Takes the value of a field away: its preset, the tokenizer or the data decides."""
+    *groups, leaf = name.split(".")
+    for group in groups:
+        config = config[group]
+    with config.unlocked():  # ml_collections locks what its flag holds
+        del config[leaf]
+        config[leaf] = config_dict.placeholder(BY_NAME[name].kind)
+
+
+def default_chosen(config: ConfigDict) -> ConfigDict:
+    """A copy in which the fields of `CHOSEN` that are unset have their default: for commands that only look at data."""
+    config = config.copy_and_resolve_references()
+    for name in CHOSEN:
+        if get(config, name) is None:
+            put(config, name, BY_NAME[name].default)
+    return config
+
+
 def resolve(config: ConfigDict) -> ConfigDict:
-    """A copy with the preset filled in and every field checked. Raises ConfigError."""
+    """A copy with the preset filled in and every field checked. Those of `CHOSEN` may stay unset. Raises ConfigError."""
     unknown = sorted(set(flatten(config)) - set(BY_NAME))
     if unknown:
         raise ConfigError(f"unknown config field {unknown[0]}{nearest_field(unknown[0])}")
@@ -448,14 +497,15 @@ def _check_together(config: ConfigDict) -> None:
     """Checks that need more than one field."""
     for name in ("model.path", "data.train"):
         if not get(config, name):
-            raise ConfigError(f"{name} is not set; give it in the config file or as --config.{name}=...")
-    data, objective = config.data, config.objective
-    if data.pack_length < data.max_length:
+            short = name.partition(".")[0]  # --model, --data
+            raise ConfigError(f"{name} is not set; give it as --{short}, in the config file or as --config.{name}=...")
+    data, objective, optimizer = config.data, config.objective, config.optimizer
+    if data.pack_length and data.max_length and data.pack_length < data.max_length:
         raise ConfigError(
             f"data.pack_length={data.pack_length} is shorter than data.max_length={data.max_length}: the longest "
             f"document would not fit in a packed row; raise the first or lower the second"
         )
-    if data.pack_length % 128:
+    if (data.pack_length or 0) % 128:
         raise ConfigError(
             f"data.pack_length={data.pack_length} is not a multiple of 128, the attention kernel's block; "
             f"use {-(-data.pack_length // 128) * 128}"
@@ -466,12 +516,13 @@ def _check_together(config: ConfigDict) -> None:
         raise ConfigError("mesh.reduce=step works on weights that are gathered once a step; set mesh.gather=step too")
     objectives.token_weights(
         objective.name,
-        [1] * config.train.global_batch,
+        [1] * (config.train.global_batch or objective.reference_ranks * objective.reference_micro_batch),
         reference_ranks=objective.reference_ranks,
         reference_micro_batch=objective.reference_micro_batch,
     )
     objectives.weighting_of(objective.weighting, objective.weighting_parameter)
-    if config.optimizer.schedule == "wsd" and config.optimizer.warmup_ratio + config.optimizer.decay_ratio > 1:
+    warmup = optimizer.warmup_ratio if optimizer.warmup_steps is None else 0.0
+    if optimizer.schedule == "wsd" and warmup + optimizer.decay_ratio > 1:
         raise ConfigError("optimizer.warmup_ratio + optimizer.decay_ratio is above 1: the wsd schedule does not fit")
 
 

@@ -1,16 +1,24 @@
-"""python -m jsft.evaluate: benchmarks a model, a run's steps or a published checkpoint.
+"""Benchmarks a model, a run's steps or a published checkpoint, with vLLM or a server.
 
-Runs in the serving environment (scripts/eval_vllm.sh sets it up if needed). Results go to
-`<workdir>/eval/step_<N>/<task>/` as results.json and samples.jsonl; see docs/evaluation.md.
+examples:
+  jsft evaluate --tasks math500,aime24 --steps all     of the run runs/latest
+  jsft evaluate runs/my-run/hf/step_640 --tasks gsm8k  a model directory
+  jsft evaluate --url http://localhost:8000            a server with the model
+
+vLLM runs in the serving environment: JSFT_SERVE_VENV names it (a checkout's default: .venv-serve, which
+scripts/eval_vllm.sh makes). Results go to <workdir>/eval/step_<N>/<task>/ as results.json and samples.jsonl;
+see docs/evaluation.md.
 """
 
 import argparse
 import dataclasses
+import os
 import re
 import signal
 import sys
 from pathlib import Path
 
+from jsft import environments
 from jsft.errors import CheckpointError, ConfigError, JsftError, explained, run_command
 from jsft.evaluation.judges import ROLES, parse_judges
 from jsft.evaluation.models import Target, find_targets, model_digest
@@ -18,33 +26,31 @@ from jsft.evaluation.openai_engine import OpenAIEngine
 from jsft.evaluation.runner import Model, Options, Outcome, run_tasks
 from jsft.evaluation.tasks import TASKS, get_task
 from jsft.evaluation.vllm_engine import VllmEngine, VllmSettings, check_model_dir
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):  # one line and the exit code of bad configuration, as everywhere
-        raise ConfigError(f"{message}; --help lists the options")
+from jsft.help import Parser
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="eval_vllm.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = Parser("jsft evaluate", "[MODEL] [--tasks NAMES] [--steps STEPS] [OPTIONS]", __doc__)
+    add = parser.add_argument_group("what is evaluated").add_argument
     add("model", nargs="?", help="model directory, run directory, or hub id[:subfolder]; bare: runs/latest")
     add("--model", dest="model_flag", help="the same as a flag")
     add("--tasks", default="countdown", help="names with commas, or all (default: countdown)")
     add("--steps", help="of a run or a published model: 10,20,... or latest or all; 0 is the base model")
     add("--list", action="store_true", help="list the tasks and exit")
+    add = parser.add_argument_group("data and results").add_argument
     add("--out", type=Path, help="where results go (default: <workdir>/eval)")
     add(
         "--data_dir",
         type=Path,
         help="folder with <task>.jsonl, .json, .csv or .parquet, or the original files (default: the hub)",
     )
+    add("--redo", action="store_true", help="delete earlier results of these tasks")
+    add = parser.add_argument_group("sampling and grading").add_argument
     add("--limit", type=int, help="only the first N problems of each task")
     add("--samples", type=int, help="samples per problem (default: the task's)")
     add("--max_tokens", type=int, help="limit of a response in tokens (default: the task's)")
     add("--temperature", type=float, help="0 is greedy (default: the task's)")
-    add("--seed", type=int, default=0)
-    add("--redo", action="store_true", help="delete earlier results of these tasks")
+    add("--seed", type=int, default=0, help="of the samples (default: 0)")
     add("--judge", action="append", default=[], metavar="ROLE=URL#MODEL", help=_judge_help())
     server = parser.add_argument_group("a server instead of vLLM in this process")
     server.add_argument(
@@ -86,8 +92,8 @@ def _judge_help() -> str:
     return f"a judging model ({roles}). {keys}"
 
 
-def main() -> int:
-    options = parse(sys.argv[1:])
+def main(argv: list[str] | None = None) -> int:
+    options = parse(sys.argv[1:] if argv is None else argv)
     if options.list:
         for task in TASKS.values():
             s = task.sampling
@@ -97,8 +103,7 @@ def main() -> int:
                 f"shows {task.primary}, {task.group}{judged}"
             )
         return 0
-    names = list(TASKS) if options.tasks == "all" else [n.strip() for n in options.tasks.split(",") if n.strip()]
-    tasks = [get_task(name) for name in names]
+    tasks = _tasks(options)
     judges = parse_judges(options.judge)
     code = 0
     try:
@@ -118,6 +123,36 @@ def main() -> int:
         for judge in judges.values():
             judge.close()
     return code
+
+
+def start(argv: list[str] | None = None) -> int:
+    """`main`, in the serving environment where the command needs it: that process takes the place of this one.
+
+    It does for vLLM, and for graders that are not installed here. Raises ConfigError where there is none for vLLM.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    options = parse(argv)
+    if not options.list and (not options.url or any(task.requirement() for task in _tasks(options))):
+        python = environments.serving_python()
+        if python is None and not options.url:
+            raise ConfigError(f"sampling needs vLLM: {environments.no_serving()}; or name a server with --url")
+        if python and not python.parent.parent.samefile(sys.prefix):
+            _continue_in(python, argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that vLLM's process is ended too
+    return main(argv)
+
+
+def _tasks(options: argparse.Namespace) -> list:
+    names = list(TASKS) if options.tasks == "all" else [n.strip() for n in options.tasks.split(",") if n.strip()]
+    return [get_task(name) for name in names]
+
+
+def _continue_in(python: Path, argv: list[str]) -> None:
+    """Replaces this process by the same command under another Python, which finds this package."""
+    path = [str(environments.import_path()), os.environ.get("PYTHONPATH", "")]
+    own = {"JSFT_VENV": sys.prefix} | os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    sys.stdout.flush()
+    os.execve(python, [str(python), "-m", "jsft.evaluate", *argv], own)
 
 
 def _targets(options: argparse.Namespace) -> list[Target]:
@@ -200,5 +235,4 @@ def _say(target: Target, outcome: Outcome) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that vLLM's process is ended too
-    run_command(main, CheckpointError)
+    run_command(start, CheckpointError)

@@ -1,4 +1,4 @@
-"""python -m jsft.export: any step checkpoint of a run as a Hugging Face model directory.
+"""jsft export: any step checkpoint of a run as a Hugging Face model directory.
 
 It needs no accelerator (it runs on the CPU unless JAX_PLATFORMS says otherwise), holds one parameter at a time, and may
 run during training.
@@ -15,19 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import jsft
+from jsft.environments import PACKAGE, no_serving
 from jsft.errors import CheckpointError, ConfigError, ModelError, run_command
-from jsft.files import LATEST, ROOT, latest_run
+from jsft.files import LATEST, latest_run
+from jsft.help import Parser
 
 _TOLERANCE = 0.01  # nats between jsft and vLLM, both in float32; in practice below 1e-4
 
 _HELP = """\
-Writes the parameters after the given update(s) as a Hugging Face directory: safetensors shards with index, and the
-base model's config, tokenizer, chat template, generation config and custom code.
-
 examples:
-  python -m jsft.export --step 640                  step 640 of the run that runs/latest points to
-  python -m jsft.export --step all --workdir runs/qwen3_14b-math_cot_ep8
-  python -m jsft.export --step latest --check       and compare the result with the checkpoint and with vLLM
+  jsft export --step 640              step 640 of the run runs/latest
+  jsft export --step all --workdir runs/qwen3_14b-math_cot_ep8
+  jsft export --step latest --check   and compare it with checkpoint and vLLM
+
+Writes the parameters after the given update(s) as a Hugging Face directory: safetensors shards with
+index, and the base model's config, tokenizer, chat template, generation config and custom code.
 """
 
 
@@ -50,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m jsft.export", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("jsft export", "--step N [--workdir RUN] [--out DIR] [OPTIONS]", _HELP)
     parser.add_argument("--step", required=True, help="an update's number, several (10,20,40), 'latest' or 'all'")
     parser.add_argument("--workdir", help="the run's directory (default: what runs/latest points to)")
     parser.add_argument("--out", help="directory to write (default: WORKDIR/hf/step_N); with several steps, its parent")
@@ -60,7 +60,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="compare every tensor with the checkpoint, and log-probabilities with vLLM's where .venv-serve exists",
+        help="compare every tensor with the checkpoint, and log-probabilities with vLLM's where a serving environment "
+        "is",
     )
     return parser.parse_args(argv)
 
@@ -228,7 +229,7 @@ def _check(checkpoint, out: Path, dtype: str, mesh) -> None:
     mean = sum(map(sum, ours)) / sum(map(len, ours))
     print(f"check: {sum(map(len, prompts))} tokens of {len(prompts)} prompts, mean log-probability {mean:.4f} nats")
     if verify.serving_python() is None:
-        print("check: not compared with vLLM: no serving environment (scripts/setup.sh --serve)")
+        print(f"check: not compared with vLLM: {no_serving()}")
         return
     answers = verify.vllm_answers(out, prompts)
     difference = verify.largest_difference(ours, answers["log_probs"])
@@ -238,11 +239,8 @@ def _check(checkpoint, out: Path, dtype: str, mesh) -> None:
 
 
 def _model_card(run: dict[str, Any], trained_by: str, step: int, dtype: str, eos: int) -> str:
-    file = ROOT / "export" / "model_card.md"
-    try:
-        template = string.Template(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read ({error.strerror}); run jsft from its repository") from error
+    file = PACKAGE / "hf" / "model_card.md"
+    template = string.Template(file.read_text(encoding="utf-8"))
     config, name = run["config"], run.get("name", "unnamed")
     base = str(config.get("model.path"))
     is_hub_id = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
@@ -273,7 +271,7 @@ def _model_card(run: dict[str, Any], trained_by: str, step: int, dtype: str, eos
 def _commit() -> str:
     try:
         done = subprocess.run(
-            ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10
+            ["git", "-C", str(PACKAGE), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"

@@ -19,7 +19,6 @@ from typing import IO, Any
 
 from jsft.errors import describe
 
-ROOT = Path(__file__).resolve().parents[1]  # of the repository
 LATEST = Path("runs/latest")  # a run makes this link to its directory
 _COUNT = itertools.count()
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)

@@ -1,7 +1,4 @@
-"""python -m jsft.plan --config configs/qwen3_14b.py:math_cot_ep8 --devices 8 --device h200
-
-Memory, traffic, time and disk of a run, before any device is rented.
-"""
+"""jsft plan: memory, traffic, time and disk of a run, before any device is rented."""
 
 import json
 import os
@@ -12,8 +9,12 @@ from jsft import config as schema
 from jsft.errors import ConfigError
 
 USAGE = """
-python -m jsft.plan --config FILE.py:RECIPE [--config.FIELD=VALUE ...] --devices N --device h200 [--json]
-[--compile]
+usage: jsft plan --config CONFIG:RECIPE [--devices N] [OPTIONS]
+       jsft plan --model MODEL --data DATA [--devices N] [OPTIONS]
+
+examples:
+  jsft plan --config qwen3_14b:math_cot_ep8 --devices 8 --device h200
+  jsft plan --model ./base --data mine.jsonl --devices 2 --device h100
 
 Says whether a run fits and which fields to change if not, how long a step and the run take, what travels
 between devices, and what the checkpoints need of the disk. Needs neither a GPU nor the data: lengths come

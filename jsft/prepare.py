@@ -1,4 +1,4 @@
-"""python -m jsft.prepare COMMAND: build, inspect and check data sets.
+"""jsft prepare COMMAND: build, inspect and check data sets.
 
   preview DATA    rows as the model sees them, trained span marked
   stats DATA      lengths, truncation, packing, duplicates, missing parts
@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jsft.errors import ConfigError, DataError, run_command
+from jsft.help import Parser
 
 # Fields of the config's data section that are not options here; DATA takes the place of the first two.
 _NO_OPTIONS = ("train", "eval", "workers")
@@ -29,22 +30,14 @@ _NOT_OF_ROWS = ("on_bad_row", "cache_dir", "pack_length", "rows_per_device", "sh
 _Command = Callable[..., argparse.ArgumentParser]  # (name, run, help) -> the parser of a new command
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports what is wrong with the command line in one line."""
-
-    def error(self, message: str):
-        raise ConfigError(f"{message} (see python -m {self.prog} --help)")
-
-
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = _parser().parse_args(argv)
     return args.run(args)
 
 
 def _parser() -> argparse.ArgumentParser:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("jsft.prepare", description=__doc__, allow_abbrev=False, formatter_class=style)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    parser = Parser("jsft prepare", "COMMAND [DATA] [OPTIONS]", __doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser, prog="jsft prepare")
 
     def command(name: str, run, help: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)

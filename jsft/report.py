@@ -1,29 +1,22 @@
-"""python -m jsft.report WORKDIR... [--out DIR]: evaluations and training of runs as tables, figures and a page.
+"""examples:
+  jsft report                        the run started last (runs/latest)
+  jsft report runs/one runs/two --out comparison
 
 Writes report.md, report.csv, report.html (one file that needs no other) and each figure as PNG and SVG.
 Several runs are drawn side by side. Default --out: <first workdir>/report.
 """
 
-import argparse
 import io
 from pathlib import Path
 
 from jsft import files
 from jsft.errors import CheckpointError, ConfigError, explained, run_command
+from jsft.help import Parser
 from jsft.reporting.collect import Run, read_runs
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ConfigError(f"{message}; --help lists the options")
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = _Parser(
-        prog="python -m jsft.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("jsft report", "[WORKDIR ...] [--out DIR] [--title TITLE]", __doc__)
     parser.add_argument(
         "workdirs", nargs="*", type=Path, metavar="WORKDIR", help="directories of runs (bare: runs/latest)"
     )

@@ -1,4 +1,4 @@
-"""python -m jsft.train --config configs/qwen3_14b.py:math_cot_ep8
+"""jsft train: a run of a published recipe, or of one's own model and data.
 
 Parses the command line and connects the processes; `jsft.run.run` is the run itself.
 """
@@ -12,15 +12,24 @@ from jsft import config as schema
 from jsft.errors import ConfigError
 
 USAGE = """
-python -m jsft.train --config FILE.py:RECIPE [--config.FIELD=VALUE ...] [--workdir DIR] [--dry_run]
+usage: jsft train --model MODEL --data DATA [--name NAME] [OPTIONS]
+       jsft train --config CONFIG:RECIPE [OPTIONS]
 
-Fine-tunes a model. The run lives in --workdir (default: runs/<config file>-<recipe>); the same command
-resumes from its newest checkpoint. SIGTERM or Ctrl-C ends the step, saves, and exits 0; a second one exits
-at once. With several processes, each gets its rank from NODE_COUNT, NODE_RANK, MASTER_ADDR and PROC_PER_NODE
+examples:
+  jsft train --model Qwen/Qwen3-1.7B-Base --data mine.jsonl --name my-run
+  jsft train --model ./base --data mine.parquet --lr 1e-5 --epochs 2 --dry_run
+  jsft train --config qwen3_14b:math_cot_ep8
+  jsft train --config mine.py --config.data.max_length=8192
+
+Fine-tunes a model. With --model and --data, what is not set is chosen from them, and said (docs/own-run.md). The run
+lives in runs/NAME; the same command resumes from its newest checkpoint. SIGTERM or Ctrl-C ends the step, saves, and
+exits 0; a second one exits at once.
+
+With several processes, each gets its rank from NODE_COUNT, NODE_RANK, MASTER_ADDR and PROC_PER_NODE
 (scripts/launch_node.sh), from SLURM, or from --coordinator HOST:PORT --process_count N --process_index I.
 
-Exit codes: 0 done or preempted (status.json says which), 2 configuration, 3 data, 4 model directory,
-5 checkpoint, 6 out of memory, 7 non-finite loss, 8 hang, 9 a peer process lost.
+Exit codes: 0 done or preempted (status.json says which), 2 configuration, 3 data, 4 model directory, 5 checkpoint, 6
+out of memory, 7 non-finite loss, 8 hang, 9 a peer process lost.
 """
 
 

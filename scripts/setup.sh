@@ -31,9 +31,9 @@ if [[ $cpu == 0 && (-e /proc/driver/nvidia/version || -e /dev/nvidiactl) ]]; the
 if [[ $serve == 1 ]]; then
   venv=${JSFT_SERVE_VENV:-.venv-serve}
   if [[ $gpu == 1 ]]; then
-    versions="3.12 3.11 3.13" requirements=export/requirements-serve.txt
+    versions="3.12 3.11 3.13" requirements=jsft/evaluation/requirements-serve.txt
   else
-    versions="3.11" requirements=export/requirements-serve-cpu.txt
+    versions="3.11" requirements=jsft/evaluation/requirements-serve-cpu.txt
   fi
   # Compiling all of its 26,000 modules takes most of a minute; the check at the end compiles those in use.
   install=(--no-compile -r "$requirements")

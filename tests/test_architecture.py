@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # A room is a folder or a file of jsft. It imports itself, and what is below it.
-COMMANDS = {"train", "export", "plan", "prepare", "report", "api", "__init__"}
-BASE = {"config", "errors", "files", "hints", "objectives"}
+COMMANDS = {"train", "export", "plan", "prepare", "report", "api", "__init__", "__main__"}
+BASE = {"config", "configs", "environments", "errors", "files", "help", "hints", "objectives"}
 MACHINE = BASE | {"kernels", "hardware"}
 CONTENT = MACHINE | {"data", "models", "hf"}
 BELOW_RUN = CONTENT | {"step", "planning"}
@@ -28,12 +28,16 @@ MAY_IMPORT = {
     "cluster": {"errors"},
     "cli": BASE,
     "config": {"errors", "hints", "objectives"},
+    "configs": {"environments"},
+    "environments": set(),
     "objectives": {"errors"},
     "errors": set(),
+    "help": {"errors"},
     "files": {"errors"},  # the hub's errors in one line
     "hints": set(),
-    "evaluate": {"errors", "files", "evaluation"},  # it runs in the serving environment, without JAX
-    "evaluation": {"errors", "files", "data.behaviours", "data.countdown_check", "data.thinking"},
+    # It runs in the serving environment, without JAX.
+    "evaluate": {"environments", "errors", "files", "help", "evaluation"},
+    "evaluation": {"environments", "errors", "files", "data.behaviours", "data.countdown_check", "data.thinking"},
     # the order, words and groups of the benchmarks; what responses of older evaluations do
     "reporting": {"errors", "files", "evaluation.tasks", "evaluation.behaviours"},
 }
@@ -103,7 +107,8 @@ def test_a_forbidden_import_is_found(tmp_path, line):
 
 def test_durable_files_and_errors_need_only_the_standard_library():
     """The serving environment and a supervisor load them."""
-    for name, others in (("errors", set()), ("files", {"jsft.errors"})):
+    loaded = (("environments", set()), ("errors", set()), ("files", {"jsft.errors"}), ("help", {"jsft.errors"}))
+    for name, others in loaded:
         tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
         names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}

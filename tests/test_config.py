@@ -43,6 +43,46 @@ def test_command_line_wins_over_the_preset():
     assert (config.objective.name, config.precision.params, config.data.shuffle) == ("token_mean", "float32", False)
 
 
+def test_short_options_set_their_fields_and_take_the_config_of_a_run_of_ones_own():
+    config, name, _ = parse("--model", "m", "--data=a.jsonl", "--lr=1e-4", "--batch-size", "8", "--epochs=2")
+    assert name == "sft" and config.fidelity == "best" and config.data.eos_token == "chat"
+    assert (config.model.path, config.data.train, config.optimizer.learning_rate) == ("m", "a.jsonl", 1e-4)
+    assert (config.train.global_batch, config.train.epochs, config.data.max_length) == (8, 2.0, None)
+    assert not config.checkpoint.milestones
+    config, name, _ = parse("--config", f"{QWEN}:math_cot_ep8", "--epochs=1")  # of a recipe too
+    assert (name, config.train.epochs) == ("qwen3_14b-math_cot_ep8", 1.0)
+
+
+def test_a_value_is_unset_by_none_and_the_last_word_counts():
+    both = "--config.data.eos_token=None", "--config.data.max_length=None"
+    config, _, _ = parse("--config", QWEN, *both)
+    assert config.data.eos_token is None and schema.resolve(config).data.max_length is None
+    config, _, _ = parse("--config", QWEN, *both, "--config.data.max_length=512", "--config.data.eos_token=<|x|>")
+    assert (config.data.max_length, config.data.eos_token) == (512, "<|x|>")
+    assert schema.default_chosen(parse("--model=m", "--data=d")[0]).data.pack_length == 20480
+
+
+@pytest.mark.parametrize("named", ["qwen3_14b:math_cot_ep8", "qwen3_14b.py", "configs/qwen3_14b.py:math_cot_ep8"])
+def test_a_config_that_comes_with_jsft_is_found_from_any_folder(tmp_path, monkeypatch, named):
+    monkeypatch.chdir(tmp_path)
+    assert parse("--config", named)[0].model.path == "Qwen/Qwen3-14B-Base"
+
+
+@pytest.mark.parametrize("line", ["from configs import recipes", "from jsft.configs import recipes"])
+@pytest.mark.parametrize("folder", ["mine", "configs"])
+def test_a_users_config_file_may_import_the_shared_recipes(tmp_path, monkeypatch, line, folder):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / f"own_{folder}.py").write_text("rate = 3e-5")
+    (tmp_path / folder / "my.py").write_text(
+        f"{line}\nfrom {folder} import own_{folder}\n\n\ndef get_config(recipe=None):\n"
+        "    config = recipes.build('Qwen/Qwen3-8B-Base', 'math_cot_ep8', ('math_cot_ep8',))\n"
+        f"    config.optimizer.learning_rate = own_{folder}.rate\n    return config\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    config, _, _ = parse("--config", str(tmp_path / folder / "my.py"))
+    assert (config.optimizer.learning_rate, config.train.expect_steps) == (3e-5, 640)
+
+
 def test_flatten_and_unflatten_are_inverse():
     config = schema.resolve(filled(checkpoint__milestones=(10, 20)))
     assert schema.flatten(schema.unflatten(schema.flatten(config))) == schema.flatten(config)
@@ -63,18 +103,25 @@ def test_every_recipe_resolves(file):
         (["--config", QWEN, "--config.optimizer.learning_rat=1"], "nearest: optimizer.learning_rate"),
         (["--config", QWEN, "--config.optimizer.lr=1"], "field optimizer.lr (nearest: optimizer.learning_rate)"),
         (
-            ["--config", QWEN, "--lr=1"],
-            "option --lr (nearest: optimizer.learning_rate); fields are set as --config.NAME",
+            ["--config", QWEN, "--wd=1"],
+            "option --wd (nearest: optimizer.weight_decay); fields are set as --config.NAME",
         ),
+        (["--config", QWEN, "--learning_rate=1"], "option --learning_rate (nearest: lr)"),
+        (["--config", QWEN, "--num_train_epochs=1"], "option --num_train_epochs (nearest: epochs)"),
+        (["--config", QWEN, "--lr"], "--lr needs a value"),
+        (["--config", QWEN, "--lr", "--batch_size=8"], "--lr needs a value"),
+        (["--config", QWEN, "--config.train.seed=None"], "train.seed=None: this field always has a value"),
         (["--config", QWEN, "--config.optimizer.learning_rate=abc"], "could not convert"),
         (["--config", QWEN, "--config.objective.name=tokn_mean"], "nearest: token_mean"),
         (["--config", QWEN, "--config.data.pack_length=1024"], "shorter than data.max_length"),
         (["--config", QWEN, "--config.data.pack_length=20481"], "multiple of 128"),
         (["--config", QWEN, "--config.train.global_batch=100"], "not a multiple of objective.reference_ranks"),
         (["--config", QWEN, "--config.train.epochs=0"], "must be above 0"),
-        (["--config", QWEN, "--config.model.path="], "model.path is not set"),
+        (["--config", QWEN, "--config.model.path="], "model.path is not set; give it as --model"),
+        (["--model", "here"], "data.train is not set; give it as --data"),
+        (["--config", "qwen3_14"], "config file qwen3_14 does not exist (nearest: qwen3_14b"),
         (["--config", QWEN, "stray"], "argument not understood: stray"),
-        (["--workdir", "x"], "--config FILE.py:RECIPE is missing"),
+        (["--workdir", "x"], "what is to be trained is missing: --model MODEL --data DATA, or --config"),
     ],
 )
 def test_bad_input_is_one_line(arguments, expected):

@@ -11,7 +11,9 @@ def require_math_verify() -> None:
     try:
         import math_verify  # noqa: F401
     except ImportError as error:
-        raise ConfigError("math-verify is not installed: pip install 'jsft[dev]', or leave verification out") from error
+        raise ConfigError(
+            "math-verify is not installed: pip install 'jsft[evaluate]', or leave verification out"
+        ) from error
 
 
 def same_answer(response: str, answer: str) -> bool:

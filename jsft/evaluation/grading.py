@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from jsft.environments import import_path
 from jsft.evaluation.tasks.base import Grade, Task
-from jsft.files import ROOT
 
 START_SECONDS = 120.0  # for imports, which do not count against the first response
 
@@ -72,7 +72,7 @@ class GradingPool:
         return Grade(dict.fromkeys(self.task.metrics, 0.0), None, note)
 
     def _start(self) -> subprocess.Popen:
-        path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+        path = os.pathsep.join(p for p in (str(import_path()), os.environ.get("PYTHONPATH")) if p)
         child = subprocess.Popen(
             [sys.executable, "-m", "jsft.evaluation.grading", self.task.name],
             stdin=subprocess.PIPE,

@@ -14,8 +14,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from jsft.environments import import_path, no_serving, serving_python
 from jsft.errors import ConfigError, describe
-from jsft.files import ROOT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +41,12 @@ class StepEvaluator:
 
     def __init__(self, workdir: Path, tasks: list[str], *, url: str | None = None, options: tuple[str, ...] = ()):
         self.workdir, self.tasks, self.url, self.options = Path(workdir), list(tasks), url, options
-        serving = Path(os.environ.get("JSFT_SERVE_VENV", ROOT / ".venv-serve")) / "bin" / "python"
-        if serving.exists():
-            self._python = str(serving)
-        elif url:
-            self._python = sys.executable  # the server samples, this environment grades
-        else:
-            raise ConfigError(f"evaluating during training needs the serving environment ({serving}) or a URL of vLLM")
+        serving = serving_python()
+        if serving is None and not url:
+            raise ConfigError(
+                f"evaluating during training needs vLLM: {no_serving()}, or set eval.generate.url to a server"
+            )
+        self._python = str(serving or sys.executable)  # with a server alone, this environment grades
         self._waiting: deque[tuple[int, Path]] = deque()
         self._running: tuple[int, subprocess.Popen] | None = None
 
@@ -119,7 +118,7 @@ class StepEvaluator:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**environment, "PYTHONPATH": str(ROOT)},
+                env={**environment, "PYTHONPATH": str(import_path())},
             )
         self._running = step, process
 

@@ -13,8 +13,9 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from jsft.environments import import_path, training_python
 from jsft.errors import CheckpointError, ConfigError, ModelError
-from jsft.files import ROOT, HubError, hub_snapshot, latest_run
+from jsft.files import HubError, hub_snapshot, latest_run
 
 _STEP = re.compile(r"step[_-]?(\d+)$")
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?$")
@@ -125,12 +126,15 @@ def _run_step(run: Path, step: int, out: Path | None) -> Target:
         return Target(run.resolve().name, 0, folder, directory, lambda: directory or _download(base, None))
 
     def export() -> Path:
-        python = Path(os.environ.get("JSFT_VENV", ROOT / ".venv")) / "bin" / "python"
-        if not python.exists():
-            raise ConfigError(f"step {step} must be exported first and {python} is not there; run scripts/setup.sh")
+        python = training_python()
+        if python is None:
+            raise ConfigError(
+                f"step {step} must be exported first, and no training environment is here; name it in JSFT_VENV (a "
+                f"checkout's is made by scripts/setup.sh), or export it: jsft export --workdir {run} --step {step}"
+            )
         print(f"exporting step {step} of {run}", flush=True)
         command = [str(python), "-m", "jsft.export", "--workdir", str(run), "--step", str(step)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(import_path())}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             lines = [line for line in done.stderr.strip().splitlines() if line.strip()]

@@ -12,8 +12,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from jsft.environments import import_path
 from jsft.errors import ModelError
-from jsft.files import ROOT
 
 
 class LocalReward:
@@ -58,7 +58,7 @@ class LocalReward:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(import_path())},
         )
         first = self._process.stdout.readline()
         said: dict[str, Any] = json.loads(first) if first.strip() else {"error": "it ended while loading"}

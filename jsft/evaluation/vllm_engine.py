@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jsft.environments import import_path
 from jsft.errors import ConfigError, JsftError, ModelError, OutOfMemoryError
 from jsft.evaluation.sampling import Completion, Request
-from jsft.files import ROOT
 
 _ERROR = re.compile(r"\b((?:\w+\.)*\w*(?:Error|Exception)): (.+)")
 _MEMORY = re.compile(r"out of memory|no available memory|kv cache.*(?:larger|needed)|free memory on device", re.I)
@@ -44,7 +44,9 @@ class VllmEngine:
         """Starts vLLM; returns when the model is loaded. Raises ModelError or OutOfMemoryError."""
         self.settings = settings
         if importlib.util.find_spec("vllm") is None:
-            raise ConfigError("vLLM is not installed here; use scripts/eval_vllm.sh, or a server with --url")
+            raise ConfigError(
+                "vLLM is not installed here; name its environment in JSFT_SERVE_VENV, or a server with --url"
+            )
         context = check_model_dir(settings.model, settings.trust_remote_code)
         length = settings.max_model_len
         if length and context and length > context:
@@ -165,7 +167,7 @@ def _environment(settings: VllmSettings) -> dict[str, str]:
     environment = dict(os.environ)
     # Installing vLLM does not compile all its modules; without this, some would be compiled at every start.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), environment.get("PYTHONPATH")) if p)
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in (str(import_path()), environment.get("PYTHONPATH")) if p)
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",

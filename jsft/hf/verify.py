@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jsft.environments import no_serving, serving_python
 from jsft.errors import ConfigError, ModelError
-from jsft.files import ROOT
 from jsft.hardware.mesh import batch_sharding
 from jsft.hf.load import load_parameters, open_parameters
 from jsft.hf.tokenizer import MIXED_TEXT
@@ -26,6 +26,7 @@ from jsft.models.parameters import Path as LeafPath
 from jsft.models.parameters import leaves
 
 _VLLM_SECONDS = 3600
+_CHECK = Path(__file__).with_name("check_vllm.py")
 
 PROMPTS = ("What is 12 * 13? Think step by step.", MIXED_TEXT, "def fibonacci(n):\n    if n < 2:\n        return n\n")
 
@@ -104,28 +105,20 @@ def log_probabilities(
     return [values[last - length : last - 1] for last, length in zip(ends, lengths)]
 
 
-def serving_python() -> Path | None:
-    """Python of the serving environment, or None where it is not set up (scripts/setup.sh --serve)."""
-    python = Path(os.environ.get("JSFT_SERVE_VENV", ROOT / ".venv-serve")) / "bin" / "python"
-    return python if python.exists() else None
-
-
 def vllm_answers(model_dir: Path, prompts: Sequence[Sequence[int]], max_tokens: int = 8) -> dict:
-    """vLLM's results for the directory, in float32, in the serving environment: see export/check_vllm.py.
+    """vLLM's results for the directory, in float32, in the serving environment: see check_vllm.py.
 
     Returns {"log_probs": as `log_probabilities`, "generated": token ids of each greedy continuation, "version"}. Raises
     ConfigError without a serving environment, ModelError when vLLM fails on the directory.
     """
-    python, script = serving_python(), ROOT / "export" / "check_vllm.py"
+    python = serving_python()
     if python is None:
-        raise ConfigError("there is no serving environment; make it with scripts/setup.sh --serve")
-    if not script.is_file():
-        raise ConfigError(f"{script} is missing; run jsft from its repository")
+        raise ConfigError(no_serving())
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     with tempfile.TemporaryDirectory(prefix="jsft-check-") as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
         request.write_text(json.dumps({"prompts": [list(map(int, p)) for p in prompts], "max_tokens": max_tokens}))
-        command = [str(python), str(script), str(model_dir), str(request), str(answer)]
+        command = [str(python), str(_CHECK), str(model_dir), str(request), str(answer)]
         try:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_VLLM_SECONDS)
         except subprocess.TimeoutExpired:

@@ -57,26 +57,32 @@ def initial_state(parameters: Tree, config: ConfigDict) -> TrainState:
 
 
 def learning_rate_schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
-    """Rate of update s (from 0) of `total_steps` T, W = int(warmup_ratio T) of them warm-up, as published.
+    """Rate of update s (from 0) of `total_steps` T, W of them warm-up: warmup_steps, or int(warmup_ratio T) as published.
 
-    Warm-up: lr s/W (where W > 0, the first update has rate 0). Then cosine: lr (1 + cos(pi (s-W)/(T-W)))/2; constant:
-    lr; wsd: lr, then linear to 0 over the last decay_ratio T updates. Raises ConfigError when warm-up fills the run.
+    Warm-up: lr s/W (where W > 0, the first update has rate 0). Then cosine: lr (1 + cos(pi (s-W)/(T-W)))/2; linear:
+    lr (T-s)/(T-W); constant: lr; wsd: lr, then linear to 0 over the last decay_ratio T updates. Raises ConfigError when
+    warm-up fills the run.
     """
     optimizer = config.optimizer
     peak = optimizer.learning_rate
-    warmup = int(optimizer.warmup_ratio * total_steps)
+    warmup = optimizer.warmup_steps
+    if warmup is None:
+        warmup = int(optimizer.warmup_ratio * total_steps)
     if warmup >= total_steps:
+        name = "warmup_ratio" if optimizer.warmup_steps is None else "warmup_steps"
         raise ConfigError(
-            f"optimizer.warmup_ratio={optimizer.warmup_ratio} makes {warmup} warm-up steps of a run of "
-            f"{total_steps}; lower it, or train longer"
+            f"optimizer.{name}={optimizer[name]} makes {warmup} warm-up steps of a run of {total_steps}; lower it, or "
+            f"train longer"
         )
     rest = total_steps - warmup
     if optimizer.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, rest)
+    elif optimizer.schedule == "linear":
+        after = optax.linear_schedule(peak, 0.0, rest)
     elif optimizer.schedule == "constant":
         after = optax.constant_schedule(peak)
     else:
-        decay = max(1, int(optimizer.decay_ratio * total_steps))
+        decay = min(rest, max(1, int(optimizer.decay_ratio * total_steps)))
         after = optax.linear_schedule(peak, 0.0, decay, transition_begin=rest - decay)
     if warmup == 0:
         return after

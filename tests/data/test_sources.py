@@ -143,7 +143,10 @@ def test_a_later_file_without_a_column_is_named(files, tmp_path):
 
     paths, rows = files
     bare = str(write_rows(tmp_path / "bare.parquet", [{"message": "q"}]))
-    with pytest.raises(DataError, match="bare.parquet: no column 'response' .has message., which .* has .message . response.; give all files"):
+    with pytest.raises(
+        DataError,
+        match="bare.parquet: no column 'response' .has message., which .* has .message . response.; give all files",
+    ):
         training_shape(open_source([paths[0], bare]), Keys())
     with pytest.raises(DataError, match="bare.parquet: no column 'answer'"):
         open_source([paths[0], bare]).require("message", "answer")

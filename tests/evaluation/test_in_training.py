@@ -100,7 +100,7 @@ def test_stop_ends_what_runs(fake_openai, rows, tmp_path, monkeypatch):
 
 def test_no_way_to_sample(tmp_path, monkeypatch):
     monkeypatch.setenv("JSFT_SERVE_VENV", str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match="needs the serving environment"):
+    with pytest.raises(ConfigError, match="there is no serving environment in"):
         StepEvaluator(tmp_path, ["countdown"])
 
 

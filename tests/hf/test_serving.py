@@ -46,7 +46,7 @@ def test_vllm_agrees(random_model, serve_python, tmp_path):
         jobs.append([str(out), str(tmp_path / f"{family}.request"), str(tmp_path / f"{family}.answer")])
     (tmp_path / "jobs").write_text(json.dumps(jobs))
     command = [serve_python, "-c", SERVE, tmp_path / "jobs"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "export", timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "jsft" / "hf", timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     for family in MODELS:
         answers = json.loads((tmp_path / f"{family}.answer").read_text())

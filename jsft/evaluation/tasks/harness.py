@@ -24,7 +24,7 @@ class HarnessTask(Task):
 
     def requirement(self) -> str | None:
         if importlib.util.find_spec("lm_eval") is None:
-            return "needs lm-eval, which is not installed here; run scripts/setup.sh --serve"
+            return "needs lm-eval, which is not installed here: pip install 'jsft[evaluate]', or use the serving environment"
         return None
 
     def lm_eval_config(self) -> dict[str, Any]:

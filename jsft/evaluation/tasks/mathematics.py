@@ -79,7 +79,7 @@ class Mathematics(Task):
         try:
             import math_verify  # noqa: F401
         except ImportError:
-            return "math-verify is not installed here; run scripts/setup.sh --serve"
+            return "math-verify is not installed here: pip install 'jsft[evaluate]', or use the serving environment"
         return None
 
 

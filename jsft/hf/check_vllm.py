@@ -2,7 +2,7 @@
 
 Runs in the serving environment; `python -m jsft.export --check` starts it. By hand:
 
-    .venv-serve/bin/python export/check_vllm.py MODEL_DIR REQUEST.json ANSWER.json
+    .venv-serve/bin/python jsft/hf/check_vllm.py MODEL_DIR REQUEST.json ANSWER.json
 
 REQUEST: {"prompts": [[token ids], ...], "max_tokens": 8}
 ANSWER:  {"log_probs": [[of tokens 1, 2, ...], ...], "generated": [[token ids], ...], "version": vLLM's}
