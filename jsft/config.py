@@ -361,6 +361,13 @@ FIELDS: tuple[Field, ...] = (
         "WANDB_MODE=offline is respected.",
     ),
     Field(
+        "log.trackio",
+        str,
+        None,
+        "Trackio project that the metrics go to as well, on this machine unless TRACKIO_SPACE_ID names a Space; needs the "
+        "extra jsft[trackio].",
+    ),
+    Field(
         "log.histograms_every",
         int,
         100,

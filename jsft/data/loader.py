@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.text import Text
 
 from jsft.data import schedule
 from jsft.data.batch import Batch, StepData
@@ -87,8 +88,8 @@ class TrainingData:
             lines.append(f"columns not used: {', '.join(r['ignored_columns'])}")
         return lines
 
-    def preview(self) -> str:
-        """The first document of step 0 as the model sees it, trained span marked."""
+    def preview(self) -> Text:
+        """The first document of step 0 as the model sees it, trained span marked and coloured (a rich Text)."""
         from jsft.data.preview import render_document
 
         document = int(self._source.rows(0)[0])

@@ -29,9 +29,9 @@ def heading(documents: Documents, index: int) -> str:
     return f"{documents.where(index)}: {total} tokens{cut}, {trained} trained ({trained / total:.0%})"
 
 
-def render_document(chat: Chat, documents: Documents, index: int, *, width: int | None = 600) -> str:
-    """Heading and marked text as plain text."""
-    return f"{heading(documents, index)}\n{marked_text(chat, documents, index, width=width).plain}"
+def render_document(chat: Chat, documents: Documents, index: int, *, width: int | None = 600) -> Text:
+    """Heading and marked text."""
+    return Text(heading(documents, index) + "\n").append(marked_text(chat, documents, index, width=width))
 
 
 def _shortened(text: str, width: int | None) -> str:

@@ -17,8 +17,9 @@ from jsft.data.batch import Batch, StepData
 from jsft.errors import DataError, JsftError, NonFiniteError
 from jsft.hardware.mesh import shard_batch
 from jsft.run.checkpoint import Saver
-from jsft.run.metrics import MetricsWriter, RunLog
+from jsft.run.metrics import MetricsWriter
 from jsft.run.profile import Profiler
+from jsft.run.run_log import RunLog
 from jsft.step.histograms import Histograms, named
 from jsft.step.optimizer import TrainState
 from jsft.step.programs import StepPrograms

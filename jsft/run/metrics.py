@@ -1,17 +1,14 @@
-"""Where a step's numbers go: a JSON-lines file, TensorBoard, and the console."""
+"""Where a step's numbers go: a JSON-lines file and TensorBoard. The console has `jsft.run.run_log`."""
 
 import json
 import math
 import os
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jsft import files
 from jsft.step.histograms import EDGES
@@ -26,7 +23,7 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, first_step: int, say: Callable[[str], None] = print, also: Any = None):
-        """also: what `open_wandb` returned, or None."""
+        """also: what `open_trackers` returned, or None."""
         from jsft.run.event_file import EventFile, Summary  # which imports TensorBoard
 
         self._value = Summary.Value
@@ -161,74 +158,3 @@ def _drop_steps_after(path: Path, step: int, say: Callable[[str], None]) -> None
             records.append(line)
     if records != lines:
         files.write_bytes(path, b"".join(records))
-
-
-class RunLog:
-    """Prints lines and, on a terminal, a progress bar; the same lines go to `log.txt`."""
-
-    def __init__(self, log: Path | None, quiet: bool = False):
-        self._log = log.open("a", encoding="utf-8", errors="backslashreplace") if log else None
-        self._quiet = quiet
-        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self._progress: Progress | None = None
-        self._task = None
-
-    def line(self, text: str) -> None:
-        """One line to the console and the log."""
-        self._log_line(text)
-        if not self._quiet:
-            try:
-                self._console.print(text, markup=False)
-            except BrokenPipeError:  # the reader has ended
-                raise
-            except OSError:  # redirected to a file on a full disk: the run continues
-                pass
-
-    def _log_line(self, text: str) -> None:
-        """Appends to the log file. A full disk is ignored: the console still has the line."""
-        if self._log:
-            with suppress(OSError):
-                self._log.write(text + "\n")
-                self._log.flush()
-
-    def start(self, total: int, done: int) -> None:
-        """Begins the progress bar, where there is a terminal."""
-        if self._quiet or not self._console.is_terminal:
-            return
-        self._progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            expand=True,
-        )
-        self._task = self._progress.add_task("", total=total, completed=done)
-        self._progress.start()
-
-    def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
-        """Updates the progress bar on a terminal; elsewhere, and in the log, writes one line."""
-        short = (
-            f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  grad {metrics['grad_norm']:.3f}  "
-            f"{metrics['tokens_per_second']:,.0f} tok/s" + (f"  MFU {metrics['mfu']:.1%}" if "mfu" in metrics else "")
-        )
-        if self._progress:
-            self._progress.update(self._task, completed=step, description=short)
-            self._log_line(f"step {step}/{total}  {short}")
-        else:
-            self.line(f"step {step}/{total}  {short}")
-
-    def stop_progress(self) -> None:
-        """Ends the progress bar; later lines are still printed."""
-        if self._progress:
-            self._progress.stop()
-            self._progress = None
-
-    def close(self) -> None:
-        self.stop_progress()
-        if self._log:
-            with suppress(OSError):
-                self._log.close()
-            self._log = None

@@ -28,15 +28,16 @@ from jsft.run.agreement import check_agreement, check_workdir
 from jsft.run.directory import RunDirectory
 from jsft.run.loop import Loop
 from jsft.run.manifest import check_base, list_steps, read_manifest
-from jsft.run.metrics import MetricsWriter, RunLog, has_heldout
+from jsft.run.metrics import MetricsWriter, has_heldout
 from jsft.run.preflight import check_disk, check_memory
 from jsft.run.profile import Profiler
 from jsft.run.provenance import code_version, first_batch_checksum
+from jsft.run.run_log import COMMAND, RunLog, show
 from jsft.run.run_readme import write_run_readme
 from jsft.run.sampling import Generation, open_generation
 from jsft.run.setup import build
 from jsft.run.summary import write_summary
-from jsft.run.trackers import open_wandb
+from jsft.run.trackers import open_trackers
 from jsft.step.components import Components, compile_gradients, programs
 from jsft.step.histograms import make_histograms
 from jsft.step.optimizer import TrainState, initial_state, parameter_dtype
@@ -170,7 +171,8 @@ def _train(components: Components, options: RunOptions, process: Supervision) ->
     else:
         process.status("done", step)
         place = shlex.quote(str(workdir))
-        say(f"done: {step} steps; export with: python -m jsft.export --workdir {place} --step {step}")
+        say(f"done: {step} steps; export with:")
+        say(f"{COMMAND}python -m jsft.export --workdir {place} --step {step}")
 
 
 def _first_state(components: Components) -> TrainState:
@@ -197,7 +199,7 @@ def _outputs(
     config, workdir, say = components.config, options.workdir, process.log.line
     writer = sampling = profiler = None
     if process.directory:
-        writer = MetricsWriter(workdir, step, say, open_wandb(config, options.name, workdir, say))
+        writer = MetricsWriter(workdir, step, say, open_trackers(config, options.name, workdir, say))
     settings = config.checkpoint
     policy = checkpoint.Policy(settings.every, settings.minutes, settings.keep, tuple(settings.milestones))
     saver = checkpoint.Saver(workdir, policy, facts, say, writer.sync if writer else lambda: None)
@@ -286,17 +288,17 @@ def dry_run(config: ConfigDict, name: str, ignore_plan: bool = False) -> int:
     xla.configure()
     with _device_errors():
         components = build(config)
-        check_memory(components, print, ignore_plan)
-        remat = choose_remat(components, print)
-        write_summary(components, name, None, remat, 0, print)
+        check_memory(components, show, ignore_plan)
+        remat = choose_remat(components, show)
+        write_summary(components, name, None, remat, 0, show)
         compiled = compile_gradients(components, remat)
         memory = compiled.memory_analysis()
-        print(
+        show(
             f"step:      compiled; per device {memory.argument_size_in_bytes / 2**30:.2f} GiB of arguments, "
             f"{memory.temp_size_in_bytes / 2**30:.2f} GiB of temporaries"
         )
         first = next(iter(components.data.iterate(0)))
-        print(
+        show(
             f"plan:      first step has {first.documents} documents, {first.tokens:,} tokens "
             f"({first.supervised_tokens:,} trained), {len(first.micro_batches)} micro batches, "
             f"padding {first.padding_share:.1%}"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from rich.text import Text
 
 from jsft.hardware import mesh as meshes
 from jsft.hardware.mesh import shard_bytes
@@ -11,9 +12,10 @@ from jsft.kernels.attention import describe_attention
 from jsft.kernels.norms import describe_norms
 from jsft.objectives import describe
 from jsft.run.preflight import expectation
+from jsft.run.run_log import INDENT
 from jsft.step.components import typical_length
 
-Say = Callable[[str], None]
+Say = Callable[[str | Text], None]
 
 
 def write_summary(components, name: str, workdir: Path | None, remat: str, step: int, say: Say) -> None:
@@ -26,8 +28,9 @@ def write_summary(components, name: str, workdir: Path | None, remat: str, step:
     held = sum(map(shard_bytes, jax.tree.leaves(components.abstract)))
     precision, optimizer = config.precision, config.optimizer
 
-    def line(head: str, text: str) -> None:
-        say(f"{head + ':' if head else '':11}{text}")
+    def line(head: str, text: str | Text) -> None:
+        start = f"{head + ':' if head else '':{INDENT}}"
+        say(start + text if isinstance(text, str) else Text(start).append(text))
 
     line("run", name + (f" in {workdir}" if workdir else "") + (f", resuming from step {step}" if step else ""))
     line(
@@ -57,5 +60,5 @@ def write_summary(components, name: str, workdir: Path | None, remat: str, step:
         line("plan", expected)
     total, per_epoch = components.data.total_steps, components.data.steps_per_epoch
     line("steps", f"{total:,} of {config.train.global_batch} documents ({per_epoch:,} an epoch); one document:")
-    for row in components.data.preview().splitlines():
+    for row in components.data.preview().split():
         line("", row)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jsft.run.metrics import MetricsWriter, RunLog, has_heldout
+from jsft.run.metrics import MetricsWriter, has_heldout
+from jsft.run.run_log import RunLog
 from tests.run import processes
 
 

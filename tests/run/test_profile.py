@@ -4,7 +4,6 @@ that refuses."""
 import json
 import sys
 import types
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -167,15 +166,6 @@ def test_a_wrong_window_is_one_line(text):
     with pytest.raises(ConfigError, match="FIRST:END"):
         parse_window(text)
     assert parse_window("20:23") == (20, 23)
-
-
-def test_wandb_that_is_not_installed_is_one_line(arguments, tmp_path, monkeypatch):
-    from jsft.run.trackers import open_wandb
-
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    config = SimpleNamespace(log=SimpleNamespace(wandb="tests"))
-    with pytest.raises(ConfigError, match="not installed"):
-        open_wandb(config, "run", tmp_path, print)
 
 
 def test_what_cannot_fit_is_refused_before_anything_compiles(arguments, tmp_path, monkeypatch, capsys):

@@ -25,7 +25,7 @@ from jsft.hf.random_model import write_random_model
 from jsft.models.families import abstract_parameters, parameter_table, read_config
 from jsft.models.parameters import disk_tensors, get_leaf
 from jsft.run.loop import Loop
-from jsft.run.metrics import RunLog
+from jsft.run.run_log import RunLog
 from jsft.step.optimizer import initial_state, parameter_dtype
 from jsft.step.programs import make_programs
 
