@@ -2,11 +2,12 @@
 
   preview DATA    rows as the model sees them, trained span marked
   stats DATA      lengths, truncation, packing, duplicates, missing parts
+  describe DATA   what responses are like: lengths, entropy, reflection
   validate DATA   every row checked; exit code 3 when one is bad
   countdown       puzzles with worked, verified solutions
   nocot DATA      the data without its thinking
   subset DATA     the first rows, or a seeded choice
-  select DATA     one verified response per problem, from a raw release
+  select DATA     verified responses to each problem, from a raw release
   match DATA      another data set's solutions to the same problems
 
 DATA is a parquet or JSON-lines file, a folder, or a hub data set id; several are separated by commas (for
@@ -14,6 +15,7 @@ validate, by spaces). preview, stats and validate also take a run's config:
 --config configs/qwen3_14b.py:math_cot_ep8. COMMAND --help lists the options."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +27,14 @@ from jsft.help import Parser
 _NO_OPTIONS = ("train", "eval", "workers")
 # Fields that decide how rows are cached and packed, not what a row must be; not options of validate.
 _NOT_OF_ROWS = ("on_bad_row", "cache_dir", "pack_length", "rows_per_device", "shuffle", "align")
-
+PREFER = {  # which responses `select` takes first
+    "random": "drawn by the seed",
+    "short": "the shortest",
+    "long": "the longest",
+    "likely": "the highest mean log-probability of the teacher",
+    "unlikely": "the lowest",
+    "diverse": "those least alike, by sequences of three words",
+}
 
 _Command = Callable[..., argparse.ArgumentParser]  # (name, run, help) -> the parser of a new command
 
@@ -50,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_inspections(command: _Command) -> None:
-    """preview, stats, validate: they look at a data set."""
+    """preview, stats, describe, validate: they look at a data set."""
     sub = command("preview", _preview, "Print rows as the model sees them, the trained span marked.")
     _add_data(sub)
     sub.add_argument("--global_batch", type=_positive, help="rows of an update")
@@ -63,6 +72,19 @@ def _add_inspections(command: _Command) -> None:
     sub.add_argument("--global_batch", type=_positive, help="rows of an update")
     sub.add_argument("--devices", type=_positive, default=8, help="devices that rows are packed for [8]")
     sub.add_argument("--png", type=Path, metavar="FILE", help="where the length histogram is drawn [DATA_lengths.png]")
+    sub.add_argument("--no_png", action="store_true", help="draw nothing")
+    sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
+
+    sub = command(
+        "describe", _describe, "Print what responses are like: lengths, log-probability, entropy, reflection."
+    )
+    sub.add_argument("data", metavar="DATA", help="a row per response, or a list of responses per row")
+    for key in ("prompt", "response", "logprob", "entropy"):
+        default = {"prompt": "message"}.get(key, key)
+        sub.add_argument(f"--{key}_key", default=default, help=f"column [{default}]")
+    sub.add_argument("--sample", type=int, default=1000, help="rows that are read, evenly spaced; 0: all [1000]")
+    sub.add_argument("--model", metavar="DIR", help="model directory or hub id whose tokenizer counts lengths")
+    sub.add_argument("--png", type=Path, metavar="FILE", help="where it is drawn [DATA_responses.png]")
     sub.add_argument("--no_png", action="store_true", help="draw nothing")
     sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
 
@@ -107,16 +129,26 @@ def _add_makers(command: _Command) -> None:
 
 def _add_choosers(command: _Command) -> None:
     """select, match: they choose among many responses to a problem."""
-    sub = command("select", _select, "Choose one verified response per problem from a release with many of each.")
+    sub = command("select", _select, "Choose verified responses to each problem from a release with many of each.")
     sub.add_argument("data", metavar="DATA", help="a row per response, or a list of responses per row")
     sub.add_argument("--rows", type=_positive, help="number of problems [all that have a response that passes]")
     sub.add_argument("--seed", type=int, default=0, help="draws responses and problems [0]")
-    for key in ("prompt", "response", "answer"):
+    sub.add_argument("--per_problem", type=_positive, default=1, help="responses to a problem, at most [1]")
+    preferences = "; ".join(f"{name}: {meaning}" for name, meaning in PREFER.items())
+    sub.add_argument(
+        "--prefer", choices=PREFER, default="random", help=f"which are taken first; {preferences} [random]"
+    )
+    for key in ("prompt", "response", "answer", "logprob", "entropy"):
         default = {"prompt": "message"}.get(key, key)
         sub.add_argument(f"--{key}_key", default=default, help=f"column [{default}]")
     sub.add_argument("--no_verify", action="store_true", help="do not check answers with math-verify")
-    sub.add_argument("--max_tokens", type=int, help="longest response in tokens of --model")
-    sub.add_argument("--min_tokens", type=int, default=1, help="shortest response in tokens of --model [1]")
+    counted = "in tokens of --model, or as many as its log-probabilities"
+    sub.add_argument("--max_tokens", type=int, help=f"longest response {counted}")
+    sub.add_argument("--min_tokens", type=int, help=f"shortest response {counted}")
+    for score, meaning in (("logprob", "log-probability"), ("entropy", "entropy")):
+        for end, word in (("min", "lowest"), ("max", "highest")):
+            sub.add_argument(f"--{end}_{score}", type=float, help=f"{word} mean {meaning} of a response's tokens")
+    sub.add_argument("--keep_scores", action="store_true", help="write the log-probabilities and entropies too")
     sub.add_argument(
         "--model",
         metavar="DIR",
@@ -218,6 +250,31 @@ def _stats(args) -> None:
     stats(config, model_dir, args.devices, png, args.json)
 
 
+def _describe(args) -> None:
+    from jsft.data.describe import describe_responses
+    from jsft.data.inspection import default_png
+    from jsft.data.select import Columns
+
+    if args.sample < 0:
+        raise ConfigError(f"--sample {args.sample}: write a number of rows, or 0 for all")
+    png = None if args.no_png else args.png or default_png(args.data, "responses")
+    describe_responses(
+        args.data,
+        Columns(args.prompt_key, args.response_key, None, args.logprob_key, args.entropy_key),
+        sample=args.sample,
+        count=_counter(_chat(args.model)) if args.model else None,
+        png=png,
+        as_json=args.json,
+    )
+
+
+def _chat(model: str):
+    from jsft.data.chat import Chat, load_tokenizer
+    from jsft.hf.resolve import resolve_tokenizer
+
+    return Chat(load_tokenizer(resolve_tokenizer(model)))
+
+
 def _validate(args) -> int:
     from jsft.data.inspection import Checks, validate
     from jsft.data.sources import split_paths
@@ -262,24 +319,42 @@ def _match(args) -> None:
 
 
 def _select(args) -> None:
-    from jsft.data.chat import Chat, load_tokenizer
-    from jsft.data.rows import is_utf8
-    from jsft.data.select import select
-    from jsft.hf.resolve import resolve_tokenizer
+    from jsft.data.select import Columns, Wanted, select
 
-    options = _arguments(args)
-    model, shortest, longest = options.pop("model"), options.pop("min_tokens"), options.pop("max_tokens")
-    if model:
-        options["chat"] = Chat(load_tokenizer(resolve_tokenizer(model)))
-        tokenizer = options["chat"].tokenizer.backend_tokenizer
-        most = longest or sys.maxsize
-        options["fits"] = lambda text: (  # a lone surrogate has no token
-            is_utf8(text) and shortest <= len(tokenizer.encode(text, add_special_tokens=False).ids) <= most
-        )
-    elif longest or shortest > 1:
-        raise ConfigError("--max_tokens and --min_tokens need --model, whose tokenizer counts")
-    options["verify"] = not options.pop("no_verify")
-    select(**options)
+    chat = _chat(args.model) if args.model else None
+    answer = None if args.no_verify else args.answer_key
+    select(
+        args.data,
+        args.out,
+        rows=args.rows,
+        seed=args.seed,
+        columns=Columns(args.prompt_key, args.response_key, answer, args.logprob_key, args.entropy_key),
+        wanted=Wanted(
+            args.per_problem,
+            args.prefer,
+            _range(args, "tokens"),
+            _range(args, "logprob"),
+            _range(args, "entropy"),
+            args.keep_scores,
+            _counter(chat) if chat else None,
+        ),
+        chat=chat,
+        overwrite=args.overwrite,
+    )
+
+
+def _counter(chat) -> Callable[[str], int]:
+    backend = chat.tokenizer.backend_tokenizer
+    return lambda text: len(backend.encode(text, add_special_tokens=False).ids)
+
+
+def _range(args, name: str) -> tuple[float, float]:
+    """--min_NAME to --max_NAME; infinite where they are not given."""
+    low, high = getattr(args, f"min_{name}"), getattr(args, f"max_{name}")
+    low, high = -math.inf if low is None else low, math.inf if high is None else high
+    if not low <= high:
+        raise ConfigError(f"--min_{name} {low:g} --max_{name} {high:g}: no number lies between them")
+    return low, high
 
 
 def _arguments(args) -> dict:

@@ -98,8 +98,10 @@ def test_select(tmp_path, model, as_list, capsys):
     assert all(len(row["response"]) <= 100 for row in read_rows(tmp_path / "short.parquet"))
     with pytest.raises(ConfigError, match="--rows 8: only 7 of 8 problems"):
         main(["select", path, "--out", str(tmp_path / "x.parquet"), "--rows", "8"])
-    with pytest.raises(ConfigError, match="need --model"):
-        main(["select", path, "--out", str(tmp_path / "x.parquet"), "--max_tokens", "8"])
+    bare = str(write_rows(tmp_path / "bare.jsonl", cot_rows(2)))
+    for option in (["--max_tokens", "8"], ["--prefer", "short"]):
+        with pytest.raises(ConfigError, match="need --model.*no column 'logprob'"):
+            main(["select", bare, "--out", str(tmp_path / "x.parquet"), *option])
 
 
 def write_selectable(path, *responses):

@@ -227,6 +227,6 @@ def _short(value) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
-def default_png(data: str | Sequence[str]) -> Path:
-    """Where `stats` draws: `<data>_lengths.png` in the current folder."""
-    return Path(f"{Path(split_paths(data)[0]).name.split('.')[0]}_lengths.png")
+def default_png(data: str | Sequence[str], what: str = "lengths") -> Path:
+    """Where a command draws: `<data>_<what>.png` in the current folder."""
+    return Path(f"{Path(split_paths(data)[0]).name.split('.')[0]}_{what}.png")

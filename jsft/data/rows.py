@@ -83,6 +83,13 @@ def responses(value: Any, where: str) -> list[str]:
     raise DataError(f"{where}: a response is a {type(value).__name__} where text is expected; fix or remove the row")
 
 
+def placed_responses(value: Any, where: str) -> list[tuple[int, str]]:
+    """(place in the row's list of responses, response), blank ones left out; place 0 of a row with one response."""
+    if isinstance(value, list) and not all(isinstance(turn, dict) for turn in value):
+        return [(place, text) for place, one in enumerate(value) for text in responses(one, where)]
+    return [(0, text) for text in responses(value, where)]
+
+
 def open_listed(data: str | Sequence[str]) -> Source:
     """Opens a data set and prints which files are read, and which columns are not because a file lacks them."""
     source = open_source(split_paths(data))
