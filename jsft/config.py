@@ -68,7 +68,7 @@ FIELDS: tuple[Field, ...] = (
         "data.train",
         object,
         None,
-        "Training data: parquet or JSON-lines paths (comma-separated or a list), or a hub data set id.",
+        "Training data: files, folders (comma-separated or a list), or a hub data set id (docs/data.md).",
     ),
     Field(
         "data.eval",
@@ -76,6 +76,14 @@ FIELDS: tuple[Field, ...] = (
         None,
         "Held-out data: a path, a list of paths, or {name: path}; its loss is computed every eval.every steps.",
     ),
+    Field(
+        "data.split",
+        str,
+        None,
+        "Split of folders and hub data sets that data.train reads; default: train, or the only one.",
+    ),
+    Field("data.eval_split", str, None, "The same for data.eval; default: validation, else test."),
+    Field("data.subset", str, None, "Subset (configuration) of folders and hub data sets, for both."),
     Field("data.prompt_key", str, "message", "Column with the prompt: a list of {role, content}, or a string."),
     Field("data.response_key", str, "response", "Column with the response string."),
     Field(

@@ -154,6 +154,11 @@ def remove_leftovers(folder: str | Path) -> None:
                     path.unlink()
 
 
+def user_cache(name: str) -> Path:
+    """The folder of this user's cache for what can be made again, e.g. `tokens`. It may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jsft" / name
+
+
 class HubError(Exception):
     """A repository of the hub cannot be downloaded; the text is the reason. Callers say what was wanted."""
 

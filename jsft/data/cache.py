@@ -323,4 +323,4 @@ def _writable(cache_dir: str | None, source: Source) -> Path:
     folder = source.files[0].resolve().parent
     if os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222:  # root may write anywhere, but should not
         return folder / ".jsft_cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jsft" / "tokens"
+    return files.user_cache("tokens")

@@ -126,7 +126,7 @@ class Documents:
         """Counts for the run's summary."""
         bad = sorted([*self.cache.bad, *self.left_out])
         return {
-            "files": self.cache.source.listing(),
+            "files": self.cache.source.listing(always=True),
             "shape": self.cache.shape,
             "documents": len(self),
             "tokens": int(self.lengths.sum()),

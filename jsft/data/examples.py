@@ -1,6 +1,7 @@
 """One row, checked: a conversation whose last turn is the assistant's, or plain text; and its advantage."""
 
 import math
+import re
 import sys
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ from jsft.data.shapes import Shape
 from jsft.data.turns import Turn, json_value, read_turn, says_nothing, text_of
 from jsft.errors import DataError
 
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _MAY_FOLLOW = {  # role -> the roles it may come after; None: it may open the conversation
     "system": (None,),
     "developer": (None, "system"),
@@ -171,6 +173,8 @@ def check_advantage(row: dict[str, Any], field: str, where: str) -> float:
     if field not in row:
         raise DataError(f"{where}: no field '{field}' (has {', '.join(row) or 'none'})")
     value = row[field]
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):  # CSV has nothing but text
+        value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         kind = "null" if value is None else f"a {type(value).__name__}"
         raise DataError(f"{where}, field '{field}': is {kind} where a number is expected; fix or remove the row")

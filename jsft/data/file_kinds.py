@@ -6,13 +6,13 @@ from jsft.errors import DataError, explained
 
 _LONGEST = 64
 _KINDS = (  # first bytes, what they mean, what to do
-    (b"\x1f\x8b", "is compressed (gzip)", "unpack it (gunzip)"),
+    (b"\x1f\x8b", "is compressed (gzip)", "unpack it (gunzip), or end its name in .gz"),
     (b"\x28\xb5\x2f\xfd", "is compressed (zstd)", "unpack it (unzstd)"),
     (b"BZh", "is compressed (bzip2)", "unpack it (bunzip2)"),
     (b"\xfd7zXZ", "is compressed (xz)", "unpack it (unxz)"),
     (b"PK\x03\x04", "is a zip archive", "unpack it (unzip)"),
     (b"PAR1", "is a parquet file", "end its name in .parquet"),
-    (b"ARROW1", "is an Arrow file", "write parquet, with datasets: Dataset.from_file(...).to_parquet(...)"),
+    (b"ARROW1", "is an Arrow file", "end its name in .arrow"),
     (b"version https://git-lfs", "is a Git LFS pointer, not the data", "fetch the data: git lfs pull"),
     (b"<", "is an HTML or XML page, not data", "fetch it again"),
     (b"\xff\xfe\x00\x00", "is UTF-32", "store it as UTF-8 (iconv -f UTF-32 -t UTF-8)"),

@@ -13,7 +13,8 @@ from jsft.data.chat import Chat
 from jsft.data.countdown_check import check, extract_answer
 from jsft.data.documents import Documents, Limit
 from jsft.data.examples import Example, check_advantage, parse_row
-from jsft.data.loader import make_chat, make_keys, make_layout
+from jsft.data.folders import Wanted
+from jsft.data.loader import make_chat, make_keys, make_layout, wanted_part
 from jsft.data.preview import heading, marked_text
 from jsft.data.progress import track
 from jsft.data.rows import training_shape
@@ -32,7 +33,7 @@ _SPARE = 64  # tokens beyond one a byte: EOS, a tokenizer's space in front, a no
 def open_documents(config, model_dir: str | Path) -> tuple[Source, Chat, Documents]:
     """data.train of a config, tokenised by the model's tokenizer."""
     data = config.data
-    source, chat = open_source(split_paths(data.train)), make_chat(config, model_dir)
+    source, chat = open_source(split_paths(data.train), wanted_part(config)), make_chat(config, model_dir)
     cache = open_cache(
         source,
         chat,
@@ -114,6 +115,7 @@ class Checks(NamedTuple):
     limit: Limit
     need_advantage: bool
     embedding: Embedding | None = None
+    wanted: Wanted = Wanted()
 
     @classmethod
     def of(cls, config, model_dir: Path | None) -> "Checks":
@@ -124,7 +126,7 @@ class Checks(NamedTuple):
         if embedding is not None and not embedding.tokens_beyond(chat):
             embedding = None
         limit = Limit(data.max_length, data.truncation)
-        return cls(make_keys(config), chat, limit, config.objective.use_advantage, embedding)
+        return cls(make_keys(config), chat, limit, config.objective.use_advantage, embedding, wanted_part(config))
 
     def row(self, value: Row, shape: Shape, where: str) -> tuple[Example, str | None]:
         """The conversation, and the name of what is odd about its thinking. Raises DataError, and ModelError for a
@@ -161,7 +163,7 @@ def validate(files: Sequence[str], checks: Checks) -> int:
     bad = 0
     for name in files:
         try:
-            source = open_source(name)
+            source = open_source(name, checks.wanted)
             shape = training_shape(source, checks.keys, need_advantage=checks.need_advantage)
             for line in source.listing():
                 print(f"{name}: {line}")

@@ -16,7 +16,7 @@ from jsft.data.batch import Batch, StepData
 from jsft.data.cache import TokenCache, open_cache
 from jsft.data.chat import Chat, load_tokenizer
 from jsft.data.documents import Documents
-from jsft.data.folders import HELD_OUT, TRAIN
+from jsft.data.folders import HELD_OUT, Wanted
 from jsft.data.shapes import Keys, read_columns
 from jsft.data.sources import open_source, split_paths
 from jsft.data.steps import Recipe, StepSource, assemble, local_rows, packing_report
@@ -151,7 +151,7 @@ def open_eval_data(
     local = local_rows(rows, process_index, process_count)
     sets = {}
     for name, documents in _held_out(config, model_dir):
-        for line in [*documents.cache.source.listing(), *_notes(documents.report())]:
+        for line in [*documents.cache.source.listing(always=True), *_notes(documents.report())]:
             print(f"held out:  {name}: {line}")
         _check_fits(documents, config.data.pack_length)
         sets[name] = []
@@ -170,7 +170,8 @@ def eval_fingerprints(config, model_dir: str | Path) -> dict[str, str]:
 def _held_out(config, model_dir: str | Path) -> Iterator[tuple[str, Documents]]:
     chat, embedding, data = make_chat(config, model_dir), Embedding.of(model_dir), config.data
     for name, spec in eval_specs(data.eval).items():
-        cache = _open(config, spec, chat, embedding, splits=HELD_OUT)
+        wanted = Wanted(HELD_OUT, data.eval_split, data.subset, "data.eval_split")
+        cache = _open(config, spec, chat, embedding, wanted=wanted)
         yield name, Documents(cache, data.max_length, data.truncation, on_bad_row=data.on_bad_row)
 
 
@@ -203,6 +204,11 @@ def make_chat(config, model_dir: str | Path) -> Chat:
     if embedding := Embedding.of(model_dir):
         embedding.check_tokenizer(chat)
     return chat
+
+
+def wanted_part(config) -> Wanted:
+    """The split and subset that data.train reads."""
+    return Wanted(named=config.data.split, subset=config.data.subset)
 
 
 def make_keys(config) -> Keys:
@@ -241,11 +247,11 @@ def _open(
     embedding: Embedding | None,
     *,
     need_advantage: bool = False,
-    splits: Sequence[str] = TRAIN,
+    wanted: Wanted | None = None,
 ) -> TokenCache:
     data = config.data
     return open_cache(
-        open_source(split_paths(spec), splits),
+        open_source(split_paths(spec), wanted or wanted_part(config)),
         chat,
         make_keys(config),
         cache_dir=data.cache_dir,

@@ -21,7 +21,7 @@ class ParquetFile:
     """Rows of one file. rows: their number; columns: their names. Raises DataError for a file that cannot be read."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.files = path, [path]
         refuse_foreign(path)
         try:
             with pq.ParquetFile(path) as file:
@@ -43,7 +43,7 @@ class ParquetFile:
             for group in range(group, len(self.group_starts) - 1):
                 for batch in self._batches(file, group, columns):
                     if skip < len(batch):
-                        yield from _records(self.path, row + skip, batch.slice(skip))
+                        yield from records(self.path, row + skip, batch.slice(skip))
                     skip = max(0, skip - len(batch))
                     row += len(batch)
 
@@ -51,7 +51,7 @@ class ParquetFile:
         """One row with these columns, or its DataError."""
         group = self._group_of(index)
         table = self._table(group, tuple(columns)).slice(index - int(self.group_starts[group]), 1)
-        return _records(self.path, index, table)[0]
+        return records(self.path, index, table)[0]
 
     def schema(self) -> pa.Schema:
         """Arrow types of the columns."""
@@ -92,7 +92,8 @@ class ParquetFile:
             ) from error
 
 
-def _records(path: Path, first_row: int, batch: pa.RecordBatch | pa.Table) -> _Rows:
+def records(path: Path, first_row: int, batch: pa.RecordBatch | pa.Table) -> _Rows:
+    """The rows of a table as dicts; one that cannot be decoded is a DataError that names `path` and its number."""
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError, pa.ArrowException):  # UnicodeDecodeError is a ValueError

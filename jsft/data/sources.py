@@ -1,7 +1,7 @@
-"""Rows from parquet files, JSON-lines files or a Hugging Face data set, a block at a time.
+"""Rows from files of several formats, from folders of them or from a Hugging Face data set, a block at a time.
 
 A source numbers its rows from 0 over all its files, in the order the files are given (those of a folder or of a hub
-data set: by name). Reading goes one parquet row group, or one block of lines, at a time.
+data set: by name). Reading goes a block of rows at a time.
 """
 
 import hashlib
@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jsft.data.folders import SUFFIXES, TRAIN, Chosen, choose_files, how_to_read, suffix
+from jsft.data.arrow_tables import ArrowTable, saved_splits
+from jsft.data.folders import JSON, SUFFIXES, Chosen, Wanted, choose_files, how_to_read, suffix
+from jsft.data.hub_configs import choose_config, choose_split, declared_configs
 from jsft.data.json_lines import JsonLines
 from jsft.data.parquet import ParquetFile
 from jsft.errors import ConfigError, DataError, describe, explained
@@ -29,22 +31,15 @@ Row = dict[str, Any] | DataError  # a row that cannot be decoded is its error: t
 class Source:
     """Random and sequential access to the rows of `files`, numbered over all of them.
 
-    left_out: a line for each group of files of a folder that is not read. Raises DataError for a file that is missing,
-    unreadable, of another format, or without any row.
+    files: paths, also of folders that save_to_disk wrote; left_out: a line for each group of files of a folder that is
+    not read; split: the name of the one that was chosen. Raises DataError for a file that is missing, unreadable, of
+    another format, or without any row.
     """
 
-    def __init__(self, files: Sequence[Path], left_out: Sequence[str] = ()):
+    def __init__(self, files: Sequence[Path], left_out: Sequence[str] = (), split: str = ""):
         self.files = [Path(file) for file in files]
-        self.left_out = list(left_out)
-        self._readers: list[ParquetFile | JsonLines] = []
-        for path in self.files:
-            with explained(DataError, f"{path}: cannot be read"):
-                there = path.is_file()
-            if not there:
-                raise DataError(f"{path}: no such data file")
-            if suffix(path) not in SUFFIXES:
-                raise DataError(how_to_read(path))
-            self._readers.append(ParquetFile(path) if suffix(path) == ".parquet" else JsonLines(path))
+        self.left_out, self.split = list(left_out), split
+        self._readers = [_reader(path) for path in self.files]
         self._starts = np.concatenate([[0], np.cumsum([reader.rows for reader in self._readers], dtype=np.int64)])
         if len(self) == 0:
             raise DataError(f"{', '.join(map(str, self.files))}: holds no rows")
@@ -74,14 +69,17 @@ class Source:
                 if column not in there:
                     raise DataError(f"{path}: no column '{column}' (has {', '.join(there) or 'none'})")
 
-    def listing(self) -> list[str]:
-        """Lines that name the files that are read, with their rows, and those left out; none for a single file."""
-        if len(self.files) == 1 and not self.left_out:
+    def listing(self, always: bool = False) -> list[str]:
+        """Lines that name the files that are read, with their rows, and those left out. A single file that is all there
+        is has none, unless `always`.
+        """
+        if len(self.files) == 1 and not (self.left_out or self.split or always):
             return []
         each = [f"{reader.path} {reader.rows:,}" for reader in self._readers[:_LISTED]]
         more = [f"{len(self.files) - _LISTED} more"] if len(self.files) > _LISTED else []
         count = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
-        return [f"{count}, {len(self):,} rows: {', '.join(each + more)}", *self.left_out]
+        split = f"split {self.split}, " if self.split else ""
+        return [f"{split}{count}, {len(self):,} rows: {', '.join(each + more)}", *self.left_out]
 
     def rows(self, start: int = 0, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Row]]:
         """Yields (row number, row) from `start` on; a row that cannot be decoded comes as its DataError."""
@@ -112,14 +110,14 @@ class Source:
         return f"{reader.path} row {index}"
 
     def schema(self) -> pa.Schema | None:
-        """Arrow types of the columns, where the first file is parquet."""
+        """Arrow types of the columns; None where the first file is JSON."""
         first = self._readers[0]
-        return first.schema() if isinstance(first, ParquetFile) else None
+        return None if isinstance(first, JsonLines) else first.schema()
 
     def content_key(self) -> str:
         """SHA-256 over the bytes of all files: changes when any of them does."""
         key = hashlib.sha256()
-        for path in self.files:
+        for path in [path for reader in self._readers for path in reader.files]:
             with explained(DataError, f"{path}: cannot be read"), open(path, "rb") as file:
                 key.update(hashlib.file_digest(file, "sha256").digest())
         return key.hexdigest()
@@ -127,6 +125,19 @@ class Source:
     def _locate(self, row: int):
         index = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._readers[index], row - int(self._starts[index])
+
+
+def _reader(path: Path) -> ParquetFile | JsonLines | ArrowTable:
+    with explained(DataError, f"{path}: cannot be read"):
+        file, folder = path.is_file(), path.is_dir()
+    if folder and saved_splits(path) == [""]:
+        return ArrowTable(path, "")
+    if not file:
+        raise DataError(f"{path}: no such data file")
+    kind = suffix(path)
+    if kind not in SUFFIXES:
+        raise DataError(how_to_read(path))
+    return ParquetFile(path) if kind == ".parquet" else JsonLines(path) if kind in JSON else ArrowTable(path, kind)
 
 
 def split_paths(spec: str | Sequence[str]) -> list[str]:
@@ -138,29 +149,36 @@ def split_paths(spec: str | Sequence[str]) -> list[str]:
     return [str(part) for part in spec]
 
 
-def open_source(spec: str | Path | Sequence[str], splits: Sequence[str] = TRAIN) -> Source:
+def open_source(spec: str | Path | Sequence[str], wanted: Wanted = Wanted()) -> Source:
     """Opens a file, a folder of data files, a list of these, or a hub data set `owner/name[@revision]`.
 
-    splits: which split of a folder or hub data set is read, the preferred first (`folders.choose_files`). A hub data
-    set is downloaded through huggingface_hub into its cache (`HF_HUB_OFFLINE=1` uses only what is there).
+    wanted: which part of a folder or hub data set is read (`folders.choose_files`). A hub data set is downloaded
+    through huggingface_hub into its cache (`HF_HUB_OFFLINE=1` uses only what is there). Raises DataError, ConfigError
+    where `wanted` names a split or subset and everything is a file.
     """
     specs = [spec] if isinstance(spec, str | Path) else list(spec)
-    files: list[Path] = []
-    left_out: list[str] = []
-    for one in specs:
-        if not str(one):
-            continue
-        with _is_a_path(one):
-            path = Path(one).expanduser()
-            folder, there = path.is_dir(), path.exists()
-        if not there and _HUB_ID.fullmatch(str(one)) and suffix(path) not in SUFFIXES:
-            path, folder = _download(str(one)), True
-        chosen = choose_files(path, splits) if folder else Chosen([path], [])
-        files += chosen.files
-        left_out += chosen.left_out
-    if not files:
-        raise DataError("no data file is named; set data.train to a parquet or JSON-lines file, or a hub data set id")
-    return Source(files, left_out)
+    chosen = [_choose(one, wanted) for one in specs if str(one)]
+    if not chosen:
+        raise DataError("no data file is named; set data.train to a file, a folder, or a hub data set id")
+    if not any(is_folder for is_folder, _ in chosen) and (wanted.named or wanted.subset):
+        field, value = (wanted.field, wanted.named) if wanted.named else ("data.subset", wanted.subset)
+        raise ConfigError(f"{field}={value}: {specs[0]} is a file and has neither splits nor subsets; leave it out")
+    splits = {one.split for _, one in chosen}
+    return Source(
+        [file for _, one in chosen for file in one.files],
+        [line for _, one in chosen for line in one.left_out],
+        splits.pop() if len(splits) == 1 else "",
+    )
+
+
+def _choose(spec: str | Path, wanted: Wanted) -> tuple[bool, Chosen]:
+    """Whether the spec is a folder or hub data set, and its files."""
+    with _is_a_path(spec):
+        path = Path(spec).expanduser()
+        folder, there = path.is_dir(), path.exists()
+    if not there and _HUB_ID.fullmatch(str(spec)) and suffix(path) not in SUFFIXES:
+        path, folder = _download(str(spec), wanted), True
+    return folder, choose_files(path, wanted) if folder else Chosen([path], [])
 
 
 @contextmanager
@@ -172,10 +190,20 @@ def _is_a_path(spec: str | Path) -> Iterator[None]:
         raise DataError(f"{str(spec)[:200]!r}: not the name of a file ({describe(error)})") from error
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, wanted: Wanted) -> Path:
+    """The folder of a hub data set, with the files of the wanted part. Its README.md may declare which these are."""
     name, _, revision = hub_id.partition("@")
+
+    def fetch(*patterns: str) -> Path:
+        return hub_snapshot(name, kind="dataset", revision=revision or None, patterns=patterns)
+
     try:
-        return hub_snapshot(name, kind="dataset", revision=revision or None, patterns=("*.parquet", "*.jsonl"))
+        configs = declared_configs(fetch("README.md"))
+        if not configs:
+            return fetch("README.md", *(f"*{kind}" for kind in SUFFIXES))
+        config = choose_config(configs, wanted.subset, hub_id)
+        split = choose_split(list(config.splits), wanted.splits, wanted.named, hub_id, wanted.field)
+        return fetch("README.md", *(pattern.removeprefix("./") for pattern in config.splits[split]))
     except HubError as error:
         raise DataError(
             f"data set {hub_id}: no local path, and it cannot be downloaded from the hub ({error}); "

@@ -127,7 +127,7 @@ def test_thinking_that_the_template_drops_is_refused_with_the_fix(qwen3, split):
 def test_parts_that_a_template_does_not_know_are_refused_by_name(plain):
     for talk, columns, what in (
         ([user("a"), assistant("b")], {"tools": [TOOL]}, "the tools; take a model whose template has tools"),
-        ([user("a"), assistant("b", thinking="hm")], {}, "the thinking of turn 1; write '<think>"),
+        ([user("a"), assistant("b", thinking="hm")], {}, r"the thinking .reasoning_content. of turn 1; write '<think>"),
         (
             [user("a"), assistant("b", tool_calls=call(a=1))],
             {},

@@ -28,7 +28,7 @@ def turns(*roles):
 def test_good_rows():
     assert parse().messages == [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
     assert parse(message="2+2?") == parse()
-    assert parse(advantage=2).advantage == 2.0
+    assert parse(advantage=2).advantage == parse(advantage=" 2e0 ").advantage == 2.0  # CSV has nothing but text
     assert [t["role"] for t in parse(message=turns("system", "user", "assistant", "user")).messages][-1] == "assistant"
     parse(message=[{"role": "system", "content": ""}, *turns("user")])  # an empty system turn means what it says
     parse(message=turns("user", "assistant", "tool", "tool"))
@@ -78,7 +78,7 @@ def test_bad_rows(changes, message):
         (math.nan, ", field 'advantage': is nan; must be finite"),
         (math.inf, ", field 'advantage': is inf"),
         (10**400, ", field 'advantage': is 1000.*; must be finite"),
-        ("1", ", field 'advantage': is a str"),
+        ("one", ", field 'advantage': is a str"),
         (True, ", field 'advantage': is a bool"),
         (..., ": no field 'advantage'"),
     ],

@@ -89,8 +89,12 @@ def test_byte_order_mark_is_passed_over(tmp_path):
 ROWS = [{"message": "q", "response": f"r{i}"} for i in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 NOT_LINES = {  # content, what must be said
-    "array": (json.dumps(ROWS).encode(), "a JSON array where JSON lines are expected.*jq -c '.\\[\\]'"),
-    "pretty array": (json.dumps(ROWS, indent=2).encode(), "a JSON array where JSON lines are expected"),
+    "array that is cut": (json.dumps(ROWS).encode()[:-1], "after row 2 of its JSON array, neither ',' nor ']'"),
+    "array with a broken row": (
+        json.dumps(ROWS, indent=1).replace('r1"', "r1").encode(),
+        "row 1: not valid JSON .*array",
+    ),
+    "array of numbers": (b"[1, 2]", "row 0: a int where a JSON object is expected"),
     "pretty objects": (
         "\n".join(json.dumps(row, indent=2) for row in ROWS).encode(),
         "JSON written over several lines.*jq -c .",
@@ -235,13 +239,13 @@ def test_invalid_utf8_is_the_row_s_error(tmp_path):
 def test_missing_empty_and_foreign_files(tmp_path):
     pq.write_table(pa.table({"a": pa.array([], pa.string())}), tmp_path / "empty.parquet")
     (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "x.csv").write_text("a\n1\n")
+    (tmp_path / "x.xlsx").write_text("a\n1\n")
     (tmp_path / "folder").mkdir()
     for name, message in {
         "none.parquet": "no such data file",
         "empty.parquet": "holds no rows",
         "empty.jsonl": r"is empty \(0 bytes\) and holds no rows",
-        "x.csv": "unknown data format",
+        "x.xlsx": "unknown data format",
         "folder": "holds no .parquet",
     }.items():
         with pytest.raises(DataError, match=message):
