@@ -67,8 +67,8 @@ find_python() {  # prints the first interpreter of the wanted versions that runs
   fi
 }
 
-# One set-up at a time: a second one waits, then finds everything done.
-if command -v flock >/dev/null; then exec 9<"scripts/setup.sh" && flock 9; fi
+# One set-up of a kind at a time: a second one waits, then finds everything done.
+if command -v flock >/dev/null; then exec 9<"$requirements" && flock 9; fi
 
 fingerprint() {
   {
