@@ -1,6 +1,7 @@
 #!/usr/bin/env python
-"""Writes what the docs can know from the code: docs/config.md, the plan's table in docs/memory-and-speed.md, and
-the hours of every published run in docs/recipes.md and at the heads of configs/*.py.
+"""Writes what the docs can know from the code: docs/config.md, the plan's table in docs/memory-and-speed.md, the
+cost of the paper's tables in docs/reproduce.md, and the hours of every published run in docs/recipes.md and at the heads
+of configs/*.py.
 
     scripts/write_docs.py            write
     scripts/write_docs.py --check    exit 1 when something is out of date
@@ -142,17 +143,62 @@ def plan_table() -> str:
     return "\n".join(rows)
 
 
+PRICE = 4.0  # dollars per GPU hour
+COST_BEGIN, COST_END = "<!-- cost: scripts/write_docs.py -->", "<!-- end of cost -->"
+_SMALL = ("qwen3_1_7b", "qwen3_4b")
+_PAPER = {  # table -> its runs
+    "Table 1": [("qwen3_14b", r) for r in ("math_cot_2_5k_ep8_bs32", "math_cot_ep1_bs32", "math_cot_ep8")],
+    "Table 2": [
+        (base, recipe)
+        for base in ("qwen3_14b", "qwen3_8b", "internlm2_5_20b")
+        for recipe in ("math_cot_ep8", "math_nocot_ep8", "numina_ep8", "countdown_ep8")
+    ],
+    "Table 4": [("qwen3_14b", r) for r in ("math_cot_ep1", "math_cot_lr1e5_ep1", "math_cot_lr1e5_ep2")],
+    "Tables 6 and 9": [(base, "math_cot_ep8") for base in _SMALL],
+    "appendix, 1.7B and 4B": [(base, recipe) for base in _SMALL for recipe in ("math_nocot_ep8", "countdown_ep8")],
+    "Section 3.4 (16 epochs)": [
+        ("qwen3_14b", r) for r in ("math_cot_ep16", "math_cot_ep16_const", "math_cot_lr1e4_ep16_const")
+    ],
+    "Qwen2.5": [(f"qwen2_5_{size}", "math_cot_ep8") for size in ("1_5b", "3b", "7b", "14b")],
+    "DeepSeek-R1 data": [(base, "deepseek_r1_ep8") for base in ("qwen3_14b", "qwen3_8b", "internlm2_5_20b")],
+}
+
+
+def cost_table() -> str:
+    """What training each of the paper's tables takes: hours and dollars on 8 x H200, disk."""
+    rows = [
+        "| table | runs | hours | dollars | disk while training, GB | exported models, GB |",
+        "|" + "---|" * 6,
+    ]
+    for table, runs in (_PAPER | {"all 33 runs": sorted({run for runs in _PAPER.values() for run in runs})}).items():
+        plans = [plan(*run) for run in runs]
+        time = sum(found["time"]["hours"] for found in plans)
+        most = max((found["disk"]["total_bytes"] for found in plans), default=0)
+        kept = sum(found["disk"]["milestones"] * 2 * found["model"]["parameters"] for found in plans)  # bfloat16
+        hours = f"{time:.1f}" if time < 9.95 else f"{time:.0f}"
+        rows.append(
+            f"| {table} | {len(runs)} | {hours} | {8 * time * PRICE:,.0f} | {most / 1e9:,.0f} | {kept / 1e9:,.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def between(text: str, begin: str, end: str, table: str) -> str:
+    """The page with a table between two marks."""
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n\n{table}\n\n{end}{after}"
+
+
 def pages() -> dict[Path, str]:
     """Path -> what it should hold."""
     page = ROOT / "docs" / "memory-and-speed.md"
-    text = page.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
+    reproduce = ROOT / "docs" / "reproduce.md"
     recipes = ROOT / "docs" / "recipes.md"
     configs = {model: ROOT / "configs" / f"{model}.py" for model in MODELS}
     return {
         ROOT / "docs" / "config.md": config_page(),
-        page: f"{before}{BEGIN}\n\n{plan_table()}\n\n{END}{after}",
+        page: between(page.read_text(encoding="utf-8"), BEGIN, END, plan_table()),
+        reproduce: between(reproduce.read_text(encoding="utf-8"), COST_BEGIN, COST_END, cost_table()),
         recipes: recipes_page(recipes.read_text(encoding="utf-8")),
     } | {path: config_file(model, path.read_text(encoding="utf-8")) for model, path in configs.items()}
 

@@ -192,6 +192,7 @@ def test_every_page_with_commands_is_read():
         "quickstart.md",
         "real-run.md",
         "recipes.md",
+        "reproduce.md",
         "resume.md",
     }
     assert len(ALL) > 50
