@@ -146,6 +146,10 @@ class Trainer:
             raise ConfigError(
                 "objective.name=reference needs the published batch; use token_mean or sequence_mean here"
             )
+        if config.data.token_weights_key:
+            raise ConfigError(
+                "data.token_weights_key: a Trainer's rows have no weights of tokens; train with jsft.train"
+            )
         self.config, self._model = schema.resolve(config), model
         wanted = parameter_dtype(self.config)
         self._state = initial_state(jax.tree.map(lambda p: jnp.array(p, wanted), model.parameters), self.config)

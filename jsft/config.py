@@ -92,6 +92,13 @@ FIELDS: tuple[Field, ...] = (
         "advantage",
         "Column with the row's advantage; read only when objective.use_advantage is on.",
     ),
+    Field(
+        "data.token_weights_key",
+        str,
+        None,
+        "Column with a list of weights, at least 0, one for each trained token of the row: the response's, then EOS's; "
+        "they multiply the loss weights (docs/objectives.md).",
+    ),
     Field("data.answer_key", str, "answer", "Column with the reference answer; never trained on."),
     Field("data.messages_key", str, None, "Column with whole conversations; replaces prompt and response."),
     Field(

@@ -28,7 +28,8 @@ class StepData(NamedTuple):
     tokens: int  # without padding
     documents: int
     sum_squared_lengths: int  # sum over documents of length^2: the cost of attention
-    weight_sum: float  # of all loss weights, without advantages: 1 for a mean, B/(8m) in the reference's objective
+    weight_sum: float  # of all loss weights, without advantages: 1 for a mean, B/(8m) in the reference's objective,
+    # each times the mean of the data's token weights
     padding_share: float  # padding positions / all positions
 
 

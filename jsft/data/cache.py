@@ -13,6 +13,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,12 +23,13 @@ import pyarrow as pa
 
 from jsft import files
 from jsft.data.cache_parts import DamagedPart, Part, UncheckedPart, part_name, read_part, write_part
-from jsft.data.chat import Chat
+from jsft.data.chat import Chat, Document
 from jsft.data.examples import parse_row
 from jsft.data.progress import progress_bar
 from jsft.data.rows import training_shape
 from jsft.data.shapes import Keys, Shape
 from jsft.data.sources import Source
+from jsft.data.token_weights import align, read_weights
 from jsft.data.vocabulary import Embedding
 from jsft.errors import DataError
 
@@ -60,11 +63,11 @@ class TokenCache:
         self.rows = join("row", np.int64)
         self.advantages = join("advantage", np.float64)
         self.control_text = join("control_text", np.int32)
-        self.lengths, self._offsets, self._tokens = _ragged(parts, "tokens")
-        span_counts, span_offsets, span_values = _ragged(parts, "spans")
-        self.spans = np.concatenate([np.zeros(0, np.int32), *span_values]).reshape(-1, 2)
-        self.span_starts = np.concatenate([[0], np.cumsum(span_counts // 2)])
-        self._part_starts = np.concatenate([[0], np.cumsum([len(part) for part in parts], dtype=np.int64)])
+        self._tokens, spans = _Ragged(parts, "tokens"), _Ragged(parts, "spans")
+        self._weights = _Ragged(parts, "weights") if all("weights" in part.schema.names for part in parts) else None
+        self.lengths = self._tokens.lengths
+        self.spans = np.concatenate([np.zeros(0, np.int32), *spans.values]).reshape(-1, 2)
+        self.span_starts = np.concatenate([[0], np.cumsum(spans.lengths // 2)])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -74,16 +77,33 @@ class TokenCache:
 
     def tokens(self, index: int) -> np.ndarray:
         """int32 tokens of document `index`: a view of the mapped file."""
-        part = int(np.searchsorted(self._part_starts, index, side="right")) - 1
-        offsets = self._offsets[part]
-        local = index - int(self._part_starts[part])
-        return self._tokens[part][offsets[local] : offsets[local + 1]]
+        return self._tokens[index]
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the tokens have weights."""
+        return self._weights is not None
+
+    def token_weights(self, index: int) -> np.ndarray | None:
+        """float32 weights of the trained tokens of document `index`, in order: a view. None where all are 1."""
+        return self._weights[index] if self.weighted else None
 
     def largest_token(self) -> int:
         """The largest id of all documents; DataError where an id is negative, so that the cache is damaged."""
-        if min((int(values.min(initial=0)) for values in self._tokens), default=0) < 0:
+        if min((int(values.min(initial=0)) for values in self._tokens.values), default=0) < 0:
             raise DataError(f"{self.directory}: the token cache holds negative token ids; delete this folder")
-        return max((int(values.max(initial=-1)) for values in self._tokens), default=-1)
+        return max((int(values.max(initial=-1)) for values in self._tokens.values), default=-1)
+
+    def weight_facts(self) -> dict[str, float] | None:
+        """Mean, largest and share of zeros of all weights; None where there are none."""
+        if not self.weighted or not (count := self._weights.lengths.sum()):
+            return None
+        values = [one for one in self._weights.values if len(one)]
+        return {
+            "mean": float(sum(one.sum(dtype=np.float64) for one in values) / count),
+            "largest": float(max(one.max() for one in values)),
+            "zeros": float(sum(np.count_nonzero(one == 0) for one in values) / count),
+        }
 
     def where(self, index: int) -> str:
         """`FILE row N` of document `index`."""
@@ -198,10 +218,12 @@ def _build(job: _Job, threads: int) -> None:
             nonlocal tokens, said
             first, end, meta, futures = waiting.popleft()
             documents = [future.result() for future in futures]
+            if job.shape.token_weights:
+                documents = _weighted(job, meta, documents)
             if job.embedding is not None:
                 for row, document in zip(meta["rows"], documents):
                     job.embedding.check_tokens(document.tokens, chat, source.where(row))
-            names.append(write_part(directory, first, end, meta, documents))
+            names.append(write_part(directory, first, end, meta, documents, bool(job.shape.token_weights)))
             tokens += sum(len(document.tokens) for document in documents)
             rate = f"{tokens / (time.monotonic() - began) / 1e6:.2f} M tokens/s"
             bar.update(task, completed=end, note=rate)
@@ -228,7 +250,7 @@ def _build(job: _Job, threads: int) -> None:
 
 
 def _rendered_parts(job: _Job, start: int) -> Iterator[tuple[int, int, dict, list]]:
-    """Yields (first row, end row, {rows, advantages, bad, thinking}, rendered conversations) part by part."""
+    """Yields (first row, end row, {rows, advantages, weights, bad, thinking}, rendered conversations) part by part."""
     source, chat = job.source, job.chat
     first = end = start
     meta, rendered, characters = _no_rows(), [], 0
@@ -239,6 +261,8 @@ def _rendered_parts(job: _Job, start: int) -> Iterator[tuple[int, int, dict, lis
             where = source.where(row)
             example = parse_row(value, job.shape, where)
             found = [chat.pieces(one, where) for one in chat.documents(example)]
+            if job.shape.token_weights:
+                meta["weights"][row] = read_weights(value, job.shape.token_weights, where)
             for conversation in found:
                 meta["rows"].append(row)
                 meta["advantages"].append(example.advantage)
@@ -260,7 +284,27 @@ def _rendered_parts(job: _Job, start: int) -> Iterator[tuple[int, int, dict, lis
 
 
 def _no_rows() -> dict[str, list]:
-    return {"rows": [], "advantages": [], "bad": [], "thinking": []}
+    return {"rows": [], "advantages": [], "weights": {}, "bad": [], "thinking": []}
+
+
+def _weighted(job: _Job, meta: dict, documents: list[Document]) -> list[Document]:
+    """The documents with their tokens' weights. Those of a row whose weights do not fit are left out, here and in
+    `meta`, or raise DataError.
+    """
+    kept, rows, advantages = [], [], []
+    for row, group in groupby(zip(meta["rows"], meta["advantages"], documents), key=itemgetter(0)):
+        _, of_row, found = zip(*group)
+        try:
+            kept += align(meta["weights"][row], found, job.shape.token_weights, job.source.where(row))
+            rows += [row] * len(found)
+            advantages += of_row
+        except DataError as error:
+            if job.on_bad_row == "error":
+                raise DataError(f"{error}{SKIP}") from error
+            meta["bad"].append((row, str(error)))
+    meta["thinking"] = [one for one in meta["thinking"] if one[0] in set(rows)]
+    meta |= {"rows": rows, "advantages": advantages, "bad": sorted(meta["bad"])}
+    return kept
 
 
 def _finished_parts(directory: Path) -> tuple[list[str], int]:
@@ -284,6 +328,8 @@ def _checked_parts(directory: Path, rows: int, threads: int) -> list[Part]:
     for part, first in zip(parts, [0, *(part.end for part in parts)]):
         if part.first != first:
             raise DamagedPart(f"rows {first} to {part.first} are missing")
+    if len({tuple(part.batch.schema.names) for part in parts}) > 1:
+        raise DamagedPart("its parts have different columns")
     if parts and parts[-1].end != rows:
         raise DamagedPart(f"{INDEX} names parts of {parts[-1].end} rows, and the data has {rows}")
     return parts
@@ -308,12 +354,21 @@ def _load_again(directory: Path, source: Source) -> TokenCache:
     return TokenCache(directory, source, parts)
 
 
-def _ragged(parts: list[pa.RecordBatch], name: str) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
-    """Lengths over all parts, and each part's offsets and values, as views of the mapped files."""
-    offsets = [part[name].offsets.to_numpy() for part in parts]
-    values = [part[name].values.to_numpy() for part in parts]
-    lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(one) for one in offsets)]).astype(np.int64)
-    return lengths, offsets, values
+class _Ragged:
+    """A column of lists over all parts. lengths: int64 [N]; values: of each part, a view of the mapped file."""
+
+    def __init__(self, parts: list[pa.RecordBatch], name: str):
+        self._offsets = [part[name].offsets.to_numpy() for part in parts]
+        self.values = [part[name].values.to_numpy() for part in parts]
+        lengths = [np.diff(one) for one in self._offsets]
+        self.lengths = np.concatenate([np.zeros(0, np.int64), *lengths]).astype(np.int64)
+        self._part_starts = np.concatenate([[0], np.cumsum([len(part) for part in parts], dtype=np.int64)])
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        part = int(np.searchsorted(self._part_starts, index, side="right")) - 1
+        offsets = self._offsets[part]
+        local = index - int(self._part_starts[part])
+        return self.values[part][offsets[local] : offsets[local + 1]]
 
 
 def _writable(cache_dir: str | None, source: Source) -> Path:

@@ -26,6 +26,8 @@ _SCHEMA = pa.schema(
     }
 )
 
+_WEIGHTED_SCHEMA = _SCHEMA.append(pa.field("weights", pa.list_(pa.float32())))
+
 
 class DamagedPart(Exception):
     """A part that is missing, torn or changed; says which, and how."""
@@ -50,21 +52,28 @@ def part_name(first: int) -> str:
     return f"part-{first:09d}.arrow"
 
 
-def write_part(directory: Path, first: int, end: int, meta: dict[str, Any], documents: Sequence[Document]) -> str:
-    """Writes one part and returns its name. Raises OSError.
+def write_part(
+    directory: Path,
+    first: int,
+    end: int,
+    meta: dict[str, Any],
+    documents: Sequence[Document],
+    weighted: bool = False,
+) -> str:
+    """Writes one part, with the tokens' weights if it is `weighted`, and returns its name. Raises OSError.
 
     meta: rows and advantages, one each for a document; bad and thinking, as `TokenCache` has them.
     """
-    batch = pa.record_batch(
-        {
-            "row": pa.array(meta["rows"], pa.int64()),
-            "tokens": _list_array([document.tokens for document in documents]),
-            "spans": _list_array([document.spans.ravel() for document in documents]),
-            "advantage": pa.array(meta["advantages"], pa.float64()),
-            "control_text": pa.array([document.control_text for document in documents], pa.int32()),
-        },
-        schema=_SCHEMA,
-    )
+    columns = {
+        "row": pa.array(meta["rows"], pa.int64()),
+        "tokens": _list_array([document.tokens for document in documents], np.int32),
+        "spans": _list_array([document.spans.ravel() for document in documents], np.int32),
+        "advantage": pa.array(meta["advantages"], pa.float64()),
+        "control_text": pa.array([document.control_text for document in documents], pa.int32()),
+    }
+    if weighted:
+        columns["weights"] = _list_array([document.weights for document in documents], np.float32)
+    batch = pa.record_batch(columns, schema=_WEIGHTED_SCHEMA if weighted else _SCHEMA)
     said = {"first": first, "end": end, "bad": meta["bad"], "thinking": meta["thinking"]}
     said["crc32"] = _checksum(batch, said)
     batch = batch.replace_schema_metadata({"part": json.dumps(said)})
@@ -82,7 +91,7 @@ def read_part(path: Path, *, check: bool = True) -> Part:
         batch, said = reader.get_batch(0), json.loads(reader.schema.metadata[b"part"])
         if check:
             batch.validate(full=True)  # refuses offsets that point beyond the values
-            if not batch.schema.equals(_SCHEMA):
+            if not any(map(batch.schema.equals, (_SCHEMA, _WEIGHTED_SCHEMA))):
                 raise DamagedPart(f"{path.name} has other columns")
             if "crc32" not in said:
                 raise UncheckedPart(f"{path.name} has no checksum")
@@ -106,7 +115,7 @@ def _checksum(batch: pa.RecordBatch, said: dict[str, Any]) -> int:
     return crc
 
 
-def _list_array(arrays: Sequence[np.ndarray]) -> pa.ListArray:
+def _list_array(arrays: Sequence[np.ndarray], dtype: type) -> pa.ListArray:
     offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)
-    values = np.concatenate([np.zeros(0, np.int32), *arrays])
+    values = np.concatenate([np.zeros(0, dtype), *arrays])
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))

@@ -32,6 +32,7 @@ class Document(NamedTuple):
     tokens: np.ndarray  # int32 [L]
     spans: np.ndarray  # int32 [S, 2]: trained ranges [start, end) of token indices, ascending
     control_text: int  # control-token strings found in the data's text and tokenised as plain text
+    weights: np.ndarray | None = None  # float32, one for each token in a span, in order; None: all 1
 
 
 class _Piece(NamedTuple):

@@ -113,6 +113,22 @@ class Documents:
         spans = _clip(self.cache.document_spans(self._index[index]), self._first[index], self.lengths[index])
         return spans[spans[:, 1] > spans[:, 0]]
 
+    @property
+    def weighted(self) -> bool:
+        """Whether the data gives weights of its tokens."""
+        return self.cache.weighted
+
+    def token_weights(self, index: int) -> np.ndarray:
+        """float32 [length]: the data's weight of each token as a target, 0 where it is not trained. `weighted` only."""
+        spans, of_span = self.cache.document_spans(self._index[index]), self.cache.token_weights(self._index[index])
+        weights = np.zeros(self.whole_lengths[index], np.float32)
+        weights[np.concatenate([np.arange(start, end) for start, end in spans])] = of_span
+        return weights[self._first[index] : self._first[index] + self.lengths[index]]
+
+    def weight_sum(self, index: int) -> float:
+        """The sum of the weights of a document's targets. `weighted` only."""
+        return float(self.token_weights(index)[1:].sum(dtype=np.float64))  # the first position is never a target
+
     def where(self, index: int) -> str:
         """`FILE row N` of a document."""
         return self.cache.where(int(self._index[index]))
@@ -137,6 +153,7 @@ class Documents:
             "truncation": self.truncation,
             "bad_rows": len(bad),
             "first_bad_row": bad[0][1] if bad else None,
+            "token_weights": self.cache.weight_facts(),
             "ignored_columns": self.cache.ignored_columns,
             "control_text": int(self.cache.control_text.sum()),
             "thinking": thinking_lines(self.cache.thinking, self.cache.source.where),

@@ -23,6 +23,7 @@ from jsft.data.shapes import Keys, Shape
 from jsft.data.sources import Row, Source, open_source, split_paths
 from jsft.data.steps import Recipe, StepSource, packing_report
 from jsft.data.thinking import thinking_lines
+from jsft.data.token_weights import align, read_weights
 from jsft.data.vocabulary import Embedding
 from jsft.errors import DataError
 
@@ -137,9 +138,13 @@ class Checks(NamedTuple):
         example = parse_row(value, shape, where)
         if self.need_advantage:
             check_advantage(value, shape.advantage, where)
+        given = read_weights(value, shape.token_weights, where) if shape.token_weights else None
         if self.chat is None:
             return example, None
-        odd = [self._document(one, where) for one in self.chat.documents(example)]
+        parts = self.chat.documents(example)
+        odd = [self._document(one, where) for one in parts]
+        if shape.token_weights:
+            list(align(given, [self.chat.encode(one, where) for one in parts], shape.token_weights, where))
         return example, next(filter(None, odd), None)
 
     def _document(self, example: Example, where: str) -> str | None:

@@ -215,7 +215,15 @@ def make_keys(config) -> Keys:
     """The column names of `config.data`."""
     data = config.data
     columns = read_columns(data.columns)
-    return Keys(data.prompt_key, data.response_key, data.advantage_key, data.answer_key, data.messages_key, columns)
+    return Keys(
+        data.prompt_key,
+        data.response_key,
+        data.advantage_key,
+        data.answer_key,
+        data.messages_key,
+        data.token_weights_key,
+        columns,
+    )
 
 
 def make_layout(
@@ -249,11 +257,13 @@ def _open(
     need_advantage: bool = False,
     wanted: Wanted | None = None,
 ) -> TokenCache:
-    data = config.data
+    data, keys = config.data, make_keys(config)
+    if wanted is not None:  # held-out data: its loss is that of all tokens alike
+        keys = keys._replace(token_weights=None)
     return open_cache(
         open_source(split_paths(spec), wanted or wanted_part(config)),
         chat,
-        make_keys(config),
+        keys,
         cache_dir=data.cache_dir,
         on_bad_row=data.on_bad_row,
         need_advantage=need_advantage,
@@ -270,6 +280,10 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"{report['bad_rows']} bad rows left out; the first: {report['first_bad_row']}")
     if report["control_text"]:
         lines.append(f"{report['control_text']} texts of control tokens in the data, tokenised as plain text")
+    if facts := report["token_weights"]:
+        lines.append(
+            f"token weights of mean {facts['mean']:.4g}, at most {facts['largest']:.4g}; {facts['zeros']:.1%} are 0"
+        )
     return lines + [f"warning: {line}" for line in report["thinking"]]
 
 

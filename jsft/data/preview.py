@@ -26,7 +26,8 @@ def heading(documents: Documents, index: int) -> str:
     """File, row, and how many tokens are trained."""
     total, trained = int(documents.lengths[index]), int(documents.supervised[index])
     cut = ", cut" if documents.whole_lengths[index] > total else ""
-    return f"{documents.where(index)}: {total} tokens{cut}, {trained} trained ({trained / total:.0%})"
+    text = f"{documents.where(index)}: {total} tokens{cut}, {trained} trained ({trained / total:.0%})"
+    return text + (f", mean weight {documents.weight_sum(index) / trained:.3g}" if documents.weighted else "")
 
 
 def render_document(chat: Chat, documents: Documents, index: int, *, width: int | None = 600) -> Text:

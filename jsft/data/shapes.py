@@ -17,6 +17,7 @@ class Keys(NamedTuple):
     advantage: str = "advantage"
     answer: str = "answer"
     messages: str | None = None
+    token_weights: str | None = None
     columns: Mapping[str, str] | tuple[str, ...] = ()  # what each holds; or those to look at (`read_columns`)
 
 
@@ -33,22 +34,25 @@ class Shape(NamedTuple):
     system: str | None = "system"
     tools: str | None = "tools"
     advantage: str | None = None
+    token_weights: str | None = None  # weights of the trained tokens
+    tokens_crc32: str | None = None  # and which tokens these are
     whole: bool = True  # whether assistant turns of the prompt are trained too (data.train_turns=all)
 
     @property
     def required(self) -> tuple[str, ...]:
         """Columns that every row has."""
-        return tuple(name for name in (self.messages, self.prompt, self.response, self.text) if name)
+        names = (self.messages, self.prompt, self.response, self.text, self.token_weights)
+        return tuple(name for name in names if name)
 
     def reads(self, columns: Sequence[str]) -> list[str]:
         """The columns of `columns` to read: the required ones first, then those that may be absent."""
-        optional = (self.input, self.history, self.system, self.tools, self.advantage)
+        optional = (self.input, self.history, self.system, self.tools, self.advantage, self.tokens_crc32)
         return [*self.required, *(name for name in optional if name and name in columns)]
 
     def key(self, columns: Sequence[str]) -> tuple:
         """Changes with what the columns `columns` of a data set mean; that of earlier versions where it existed then."""
         reads = self.reads(columns)
-        plain = {*self.required, self.advantage} >= set(reads) and not self.text and self.whole
+        plain = {*self.required, self.advantage} >= set(reads) and not (self.text or self.token_weights) and self.whole
         return tuple(reads) if plain else (self[1:], tuple(reads))
 
 
@@ -62,6 +66,11 @@ _KNOWN = (
     Shape("question + answer", prompt="question", response="answer"),
     Shape("text", text="text", system=None, tools=None),
 )
+
+
+def crc32_column(column: str) -> str:
+    """The column that tells which tokens the weights in `column` were made for."""
+    return f"{column}_crc32"
 
 
 def read_columns(value: Any) -> Mapping[str, str] | tuple[str, ...]:
@@ -92,10 +101,11 @@ def recognise(columns: Sequence[str], keys: Keys, *, where: str, need_advantage:
     has = f"has {', '.join(columns) or 'none'}"
     named = {} if isinstance(given, tuple) else dict(given)
     advantage = keys.advantage
+    weights = (keys.token_weights, crc32_column(keys.token_weights)) if keys.token_weights else ()
     if isinstance(given, tuple):
         if given:
             _require(columns, dict.fromkeys(given, "data.columns"), where)
-            columns = [name for name in columns if name in (*given, advantage)]
+            columns = [name for name in columns if name in (*given, advantage, *weights)]
         shape = _by_fields(columns, keys, where) or _by_names(columns, has, where)
     else:
         shape = _by_mapping(named)
@@ -107,6 +117,9 @@ def recognise(columns: Sequence[str], keys: Keys, *, where: str, need_advantage:
         )
     if need_advantage:
         _require(columns, {advantage: "data.advantage_key"}, where)
+    if keys.token_weights:
+        _require(columns, {keys.token_weights: "data.token_weights_key"}, where)
+        shape = shape._replace(token_weights=weights[0], tokens_crc32=weights[1] if weights[1] in columns else None)
     return shape._replace(advantage=advantage if advantage in columns else None)
 
 

@@ -62,6 +62,7 @@ class StepSource:
             reference_micro_batch=recipe.reference_micro_batch,
         )
         advantages = documents.advantages[rows] if recipe.use_advantage else 1.0
+        sums = [documents.weight_sum(row) for row in rows] if documents.weighted else supervised
         tokens = int(lengths.sum())
         return StepData(
             micro_batches=assemble(documents, rows, schedule, weights * advantages, self.local_rows),
@@ -69,7 +70,7 @@ class StepSource:
             tokens=tokens,
             documents=len(rows),
             sum_squared_lengths=int((lengths**2).sum()),
-            weight_sum=float(weights @ supervised),
+            weight_sum=float(weights @ sums) or 1.0,  # where all are 0, the loss is too
             padding_share=1 - tokens / (self.layout.rows * sum(schedule.lengths)),
         )
 
@@ -96,8 +97,11 @@ def assemble(
         batch.positions[row, offset:end] = np.arange(len(ids))
         batch.doc_start[row, offset:end] = offset
         batch.doc_end[row, offset:end] = end
+        of_tokens = documents.token_weights(document) if documents.weighted else None
         for span_start, span_end in documents.spans(document):  # position i predicts token i + 1
-            batch.loss_weights[row, offset + max(span_start - 1, 0) : offset + span_end - 1] = weight
+            first_target = max(span_start, 1)
+            of_span = 1.0 if of_tokens is None else of_tokens[first_target:span_end]
+            batch.loss_weights[row, offset + first_target - 1 : offset + span_end - 1] = weight * of_span
     return batches
 
 

@@ -355,6 +355,8 @@ def test_eval_names():
 class _LongDocuments:
     """512 documents of long-reasoning lengths in memory, standing in for a token cache."""
 
+    weighted = False
+
     def __init__(self):
         rng = np.random.default_rng(0)
         self.lengths = np.minimum(np.exp(rng.normal(np.log(6000), 0.6, 512)), 20_000).astype(np.int64)

@@ -1,0 +1,89 @@
+"""A column of weights, one for each trained token of its row: read, checked, and aligned to the row's tokens.
+
+The order is that of training: the response's tokens, then the one that ends it (EOS). Of a conversation, each trained
+turn's in turn. A second column, the first's name with `_crc32`, may tell which tokens the weights were made for.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jsft.data.chat import Document
+from jsft.data.shapes import crc32_column
+from jsft.errors import DataError
+
+_AGAIN = "make them again for this tokenizer (python -m jsft.prepare weigh)"
+
+
+class Given(NamedTuple):
+    """What a row says of its tokens' weights."""
+
+    weights: np.ndarray  # float32 [trained tokens], at least 0
+    crc32: int | None  # `tokens_crc32` of the tokens that they were made for, where the data tells
+
+
+def read_weights(row: dict[str, Any], column: str, where: str) -> Given:
+    """The weights of a row. Raises DataError naming `where` when they are not a list of finite numbers from 0 on."""
+    numbers = read_numbers(row, column, where)
+    with np.errstate(over="ignore"):
+        weights = numbers.astype(np.float32)
+    wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if len(wrong):
+        raise DataError(
+            f"{where}, field '{column}[{wrong[0]}]': is {numbers[wrong[0]]:g}; a weight must be finite and at least 0, "
+            "fix or remove the row"
+        )
+    crc32 = row.get(crc32_column(column))
+    if crc32 is not None and (isinstance(crc32, bool) or not isinstance(crc32, int)):
+        raise DataError(f"{where}, field '{crc32_column(column)}': is a {type(crc32).__name__}; {_AGAIN}")
+    return Given(weights, crc32)
+
+
+def read_numbers(row: dict[str, Any], column: str, where: str) -> np.ndarray:
+    """float64 [n]: the list of numbers in a column. Raises DataError naming `where`."""
+    if column not in row:
+        raise DataError(f"{where}: no field '{column}' (has {', '.join(row) or 'none'})")
+    value = row[column]
+    if not isinstance(value, list):
+        kind = "null" if value is None else f"a {type(value).__name__}"
+        raise DataError(f"{where}, field '{column}': is {kind} where a list of numbers is expected; fix or remove it")
+    for index, number in enumerate(value):
+        if not isinstance(number, int | float):
+            kind = "null" if number is None else f"a {type(number).__name__}"
+            raise DataError(f"{where}, field '{column}[{index}]': is {kind} where a number is expected")
+    try:
+        return np.array(value, np.float64)
+    except OverflowError:  # an integer beyond float
+        raise DataError(f"{where}, field '{column}': holds a number that is too large; fix or remove the row") from None
+
+
+def tokens_crc32(documents: Sequence[Document]) -> int:
+    """CRC-32 of the trained tokens of a row's documents, int32 in little-endian order, without those that end turns."""
+    crc = 0
+    for document in documents:
+        for start, end in document.spans.tolist():
+            crc = zlib.crc32(document.tokens[start : end - 1].astype("<i4").tobytes(), crc)
+    return crc
+
+
+def align(given: Given, documents: Sequence[Document], column: str, where: str) -> Iterator[Document]:
+    """The documents of a row, each with its tokens' weights. Raises DataError naming `where` when they do not fit."""
+    ends = np.cumsum([0, *(int(np.diff(document.spans).sum()) for document in documents)]).tolist()
+    count, turns = len(given.weights), sum(len(document.spans) for document in documents)
+    if count != ends[-1]:
+        missing = "; the weight of EOS is missing" if count == ends[-1] - 1 and turns == 1 else ""
+        end = "EOS" if turns == 1 else f"the ends of {turns} turns"
+        raise DataError(
+            f"{where}, field '{column}': has {count} weights for {ends[-1]} trained tokens, {end} included{missing}; "
+            f"{_AGAIN}"
+        )
+    if given.crc32 is not None and given.crc32 != tokens_crc32(documents):
+        raise DataError(
+            f"{where}, field '{column}': its weights were made for other tokens (another tokenizer, or the text "
+            f"changed); {_AGAIN}"
+        )
+    for document, (first, end) in zip(documents, pairwise(ends)):
+        yield document._replace(weights=given.weights[first:end])
