@@ -5,14 +5,16 @@
   describe DATA   what responses are like: lengths, entropy, reflection
   validate DATA   every row checked; exit code 3 when one is bad
   countdown       puzzles with worked, verified solutions
+  convert DATA    any shape of rows written as message + response, or as messages
   nocot DATA      the data without its thinking
   subset DATA     the first rows, or a seeded choice
   select DATA     verified responses to each problem, from a raw release
   match DATA      another data set's solutions to the same problems
 
-DATA is a parquet or JSON-lines file, a folder, or a hub data set id; several are separated by commas (for
-validate, by spaces). preview, stats and validate also take a run's config:
---config configs/qwen3_14b.py:math_cot_ep8. COMMAND --help lists the options."""
+DATA is a file (parquet, JSON, CSV, Arrow; also .gz), a folder, or a hub data set id; several are
+separated by commas (for validate, by spaces). preview, stats and validate also take a run's config:
+--config configs/qwen3_14b.py:math_cot_ep8, and every data field as training does, --config.data.NAME=VALUE.
+COMMAND --help lists the options."""
 
 import argparse
 import math
@@ -24,9 +26,20 @@ from jsft.errors import ConfigError, DataError, run_command
 from jsft.help import Parser
 
 # Fields of the config's data section that are not options here; DATA takes the place of the first two.
-_NO_OPTIONS = ("train", "eval", "workers")
+_NO_OPTIONS = ("train", "eval", "eval_split", "workers")
 # Fields that decide how rows are cached and packed, not what a row must be; not options of validate.
 _NOT_OF_ROWS = ("on_bad_row", "cache_dir", "pack_length", "rows_per_device", "shuffle", "align")
+# Fields that say where the rows are and what their columns hold: all that convert takes, and no model is needed for them.
+_OF_COLUMNS = (
+    "split",
+    "subset",
+    "columns",
+    "prompt_key",
+    "response_key",
+    "messages_key",
+    "advantage_key",
+    "answer_key",
+)
 PREFER = {  # which responses `select` takes first
     "random": "drawn by the seed",
     "short": "the shortest",
@@ -98,7 +111,7 @@ def _add_inspections(command: _Command) -> None:
 
 
 def _add_makers(command: _Command) -> None:
-    """countdown, nocot, subset: they write a data set from nothing or from one other."""
+    """countdown, convert, nocot, subset: they write a data set from nothing or from one other."""
     sub = command("countdown", _countdown, "Generate Countdown puzzles with worked, verified solutions.")
     sub.add_argument("--rows", type=int, required=True, help="number of puzzles")
     sub.add_argument("--seed", type=int, default=0, help="same seed and options, same file [0]")
@@ -111,6 +124,13 @@ def _add_makers(command: _Command) -> None:
     sub.add_argument("--operations", default="+-*/", help="operations used [+-*/]")
     sub.add_argument("--repeat", action="store_true", help="a puzzle may come more than once")
     sub.add_argument("--exclude", nargs="+", default=[], metavar="FILE", help="leave out the puzzles of these files")
+    _add_output(sub)
+
+    sub = command(
+        "convert", _convert, "Write rows of any shape as message + response, or as messages where they say more."
+    )
+    sub.add_argument("data", metavar="DATA")
+    _add_fields(sub.add_argument_group("fields of the config's data section"), (*_OF_COLUMNS, "on_bad_row"))
     _add_output(sub)
 
     sub = command("nocot", _nocot, "Remove the thinking from the responses; summary and boxed answer stay.")
@@ -181,16 +201,28 @@ def _add_data(sub: argparse.ArgumentParser, nargs: str = "?", without: Sequence[
     sub.add_argument("data", nargs=nargs, metavar="DATA", help="data set [data.train of --config]")
     sub.add_argument("--model", metavar="DIR", help="model directory or hub id [model.path of --config]")
     sub.add_argument("--config", metavar="FILE.py:RECIPE", help="take data, model and fields from a run's config")
-    group = sub.add_argument_group("fields of the config's data section")
-    for field in FIELDS:
-        name = field.name.removeprefix("data.")
-        if name == field.name or name in (*_NO_OPTIONS, *without):
-            continue
+    shown = [field.name.removeprefix("data.") for field in FIELDS if field.name.startswith("data.")]
+    shown = [name for name in shown if name not in (*_NO_OPTIONS, *without)]
+    _add_fields(sub.add_argument_group("fields of the config's data section"), shown)
+    _add_fields(sub, (*_NO_OPTIONS, *without), hidden=True)
+
+
+def _add_fields(group, names: Sequence[str], *, hidden: bool = False) -> None:
+    """Fields of the config's data section as options: --NAME, and --config.data.NAME as training and messages spell it.
+
+    hidden: only the second, and not in the help; they are taken so that a command of training can be pasted.
+    """
+    from jsft.config import BY_NAME
+
+    for name in names:
+        field = BY_NAME[f"data.{name}"]
         kind = {"type": field.kind} if field.kind in (int, float) else {}
         if field.kind is bool:
             kind = {"type": _boolean, "metavar": "true|false"}
-        text = field.help.replace("%", "%%")
-        group.add_argument(f"--{name}", choices=field.choices, help=f"{text} [{field.default}]", **kind)
+        kind |= {"choices": field.choices, "dest": name}
+        if not hidden:
+            group.add_argument(f"--{name}", help=f"{field.help} [{field.default}]".replace("%", "%%"), **kind)
+        group.add_argument(f"--config.data.{name}", help=argparse.SUPPRESS, default=argparse.SUPPRESS, **kind)
 
 
 def _config(args, *, needs_model: bool = True):
@@ -202,6 +234,7 @@ def _config(args, *, needs_model: bool = True):
     from jsft.hf.resolve import resolve_tokenizer
 
     data = args.data if isinstance(args.data, list) else [args.data] if args.data else []
+    data = data or ([args.train] if getattr(args, "train", None) else [])
     if args.config:
         config, _, _ = cli.parse([f"--config={args.config}"], lambda values: None, __doc__)
     else:
@@ -223,7 +256,7 @@ def _config(args, *, needs_model: bool = True):
     for name in schema.BY_NAME:
         value = getattr(args, name.removeprefix("data."), None)
         if name.startswith("data.") and name.removeprefix("data.") not in _NO_OPTIONS and value is not None:
-            if not (args.model or args.config) and not name.endswith("_key"):
+            if not (args.model or args.config or name.removeprefix("data.") in (*_OF_COLUMNS, *_NOT_OF_ROWS)):
                 raise ConfigError(f"--{name.removeprefix('data.')} needs --model, whose tokenizer reads the rows")
             schema.put(config, name, value)
     if getattr(args, "pack_length", None) is None and config.data.pack_length < config.data.max_length:
@@ -296,6 +329,24 @@ def _countdown(args) -> None:
         difficulty,
         exclude=args.exclude,
         repeat=args.repeat,
+        overwrite=args.overwrite,
+    )
+
+
+def _convert(args) -> None:
+    from jsft.config import BY_NAME
+    from jsft.data.convert import convert
+    from jsft.data.folders import Wanted
+    from jsft.data.shapes import Keys, read_columns
+
+    names = [name.removesuffix("_key") for name in _OF_COLUMNS if name.endswith("_key")]
+    given = {name: getattr(args, f"{name}_key") or BY_NAME[f"data.{name}_key"].default for name in names}
+    convert(
+        args.data,
+        args.out,
+        Keys(**given, columns=read_columns(args.columns)),
+        Wanted(named=args.split, subset=args.subset),
+        on_bad_row=args.on_bad_row or "error",
         overwrite=args.overwrite,
     )
 

@@ -196,7 +196,7 @@ def test_preview(tmp_path, cot, model, capsys):
     out = capsys.readouterr().out
     assert out.index("row 7: ") < out.index("row 2: ") and "row 0: " not in out
     assert "<|im_start|>assistant\n⟦<think>\n7 and 7" in out and "\\boxed{14}.<|im_end|>⟧" in out
-    assert "12 rows: " in out and "of no row none or all" in out
+    assert "12 rows (message + response): " in out and "of no row none or all" in out
     with pytest.raises(DataError, match="--row 12: there is no such usable row; rows are counted from 0 to 11"):
         main(["preview", cot, "--model", model, "--row", "12"])
     main(["preview", cot, "--model", model, "--rows", "1", "--eos_token", "<|endoftext|>"])
@@ -305,3 +305,30 @@ def test_excluded_puzzles_that_are_none_are_named(tmp_path):
     path = str(write_rows(tmp_path / "x.jsonl", [{"numbers": [1, "two"], "target": 3}]))
     with pytest.raises(DataError, match="x.jsonl row 0: 'numbers' must be a list of whole numbers"):
         main(["countdown", "--rows", "1", "--out", str(tmp_path / "o.jsonl"), "--exclude", path])
+
+
+def test_data_fields_are_taken_as_training_spells_them(tmp_path, cot, model, capsys):
+    """Each fix that a message names can be pasted."""
+    asked = ["validate", "--config.data.train", cot, "--model", model]
+    assert main([*asked, "--config.data.max_length=64", "--config.data.eval=x", "--config.data.shuffle=true"]) == 3
+    assert "its prompt alone fills data.max_length=64" in capsys.readouterr().out
+    main(["preview", cot, "--model", model, "--config.data.eos_token=<|endoftext|>", "--rows", "1"])
+    assert "<|endoftext|>⟧" in capsys.readouterr().out
+    rows = [{"q": "a?", "a": "b", "text": "c"}]
+    path = str(write_rows(tmp_path / "x.jsonl", rows))
+    assert main(["validate", path, "--config.data.columns=prompt=q,response=a"]) == 0
+    assert main(["validate", path, "--columns", "text", "--model", model]) == 0
+    out = capsys.readouterr().out
+    assert "1 rows, all good (data.columns)" in out and "1 rows, all good (text)" in out
+    with pytest.raises(ConfigError, match="data.split=test: .*x.jsonl is a file and has neither splits nor subsets"):
+        main(["validate", path, "--split", "test"])
+
+
+def test_split_turns_previews_a_document_for_each_turn(tmp_path, model, capsys):
+    turns = [{"role": role, "content": f"{role} {i}"} for i in range(2) for role in ("user", "assistant")]
+    path = str(write_rows(tmp_path / "x.jsonl", [{"messages": turns}]))
+    main(["preview", path, "--model", model, "--split_turns", "true", "--row", "0"])
+    out = capsys.readouterr().out
+    assert out.count("x.jsonl row 0: ") == 2 and out.count("⟦") == 2 and "2 rows (messages)" in out
+    with pytest.raises(ConfigError, match="data.split_turns=true trains every turn"):
+        main(["preview", path, "--model", model, "--split_turns", "true", "--train_turns", "last"])

@@ -58,7 +58,9 @@ class Conversation:
                     f"{self.where}: the chat template drops the thinking of assistant turn {turn} once later turns "
                     "follow; train each turn as a row of its own with data.split_turns=true, or data.train_turns=last"
                 )
-            raise self._lost(f"the thinking (reasoning_content) of turn {turn}", "write '<think>...</think>' into the content")
+            raise self._lost(
+                f"the thinking (reasoning_content) of turn {turn}", "write '<think>...</think>' into the content"
+            )
         if any(tool_name(call) not in text for call in message.get("tool_calls", ())):
             raise self._lost(f"the tool calls of turn {turn}", "write them into the content")
         if message["content"].strip() not in text:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from rich.console import Console
 
 from jsft.data import statistics
@@ -58,18 +59,20 @@ def preview(config, model_dir: str | Path, rows: int | Sequence[int], *, full: b
     for line in source.listing():
         print(line)
     console = Console(highlight=False, soft_wrap=True)
-    place = {int(row): index for index, row in enumerate(documents.rows)}
-    for row in list(place)[:rows] if isinstance(rows, int) else rows:
-        if row not in place:
-            raise DataError(f"--row {row}: there is no such usable row; rows are counted from 0 to {max(place)}")
-        console.rule(style="dim")
-        console.print(heading(documents, place[row]), style="bold")
-        console.print(marked_text(chat, documents, place[row], width=None if full else 1200))
+    there = dict.fromkeys(documents.rows.tolist())
+    for row in list(there)[:rows] if isinstance(rows, int) else rows:
+        if row not in there:
+            raise DataError(f"--row {row}: there is no such usable row; rows are counted from 0 to {max(there)}")
+        for index in np.flatnonzero(documents.rows == row).tolist():  # several with data.split_turns
+            console.rule(style="dim")
+            console.print(heading(documents, index), style="bold")
+            console.print(marked_text(chat, documents, index, width=None if full else 1200))
     console.rule(style="dim")
     for line in documents.report()["thinking"]:
         print(f"warning: {line}")
     trained = documents.supervised.sum() / documents.lengths.sum()
-    print(f"{len(documents)} rows: {trained:.1%} of their tokens are trained, of no row none or all")
+    some = ", of no row none or all" if (documents.supervised < documents.lengths - 1).all() else ""
+    print(f"{len(documents)} rows ({documents.cache.shape}): {trained:.1%} of their tokens are trained{some}")
 
 
 def stats(config, model_dir: str | Path, devices: int, png: Path | None, as_json: bool) -> None:
@@ -183,7 +186,8 @@ def validate(files: Sequence[str], checks: Checks) -> int:
             continue
         if wrong > SHOWN:
             print(f"{name}: and {wrong - SHOWN} more")
-        print(f"{name}: {len(source)} rows, {wrong} bad" if wrong else f"{name}: {len(source)} rows, all good")
+        found = f"{wrong} bad" if wrong else "all good"
+        print(f"{name}: {len(source)} rows, {found} ({shape.name})")
         for line in thinking_lines(odd, source.where):
             print(f"warning: {line}")
         bad += bool(wrong)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from jsft.data.folders import Wanted
 from jsft.data.progress import track
 from jsft.data.shapes import Keys, Shape, recognise
 from jsft.data.sources import Source, open_source, split_paths
@@ -90,9 +91,9 @@ def placed_responses(value: Any, where: str) -> list[tuple[int, str]]:
     return [(0, text) for text in responses(value, where)]
 
 
-def open_listed(data: str | Sequence[str]) -> Source:
+def open_listed(data: str | Sequence[str], wanted: Wanted = Wanted()) -> Source:
     """Opens a data set and prints which files are read, and which columns are not because a file lacks them."""
-    source = open_source(split_paths(data))
+    source = open_source(split_paths(data), wanted)
     for line in source.listing():
         print(f"{data}: {line}")
     if lacking := source.uncommon_columns():
