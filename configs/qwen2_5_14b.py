@@ -3,7 +3,7 @@
     python -m jsft.train --config configs/qwen2_5_14b.py:math_cot_ep8
 
 Recipe, published name, hours on 8 x H200 (estimates; docs/recipes.md says of what):
-    math_cot_ep8  Qwen2.5-14B_Math-CoT-20k_lr5e-5_ep8_bs256   7.1 h
+    math_cot_ep8  Qwen2.5-14B_Math-CoT-20k_lr5e-5_ep8_bs256   7.2 h
 
 The authors' copies of Qwen2.5 ('-no-sys-prompt') are not public: these are the public weights, without the
 system turn that their chat template adds by itself (`data.strip_default_system`).

@@ -4,7 +4,7 @@
 
 Recipe, published name, hours on 8 x H200 (estimates; docs/recipes.md says of what):
     math_cot_ep8    Qwen3-1.7B_Math-CoT-20k_lr5e-5_ep8_bs256        1.0 h
-    math_nocot_ep8  Qwen3-1.7B_Math-NoCoT-20k_lr5e-5_ep8_bs256     0.06 h
+    math_nocot_ep8  Qwen3-1.7B_Math-NoCoT-20k_lr5e-5_ep8_bs256     0.07 h
     countdown_ep8   Qwen3-1.7B_Countdown-CoT-20k_lr5e-5_ep8_bs256   0.4 h
 """
 

@@ -3,7 +3,7 @@
     python -m jsft.train --config configs/qwen3_4b.py:math_cot_ep8
 
 Recipe, published name, hours on 8 x H200 (estimates; docs/recipes.md says of what):
-    math_cot_ep8    Qwen3-4B_Math-CoT-20k_lr5e-5_ep8_bs256        2.4 h
+    math_cot_ep8    Qwen3-4B_Math-CoT-20k_lr5e-5_ep8_bs256        2.5 h
     math_nocot_ep8  Qwen3-4B_Math-NoCoT-20k_lr5e-5_ep8_bs256      0.2 h
     countdown_ep8   Qwen3-4B_Countdown-CoT-20k_lr5e-5_ep8_bs256   1.0 h
 """

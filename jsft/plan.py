@@ -16,8 +16,8 @@ examples:
   jsft plan --config qwen3_14b:math_cot_ep8 --devices 8 --device h200
   jsft plan --model ./base --data mine.jsonl --devices 2 --device h100
 
-Says whether a run fits and which fields to change if not, how long a step and the run take, what travels
-between devices, and what the checkpoints need of the disk. Needs neither a GPU nor the data: lengths come
+Says in five lines whether a run fits, how long it takes, what it costs, what the checkpoints need of the disk, and
+what to change; --verbose says the rest, --layouts ranks the cheapest layouts that fit. Needs neither a GPU nor the data: lengths come
 from data.train where it is here with the model, else from --lengths or --mean_length, else as assumed of a
 published data set.
 
@@ -47,6 +47,13 @@ def _define_flags(values) -> None:
     )
     flags.DEFINE_integer("documents", None, "documents of the data, with --mean_length", flag_values=values)
     flags.DEFINE_float("price", None, "price of a device hour, for the cost", flag_values=values)
+    flags.DEFINE_bool("verbose", False, "every detail after the five lines", flag_values=values)
+    flags.DEFINE_bool(
+        "layouts",
+        False,
+        "rank the cheapest layouts that fit, over numbers of devices and the fields that change no arithmetic",
+        flag_values=values,
+    )
     flags.DEFINE_bool("json", False, "one JSON object instead of words", flag_values=values)
     flags.DEFINE_bool(
         "compile",
@@ -66,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"--{flag}={given:g}: must be positive")
 
     from jsft.hardware.cards import DEVICES, find_device
-    from jsft.planning import report
+    from jsft.planning import report, words
+    from jsft.run.run_log import show
 
     known = not flags.memory_gib or flags.device.upper() in DEVICES
     device = find_device(flags.device if known else "h200")  # times are those of the card that was measured
@@ -82,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         mean_length=flags.mean_length,
         weighted_length=flags.weighted_length,
         documents=flags.documents,
+        layouts=flags.layouts,
     )
     if flags.compile:
         from jsft.planning.program_memory import compare, compile_kind
@@ -89,8 +98,14 @@ def main(argv: list[str] | None = None) -> int:
         kind = compile_kind(flags.device)
         plan["compiled"] = compare(config, flags.devices, plan["memory"]["remat"], kind)
     if flags.price:
-        plan["time"]["cost"] = flags.price * flags.devices * plan["time"]["hours"]
-    print(json.dumps(plan) if flags.json else "\n".join(report.lines(plan)))
+        plan["time"] |= {"price": flags.price, "cost": flags.price * flags.devices * plan["time"]["hours"]}
+    if flags.json:
+        print(json.dumps(plan))
+    else:
+        lines = words.summary(plan)
+        lines += words.details(plan) if flags.verbose or flags.compile else []
+        for line in lines + (words.layout_lines(plan) if flags.layouts else []):
+            show(line)
     return 0 if plan["fits"] else errors.OutOfMemoryError.exit_code
 
 

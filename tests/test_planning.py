@@ -321,6 +321,7 @@ def test_the_command_in_words_and_as_json(capsys):
         "h200",
         "--price",
         "4",
+        "--verbose",
     )
     assert code == 0
     for part in ("8 x H200", "fits", "all-gather", "640 steps", "GB", RATES.source):
@@ -362,7 +363,7 @@ def test_lengths_from_a_file(tmp_path, capsys):
         (["--config.mesh.replica=3"], "choose one of"),
         (["--config.mesh.fsdp=3"], "not the number of devices"),
         (["--config.data.train=mine.parquet"], "--mean_length"),
-        (["--config.model.path=Qwen/Qwen3-41B"], "nearest: qwen3_4b"),
+        (["--config.model.path=Qwen/Qwen3-41B"], "nearest: qwen3_4b.*config.json: "),
         (["--config.train.epochs=many"], "epochs"),
         (["--devices", "none"], "devices"),
         (["--config.data.pack=3"], "nearest"),

@@ -22,7 +22,13 @@ class Device(NamedTuple):
     memory: float  # bytes on the card, as nvidia-smi shows them
     peak: float  # dense bfloat16 FLOP/s of the data sheet, the denominator of MFU
     link: float  # bytes/s that a collective moves in and out of it
+    float32: float  # FLOP/s of float32 products off the tensor cores, of the data sheet: plain XLA attention
     bandwidth: float | None = None  # bytes/s of its memory; only of the cards that programs compile for without one
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the Pallas kernels run on it: Mosaic GPU compiles them for Hopper alone."""
+        return self.name in ("H200", "H100")
 
     @property
     def usable(self) -> float:
@@ -34,10 +40,10 @@ class Device(NamedTuple):
 DEVICES = {
     device.name: device
     for device in (
-        Device("H200", 143771 * 2**20, peak=989e12, link=337e9, bandwidth=4800e9),
-        Device("H100", 81559 * 2**20, peak=989e12, link=337e9, bandwidth=3352e9),
-        Device("A100", 81920 * 2**20, peak=312e12, link=225e9),
-        Device("B200", 183359 * 2**20, peak=2250e12, link=675e9),
+        Device("H200", 143771 * 2**20, peak=989e12, link=337e9, float32=67e12, bandwidth=4800e9),
+        Device("H100", 81559 * 2**20, peak=989e12, link=337e9, float32=67e12, bandwidth=3352e9),
+        Device("A100", 81920 * 2**20, peak=312e12, link=225e9, float32=19.5e12),
+        Device("B200", 183359 * 2**20, peak=2250e12, link=675e9, float32=75e12),
     )
 }
 NETWORK = 50e9  # bytes/s of one device between nodes: 400 Gbit/s for each, the usual rent; an assumption
@@ -51,6 +57,7 @@ class Rates(NamedTuple):
     attention: float  # useful causal FLOP/s of packed attention, forward and backward together
     elementwise: float  # bytes/s of work that is bound by memory
     passes: float  # times that a layer's activations travel through memory outside its products and attention
+    float32: float  # share of `Device.float32` that plain XLA attention reaches; an assumption, not a measurement
     waiting: float  # s the computation waits for, or is slowed by, collectives, per s that they take at the link's rate
     source: str
 
@@ -61,6 +68,7 @@ RATES = Rates(
     attention=500e12,
     elementwise=3.5e12,
     passes=18,
+    float32=0.6,
     waiting=2.0,
     source="docs/lab/2026-11-29-training-step.md, one H200: matrix products 680 to 710 TF/s, the rest from where the "
     "time of four steps, of 1.7B to 14B, goes; waiting for collectives: nine steps of 8B to 20B on two and four H200",
@@ -68,6 +76,7 @@ RATES = Rates(
 # Half-width of a time. Four measured steps of one GPU lie within 0.03, nine of two and four GPUs within 0.05; more GPUs
 # are unmeasured.
 SPREAD = 0.15
+UNMEASURED_SPREAD = 0.5  # where plain XLA attention takes the place of the kernels: never timed on a GPU
 
 
 def find_device(name: str) -> Device:

@@ -29,17 +29,20 @@ def rungs(
     return [(rung, memory, memory.total <= HEADROOM * limit) for rung, memory in found]
 
 
+def best_rung(
+    model: ModelConfig, config: ConfigDict, devices: int, limit: float, platform: str = "gpu"
+) -> tuple[str, Memory, bool]:
+    """(rung, memory, fits) of the config's remat, or for `auto` of the first rung that fits; of the last if none does."""
+    if config.remat == "auto":
+        ladder = rungs(model, config, devices, limit, platform)
+        return next((row for row in ladder if row[2]), ladder[-1])
+    memory = estimate(model, config, planned_mesh(config, devices), config.remat, platform)
+    return config.remat, memory, memory.total <= HEADROOM * limit
+
+
 def fit(model: ModelConfig, config: ConfigDict, devices: int, limit: float, platform: str = "gpu") -> Fit:
     """The config's remat, or for `auto` the first rung that fits `limit` bytes; the last one if none does."""
-    ladder = rungs(model, config, devices, limit, platform)
-    if config.remat == "auto":
-        rung, memory, fits = next((row for row in ladder if row[2]), ladder[-1])
-    else:
-        rung, memory = (
-            config.remat,
-            estimate(model, config, planned_mesh(config, devices), config.remat, platform),
-        )
-        fits = memory.total <= HEADROOM * limit
+    rung, memory, fits = best_rung(model, config, devices, limit, platform)
     return Fit(rung, memory, fits, [] if fits else changes(model, config, devices, limit, platform))
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jsft.data.sources import split_paths
-from jsft.errors import ConfigError, DataError
+from jsft.errors import ConfigError, DataError, ModelError
+from jsft.hf.resolve import TOKENIZER_FILES, resolve_model
 from jsft.hints import nearest
 from jsft.models.config import ModelConfig
 from jsft.models.families import read_config
@@ -15,10 +16,11 @@ from jsft.models.published import PUBLISHED
 from jsft.planning.work import ASSUMED_LENGTHS, PUBLISHED_ROWS, Lengths
 
 
-def find_model(path: str) -> tuple[ModelConfig, str]:
-    """(architecture, where it is from) of a model directory, or of a published base model by its hub id.
+def find_model(path: str, revision: str | None = None) -> tuple[ModelConfig, str]:
+    """(architecture, where it is from) of a model directory, a published base model, or any hub id.
 
-    Raises ConfigError for another name, ModelError for a directory that cannot be read.
+    Of a hub id that is not a published base model, config.json alone is downloaded. Raises ConfigError where there is
+    none, ModelError for one that cannot be read.
     """
     if Path(path).is_dir():
         return read_config(path), f"{path}/config.json"
@@ -27,10 +29,11 @@ def find_model(path: str) -> tuple[ModelConfig, str]:
     name = re.sub(r"[^a-z0-9]+", "_", path.rpartition("/")[2].lower().removesuffix("-base"))
     if name in PUBLISHED:
         return PUBLISHED[name], "jsft/models/published.py"
-    raise ConfigError(
-        f"model.path={path}: no such directory, and not a base model known by name{nearest(name, PUBLISHED)}; a plan "
-        f"needs the model's config.json at least"
-    )
+    try:
+        return read_config(resolve_model(path, revision, ("config.json",))), f"config.json of {path}"
+    except ModelError as error:
+        known = f"not a base model known by name{nearest(name, PUBLISHED)}"
+        raise ConfigError(f"model.path={path}: {known}; a plan needs its config.json: {error}") from error
 
 
 def find_lengths(
@@ -53,12 +56,13 @@ def find_lengths(
         return Lengths(documents or PUBLISHED_ROWS, mean, min(weighted or 1.3 * mean, longest), "as given")
     paths = split_paths(config.data.train)
     if all(Path(path).exists() for path in paths):
-        if Path(config.model.path).is_dir():
-            return _measured(config, devices)
-        raise ConfigError(
-            f"model.path={config.model.path} is not a directory here, so that {paths[0]} cannot be tokenised; give the "
-            f"directory, or --mean_length TOKENS --documents N"
-        )
+        try:
+            folder = resolve_model(config.model.path, config.model.revision, ("config.json", *TOKENIZER_FILES))
+        except ModelError as error:
+            raise ConfigError(
+                f"{paths[0]} cannot be tokenised: {error}, or --mean_length TOKENS --documents N"
+            ) from error
+        return _measured(config, folder, devices)
     name = Path(paths[0]).name.lower()
     for known, (tokens, square_mean) in ASSUMED_LENGTHS.items():
         if known in name:
@@ -71,14 +75,12 @@ def find_lengths(
     )
 
 
-def _measured(config: ConfigDict, devices: int) -> Lengths:
-    """The real data, packed as the run will pack it."""
+def _measured(config: ConfigDict, model_dir: Path, devices: int) -> Lengths:
+    """The real data, tokenised as the run will."""
     from jsft.data.loader import open_training_data
 
-    rows = devices * config.data.rows_per_device
-    data = open_training_data(config, config.model.path, rows_per_micro_batch=rows)
-    found = Lengths.of(data.lengths, config.data.max_length, f"{config.data.train}, tokenised and packed")
-    return found._replace(micro_batches=data.report["micro_batches"], padding=data.report["padding_share"])
+    data = open_training_data(config, model_dir, rows_per_micro_batch=devices * config.data.rows_per_device)
+    return Lengths.of(data.lengths, config.data.max_length, f"{config.data.train}, tokenised")
 
 
 def _read_lengths(file: Path) -> list[int]:

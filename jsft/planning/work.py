@@ -16,6 +16,7 @@ from jsft.models.flops import matmul_parameters, step_flops
 from jsft.models.parameters import count_parameters
 from jsft.models.remat import parse_remat, repeated_weights, repeats_attention, saved_on_device
 from jsft.planning.memory import parameter_sizes, sharded_layer_elements
+from jsft.planning.packing import Packed, drawn_lengths, pack_steps
 from jsft.step.gather_once import gathers_once, reduces_once
 
 # Assumed of the published data sets (docs/recipes.md): mean tokens of a document, and mean of squares / mean.
@@ -27,7 +28,6 @@ ASSUMED_LENGTHS = {
     "numinamath": (450, 650),
 }
 PUBLISHED_ROWS = 20480
-_PADDING = 0.015  # of packed rows where lengths are not known one by one; real data gives the real number
 
 
 class Lengths(NamedTuple):
@@ -37,14 +37,27 @@ class Lengths(NamedTuple):
     mean: float
     weighted: float
     source: str
-    micro_batches: float | None = None  # measured by packing the real lengths
-    padding: float | None = None
+    micro_batches: float | None = None  # measured by a run; else the plan packs `sample`, or lengths with these means
+    padding: float = 0.0
+    imbalance: float = 0.0
+    sample: np.ndarray | None = None  # int [N]: the lengths one by one, where known
 
     @classmethod
     def of(cls, lengths: Sequence[int], longest: int, source: str) -> "Lengths":
         """Of documents of `lengths` tokens, cut to `longest`."""
-        cut = np.minimum(np.asarray(lengths, np.float64), longest)
-        return cls(len(cut), float(cut.mean()), float((cut**2).mean() / cut.mean()), source)
+        cut = np.minimum(np.asarray(lengths, np.int64), longest)
+        mean = float(cut.mean())
+        return cls(len(cut), mean, float((cut.astype(np.float64) ** 2).mean() / mean), source, sample=cut)
+
+    def packed(self, model: ModelConfig, config: ConfigDict, devices: int) -> "Packed":
+        """How a step packs on so many devices."""
+        if self.micro_batches is not None:
+            return Packed(self.micro_batches, self.padding, self.imbalance)
+        longest, batch = config.data.max_length, config.train.global_batch
+        lengths = self.sample
+        if lengths is None or len(lengths) < batch:
+            lengths = drawn_lengths(self.mean, self.weighted, longest, batch)
+        return pack_steps(model, config, devices, lengths)
 
 
 class Work(NamedTuple):
@@ -53,10 +66,12 @@ class Work(NamedTuple):
     tokens: float
     micro_batches: float
     padding: float
+    imbalance: float
     flops: float  # useful: no recompute, no padding
     recomputed_flops: float
     collectives: dict[str, tuple[float, float]]  # kind: (number, bytes that leave and enter a device) of an update
     compute_seconds: float
+    attention_seconds: float  # of the computation
     collective_seconds: float
     waiting_seconds: float  # of the computation, for collectives
 
@@ -76,13 +91,9 @@ def plan_work(
     per_node: int = 8,
 ) -> Work:
     """Work of a mean update on `mesh`. per_node: devices of a node, beyond which collectives use the network."""
-    batch, positions = config.train.global_batch, config.data.pack_length
-    rows = mesh.size * config.data.rows_per_device
+    batch = config.train.global_batch
     tokens = batch * lengths.mean
-    padding = _PADDING if lengths.padding is None else lengths.padding
-    micro_batches = lengths.micro_batches
-    if micro_batches is None:
-        micro_batches = max(1.0, tokens / (1 - padding) / (rows * positions))
+    micro_batches, padding, imbalance = lengths.packed(model, config, mesh.size)
     squares = tokens * lengths.weighted
     flops = step_flops(model, matmul_parameters(model), int(tokens), int(squares))
     products, attention = recomputed(model, remat)
@@ -97,7 +108,12 @@ def plan_work(
     )
     scale = device.peak / RATES.peak
     share = 1 / mesh.size / (1 - padding)
-    compute = share * (matmul / RATES.matmul / scale + attend / RATES.attention / scale + moved / RATES.elementwise)
+    attention = (1 + imbalance) / mesh.size * attend / RATES.attention / scale  # the kernels skip the padding
+    if not attention_kernel(model, config, device):
+        attention = (
+            tokens / mesh.size / (1 - padding) * _xla_attention_flops(model, config) / (RATES.float32 * device.float32)
+        )
+    compute = attention + share * (matmul / RATES.matmul / scale + moved / RATES.elementwise)
     state = sum(size.local for size in parameter_sizes(model, mesh))
     moments = jnp.dtype(config.precision.moments).itemsize
     parameters = 4 if config.precision.params == "float32" else 2
@@ -111,7 +127,31 @@ def plan_work(
     # The same within a node and between nodes: collectives take as much of the multiprocessors and of memory.
     waiting = RATES.waiting * sum(size for _, size in collectives.values()) / device.link
     extra = extra_products + extra_attention
-    return Work(tokens, micro_batches, padding, flops, extra, collectives, compute, seconds, waiting)
+    return Work(
+        tokens, micro_batches, padding, imbalance, flops, extra, collectives, compute, attention, seconds, waiting
+    )
+
+
+def attention_kernel(model: ModelConfig, config: ConfigDict, device: Device) -> bool:
+    """Whether a run on `device` takes the flash kernels. Raises ConfigError where the config names one that is not
+    there.
+    """
+    wanted = config.attention.implementation
+    possible = device.has_kernels and model.head_dim in (64, 128) and config.precision.compute == "bfloat16"
+    if wanted == "pallas" and not device.has_kernels:
+        raise ConfigError(
+            f"attention.implementation=pallas: the kernels need a Hopper GPU (H100, H200), not {device.name}; set auto"
+        )
+    return possible and wanted != "xla"
+
+
+def _xla_attention_flops(model: ModelConfig, config: ConfigDict) -> float:
+    """FLOPs of a position in plain XLA attention (`kernels/attention_xla.py`), over all layers.
+
+    Whatever the documents, each query meets the whole row: 4 T H h forward, once more in the backward pass, and 8 T H h
+    for the gradients.
+    """
+    return 16.0 * model.num_layers * model.query_size * config.data.pack_length
 
 
 def recomputed(model: ModelConfig, remat: str) -> tuple[float, float]:

@@ -8,10 +8,10 @@ import jax
 
 from jsft.errors import CheckpointError, OutOfMemoryError, explained
 from jsft.hardware import xla
-from jsft.hardware.cards import SPREAD, device_of_kind
+from jsft.hardware.cards import SPREAD, UNMEASURED_SPREAD, device_of_kind
 from jsft.planning import fitting
 from jsft.planning.memory import estimate
-from jsft.planning.work import Lengths, checkpoint_bytes, plan_work
+from jsft.planning.work import Lengths, attention_kernel, checkpoint_bytes, plan_work
 from jsft.run.manifest import SPACE_MARGIN, unsealed_bytes
 
 TOLERANCE = 1.1  # the estimate is within a tenth of the compiled program
@@ -67,13 +67,13 @@ def expectation(components, remat: str) -> str | None:
     device = device_of_kind(components.mesh.devices.flat[0].device_kind)
     if device is None:
         return None
-    report, total = components.data.report, components.data.total_steps
+    total = components.data.total_steps
     lengths = Lengths.of(components.data.lengths, components.config.data.max_length, "the run's data")
-    lengths = lengths._replace(micro_batches=report["micro_batches"], padding=report["padding_share"])
     work = plan_work(
         components.model, components.config, components.mesh, remat, lengths, device, jax.local_device_count()
     )
+    spread = SPREAD if attention_kernel(components.model, components.config, device) else UNMEASURED_SPREAD
     return (
         f"{work.seconds:.2f} s a step and {total * work.seconds / 3600:.2f} h for {total:,} expected, give or take "
-        f"{SPREAD:.0%} (rates of docs/memory-and-speed.md)"
+        f"{spread:.0%} (rates of docs/memory-and-speed.md)"
     )
