@@ -4,6 +4,8 @@
 
 Writes report.md, report.csv, report.html (one file that needs no other) and each figure as PNG and SVG.
 Several runs are drawn side by side. Default --out: <first workdir>/report.
+A run of a published recipe stands beside the paper's scores, with a verdict on
+each of the paper's claims: holds, does not hold, cannot be said.
 """
 
 import io

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from jsft import report
 from jsft.evaluation.tasks import TASKS
 from jsft.reporting import beside, claims, published
 from jsft.reporting.claims import CLAIMS, FAILS, HOLDS, UNKNOWN, Evidence, Score
@@ -100,8 +101,16 @@ def test_the_whole_grid_beside_the_paper():
     panels = paper_figure(runs).axes
     assert [axes.get_title() for axes in panels] == [TASKS[task].title for task in BENCHMARKS if task != "hexphi"]
     assert len(panels[0].get_yticks()) == 20
-    verdicts = {row[0].partition(":")[0]: row[1] for row in beside.claims_table(runs).rows}
-    assert verdicts["dip and recovery"] == HOLDS
+    table = beside.claims_table(runs)
+    assert {row[0].partition(":")[0]: row[1] for row in table.rows}["dip and recovery"] == HOLDS
+    assert max(map(len, table.text().splitlines())) < 80
+
+
+@pytest.mark.slow
+def test_the_report_of_the_whole_grid_is_written(tmp_path):
+    written = report.write_report(grid(), tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "The paper's claims" in written and all(f"{base}-{recipe}" in page for base, recipe, _ in RECIPES)
 
 
 def test_one_run_beside_the_paper_names_doubts_metrics_and_our_arithmetic():
@@ -157,6 +166,7 @@ def test_verdicts_follow_the_sign_beyond_noise(last, expected):
     assert verdict("data quality: short unverified solutions", numina) == opposite
     pairs = {
         "repetition beats coverage": ("math_cot_2_5k_ep8_bs32", "math_cot_ep1_bs32", "math500"),
+        "overfitting": ("math_cot_ep16", "math_cot_lr1e4_ep16_const", "math500"),
         "data structure: thinking": (COT, NOCOT, "gpqa_diamond"),
         "safety: thinking": (COT, NOCOT, "hexphi"),
     }
@@ -191,9 +201,9 @@ def test_no_interval_gives_no_verdict_and_runs_that_disagree_give_none():
 
 
 def test_the_papers_own_scores_bear_out_its_claims():
-    """All but safety, of which no score is published."""
+    """All but overfitting and safety, of which no score was found."""
     runs = [found for run in published.all_runs() if (found := claims.as_published(run))]
     assert len(runs) == 20
     verdicts = {claim.topic: claims.judge(claim, runs).verdict for claim in CLAIMS}
-    unsaid = {"reasoning gains, safety falls", "safety: thinking"}
+    unsaid = {"overfitting", "reasoning gains, safety falls", "safety: thinking"}
     assert verdicts == {topic: UNKNOWN if topic in unsaid else HOLDS for topic in verdicts}

@@ -249,6 +249,12 @@ CLAIMS = (
         "math_cot_2_5k_ep8_bs32 and math_cot_ep1_bs32 of one base model, evaluated at the same update",
     ),
     Claim(
+        "overfitting",
+        "sixteen epochs at a constant rate of 1e-4 end below sixteen whose rate falls from 5e-5, on reasoning",
+        _better("math_cot_ep16", "math_cot_lr1e4_ep16_const", _ALL_REASONING),
+        "math_cot_ep16 and math_cot_lr1e4_ep16_const, evaluated at the same update",
+    ),
+    Claim(
         "data quality: verified long thinking",
         "math_cot_ep8 ends above its base model on reasoning in other domains",
         _gains("math_cot_ep8", REASONING),
