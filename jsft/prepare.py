@@ -10,6 +10,7 @@
   subset DATA     the first rows, or a seeded choice
   select DATA     verified responses to each problem, from a raw release
   match DATA      another data set's solutions to the same problems
+  weigh DATA      a weight for each token, from a teacher's numbers
 
 DATA is a file (parquet, JSON, CSV, Arrow; also .gz), a folder, or a hub data set id; several are
 separated by commas (for validate, by spaces). preview, stats and validate also take a run's config:
@@ -49,6 +50,9 @@ PREFER = {  # which responses `select` takes first
     "diverse": "those least alike, by sequences of three words",
 }
 
+# Nor of weigh, but --on_bad_row.
+_NOT_OF_WEIGHTS = (*_NOT_OF_ROWS[1:], "max_length", "truncation")
+
 _Command = Callable[..., argparse.ArgumentParser]  # (name, run, help) -> the parser of a new command
 
 
@@ -66,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    for add in (_add_inspections, _add_makers, _add_choosers):
+    for add in (_add_inspections, _add_makers, _add_choosers, _add_weigh):
         add(command)
     return parser
 
@@ -187,6 +191,26 @@ def _add_choosers(command: _Command) -> None:
     sub.add_argument("--seed", type=int, default=0, help="draws one of several solutions [0]")
     sub.add_argument("--verify", action="store_true", help="only solutions whose answer math-verify finds right")
     _add_output(sub)
+
+
+def _add_weigh(command: _Command) -> None:
+    sub = command(
+        "weigh", _weigh, "Write a weight for each trained token, from a teacher's log-probability or entropy."
+    )
+    sub.add_argument(
+        "--rule",
+        action="append",
+        required=True,
+        metavar="COLUMN:RULE=X",
+        help="logprob:above=-2.3, entropy:top=0.2, logprob:exp=2, ... (above, below, top, bottom, exp, linear); several "
+        "are multiplied",
+    )
+    sub.add_argument("--floor", type=_from_0, default=0.0, metavar="X", help="the least that rules give a token [0]")
+    sub.add_argument("--scale", type=_from_0, default=1.0, metavar="X", help="multiplies every weight [1]")
+    sub.add_argument("--eos", type=_from_0, default=1.0, metavar="X", help="for EOS, where it has no number [1]")
+    sub.add_argument("--keep_scores", action="store_true", help="keep the columns that the rules read")
+    _add_output(sub)
+    _add_data(sub, without=_NOT_OF_WEIGHTS)
 
 
 def _add_output(sub: argparse.ArgumentParser) -> None:
@@ -408,6 +432,15 @@ def _range(args, name: str) -> tuple[float, float]:
     return low, high
 
 
+def _weigh(args) -> None:
+    from jsft.data.weigh import Options, parse_rule, weigh
+
+    rules = [parse_rule(text) for text in args.rule]
+    config, model_dir = _config(args)
+    options = Options(args.scale, args.floor, args.eos)
+    weigh(config, model_dir, args.out, rules, options, keep_scores=args.keep_scores, overwrite=args.overwrite)
+
+
 def _arguments(args) -> dict:
     return {name: value for name, value in vars(args).items() if name != "run"}
 
@@ -422,6 +455,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: write a whole number of at least 1")
     return int(text)
+
+
+def _from_0(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a number of at least 0")
+    return value
 
 
 def _boolean(text: str) -> bool:

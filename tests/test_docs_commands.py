@@ -20,6 +20,7 @@ import pytest
 
 from jsft import cli, export, plan, prepare, report, train
 from jsft import config as schema
+from jsft.data.chat import load_tokenizer
 from jsft.hf.random_model import write_random_model
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +69,7 @@ PUT_IN = {
     "500": "20",
     "N": "8",
     "S": "1",
+    "SCORED": "scored.parquet",
     "FILE.py:RECIPE": "configs/qwen3_4b.py:math_cot_ep8",
 }
 
@@ -93,6 +95,12 @@ def world(tmp_path_factory):
             for row in pq.read_table("train.parquet").to_pylist()
         ]
         pq.write_table(pa.Table.from_pylist(solved), "other.parquet")
+        tokenizer = load_tokenizer("runs/quickstart/base")
+        scored = [  # numbers of a teacher, for each token
+            row | dict.fromkeys(("logprob", "entropy"), [0.5] * len(tokenizer.encode(row["response"])))
+            for row in pq.read_table("train.parquet").to_pylist()
+        ]
+        pq.write_table(pa.Table.from_pylist(scored), "scored.parquet")
         assert train.main(["--config", "configs/quickstart.py:tiny", "--workdir", "runs/first"]) == 0
     finally:
         os.chdir(before)

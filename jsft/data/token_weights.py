@@ -13,6 +13,7 @@ import numpy as np
 
 from jsft.data.chat import Document
 from jsft.data.shapes import crc32_column
+from jsft.data.token_scores import to_arrays
 from jsft.errors import DataError
 
 _AGAIN = "make them again for this tokenizer (python -m jsft.prepare weigh)"
@@ -27,7 +28,11 @@ class Given(NamedTuple):
 
 def read_weights(row: dict[str, Any], column: str, where: str) -> Given:
     """The weights of a row. Raises DataError naming `where` when they are not a list of finite numbers from 0 on."""
-    numbers = read_numbers(row, column, where)
+    if column not in row:
+        raise DataError(f"{where}: no field '{column}' (has {', '.join(row) or 'none'})")
+    numbers, *others = to_arrays(row[column], column, where)
+    if others:
+        raise DataError(f"{where}, field '{column}': holds {1 + len(others)} lists of weights; a row has one")
     with np.errstate(over="ignore"):
         weights = numbers.astype(np.float32)
     wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
@@ -40,24 +45,6 @@ def read_weights(row: dict[str, Any], column: str, where: str) -> Given:
     if crc32 is not None and (isinstance(crc32, bool) or not isinstance(crc32, int)):
         raise DataError(f"{where}, field '{crc32_column(column)}': is a {type(crc32).__name__}; {_AGAIN}")
     return Given(weights, crc32)
-
-
-def read_numbers(row: dict[str, Any], column: str, where: str) -> np.ndarray:
-    """float64 [n]: the list of numbers in a column. Raises DataError naming `where`."""
-    if column not in row:
-        raise DataError(f"{where}: no field '{column}' (has {', '.join(row) or 'none'})")
-    value = row[column]
-    if not isinstance(value, list):
-        kind = "null" if value is None else f"a {type(value).__name__}"
-        raise DataError(f"{where}, field '{column}': is {kind} where a list of numbers is expected; fix or remove it")
-    for index, number in enumerate(value):
-        if not isinstance(number, int | float):
-            kind = "null" if number is None else f"a {type(number).__name__}"
-            raise DataError(f"{where}, field '{column}[{index}]': is {kind} where a number is expected")
-    try:
-        return np.array(value, np.float64)
-    except OverflowError:  # an integer beyond float
-        raise DataError(f"{where}, field '{column}': holds a number that is too large; fix or remove the row") from None
 
 
 def tokens_crc32(documents: Sequence[Document]) -> int:

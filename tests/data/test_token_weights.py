@@ -111,8 +111,9 @@ BAD = [
     (lambda w: w[:3] + [-0.5] + w[4:], r"'w\[3\]': is -0.5; a weight must be finite and at least 0"),
     (lambda w: [float("nan")] + w[1:], r"'w\[0\]': is nan; a weight must be finite"),
     (lambda w: [1e39] + w[1:], r"'w\[0\]': is 1e\+39; a weight must be finite"),
-    (lambda w: None, "'w': is null where a list of numbers is expected"),
-    (lambda w: [None] + w[1:], r"'w\[0\]': is null where a number is expected"),
+    (lambda w: None, "'w': is 'None' where a list of numbers, or one for each response, is expected"),
+    (lambda w: [None] + w[1:], r"'w': is .\[None, .* where a list of numbers"),
+    (lambda w: [w, w], "'w': holds 2 lists of weights; a row has one"),
 ]
 
 
