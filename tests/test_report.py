@@ -112,6 +112,9 @@ def test_tables_name_the_papers_numbers(run):
 def test_report_is_written_whole(run, tmp_path, monkeypatch, capsys):
     other = write_run(tmp_path / "other", "other", {"math500": {0: 0.7, 640: 0.72}})
     write_result(other, 640, "aime24", 0.1, state="failed", reason="no judge")
+    drawn = report._png(all_figures(read_runs([run]))["safety"][1])
+    assert drawn.startswith(b"\x89PNG")
+    monkeypatch.setattr(report, "_png", lambda figure: drawn)  # the others' SVG is drawn
     monkeypatch.setattr(sys, "argv", ["report", str(run), str(other), "--out", str(tmp_path / "out")])
     assert report.main() == 0
     out = tmp_path / "out"
@@ -173,7 +176,8 @@ def test_what_responses_do_is_drawn_and_written(tmp_path, capsys):
     assert {line["step"]: line["backtracking"] for line in lines} == {"0": "0.0", "20": "1.0", "40": "1.0", "80": ""}
 
 
-def test_training_alone_and_evaluation_alone(tmp_path):
+def test_training_alone_and_evaluation_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_png", lambda figure: b"")
     trained = write_run(tmp_path / "trained", "t", {})
     with (trained / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 51, "lo')  # being written

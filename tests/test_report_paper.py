@@ -30,6 +30,17 @@ def test_published_names_are_those_of_the_recipes():
     assert published.find("qwen3_4b-mine") is None
 
 
+def test_what_a_config_changes_is_named():
+    run = published.Published("qwen3_14b", "math_cot_lr1e4_ep16_const")
+    fields = {"optimizer.learning_rate": 1e-4, "train.epochs": 16.0, "train.global_batch": 256, "train.max_steps": None}
+    fields |= {"optimizer.schedule": "constant", "fidelity": "reference", "data.train": "mine.parquet"}
+    assert run.changes(fields) == run.changes({}) == []
+    other = {"fidelity": "best", "optimizer.learning_rate": 1e-5, "train.max_steps": 20}
+    assert run.changes(fields | other) == ["fidelity=best", "optimizer.learning_rate=1e-05", "train.max_steps=20"]
+    for base, recipe, _ in RECIPES:
+        assert published.Published(base, recipe).changes({"train.epochs": 0}) == ["train.epochs=0"]
+
+
 def test_every_row_of_the_published_scores_can_be_used():
     with (files("jsft.reporting") / "published.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -115,7 +126,7 @@ def test_the_report_of_the_whole_grid_is_written(tmp_path):
 
 def test_one_run_beside_the_paper_names_doubts_metrics_and_our_arithmetic():
     run = made_run("qwen3_14b", "math_cot_ep8", {"gpqa_diamond": {0: 40.0, 640: 63.0}, "truthfulqa": {640: 80.0}})
-    run.fidelity = "best"
+    run.changes = ["fidelity=best"]
     run.curves["gpqa_diamond"].points[1].results["settings"]["limit"] = 100
     table = beside.last_table(run)
     rows = {(row[0], row[1]): row[2:] for row in table.rows}
@@ -123,7 +134,7 @@ def test_one_run_beside_the_paper_names_doubts_metrics_and_our_arithmetic():
     assert rows["GPQA-Diamond", "640"][-1] == "100 x 1 (--limit)"
     assert rows["TruthfulQA, info", "640"][:4] == ["90.0 [88.0, 92.0]", "95.6", "-5.6", "higher"]
     assert rows["TruthfulQA", "640"][:3] == ["80.0 [77.0, 83.0]", "–", "–"]
-    assert "GPQA-Diamond at 0: Table 2 says 44.1" in table.note and "fidelity=best" in table.note
+    assert "GPQA-Diamond at 0: Table 2 says 44.1" in table.note and "(fidelity=best)" in table.note
     assert beside.grid_table([run]) is None and beside.last_table(made_run("qwen2_5_3b", "math_cot_ep8", {})) is None
 
 

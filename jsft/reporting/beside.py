@@ -68,7 +68,7 @@ def grid_table(runs: list[Run]) -> Table | None:
             cells.append(f"{number(point.score, curve) if point else '–'} / {_published(scores.get(last), task)}")
         rows.append([run.name, *cells])
     title = "Last checkpoints: ours / the paper's at the same step"
-    return Table(title, ["run", *(TASKS[task].title for task in tasks)], rows, f"{ONE_SEED} {MARKS}.")
+    return Table(title, ["run", *(TASKS[task].title for task in tasks)], rows, f"{ONE_SEED} {MARKS}.{_changes(runs)}")
 
 
 def claims_table(runs: list[Run]) -> Table | None:
@@ -87,7 +87,13 @@ def claims_table(runs: list[Run]) -> Table | None:
         "are taken as independent, so that 'cannot be said' comes too often rather than too rarely. Intervals cover "
         "problems, not seeds of training. Last column: the paper's own scores under this rule, with binomial errors."
     )
-    return Table("The paper's claims", ["claim", "these runs", "why", "the paper's scores"], rows, note, prose=True)
+    return Table(
+        "The paper's claims",
+        ["claim", "these runs", "why", "the paper's scores"],
+        rows,
+        note + _changes(runs),
+        prose=True,
+    )
 
 
 def evidence_of(run: Run) -> Evidence | None:
@@ -160,6 +166,10 @@ def _note(run: Run, doubts: list[tuple[str, int, str]]) -> str:
         found.setdefault((title, doubt), []).append(str(step))
     listed = "; ".join(f"{title} at {', '.join(steps)}: {doubt}" for (title, doubt), steps in found.items())
     note = f"{ONE_SEED} {MARKS}{': ' if listed else ''}{listed}."
-    if run.fidelity not in (None, "reference"):
-        note += f" Ours was trained with fidelity={run.fidelity}, which is not the published arithmetic."
-    return note
+    return note + _changes([run])
+
+
+def _changes(runs: list[Run]) -> str:
+    """A sentence that names the runs that were not trained as published; '' where there is none."""
+    changed = [f"{run.name} ({', '.join(run.changes)})" for run in runs if run.changes]
+    return f" Trained otherwise than published: {'; '.join(changed)}." if changed else ""

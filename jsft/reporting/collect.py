@@ -81,7 +81,7 @@ class Run:
     heldout: list[dict[str, Any]]
     skipped: list[str]  # evaluations that are not finished
     published: Published | None = None  # the published run that it repeats
-    fidelity: str | None = None  # of its config; None: not known
+    changes: list[str] = dataclasses.field(default_factory=list)  # what its config sets otherwise than that run
 
     @property
     def scores(self) -> Scores:
@@ -107,17 +107,9 @@ def read_run(path: Path) -> Run:
     config = _config(path)
     name = config.get("name")
     name = name if isinstance(name, str) and name else path.resolve().name
-    fields = config.get("config")
-    return Run(
-        name,
-        path,
-        curves,
-        metrics,
-        _read_lines(path / "heldout.jsonl"),
-        skipped,
-        find(name) or find(path.resolve().name),
-        fields.get("fidelity") if isinstance(fields, dict) else None,
-    )
+    published, fields = find(name) or find(path.resolve().name), config.get("config")
+    changes = published.changes(fields) if published and isinstance(fields, dict) else []
+    return Run(name, path, curves, metrics, _read_lines(path / "heldout.jsonl"), skipped, published, changes)
 
 
 def read_runs(paths: list[Path]) -> list[Run]:

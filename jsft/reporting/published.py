@@ -7,9 +7,10 @@ the base model (update 0); one without value could not be read.
 """
 
 import csv
+import re
 from functools import cache
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 BASES = {  # config file -> base model in published names
     "qwen3_1_7b": "Qwen3-1.7B",
@@ -75,6 +76,21 @@ class Published(NamedTuple):
     def name(self) -> str:
         """The published name."""
         return f"{BASES[self.base]}_{RECIPES[self.recipe]}"
+
+    def changes(self, config: dict[str, Any]) -> list[str]:
+        """What a run's config (field -> value) sets otherwise than the published run, as 'field=value'."""
+        rate, epochs, batch = re.search(r"_lr([\de-]+)_ep(\d+)_bs(\d+)", self.name).groups()
+        published = {
+            "fidelity": "reference",
+            "optimizer.learning_rate": float(rate),
+            "optimizer.schedule": "constant" if self.name.endswith("ConstLR") else "cosine",
+            "train.epochs": float(epochs),
+            "train.global_batch": int(batch),
+            "train.max_steps": None,
+            "objective.weighting": "none",
+            "data.token_weights_key": None,
+        }
+        return [f"{k}={config[k]}" for k, value in published.items() if k in config and config[k] != value]
 
     @property
     def scores(self) -> Scores:
