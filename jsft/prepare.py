@@ -99,7 +99,9 @@ def _add_inspections(command: _Command) -> None:
     for key in ("prompt", "response", "logprob", "entropy"):
         default = {"prompt": "message"}.get(key, key)
         sub.add_argument(f"--{key}_key", default=default, help=f"column [{default}]")
-    sub.add_argument("--sample", type=int, default=1000, help="rows that are read, evenly spaced; 0: all [1000]")
+    sub.add_argument(
+        "--sample", type=int, default=2000, help="responses that are read, of evenly spaced rows; 0: all [2000]"
+    )
     sub.add_argument("--model", metavar="DIR", help="model directory or hub id whose tokenizer counts lengths")
     sub.add_argument("--png", type=Path, metavar="FILE", help="where it is drawn [DATA_responses.png]")
     sub.add_argument("--no_png", action="store_true", help="draw nothing")
@@ -313,7 +315,7 @@ def _describe(args) -> None:
     from jsft.data.select import Columns
 
     if args.sample < 0:
-        raise ConfigError(f"--sample {args.sample}: write a number of rows, or 0 for all")
+        raise ConfigError(f"--sample {args.sample}: write a number of responses, or 0 for all")
     png = None if args.no_png else args.png or default_png(args.data, "responses")
     describe_responses(
         args.data,

@@ -162,8 +162,11 @@ def test_what_responses_do_is_drawn_and_written(tmp_path, capsys):
     measured = of_folder(run / "eval" / "step_20" / "math500") | {"loops": {"mean": 0.25, "ci95": None}}
     write_result(run, 40, "math500", 0.5, behaviours=measured)
     write_result(run, 80, "math500", 0.5)
+    write_result(run, 160, "math500", 0.5)
+    (run / "eval" / "step_160" / "math500" / "samples.jsonl").write_text("{}\n")
     found = read_runs([run])
-    assert capsys.readouterr().out.count("measuring what its responses do") == 2
+    said = capsys.readouterr().out
+    assert said.count("measuring what its responses do") == 3 and said.count("line 1 is no sample") == 1
     axes = {a.get_title(): a for a in all_figures(found)["behaviours"][1].axes}
     course, base = axes["backtracking"].get_lines()
     assert list(course.get_xdata()) == [20, 40] and list(course.get_ydata()) == [100, 100]
@@ -173,7 +176,13 @@ def test_what_responses_do_is_drawn_and_written(tmp_path, capsys):
     assert rows["MATH500 at 20"] == ["100.0", "0.0", "0.0", "0.0", "0.0", "20.00", "0.00", "0.00", "0", "50"]
     assert "MATH500 at 80" not in rows
     lines = list(csv.DictReader(tables.csv_text(found).splitlines()))
-    assert {line["step"]: line["backtracking"] for line in lines} == {"0": "0.0", "20": "1.0", "40": "1.0", "80": ""}
+    assert {line["step"]: line["backtracking"] for line in lines} == {
+        "0": "0.0",
+        "20": "1.0",
+        "40": "1.0",
+        "80": "",
+        "160": "",
+    }
 
 
 def test_training_alone_and_evaluation_alone(tmp_path, monkeypatch):

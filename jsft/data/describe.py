@@ -42,12 +42,12 @@ def describe_responses(
     png: Path | None = None,
     as_json: bool = False,
 ) -> None:
-    """Prints numbers about the responses of `sample` rows, evenly spaced (0: of all), and draws them into `png`.
+    """Prints numbers about some `sample` responses of evenly spaced rows (0: of all), and draws them into `png`.
 
     Lengths are in tokens where `count` is given, or where there is a column of log-probabilities; else in characters.
     """
     source = open_listed(data)
-    rows = _spaced(len(source), sample)
+    rows = _spaced(source, columns, sample)
     found = read(source, rows, columns, count)
     numbers = {"rows": len(source), "rows_read": len(rows), **summary(found)}
     if png is not None:
@@ -63,10 +63,14 @@ def describe_responses(
         print(f"figure: {png}")
 
 
-def _spaced(rows: int, sample: int) -> list[int]:
-    if not sample or sample >= rows:
-        return list(range(rows))
-    return [int(row) for row in np.linspace(0, rows - 1, sample).round()]
+def _spaced(source: Source, columns: Columns, sample: int) -> list[int]:
+    """Rows that hold about `sample` responses, if all have as many as the first."""
+    source.require(columns.response)
+    first = placed_responses(source.row(0, [columns.response]).get(columns.response), source.where(0))
+    rows = -(-sample // max(len(first), 1))
+    if not sample or rows >= len(source):
+        return list(range(len(source)))
+    return [int(row) for row in np.linspace(0, len(source) - 1, rows).round()]
 
 
 def read(source: Source, rows: list[int], columns: Columns, count: Callable[[str], int] | None) -> Responses:
@@ -187,14 +191,15 @@ def draw(found: Responses, path: Path, title: str) -> None:
     panels = 2 + 2 * len(found.means)
     figure = Figure(figsize=(9, 3.2 * (panels // 2)), layout="constrained")
     grid = list(np.atleast_1d(figure.subplots(panels // 2, 2)).flat)
-    grid[0].hist(found.lengths, bins=60, color="#4c72b0")
+    bars = {"color": "#4c72b0", "histtype": "stepfilled"}
+    grid[0].hist(found.lengths, bins=60, **bars)
     grid[0].set(xlabel=f"{found.unit} of a response", ylabel="responses")
-    grid[1].hist(100 * found.turns[:, 0] / np.maximum(found.turns[:, 1], 1), bins=40, range=(0, 100), color="#4c72b0")
+    grid[1].hist(100 * found.turns[:, 0] / np.maximum(found.turns[:, 1], 1), bins=40, range=(0, 100), **bars)
     grid[1].set(xlabel="reflective turns of a response, percent", ylabel="responses")
     places = (np.arange(PARTS) + 0.5) * 100 / PARTS
     for index, name in enumerate(found.means):
         mean, course = grid[2 + 2 * index : 4 + 2 * index]
-        mean.hist(found.means[name][np.isfinite(found.means[name])], bins=60, color="#4c72b0")
+        mean.hist(found.means[name][np.isfinite(found.means[name])], bins=60, **bars)
         mean.set(xlabel=f"mean {name} of a response's tokens", ylabel="responses")
         whole = found.profiles[name][np.isfinite(found.profiles[name][:, 0])]
         if len(whole):

@@ -186,7 +186,11 @@ def _measured(results: dict[str, Any], folder: Path) -> dict[str, Any]:
         return results
     if (folder / "samples.jsonl").exists():
         print(f"{folder}: measuring what its responses do", flush=True)
-    return results | {"behaviours": of_folder(folder)}
+    try:
+        return results | {"behaviours": of_folder(folder)}
+    except DataError as error:  # the scores hold all the same
+        print(f"warning: {error}; left out", flush=True)
+        return results | {"behaviours": None}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
