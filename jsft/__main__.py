@@ -49,6 +49,7 @@ def _run(name: str | None, argv: list[str]) -> int | None:
         return 0
     if name not in COMMANDS:
         raise ConfigError(f"unknown command {name!r}{nearest(name, COMMANDS)}; there are: {', '.join(COMMANDS)}")
+    sys.argv[1:] = argv  # what a run writes down as its command
     module = importlib.import_module(f"jsft.{name}")
     return module.start(argv) if name == "evaluate" else module.main(argv)  # it may need the other environment
 

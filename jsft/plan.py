@@ -73,13 +73,14 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"--{flag}={given:g}: must be positive")
 
     from jsft.hardware.cards import DEVICES, find_device
-    from jsft.planning import report, words
+    from jsft.planning import inputs, report, words
     from jsft.run.run_log import show
 
     known = not flags.memory_gib or flags.device.upper() in DEVICES
     device = find_device(flags.device if known else "h200")  # times are those of the card that was measured
     if flags.memory_gib:
         device = device._replace(memory=flags.memory_gib * 2**30)
+    config, chosen = inputs.find_decisions(config, flags.devices, device.usable, flags.lengths, flags.mean_length)
     plan = report.make_plan(
         config,
         name,
@@ -92,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         documents=flags.documents,
         layouts=flags.layouts,
     )
+    plan["chosen"] = chosen
     if flags.compile:
         from jsft.planning.program_memory import compare, compile_kind
 
@@ -106,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
         lines += words.details(plan) if flags.verbose or flags.compile else []
         for line in lines + (words.layout_lines(plan) if flags.layouts else []):
             show(line)
+        for i, line in enumerate(chosen):
+            show(f"{'' if i else 'chosen:':11}{line}")
     return 0 if plan["fits"] else errors.OutOfMemoryError.exit_code
 
 

@@ -1,11 +1,14 @@
-"""jsft prepare COMMAND: build, inspect and check data sets.
+"""examples:
+  jsft prepare preview mine.jsonl --model Qwen/Qwen3-1.7B-Base
+  jsft prepare validate mine.jsonl more.jsonl
 
+commands, which build, inspect and check data sets:
   preview DATA    rows as the model sees them, trained span marked
   stats DATA      lengths, truncation, packing, duplicates, missing parts
   describe DATA   what responses are like: lengths, entropy, reflection
   validate DATA   every row checked; exit code 3 when one is bad
   countdown       puzzles with worked, verified solutions
-  convert DATA    any shape of rows written as message + response, or as messages
+  convert DATA    rows of any shape as message + response, or as messages
   nocot DATA      the data without its thinking
   subset DATA     the first rows, or a seeded choice
   select DATA     verified responses to each problem, from a raw release
@@ -263,6 +266,7 @@ def _config(args, *, needs_model: bool = True):
     data = data or ([args.train] if getattr(args, "train", None) else [])
     if args.config:
         config, _, _ = cli.parse([f"--config={args.config}"], lambda values: None, __doc__)
+        config = schema.default_chosen(config)
     else:
         config = schema.default_config()
         if not data or (needs_model and not args.model):

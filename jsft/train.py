@@ -37,12 +37,17 @@ def _define_flags(values) -> None:
     from absl import flags
 
     flags.DEFINE_string(
-        "workdir", None, "where the run lives (default: runs/<config file>-<recipe>)", flag_values=values
+        "name",
+        None,
+        "the run's name, also that of its directory runs/NAME (default: <config file>-<recipe>; with --model and "
+        "--data: model, data and a digest of the config)",
+        flag_values=values,
     )
+    flags.DEFINE_string("workdir", None, "where the run lives (default: runs/NAME)", flag_values=values)
     flags.DEFINE_bool(
         "dry_run",
         False,
-        "build mesh, model, one abstract step and the first batches; train nothing",
+        "check all that a start needs, compile a step and make the first batches; write nothing",
         flag_values=values,
     )
     flags.DEFINE_list(
@@ -67,21 +72,27 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         raise ConfigError(f"--allow_changed: unknown config field {unknown[0]}{schema.nearest_field(unknown[0])}")
 
+    if flags.name is not None and (flags.name in ("", ".", "..", "latest") or "/" in flags.name):
+        raise ConfigError(f"--name={flags.name}: give the name of a folder in runs/; --workdir takes a path")
+
     from jsft.cluster import processes  # imports JAX: everything above answers at once
 
     cluster = processes.find_cluster(os.environ, flags.coordinator, flags.process_count, flags.process_index)
-    from jsft.run import agreement, run
+    from jsft.run import agreement, naming, run
     from jsft.run.profile import parse_window
 
+    name = flags.name or (naming.own_name(config) if name == cli.OWN_RUN.stem else name)
+    workdir = Path(flags.workdir or f"runs/{name}")
+    config = naming.remembered(config, workdir)
     options = run.RunOptions(
         name,
-        Path(flags.workdir or f"runs/{name}"),
+        workdir,
         frozenset(flags.allow_changed),
         flags.ignore_plan,
         parse_window(flags.profile_steps) if flags.profile_steps else None,
     )
     if flags.dry_run:
-        return run.dry_run(config, name, flags.ignore_plan)
+        return run.dry_run(config, options)
     limits = {"start_seconds": config.train.start_seconds, "silence_seconds": config.train.peer_seconds}
     with processes.session(cluster, **limits, facts=agreement.start_facts(config)) as link:
         return run.train(config, options, link)

@@ -53,8 +53,7 @@ def test_help_has_at_most_100_columns_and_examples_before_options(capsys, monkey
     code, said, _ = run(capsys, name, "--help")
     assert code == 0
     assert max(map(len, said.splitlines())) <= 100, max(said.splitlines(), key=len)
-    if name != "prepare":
-        assert said.index("examples:") < said.index("\n  --")
+    assert said.index("examples:") < said.index("\n  -")
     monkeypatch.setenv("COLUMNS", "80")
     said = run(capsys, name, "--help")[1]
     assert max(map(len, said.splitlines())) <= 80, max(said.splitlines(), key=len)

@@ -22,6 +22,7 @@ from jsft.data.thinking import MISMATCHES, mismatch, prompt_thinking
 from jsft.data.turns import THINKING
 from jsft.errors import ConfigError, DataError, ModelError
 
+CHAT_EOS = "chat"  # as data.eos_token: what the template ends an assistant turn with
 DATE = "26 Jul 2024"  # what Llama's chat templates write where they have no clock
 _DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system\n.*?<\|im_end\|>\n", re.DOTALL)
 
@@ -113,7 +114,6 @@ class Chat:
         from tokenizers import Tokenizer
 
         self.tokenizer = tokenizer
-        self.eos_id = eos_id(tokenizer, eos_token)
         self.strip_default_system = strip_default_system
         self.train_turns = train_turns
         self._options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
@@ -129,6 +129,8 @@ class Chat:
         self._control_ids = control
         pattern = "|".join(re.escape(text) for text in sorted(control, key=len, reverse=True))
         self._control = re.compile(f"({pattern})") if pattern else None
+        own = self.turn_end_id if eos_token == CHAT_EOS else None
+        self.eos_id = eos_id(tokenizer, None if eos_token == CHAT_EOS else eos_token) if own is None else own
 
     def key(self) -> str:
         """Changes with anything that changes the tokens: tokenizer, template, EOS, choices."""
@@ -202,6 +204,12 @@ class Chat:
             return self.render(turns, "", add_generation_prompt=False).rpartition(mark)[2].rstrip()
         except DataError:
             return ""
+
+    @property
+    def turn_end_id(self) -> int | None:
+        """Id of the control token with which the template ends an assistant turn; None where there is none."""
+        found = self._control.match(self.end_of_turn) if self._control else None
+        return self._control_ids[found[0]] if found else None
 
     def prompt_thinking(self, prompt: str | list[dict[str, str]], where: str) -> str:
         """How the thinking stands at the end of a rendered prompt (`thinking.prompt_thinking`); a prompt that is a

@@ -83,7 +83,7 @@ class TrainingData:
             f"padding {r['padding_share']:.2%}, device imbalance {r['device_imbalance']:.2%} "
             f"(means over {r['planned_steps']} steps)",
         ]
-        lines += _notes(r)
+        lines += _notes(r) + _endings(self._chat, self._source.documents)
         if r["ignored_columns"]:
             lines.append(f"columns not used: {', '.join(r['ignored_columns'])}")
         return lines
@@ -139,6 +139,12 @@ def open_training_data(
         steps = min(steps, train.max_steps)
     source = StepSource(documents, recipe, layout, steps, process_index, process_count)
     return TrainingData(source, per_epoch, data.workers, chat)
+
+
+def whole_lengths(config, model_dir: str | Path) -> np.ndarray:
+    """int [N]: tokens of every document of data.train before any cut. Raises as `open_training_data` does."""
+    chat, embedding = make_chat(config, model_dir), Embedding.of(model_dir)
+    return _open(config, config.data.train, chat, embedding, need_advantage=config.objective.use_advantage).lengths
 
 
 def open_eval_data(
@@ -285,6 +291,18 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
             f"token weights of mean {facts['mean']:.4g}, at most {facts['largest']:.4g}; {facts['zeros']:.1%} are 0"
         )
     return lines + [f"warning: {line}" for line in report["thinking"]]
+
+
+def _endings(chat: Chat, documents: Documents) -> list[str]:
+    """A line where conversations end otherwise than their turns: the model would learn two ends of a response."""
+    several = len(documents.cache.spans) > len(documents.cache)
+    if not several or chat.turn_end_id in (None, chat.eos_id):
+        return []
+    last, others = chat.tokenizer.convert_ids_to_tokens([chat.eos_id, chat.turn_end_id])
+    return [
+        f"warning: the last response of a conversation ends with {last}, the earlier ones with the chat template's "
+        f"{others}; data.eos_token=chat ends all alike"
+    ]
 
 
 def _check_fits(documents: Documents, pack_length: int) -> None:

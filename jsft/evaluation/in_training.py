@@ -16,6 +16,7 @@ from typing import Any
 
 from jsft.environments import import_path, no_serving, serving_python
 from jsft.errors import ConfigError, describe
+from jsft.evaluation.tasks import get_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,21 @@ class StepScores:
     step: int
     scores: dict[str, float]
     problems: list[str]
+
+
+def check_sampling(tasks: list[str], url: str | None) -> str:
+    """The Python that evaluates: of the serving environment, or where a server samples and there is none, this one.
+
+    Raises ConfigError for an unknown task, and where there is neither.
+    """
+    for name in tasks:
+        get_task(name)
+    serving = serving_python()
+    if serving is None and not url:
+        raise ConfigError(
+            f"evaluating during training needs vLLM: {no_serving()}, or set eval.generate.url to a server"
+        )
+    return str(serving or sys.executable)
 
 
 class StepEvaluator:
@@ -41,12 +57,7 @@ class StepEvaluator:
 
     def __init__(self, workdir: Path, tasks: list[str], *, url: str | None = None, options: tuple[str, ...] = ()):
         self.workdir, self.tasks, self.url, self.options = Path(workdir), list(tasks), url, options
-        serving = serving_python()
-        if serving is None and not url:
-            raise ConfigError(
-                f"evaluating during training needs vLLM: {no_serving()}, or set eval.generate.url to a server"
-            )
-        self._python = str(serving or sys.executable)  # with a server alone, this environment grades
+        self._python = check_sampling(tasks, url)
         self._waiting: deque[tuple[int, Path]] = deque()
         self._running: tuple[int, subprocess.Popen] | None = None
 

@@ -4,8 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
+from jsft import config as schema
+from jsft.data.loader import whole_lengths
 from jsft.data.sources import split_paths
 from jsft.errors import ConfigError, DataError, ModelError
 from jsft.hf.resolve import TOKENIZER_FILES, resolve_model
@@ -13,6 +16,7 @@ from jsft.hints import nearest
 from jsft.models.config import ModelConfig
 from jsft.models.families import read_config
 from jsft.models.published import PUBLISHED
+from jsft.planning import choices
 from jsft.planning.work import ASSUMED_LENGTHS, PUBLISHED_ROWS, Lengths
 
 
@@ -56,13 +60,7 @@ def find_lengths(
         return Lengths(documents or PUBLISHED_ROWS, mean, min(weighted or 1.3 * mean, longest), "as given")
     paths = split_paths(config.data.train)
     if all(Path(path).exists() for path in paths):
-        try:
-            folder = resolve_model(config.model.path, config.model.revision, ("config.json", *TOKENIZER_FILES))
-        except ModelError as error:
-            raise ConfigError(
-                f"{paths[0]} cannot be tokenised: {error}, or --mean_length TOKENS --documents N"
-            ) from error
-        return _measured(config, folder, devices)
+        return _measured(config, _tokenizer_of(config), devices)
     name = Path(paths[0]).name.lower()
     for known, (tokens, square_mean) in ASSUMED_LENGTHS.items():
         if known in name:
@@ -73,6 +71,37 @@ def find_lengths(
         f"data.train={paths[0]} is not here, and nothing is known of its lengths; give --mean_length TOKENS "
         f"--documents N, or --lengths FILE with a number a line"
     )
+
+
+def find_decisions(
+    config: ConfigDict, devices: int, limit: float, file: str | None, mean: float | None = None
+) -> tuple[ConfigDict, list[str]]:
+    """The config with what it leaves undecided, and what was chosen, a line each (`jsft.planning.choices`).
+
+    limit: bytes of a device's memory; file, mean: as in `find_lengths`. Where the documents' own lengths are not known,
+    the fields have their defaults.
+    """
+    if not choices.undecided(config):
+        return config, []
+    model, _ = find_model(config.model.path, config.model.revision)
+    if file:
+        lengths = np.array(_read_lengths(Path(file)))
+    elif mean is None and all(Path(path).exists() for path in split_paths(config.data.train)):
+        lengths = whole_lengths(config, _tokenizer_of(config))
+    else:
+        default = schema.default_chosen(config)
+        shown = ", ".join(f"{name}={schema.get(default, name):g}" for name in choices.undecided(config))
+        return schema.resolve(default), [f"{shown}: defaults, because the lengths of the data are not known here"]
+    return choices.choose(config, model, lengths, devices, limit)
+
+
+def _tokenizer_of(config: ConfigDict) -> Path:
+    """The directory of the model's config and tokenizer. Raises ConfigError where it cannot be had."""
+    try:
+        return resolve_model(config.model.path, config.model.revision, ("config.json", *TOKENIZER_FILES))
+    except ModelError as error:
+        data = split_paths(config.data.train)[0]
+        raise ConfigError(f"{data} cannot be tokenised: {error}, or --mean_length TOKENS --documents N") from error
 
 
 def _measured(config: ConfigDict, model_dir: Path, devices: int) -> Lengths:

@@ -38,7 +38,7 @@ def check_agreement(link: PeerLink, components: Components) -> None:
     facts = {
         "the content of data.train": components.data.fingerprint,
         "the updates of the run": components.data.total_steps,
-        "the content of data.eval": eval_fingerprints(config, components.model_dir) if config.eval.every else {},
+        "the content of data.eval": eval_fingerprints(config, components.model_dir) if components.held_out else {},
         "the config of model.path": repr(components.model),
         "the weights of model.path": weights_digest(components.model_dir),
         "the kind of device": jax.local_devices()[0].device_kind,

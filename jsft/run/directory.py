@@ -56,10 +56,7 @@ class RunDirectory:
         self.path = Path(path)
         self.last_step = 0  # updates done, for the status of a run that fails
         self._writing_status, self._ended = threading.Lock(), False
-        try:
-            os.path.abspath(self.path).encode("utf-8")
-        except UnicodeEncodeError as error:  # tokenizers (Rust) cannot open such a path: no step could be exported
-            raise CheckpointError(f"--workdir {self.path}: {describe(error)}; choose a name in UTF-8") from error
+        _check_name(self.path)
         with self._explained():
             files.make_folder(self.path)
             # It may hold any bytes: nobody owns a damaged lock.
@@ -80,16 +77,8 @@ class RunDirectory:
         """
         self._lock.seek(0)
         owner = self._lock.read().strip()
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = True
-        except OSError as error:
-            taken = error.errno not in (errno.EWOULDBLOCK, errno.EACCES) and not _alive(owner)
-        if not taken:
-            raise CheckpointError(
-                f"--workdir {self.path} is in use by {owner or 'another process'}; wait for it, stop it, "
-                f"or choose another --workdir (if it is surely gone: rm {self.path / 'lock'})"
-            )
+        if not _lock(self._lock, owner):
+            raise _in_use(self.path, owner)
         self.owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}"
         self._lock.truncate(0)
         self._lock.write(self.owner)
@@ -110,50 +99,13 @@ class RunDirectory:
         differ, ModelError naming what differs in the model directory.
         """
         path = self.path / "config.json"
-        flat = schema.flatten(config)
         exists = path.exists()
-        if exists:
-            try:
-                there = json.loads(path.read_text(encoding="utf-8"))
-                old, old_data = dict(there["config"]), there.get("data", "")
-            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-                raise CheckpointError(f"{path} cannot be read ({error}); is {self.path} a run's directory?") from error
-            new = json.loads(json.dumps(flat))
-            for field in schema.FIELDS:  # a field that did not exist yet behaved as its default
-                old.setdefault(field.name, json.loads(json.dumps(field.default)))
-            trained = bool(list_steps(self.path))
-            if data and data == old_data:
-                old["data.train"] = new["data.train"]
-            elif (
-                data and old_data and (trained or there.get("model") in (None, model))
-            ):  # otherwise the model changed it
-                old["data.train"] = f"{old.get('data.train')} of fingerprint {old_data[:8]}"
-                new["data.train"] = f"{new['data.train']} of fingerprint {data[:8]}"
-            names = sorted(n for n in set(old) | set(new) if old.get(n) != new.get(n))
-            differ = [n for n in names if n not in FREE_FIELDS and n not in allow_changed]
-            if trained and "model.path" not in differ:  # before the data, which another tokenizer changes
-                model = self._same_model(there.get("model"), model)
-            if differ:
-                shown = "; ".join(f"{n}: {old.get(n)!r} there, {new.get(n)!r} now" for n in differ)
-                raise ConfigError(
-                    f"--workdir {self.path} holds a run with another config ({shown}); choose another "
-                    f"--workdir, or resume all the same with --allow_changed={','.join(differ)}"
-                )
+        model = check_same_run(self.path, config, allow_changed, data, model)
+        flat = schema.flatten(config)
         facts = {"name": name, "version": jsft.__version__, "data": data, "config": flat, "model": model}
         with self._explained():
             files.write_json(path, facts)
         return exists
-
-    def _same_model(self, there: Digest | None, here: Digest | None) -> Digest | None:
-        """The digest to record: of the model that the checkpoints began from. None in runs older than digests."""
-        if not isinstance(there, dict):
-            return None
-        if here and (differs := difference(there, here)):
-            raise ModelError(
-                f"the model directory is not the one this run began with: {differs}; put its files back (a copy is in "
-                f"{self.path / 'base'}), or choose another --workdir"
-            )
-        return there
 
     def keep_base_files(self, model_dir: Path) -> None:
         """Copies the base model's config, tokenizer, template and code files to `base/`: all but the weights.
@@ -207,6 +159,101 @@ class RunDirectory:
 
     def release(self) -> None:
         self._lock.close()
+
+
+def check_same_run(
+    workdir: Path,
+    config: ConfigDict,
+    allow_changed: frozenset[str] = frozenset(),
+    data: str = "",
+    model: Digest | None = None,
+) -> Digest | None:
+    """Raises as `RunDirectory.enter` does where `workdir` holds another run; writes nothing.
+
+    Returns the model's digest to record: of the model that the checkpoints began from.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return model
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        old, old_data = dict(there["config"]), there.get("data", "")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); is {workdir} a run's directory?") from error
+    new = json.loads(json.dumps(schema.flatten(config)))
+    for field in schema.FIELDS:  # a field that did not exist yet behaved as its default
+        old.setdefault(field.name, json.loads(json.dumps(field.default)))
+    trained = bool(list_steps(workdir))
+    if data and data == old_data:
+        old["data.train"] = new["data.train"]
+    elif data and old_data and (trained or there.get("model") in (None, model)):  # otherwise the model changed it
+        old["data.train"] = f"{old.get('data.train')} of fingerprint {old_data[:8]}"
+        new["data.train"] = f"{new['data.train']} of fingerprint {data[:8]}"
+    names = sorted(n for n in set(old) | set(new) if old.get(n) != new.get(n))
+    differ = [n for n in names if n not in FREE_FIELDS and n not in allow_changed]
+    if trained and "model.path" not in differ:  # before the data, which another tokenizer changes
+        model = _same_model(workdir, there.get("model"), model)
+    if differ:
+        shown = "; ".join(f"{n}: {old.get(n)!r} there, {new.get(n)!r} now" for n in differ)
+        raise ConfigError(
+            f"--workdir {workdir} holds a run with another config ({shown}); choose another "
+            f"--workdir, or resume all the same with --allow_changed={','.join(differ)}"
+        )
+    return model
+
+
+def _same_model(workdir: Path, there: Digest | None, here: Digest | None) -> Digest | None:
+    """The digest to record: of the model that the checkpoints began from. None in runs older than digests."""
+    if not isinstance(there, dict):
+        return None
+    if here and (differs := difference(there, here)):
+        raise ModelError(
+            f"the model directory is not the one this run began with: {differs}; put its files back (a copy is in "
+            f"{workdir / 'base'}), or choose another --workdir"
+        )
+    return there
+
+
+def check_writable(workdir: Path) -> None:
+    """Raises CheckpointError where a run could not write into `workdir`, or another process has it; writes nothing."""
+    workdir = Path(os.path.abspath(workdir))
+    _check_name(workdir)
+    fix = f"--workdir {workdir} cannot be written"
+    with explained(CheckpointError, fix, "choose another"):
+        place = next(folder for folder in (workdir, *workdir.parents) if folder.exists())
+        if not place.is_dir():
+            raise CheckpointError(f"{fix}: {place} is a file; choose another")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise CheckpointError(f"{fix}: {place} is not writable; choose another place, or change its permissions")
+        lock = workdir / "lock"
+        if lock.is_file():
+            with lock.open(encoding="utf-8", errors="backslashreplace") as file:
+                if not _lock(file, owner := file.read().strip()):
+                    raise _in_use(workdir, owner)
+
+
+def _check_name(path: Path) -> None:
+    """Raises CheckpointError for a name that is not UTF-8: tokenizers (Rust) cannot open it; no step could be exported."""
+    try:
+        os.path.abspath(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"--workdir {path}: {describe(error)}; choose a name in UTF-8") from error
+
+
+def _lock(file, owner: str) -> bool:
+    """Whether the lock of an open file could be taken, for as long as it is open."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES) and not _alive(owner)
+
+
+def _in_use(workdir: Path, owner: str) -> CheckpointError:
+    return CheckpointError(
+        f"--workdir {workdir} is in use by {owner or 'another process'}; wait for it, stop it, "
+        f"or choose another --workdir (if it is surely gone: rm {workdir / 'lock'})"
+    )
 
 
 def _alive(owner: str) -> bool:

@@ -131,7 +131,8 @@ class Loop:
     def _evaluates(self, step: int) -> bool:
         """Whether held-out losses are due after `step` updates."""
         every = self.config.eval.every
-        return bool(every and self.eval_data) and (step % every == 0 or step == self.total_steps)
+        at_the_ends = step in (0, self.total_steps) and every != 0
+        return bool(self.eval_data) and (at_the_ends or bool(every) and step % every == 0)
 
     def _next(self, batches, step: int) -> StepData | None:
         """The data of the step after `step`. Raises DataError when the loader fails, whatever its error.

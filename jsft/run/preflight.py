@@ -1,4 +1,4 @@
-"""The plan before the run: refuses what cannot fit, and prints the expected time where the device is known."""
+"""Before the run: refuses what could not start, fit or be written, and says the expected time of known devices."""
 
 import shutil
 from collections.abc import Callable
@@ -12,10 +12,26 @@ from jsft.hardware.cards import SPREAD, UNMEASURED_SPREAD, device_of_kind
 from jsft.planning import fitting
 from jsft.planning.memory import estimate
 from jsft.planning.work import Lengths, attention_kernel, checkpoint_bytes, plan_work
+from jsft.run.directory import check_writable
 from jsft.run.manifest import SPACE_MARGIN, unsealed_bytes
+from jsft.run.sampling import check_generation
+from jsft.run.trackers import check_trackers
 
 TOLERANCE = 1.1  # the estimate is within a tenth of the compiled program
 Say = Callable[[str], None]
+
+
+def check_start(components, workdir: Path, fresh: bool, say: Say, ignore: bool = False) -> None:
+    """All that a start needs beyond components and memory, on process 0; writes nothing.
+
+    fresh: the run has no checkpoint; ignore: only warn of the disk. Raises ConfigError for a tracker or the
+    sampling of eval.generate, CheckpointError for the directory and its disk.
+    """
+    check_trackers(components.config)
+    check_generation(components.config)
+    check_writable(workdir)
+    if fresh:
+        check_disk(components, workdir, say, ignore)
 
 
 def check_memory(components, say: Say, ignore: bool = False) -> None:

@@ -25,11 +25,11 @@ from jsft.models.flops import matmul_parameters, step_flops
 from jsft.planning.remat import advise_out_of_memory, choose_remat
 from jsft.run import checkpoint
 from jsft.run.agreement import check_agreement, check_workdir
-from jsft.run.directory import RunDirectory
+from jsft.run.directory import RunDirectory, check_same_run
 from jsft.run.loop import Loop
 from jsft.run.manifest import check_base, list_steps, read_manifest
 from jsft.run.metrics import MetricsWriter, has_heldout
-from jsft.run.preflight import check_disk, check_memory
+from jsft.run.preflight import check_memory, check_start
 from jsft.run.profile import Profiler
 from jsft.run.provenance import code_version, first_batch_checksum
 from jsft.run.run_log import COMMAND, RunLog, show
@@ -84,11 +84,11 @@ def train(config: ConfigDict, options: RunOptions, link: PeerLink | None = None)
         fresh = not list_steps(workdir, full=True)
         with _device_errors():
             components = build(config, weights=fresh)
+            check_memory(components, show if primary else lambda line: None, options.ignore_plan)
         if link:
             check_agreement(link, components)
         if primary:
-            if fresh:
-                check_disk(components, workdir, print, options.ignore_plan)
+            check_start(components, workdir, fresh, show, options.ignore_plan)
             directory = RunDirectory(workdir)
             _enter(directory, components, options)
             process_exit.status = lambda state, reason: directory.status(state, directory.last_step, reason, final=True)
@@ -101,7 +101,6 @@ def train(config: ConfigDict, options: RunOptions, link: PeerLink | None = None)
         watchdog = Watchdog(workdir, jax.process_index(), 60 * config.train.hang_minutes, process_exit)
         try:
             with _device_errors(), explained(CheckpointError, f"the run in {workdir} had to end", RESUME_HINT):
-                check_memory(components, log.line, options.ignore_plan)
                 _train(components, options, Supervision(directory, log, stop, watchdog))
         except Exception as error:
             if directory:
@@ -283,14 +282,21 @@ def _say_what_changed(there: dict[str, Any], here: dict[str, Any], say: Say) -> 
         say(f"note: resuming with the same documents and objective, perhaps not bit for bit: {', '.join(changed)}")
 
 
-def dry_run(config: ConfigDict, name: str, ignore_plan: bool = False) -> int:
-    """Builds everything on shapes alone, compiles one abstract step, prints the summary, and trains nothing."""
+def dry_run(config: ConfigDict, options: RunOptions) -> int:
+    """Checks all that a start checks, builds everything on shapes alone, compiles one abstract step, prints the
+    summary, and writes nothing.
+    """
     xla.configure()
+    workdir = options.workdir
+    steps = list_steps(workdir, full=True)
     with _device_errors():
-        components = build(config)
-        check_memory(components, show, ignore_plan)
+        components = build(config, weights=not steps)
+        check_memory(components, show, options.ignore_plan)
+        check_start(components, workdir, not steps, show, options.ignore_plan)
+        digest = model_digest(components.model_dir)
+        check_same_run(workdir, components.config, options.allow_changed, components.data.fingerprint, digest)
         remat = choose_remat(components, show)
-        write_summary(components, name, None, remat, 0, show)
+        write_summary(components, options.name, workdir, remat, steps[-1] if steps else 0, show)
         compiled = compile_gradients(components, remat)
         memory = compiled.memory_analysis()
         show(
@@ -303,6 +309,7 @@ def dry_run(config: ConfigDict, name: str, ignore_plan: bool = False) -> int:
             f"({first.supervised_tokens:,} trained), {len(first.micro_batches)} micro batches, "
             f"padding {first.padding_share:.1%}"
         )
+    show("dry run:   the run would start; no run was made")
     return 0
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jsft.errors import ConfigError
-from jsft.evaluation.in_training import StepEvaluator, StepScores
+from jsft.evaluation.in_training import StepEvaluator, StepScores, check_sampling
 from jsft.run.manifest import list_steps
 from jsft.run.metrics import MetricsWriter
 
@@ -24,17 +24,27 @@ _POLL_SECONDS = 0.5
 def open_generation(config: ConfigDict, workdir: Path, writer: MetricsWriter, say: Callable[[str], None]):
     """The `Generation` that eval.generate asks for, or None. Raises ConfigError."""
     settings = config.eval.generate
-    if not settings.tasks:
+    tasks = check_generation(config)
+    if not tasks:
         return None
+    options = tuple(settings.options.split()) if settings.options else ()
+    evaluator = StepEvaluator(workdir, tasks, url=settings.url, options=options)
+    return Generation(evaluator, workdir, settings.every, writer, say)
+
+
+def check_generation(config: ConfigDict) -> list[str]:
+    """The benchmarks that eval.generate asks for. Raises ConfigError for what could not be sampled."""
+    settings = config.eval.generate
+    tasks = [name.strip() for name in (settings.tasks or "").split(",") if name.strip()]
+    if not tasks:
+        return []
     if not settings.every or settings.every % config.checkpoint.every:
         raise ConfigError(
             f"eval.generate.every={settings.every} must be a multiple of checkpoint.every={config.checkpoint.every}: "
             f"only saved steps are sampled"
         )
-    tasks = [name.strip() for name in settings.tasks.split(",") if name.strip()]
-    options = tuple(settings.options.split()) if settings.options else ()
-    evaluator = StepEvaluator(workdir, tasks, url=settings.url, options=options)
-    return Generation(evaluator, workdir, settings.every, writer, say)
+    check_sampling(tasks, settings.url)
+    return tasks
 
 
 class Generation:

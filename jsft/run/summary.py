@@ -40,6 +40,8 @@ def write_summary(components, name: str, workdir: Path | None, remat: str, step:
     for note in components.notes:
         line("", note)
     line("mesh", meshes.describe(components.mesh))
+    steps = optimizer.warmup_steps
+    warmup = f"{optimizer.warmup_ratio:g}" if steps is None else f"{steps} updates"
     backward = "deterministic" if config.train.deterministic else config.attention.backward
     say(describe_attention(config.attention.implementation, backward, typical_length(components.data)))
     line("norms", describe_norms(config.norm.implementation))
@@ -52,10 +54,12 @@ def write_summary(components, name: str, workdir: Path | None, remat: str, step:
     line(
         "objective",
         f"{describe(config.objective)} (fidelity {config.fidelity}); {optimizer.schedule} schedule to "
-        f"{optimizer.learning_rate:g}, warm-up {optimizer.warmup_ratio:g}, clip {optimizer.clip_norm:g}",
+        f"{optimizer.learning_rate:g}, warm-up {warmup}, clip {optimizer.clip_norm:g}",
     )
     for i, text in enumerate(components.data.report_lines()):
         line("" if i else "data", text)
+    for i, text in enumerate(components.chosen):
+        line("" if i else "chosen", text)
     if expected := expectation(components, remat):
         line("plan", expected)
     total, per_epoch = components.data.total_steps, components.data.steps_per_epoch

@@ -60,15 +60,25 @@ def open_trackers(config, name: str, workdir: Path, say: Say) -> tuple[Log, Call
     return log, end
 
 
-def _open(kind: str, config, name: str, workdir: Path, say: Say) -> tuple[Log, Callable[[], None]]:
-    """One tracker. A restarted run has the same identity."""
-    project, tracker = config.log[kind], _TRACKERS[kind]
+def check_trackers(config) -> None:
+    """Raises ConfigError where the config names a tracker that is not installed."""
+    for kind in _TRACKERS:
+        if config.log[kind]:
+            _package(kind)
+
+
+def _package(kind: str):
     try:
-        package = importlib.import_module(kind)
+        return importlib.import_module(kind)
     except ImportError as error:
         raise ConfigError(
             f"log.{kind} is set, but {kind} is not installed: pip install 'jsft[{kind}]', or leave it unset"
         ) from error
+
+
+def _open(kind: str, config, name: str, workdir: Path, say: Say) -> tuple[Log, Callable[[], None]]:
+    """One tracker. A restarted run has the same identity."""
+    project, tracker, package = config.log[kind], _TRACKERS[kind], _package(kind)
     identity = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
     try:
         settings = tracker.init(name, identity, workdir)

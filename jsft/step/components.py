@@ -30,6 +30,7 @@ class Components(NamedTuple):
     rows: int  # packed rows of a micro batch, over all devices
     held_out: dict[str, list[Batch]] = {}  # data.eval by name, where eval.every asks for it
     notes: tuple[str, ...] = ()  # remarks about the model directory, for the log
+    chosen: tuple[str, ...] = ()  # the fields that the config left unset, a line each
 
 
 def programs(components: Components, remat) -> StepPrograms:

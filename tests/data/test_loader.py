@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jsft.data import schedule
 from jsft.data.batch import document_mean_weights
-from jsft.data.loader import eval_specs, open_eval_data, open_training_data
+from jsft.data.loader import eval_specs, open_eval_data, open_training_data, whole_lengths
 from jsft.data.steps import Recipe, StepSource
 from jsft.errors import ConfigError, DataError
 from tests.data.helpers import rows_of, write_rows
@@ -321,6 +321,21 @@ def test_each_start_says_the_same_of_held_out_rows(make_config, tmp_path, capsys
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("held out:  held: ")]
         assert any("warning: 1 rows whose response thinks" in line and "held.jsonl row 4;" in line for line in lines)
         assert any("1 bad rows left out; the first: " in line and "row 9" in line for line in lines)
+
+
+def test_two_ends_of_a_response_are_said_and_one_is_not(make_config, tmp_path):
+    """The published runs end with <|endoftext|>: unusual for conversations, whose turns the template ends."""
+    talk = [{"role": role, "content": "hi"} for role in ("user", "assistant") * 2]
+    path = write_rows(tmp_path / "talk.jsonl", [{"messages": talk}] * 8)
+    fields = {"data.messages_key": "messages", "train.global_batch": 4}
+    said = open_it(make_config(path, **fields, data__eos_token="<|endoftext|>")).report_lines()
+    (line,) = [line for line in said if line.startswith("warning")]
+    assert "ends with <|endoftext|>, the earlier ones with the chat template's <|im_end|>" in line
+    for usual in (make_config(path, **fields, data__eos_token="chat"), make_config(path, **fields)):
+        assert not any("warning" in line for line in open_it(usual).report_lines())
+    single = make_config(rows_of(LENGTHS), data__eos_token="<|endoftext|>")
+    assert not any("warning" in line for line in open_it(single).report_lines())
+    assert list(whole_lengths(make_config(rows_of([300, 20]), data__eos_token="chat"), single.model.path)) > [300, 20]
 
 
 def test_preview_marks_what_is_trained(make_config):
