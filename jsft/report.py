@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_report(runs: list[Run], out: Path, title: str | None = None) -> str:
-    """Writes the report of `runs` into `out`, replacing an older one; returns its main tables as Markdown.
+    """Writes the report of `runs` into `out`, replacing an older one; returns its main tables as text for a terminal.
 
     Raises CheckpointError when `out` cannot be written.
     """
@@ -82,7 +82,8 @@ def write_report(runs: list[Run], out: Path, title: str | None = None) -> str:
         _write(out / "report.csv", _encoded(tables.csv_text(runs)))
         _write(out / "report.md", _encoded(markdown))
         _write(out / "report.html", _encoded(page(title, sections, notes)))
-    return "\n".join(t.text() for t in shown or details)
+    printed = _there(summary, claims, *(paper[:1] if paper[0] else paper), training)  # the grid, or each run
+    return "\n".join(t.text() for t in printed or details)
 
 
 def _there(*tables) -> list:

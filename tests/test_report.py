@@ -89,7 +89,7 @@ def test_dip_and_recovery(run):
 def test_tables_name_the_papers_numbers(run):
     found = read_run(run)
     rows = {(row[0], row[1]): row[2:6] for row in beside.last_table(found).rows}
-    assert rows["MATH500", "0 (base)"] == ["70.0 [67.0, 73.0]", "70.8", "-0.8", "within our interval"]
+    assert rows["MATH500", "0"] == ["70.0 [67.0, 73.0]", "70.8", "-0.8", "inside"]
     assert rows["GPQA-Diamond", "640"] == ["28.0 [25.0, 31.0]", "37.9", "-9.9", "higher"]
     assert rows["AIME 2024", "640"] == ["–", "30.7", "–", "–"]
     course = {row[0]: row[1:3] for row in beside.course_table(found).rows}
@@ -256,10 +256,12 @@ def test_names_are_names_in_every_form_of_a_report(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "_png", lambda figure: b"")  # its SVG has been drawn
     curves = {task: {0: 0.5, 10: 0.4} for task in ("math500", "gpqa_diamond", "hexphi")}
     runs = read_runs([write_run(tmp_path / str(i), name, curves) for i, name in enumerate(NAMES)])
-    markdown = report.write_report(runs, tmp_path / "out")
+    printed = report.write_report(runs, tmp_path / "out")
+    markdown = (tmp_path / "out" / "report.md").read_text()
     rows = list(csv.reader((tmp_path / "out" / "report.csv").open(newline="")))
     assert {row[0] for row in rows[1:]} == {"'" + NAMES[0], *NAMES[1:4], NAMES[4].replace("\udcff", "\\udcff")}
     assert "\\<script\\>alert(1)\\</script\\> [a]\\(javascript:b) \\`c\\` \\| \\*d\\*" in markdown
+    assert printed.replace("\n", "").isprintable() and NAMES[3][:20] in printed
     assert "<script>" not in markdown and "\\$\\\\frac{" in markdown and "\\_hidden" in markdown
     assert "<script>" not in (tmp_path / "out" / "report.html").read_text()
     legend = {text.get_text() for text in all_figures(runs)["training"][1].legends[0].get_texts()}

@@ -24,13 +24,17 @@ def last_table(run: Run) -> Table | None:
             if score is None and point is None:
                 continue
             title = TASKS[task].title + ("" if metric == TASKS[task].primary else f", {metric}")
-            rows.append([title, step_name(step), *_pair(task, curve, point, score), _size(run.curves.get(task), step)])
+            rows.append([title, str(step), *_pair(task, curve, point, score), _size(run.curves.get(task), step)])
             if score is not None and score.doubt:
                 doubts.append((title, step, score.doubt))
     if not any(row[2] != "–" for row in rows):
         return None
-    header = ["benchmark", "step", "ours", "paper", "difference", "the paper's is", "ours: problems x samples"]
-    return Table(f"{run.name}: beside the paper", header, rows, _note(run, doubts))
+    header = ["benchmark", "step", "ours", "paper", "diff", "paper's", "samples"]
+    note = (
+        "paper's: where the paper's score lies, inside our interval, higher or lower. samples: ours, problems x samples; "
+        "!: with --limit, not the whole benchmark. "
+    )
+    return Table(f"{run.name}: beside the paper", header, rows, note + _note(run, doubts))
 
 
 def course_table(run: Run) -> Table | None:
@@ -142,7 +146,7 @@ def _pair(task: str, curve: Curve | None, point: Point | None, score: Score | No
         return [ours, theirs, "–", "–"]
     place = "–"
     if point.low is not None:
-        place = "higher" if score.value > point.high else "lower" if score.value < point.low else "within our interval"
+        place = "higher" if score.value > point.high else "lower" if score.value < point.low else "inside"
     digits = 1 if curve.share else 2
     return [ours, theirs, f"{point.score - score.value:+.{digits}f}", place]
 
@@ -156,7 +160,7 @@ def _size(curve: Curve | None, step: int) -> str:
     if point is None:
         return "–"
     limit = (point.results.get("settings") or {}).get("limit")
-    return f"{point.results['problems']} x {point.results['samples_per_problem']}{' (--limit)' if limit else ''}"
+    return f"{point.results['problems']} x {point.results['samples_per_problem']}{'!' if limit else ''}"
 
 
 def _note(run: Run, doubts: list[tuple[str, int, str]]) -> str:

@@ -19,6 +19,11 @@ def plain(text: str) -> str:
     return _MARKUP.sub(lambda found: "\\" + found[0], " ".join(text.split()))
 
 
+def _printable(text: str) -> str:
+    """Text that a terminal shows and does not obey."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+
+
 def cell(text: str) -> str:
     """Text as a cell of a CSV file that a spreadsheet shows and does not compute."""
     return f"'{text}" if text.startswith(_FORMULA) else text
@@ -35,16 +40,21 @@ class Table:
     prose: bool = False  # cells are sentences
 
     def text(self, width: int = 79) -> str:
-        """For a terminal: a table of sentences as paragraphs, any other as Markdown."""
-        if not self.prose:
-            return self.markdown()
-        lines = [f"### {self.title}", ""]
-        for name, *cells in self.rows:
-            lines += textwrap.wrap(name, width)
-            for head, value in zip(self.header[1:], cells, strict=True):
-                indent = {"initial_indent": "    ", "subsequent_indent": "        "}
-                lines += textwrap.wrap(f"{head}: {value}", width, **indent)
-        return "\n".join([*lines, "", *textwrap.wrap(self.note, width), ""])
+        """For a terminal: aligned columns where they fit, else each row as a paragraph."""
+        cells = [[_printable(value) for value in row] for row in (self.header, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [_printable(self.title), ""]
+        if not self.prose and sum(widths) + 2 * (len(widths) - 1) <= width:
+            for first, *others in cells:
+                numbers = (value.rjust(size) for value, size in zip(others, widths[1:], strict=True))
+                lines.append("  ".join([first.ljust(widths[0]), *numbers]))
+        else:
+            for name, *values in cells[1:]:
+                pairs = [f"{head}: {value}" for head, value in zip(cells[0][1:], values, strict=True) if value != "–"]
+                lines += textwrap.wrap(name, width)
+                for pair in pairs if self.prose else ["; ".join(pairs)]:
+                    lines += textwrap.wrap(pair, width, initial_indent="    ", subsequent_indent="        ")
+        return "\n".join([*lines, "", *textwrap.wrap(_printable(self.note), width), ""])
 
     def markdown(self) -> str:
         lines = [f"### {plain(self.title)}", ""]
