@@ -7,7 +7,6 @@ run during training.
 import argparse
 import json
 import os
-import string
 import subprocess
 import time
 from collections.abc import Sequence
@@ -37,17 +36,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0. Raises ConfigError, ModelError or CheckpointError."""
     arguments = _parse(argv)
     _prefer_cpu()
+    from jsft.hf.push import check_push, push
     from jsft.run.manifest import list_steps, reading
 
     workdir = _workdir(arguments.workdir)
     run = _read_run(workdir)
     steps = _steps(arguments.step, list_steps(workdir), workdir)
+    if arguments.push:
+        if len(steps) > 1:
+            raise ConfigError(f"--push uploads one step, --step {arguments.step} means {len(steps)}; name one")
+        check_push(arguments.push, public=arguments.public)
+    elif arguments.public:
+        raise ConfigError("--public is for --push ORG/NAME")
     for step in steps:
         out = Path(arguments.out) if arguments.out else workdir / "hf"
         if not arguments.out or len(steps) > 1:
             out = out / f"step_{step}"
         with reading(workdir, step):  # a running training does not remove it meanwhile
-            _export(workdir, run, step, out, arguments.dtype, arguments.check)
+            _export(workdir, run, step, out, arguments)
+        if arguments.push:
+            message = f"{run.get('name', 'unnamed')}, step {step} (jsft)"
+            address = push(out, arguments.push, public=arguments.public, message=message)
+            print(f"uploaded, {'public' if arguments.public else 'private'}: {address}")
     return 0
 
 
@@ -63,6 +73,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="compare every tensor with the checkpoint, and log-probabilities with vLLM's where a serving environment "
         "is",
     )
+    parser.add_argument(
+        "--push", metavar="ORG/NAME", help="then upload the directory to the hub (token: HF_TOKEN or hf auth login)"
+    )
+    parser.add_argument("--public", action="store_true", help="with --push: everybody sees it (default: private)")
     return parser.parse_args(argv)
 
 
@@ -117,7 +131,8 @@ def _steps(text: str, available: list[int], workdir: Path) -> list[int]:
     return steps
 
 
-def _export(workdir: Path, run: dict[str, Any], step: int, out: Path, dtype: str, check: bool) -> None:
+def _export(workdir: Path, run: dict[str, Any], step: int, out: Path, options: argparse.Namespace) -> None:
+    """One step. options: the command line."""
     from jsft.data.chat import eos_id, load_tokenizer
     from jsft.hardware.mesh import make_mesh
     from jsft.hf.base_files import read_template, trained_template
@@ -139,17 +154,17 @@ def _export(workdir: Path, run: dict[str, Any], step: int, out: Path, dtype: str
     stop = eos_id(load_tokenizer(base), config.get("data.eos_token"))
     template = read_template(base)
     if template is not None:
-        options = config.get("data.strip_default_system", False), config.get("data.enable_thinking")
-        template = trained_template(template, *options)
+        as_trained = config.get("data.strip_default_system", False), config.get("data.enable_thinking")
+        template = trained_template(template, *as_trained)
     trained_by = manifest.get("code", jsft.__version__)
     facts = {"run": run.get("name"), "step": step, "base_model": config.get("model.path"), "code": trained_by}
-    card = _model_card(run, trained_by, step, dtype, stop)
+    card = _model_card(workdir, run, step, options.dtype, stop, trained_by, options.push)
     write_model(
         checkpoint,
         model,
         base,
         out,
-        dtype,
+        options.dtype,
         eos_token_id=stop,
         chat_template=template,
         model_card=card,
@@ -158,8 +173,8 @@ def _export(workdir: Path, run: dict[str, Any], step: int, out: Path, dtype: str
     )
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     print(f"step {step}: {size / 1e9:.2f} GB in {time.monotonic() - started:.0f} s: {out}")
-    if check:
-        _check(checkpoint, out, dtype, mesh)
+    if options.check:
+        _check(checkpoint, out, options.dtype, mesh)
 
 
 class _CheckpointParameters:
@@ -238,34 +253,49 @@ def _check(checkpoint, out: Path, dtype: str, mesh) -> None:
         raise ModelError(f"{out}: jsft and vLLM differ by {difference:.3g} nats in float32 (allowed: {_TOLERANCE})")
 
 
-def _model_card(run: dict[str, Any], trained_by: str, step: int, dtype: str, eos: int) -> str:
-    file = PACKAGE / "hf" / "model_card.md"
-    template = string.Template(file.read_text(encoding="utf-8"))
-    config, name = run["config"], run.get("name", "unnamed")
-    base = str(config.get("model.path"))
-    is_hub_id = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
-    fields = {
-        "base_model": base if is_hub_id else Path(base).name,
-        "base_model_line": f"base_model: {base}\n" if is_hub_id else "",
-        "title": f"{name}, step {step}",
-        "run": name,
-        "step": step,
-        "data": config.get("data.train"),
-        "learning_rate": config.get("optimizer.learning_rate"),
-        "schedule": config.get("optimizer.schedule"),
-        "global_batch": config.get("train.global_batch"),
-        "epochs": config.get("train.epochs"),
-        "max_length": config.get("data.max_length"),
-        "objective": config.get("objective.name"),
-        "fidelity": config.get("fidelity"),
-        "params": config.get("precision.params"),
-        "compute": config.get("precision.compute"),
-        "dtype": dtype,
-        "eos": f"{eos} `{token}`".replace("|", "\\|") if (token := config.get("data.eos_token")) else eos,
-        "trained_by": trained_by,
-        "commit": _commit(),
-    }
-    return template.substitute(fields)
+def _model_card(
+    workdir: Path, run: dict[str, Any], step: int, dtype: str, eos: int, trained_by: str, repository: str | None
+) -> str:
+    from jsft.hf.model_card import Facts, find_license, model_card
+    from jsft.models.families import read_config
+
+    config, base = run["config"], workdir / "base"
+    source = Path(str(config.get("model.path"))).expanduser()
+    token = config.get("data.eos_token")
+    return model_card(
+        Facts(
+            run.get("name", "unnamed"),
+            step,
+            config,
+            read_config(base).family,
+            find_license(base, source if source.is_dir() else None),
+            f"{eos} `{token}`" if token else str(eos),
+            dtype,
+            f"trained by jsft {trained_by}, exported by commit {_commit()}",
+            _scores(workdir, step),
+            repository,
+        )
+    )
+
+
+def _scores(workdir: Path, step: int) -> list[Any]:
+    """The step's finished evaluations beside the base model's."""
+    from jsft.errors import DataError
+    from jsft.hf.model_card import Score
+    from jsft.reporting.collect import read_run
+    from jsft.reporting.tables import with_interval
+
+    try:
+        curves = read_run(workdir).curves.values()
+    except DataError:  # nothing is evaluated, or a file is damaged: `jsft report` says which
+        return []
+    found = []
+    for curve in curves:
+        for point in curve.points:
+            if point.step == step:
+                base = with_interval(curve.base, curve) if curve.base else "–"
+                found.append(Score(curve.title, curve.metric, with_interval(point, curve), base))
+    return found
 
 
 def _commit() -> str:

@@ -169,7 +169,7 @@ def module(command: Command, name: str, arguments: list[str]) -> None:
     mains = {"jsft.prepare": prepare.main, "jsft.export": export.main, "jsft.report": report.main}
     if not arguments and name != "jsft.report":  # only named
         assert help_of(name)
-    elif name == "jsft.evaluate":
+    elif name == "jsft.evaluate" or "--push" in arguments:
         check_options(arguments, help_of(name))
     elif name in ("jsft.plan", "jsft.train") and "--help" in arguments:
         assert "data.train" in help_of(name)

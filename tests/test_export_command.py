@@ -72,9 +72,27 @@ def test_a_step_of_the_latest_run(runs, monkeypatch, capsys, no_serving):
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [256, 258]
     assert json.loads((out / "jsft_export.json").read_text())["step"] == 5
     card = (out / "README.md").read_text()
-    for part in ("tiny-test, step 5", "some.parquet", "trained by jsft 0.1.0+12345678", "## Licence", "| 258 `<"):
+    for part in ("# tiny-test, step 5", "some.parquet", "trained by jsft 0.1.0+12345678", "## Licence", "| 258 `<"):
         assert part in card
-    assert "$" not in card and card.startswith("---\nlibrary_name") and "\n\ntags" not in card
+    assert card.startswith("---\nlibrary_name")
+
+
+def test_a_push_is_checked_before_and_done_after_the_export(runs, tmp_path, monkeypatch, capsys, no_serving):
+    asked = []
+    monkeypatch.setattr("jsft.hf.push.check_push", lambda name, **options: asked.append(("check", name, options)))
+    monkeypatch.setattr(
+        "jsft.hf.push.push", lambda folder, name, **options: asked.append((folder, name)) or "https://x"
+    )
+    workdir, out = str(runs[0] / "runs" / "tiny"), tmp_path / "out"
+    argv = ["--workdir", workdir, "--out", str(out)]
+    assert export.main([*argv, "--step", "3", "--push", "me/model"]) == 0
+    assert asked == [("check", "me/model", {"public": False}), (out, "me/model")]
+    assert "uploaded, private: https://x" in capsys.readouterr().out
+    assert 'LLM("me/model")' in (out / "README.md").read_text()
+    with pytest.raises(ConfigError, match="--push uploads one step, --step all means 2"):
+        export.main([*argv, "--step", "all", "--push", "me/model"])
+    with pytest.raises(ConfigError, match="--public is for --push"):
+        export.main([*argv, "--step", "3", "--public"])
 
 
 def test_several_steps_float32_and_another_place(runs, tmp_path, capsys, no_serving):

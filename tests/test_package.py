@@ -22,7 +22,7 @@ def test_every_folder_of_the_package_is_installed():
     assert sorted(names | {"jsft.configs"}) == PROJECT["tool"]["setuptools"]["packages"]
     assert PROJECT["tool"]["setuptools"]["package-dir"] == {"jsft.configs": "configs"}
     kinds = {path.suffix for path in (ROOT / "jsft").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
-    assert kinds == {".py", ".csv", ".md", ".txt"}, "a new kind of file needs an entry in package-data"
+    assert kinds == {".py", ".csv", ".txt"}, "a new kind of file needs an entry in package-data"
 
 
 def run(capsys, *arguments):
