@@ -1,5 +1,6 @@
 """What a response does, told from its text: the patterns in English and Chinese, loops, mixed languages, parts."""
 
+import json
 import re
 
 import pytest
@@ -131,6 +132,17 @@ def test_a_plain_solution_shows_nothing():
     text = "The sum of 3 and 4 is 7, so the area is $7 \\cdot 2 = 14$.\n\nThe answer is \\boxed{14}."
     assert behaviours.counts(text) == {"backtracking": 0, "verification": 0, "subgoals": 0}
     assert behaviours.reflective_turns(text) == (0, 2)
+
+
+def test_worked_solutions_of_a_real_set_neither_go_back_nor_loop(shared_data):
+    """GSM8K's solutions go straight to the answer; some name their steps ('First find the total')."""
+    lines = (shared_data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines[::10]]
+    found = [behaviours.counts(row["answer"]) for row in rows]
+    shares = {name: sum(one[name] > 0 for one in found) / len(found) for name in behaviours.PATTERNS}
+    assert shares["backtracking"] == 0 and shares["verification"] < 0.005 and 0.03 < shares["subgoals"] < 0.12
+    assert not any(behaviours.loops(row["answer"]) for row in rows)
+    assert not any(behaviours.mixed_scripts(row["question"], row["answer"]) for row in rows)
 
 
 def test_turns_are_paragraphs_and_count_once():
