@@ -200,6 +200,16 @@ def test_training_alone_and_evaluation_alone(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "report.html").read_text() == first  # the same results give the same page
 
 
+def test_scores_of_problems_are_read_where_they_fit(run):
+    folder = run / "eval" / "step_20" / "math500"
+    results = json.loads((folder / "results.json").read_text()) | {"settings": {"rows": "abc", "limit": None}}
+    (folder / "results.json").write_text(json.dumps(results))
+    for scores, fit in (([1.0] * 62 + [0.0] * 38, True), ([1.0] * 100, False), ([0.62], False), ({}, False)):
+        (folder / "per_problem.json").write_text(json.dumps(scores))
+        point = read_run(run).curves["math500"].points[2]
+        assert (point.problems is not None) is fit and point.asked == ("abc", None, None)
+
+
 @pytest.mark.parametrize("make, message", [(False, "is no directory"), (True, "holds nothing to report")])
 def test_nothing_to_report(tmp_path, make, message):
     path = tmp_path / "empty"

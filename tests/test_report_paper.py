@@ -8,6 +8,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jsft import report
@@ -200,6 +201,22 @@ def test_safety_falls_only_where_reasoning_gains():
     assert verdict(topic, run(60, 40)) == HOLDS
     assert verdict(topic, run(60, 10)) == verdict(topic, run(40, 40)) == FAILS
     assert verdict(topic, run(60, 21)) == verdict(topic, run(51, 40)) == UNKNOWN
+
+
+def test_the_same_problems_are_compared_one_by_one():
+    """Of 100 problems the run solves 60, ten more than its base model, which it loses none of."""
+    base, run = (np.repeat([1.0, 0.0], [solved, 100 - solved]) for solved in (50, 60))
+    topic = "data quality: verified long thinking"
+
+    def judged(asked):
+        scores = {0: Score(50, 5.0, base, ("a",)), 640: Score(60, 4.9, run, asked)}
+        return verdict(topic, Evidence("x", "qwen3_4b", COT, {"mmlu_pro": scores}))
+
+    assert judged(("a",)) == HOLDS and judged(("b",)) == UNKNOWN  # other problems
+    d = claims.difference({"mmlu_pro": Score(60, 4.9, run)}, {"mmlu_pro": Score(50, 5.0, base)}, ["mmlu_pro"])
+    assert d.error == pytest.approx(100 * np.sqrt(0.1 * 0.9 / 99))
+    same = Score(50, 5.0, base)
+    assert claims.difference({"mmlu_pro": same}, {"mmlu_pro": same}, ["mmlu_pro"]).error == pytest.approx(50**0.5)
 
 
 def test_no_interval_gives_no_verdict_and_runs_that_disagree_give_none():

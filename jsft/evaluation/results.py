@@ -62,6 +62,17 @@ def summarise(
     return result
 
 
+def per_problem(
+    task: Task, problems: list[Problem], samples: dict[tuple[str, int], dict[str, Any]], k: int
+) -> list[float] | None:
+    """The primary metric of each problem, mean over its samples, in the order of `problems`: what two evaluations of
+    the same problems are compared by. None where a score is a sum with a count."""
+    rows = [[samples[p.id, j]["scores"][task.primary] for j in range(k)] for p in problems]
+    if any(isinstance(score, (tuple, list)) for row in rows for score in row):
+        return None
+    return [round(sum(row) / k, 6) for row in rows]
+
+
 def _response(rows: list[list[dict[str, Any]]]) -> dict[str, Any]:
     """Lengths in generated tokens, shares of responses that are cut, unclosed or empty, and counts of how prompts ended
     (a server may not tell)."""

@@ -14,7 +14,7 @@ from jsft.errors import ConfigError, DataError, JsftError, describe, explained
 from jsft.evaluation import data, thinking
 from jsft.evaluation.grading import GradingPool
 from jsft.evaluation.progress import SampleProgress
-from jsft.evaluation.results import summarise
+from jsft.evaluation.results import per_problem, summarise
 from jsft.evaluation.sampling import Completion, Request, sample_seed
 from jsft.evaluation.shapes import BrokenAnswer, ServerError
 from jsft.evaluation.store import TaskFolder
@@ -224,7 +224,7 @@ class _TaskRun:
             **summarise(self.task, self.problems, samples, self.samples),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        self.folder.finish(keys, results)
+        self.folder.finish(keys, results, per_problem(self.task, self.problems, samples, self.samples))
         return self.folder.results
 
     def _judged(self, keys: list[tuple[str, int]], gold: dict[str, Any]) -> list[Grade]:

@@ -1,4 +1,4 @@
-"""A task's folder: `samples.jsonl`, written line by line as samples come, and `results.json`.
+"""A task's folder: `samples.jsonl`, written line by line as samples come, `results.json` and `per_problem.json`.
 
 While a task runs, `samples.jsonl` is a log: a line per finished sample, later a line per judge's verdict.
 When the task is done, the file is rewritten, sorted and with the grades, and `results.json` says `"state": "done"`.
@@ -82,13 +82,18 @@ class TaskFolder:
             self._stream.write(files.json_line(entry))
             self._stream.flush()
 
-    def finish(self, order: list[tuple[str, int]], results: dict[str, Any]) -> None:
-        """Writes the samples in `order` and the final results."""
+    def finish(
+        self, order: list[tuple[str, int]], results: dict[str, Any], per_problem: list[float] | None = None
+    ) -> None:
+        """Writes the samples in `order`, the scores of the problems, and the final results."""
         with self._explained("samples.jsonl"):
             self._stream.close()
             files.write_bytes(
                 self.path / "samples.jsonl", b"".join(files.json_line(self.samples[key]) for key in order)
             )
+        if per_problem is not None:
+            with self._explained("per_problem.json"):
+                files.write_text(self.path / "per_problem.json", json.dumps(per_problem) + "\n")
         self.write_results({"state": "done", **results})
 
     def fail(self, reason: str) -> None:

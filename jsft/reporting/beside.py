@@ -87,9 +87,9 @@ def claims_table(runs: list[Run]) -> Table | None:
         published = theirs.verdict if claim.look(paper) else "no scores published"
         rows.append([f"{claim.topic}: {claim.statement}", found.verdict, found.text, published])
     note = (
-        "Differences in points, ± 95 %. A verdict needs an interval that leaves out 0; the two scores of a difference "
-        "are taken as independent, so that 'cannot be said' comes too often rather than too rarely. Intervals cover "
-        "problems, not seeds of training. Last column: the paper's own scores under this rule, with binomial errors."
+        "Differences in points, ± 95 %. A verdict needs an interval that leaves out 0. Two evaluations of the same "
+        "problems are compared problem by problem; without per_problem.json (earlier versions, the paper) two scores are "
+        "taken as independent, and 'cannot be said' comes too often rather than too rarely. Intervals cover problems, not seeds of training. Last column: the paper's own scores under this rule, with binomial errors."
     )
     return Table(
         "The paper's claims",
@@ -105,7 +105,7 @@ def evidence_of(run: Run) -> Evidence | None:
     if run.published is None or not any(curve.trained for curve in run.curves.values()):
         return None
     scores = {
-        task: {p.step: claims.Score(p.score, _error(p)) for p in curve.points}
+        task: {p.step: claims.Score(p.score, _error(p), p.problems, p.asked) for p in curve.points}
         for task, curve in run.curves.items()
         if curve.share
     }

@@ -1,14 +1,17 @@
 """The paper's claims against scores: which hold, which do not, and what cannot be said.
 
-A difference counts when its 95 % interval leaves out 0. Scores are taken as independent: two scores of one benchmark
-share its problems, so that real intervals are narrower, and a verdict here errs towards 'cannot be said'. Intervals
-cover the problems, not the seed of training: a verdict is about these runs.
+A difference counts when its 95 % interval leaves out 0. Two evaluations of the same problems are compared problem by
+problem. Where the scores of problems are not known, two scores are taken as independent: real intervals are narrower,
+and a verdict errs towards 'cannot be said'. Intervals cover the problems, not the seed of training: a verdict is about
+these runs.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from statistics import NormalDist
 from typing import NamedTuple
+
+import numpy as np
 
 from jsft.evaluation.tasks import TASKS
 from jsft.reporting.published import BASES, PROBLEMS, Published
@@ -22,10 +25,13 @@ EARLY = 40  # a dip is looked for where an update up to this one was measured
 
 
 class Score(NamedTuple):
-    """Percent, and its standard error; None where there is no interval."""
+    """Percent, and its standard error; None where there is no interval. problems: [P], the share of each problem, where
+    it is known; asked: what the problems were."""
 
     value: float
     error: float | None
+    problems: np.ndarray | None = None
+    asked: tuple = ()
 
 
 class Evidence(NamedTuple):
@@ -113,9 +119,20 @@ def difference(first: dict[str, Score], second: dict[str, Score], tasks: Iterabl
     if not common:
         return None
     value = sum(first[task].value - second[task].value for task in common) / len(common)
-    errors = [score.error for task in common for score in (first[task], second[task])]
+    errors = [_error(first[task], second[task]) for task in common]
     error = None if None in errors else math.hypot(*errors) / len(common)
     return Difference(value, error, common)
+
+
+def _error(first: Score, second: Score) -> float | None:
+    """Standard error of first - second: of the differences of problems where both have the same, else of two
+    independent scores."""
+    if first.problems is not None and second.problems is not None and first.asked == second.asked:
+        if len(first.problems) == len(second.problems):
+            paired = 100 * np.std(first.problems - second.problems, ddof=1) / math.sqrt(len(first.problems))
+            if paired > 0:  # else all problems differ alike, which a few problems may do by chance
+                return float(paired)
+    return None if first.error is None or second.error is None else math.hypot(first.error, second.error)
 
 
 def gain(run: Evidence, tasks: tuple[str, ...]) -> Difference | None:

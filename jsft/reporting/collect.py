@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jsft.errors import DataError, describe, explained
 from jsft.evaluation.behaviours import VERSION, of_folder
 from jsft.evaluation.tasks import TASKS
@@ -25,6 +27,13 @@ class Point:
     no_think_end: float  # share of responses without </think>
     results: dict[str, Any]
     behaviours: dict[str, Any] = dataclasses.field(default_factory=dict)  # of evaluation.behaviours; {}: not measured
+    problems: np.ndarray | None = None  # float32, the score of each problem, unscaled; None: not written
+
+    @property
+    def asked(self) -> tuple:
+        """What was asked: points with the same can be compared problem by problem."""
+        settings = self.results.get("settings") or {}
+        return tuple(settings.get(name) for name in ("rows", "limit", "task_version"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +144,7 @@ def _read_evaluations(folder: Path) -> tuple[dict[str, Curve], list[str]]:
             skipped.append(f"{file.parent}: {results.get('reason') or results.get('state')}")
             continue
         try:
-            task, point = str(results["task"]), _point(int(match[1]), _measured(results, file.parent))
+            task, point = str(results["task"]), _point(int(match[1]), _measured(results, file.parent), file.parent)
             for name in ("title", "group", "primary", "share", "lower_is_better", "metrics"):
                 results[name]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -161,7 +170,7 @@ def _read_evaluations(folder: Path) -> tuple[dict[str, Curve], list[str]]:
     return curves, skipped
 
 
-def _point(step: int, results: dict[str, Any]) -> Point:
+def _point(step: int, results: dict[str, Any], folder: Path) -> Point:
     scale = 100.0 if results["share"] else 1.0
     low, high = results["score"]["ci95"] or (None, None)
     response = results["response"]
@@ -175,7 +184,18 @@ def _point(step: int, results: dict[str, Any]) -> Point:
         response["share_without_think_end"],
         results,
         results.get("behaviours") or {},
+        _problems(folder, results),
     )
+
+
+def _problems(folder: Path, results: dict[str, Any]) -> np.ndarray | None:
+    """per_problem.json, where it fits the results; an evaluation of an earlier version has none."""
+    try:
+        scores = np.asarray(json.loads((folder / "per_problem.json").read_bytes()), np.float32)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    fits = scores.shape == (results["problems"],) and abs(scores.mean() - results["score"]["mean"]) < 1e-3
+    return scores if fits and len(scores) > 1 else None
 
 
 def _measured(results: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def test_mathematics_and_countdown(fake_openai, rows, tmp_path, monkeypatch, cap
     assert math["metrics"]["strict"]["avg"]["mean"] == 0.5  # the unclosed thinking has no strict answer
     assert math["metrics"]["reference"]["pass@3"]["mean"] == 1.0
     assert math["by_level"]["1"]["mean"] == 1.0
+    assert json.loads((tmp_path / "math500" / "per_problem.json").read_text()) == [1.0] * math["problems"]
     assert math["response"]["share_without_think_end"] == 0.5 == math["response"]["share_unclosed_think"]
     assert math["engine"]["model"] == "fake-model" and math["settings"]["sampling"]["top_p"] == 0.95
     assert results(tmp_path, "aime24")["score"]["mean"] == 1.0
