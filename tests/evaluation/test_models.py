@@ -79,7 +79,7 @@ def test_wrong_steps_and_models(run, tmp_path, model, steps, kind, message):
 def test_export_that_fails_passes_its_reason_on(run, tmp_path, monkeypatch):
     (target,) = models.find_targets(str(run), "10", None)
     monkeypatch.setenv("JSFT_VENV", str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match="run scripts/setup.sh"):
+    with pytest.raises(ConfigError, match="is made by scripts/setup.sh"):
         target.prepare()
     fake = tmp_path / "venv" / "bin" / "python"
     fake.parent.mkdir(parents=True)
@@ -145,7 +145,7 @@ def test_incomplete_model_directories(tmp_path, spoil, message):
 
 def test_no_vllm_here(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="vLLM is not installed here; use scripts/eval_vllm.sh"):
+    with pytest.raises(ConfigError, match="vLLM is not installed here; name its environment in JSFT_SERVE_VENV"):
         VllmEngine(VllmSettings(make_model(tmp_path / "m"), tmp_path / "log"))
 
 
