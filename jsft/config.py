@@ -68,7 +68,14 @@ FIELDS: tuple[Field, ...] = (
         "data.train",
         object,
         None,
-        "Training data: files, folders (comma-separated or a list), or a hub data set id (docs/data.md).",
+        "Training data: files, folders (comma-separated or a list), or a hub data set id; or {name: data} of several "
+        "sources (docs/data.md).",
+    ),
+    Field(
+        "data.mixture",
+        object,
+        None,
+        "{name: weight} of the sources of data.train: shares of the rows; default: every row once an epoch.",
     ),
     Field(
         "data.eval",

@@ -307,9 +307,10 @@ def _preview(args) -> None:
 
 def _stats(args) -> None:
     from jsft.data.inspection import default_png, stats
+    from jsft.data.mixture import train_paths
 
     config, model_dir = _config(args)
-    png = None if args.no_png else args.png or default_png(config.data.train)
+    png = None if args.no_png else args.png or default_png(train_paths(config.data))
     stats(config, model_dir, args.devices, png, args.json)
 
 
@@ -340,10 +341,10 @@ def _chat(model: str):
 
 def _validate(args) -> int:
     from jsft.data.inspection import Checks, validate
-    from jsft.data.sources import split_paths
+    from jsft.data.mixture import train_paths
 
     config, model_dir = _config(args, needs_model=False)
-    return validate(args.data or split_paths(config.data.train), Checks.of(config, model_dir))
+    return validate(args.data or train_paths(config.data), Checks.of(config, model_dir))
 
 
 def _countdown(args) -> None:

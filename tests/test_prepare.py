@@ -206,12 +206,13 @@ def test_preview(tmp_path, cot, model, capsys):
 def test_preview_in_colour(cot, model):
     from rich.console import Console
 
-    from jsft.data.inspection import open_documents
+    from jsft.data.loader import make_chat, open_documents
     from jsft.data.preview import marked_text
     from jsft.prepare import _config, _parser
 
     config, folder = _config(_parser().parse_args(["preview", cot, "--model", model]))
-    _, chat, documents = open_documents(config, folder)
+    chat = make_chat(config, folder)
+    documents = open_documents(config, chat, None)
     console = Console(force_terminal=True, color_system="standard")
     with console.capture() as capture:
         console.print(marked_text(chat, documents, 0))

@@ -18,6 +18,7 @@ class Batch(NamedTuple):
     positions: np.ndarray  # int32 [R, T]: place within the document, from 0
     doc_start: np.ndarray  # int32 [R, T]
     doc_end: np.ndarray  # int32 [R, T], exclusive
+    sources: np.ndarray | None = None  # int32 [R, T]: place of the document's source in `Mixture.names`; None: no names
 
 
 class StepData(NamedTuple):

@@ -88,6 +88,11 @@ class TokenCache:
         """float32 weights of the trained tokens of document `index`, in order: a view. None where all are 1."""
         return self._weights[index] if self.weighted else None
 
+    def contents(self) -> Iterator[bytes]:
+        """A digest of the tokens of each document: equal documents have equal ones."""
+        for index in range(len(self)):
+            yield hashlib.blake2b(self.tokens(index).tobytes(), digest_size=16).digest()
+
     def largest_token(self) -> int:
         """The largest id of all documents; DataError where an id is negative, so that the cache is damaged."""
         if min((int(values.min(initial=0)) for values in self._tokens.values), default=0) < 0:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jsft.data import schedule
 from jsft.data.cache import SKIP, TokenCache
 from jsft.data.chat import Document
 from jsft.data.examples import check_advantage
@@ -58,7 +59,7 @@ class Limit(NamedTuple):
 
 
 class Documents:
-    """Documents as trained: cut to `max_length` tokens, trained spans cut along.
+    """Documents as trained: cut to `max_length` tokens, trained spans cut along. `Mixture` joins several.
 
     lengths, supervised: int64 [N], tokens and supervised tokens; whole_lengths: int64 [N], tokens before the
     cut; rows: int64 [N], of the source; advantages: float64 [N]; left_out: (row, message) of each row of the
@@ -100,6 +101,14 @@ class Documents:
         self.advantages = cache.advantages[self._index]
         self.truncated = int(over[self._index].sum())
 
+    source = None  # of each document, in a `Mixture`
+    names = ()
+
+    @property
+    def caches(self) -> list[TokenCache]:
+        """That of these documents; of a `Mixture`, several."""
+        return [self.cache]
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -129,6 +138,10 @@ class Documents:
         """The sum of the weights of a document's targets. `weighted` only."""
         return float(self.token_weights(index)[1:].sum(dtype=np.float64))  # the first position is never a target
 
+    def step_rows(self, step: int, global_batch: int, *, shuffle: bool, seed: int) -> np.ndarray:
+        """int64 [B]: documents of step `step` (from 0), in batch order."""
+        return schedule.step_rows(step, len(self), global_batch, shuffle=shuffle, seed=seed)
+
     def where(self, index: int) -> str:
         """`FILE row N` of a document."""
         return self.cache.where(int(self._index[index]))
@@ -143,7 +156,7 @@ class Documents:
         bad = sorted([*self.cache.bad, *self.left_out])
         return {
             "files": self.cache.source.listing(always=True),
-            "shape": self.cache.shape,
+            "row_shape": self.cache.shape,
             "documents": len(self),
             "tokens": int(self.lengths.sum()),
             "supervised_tokens": int(self.supervised.sum()),

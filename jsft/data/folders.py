@@ -47,12 +47,15 @@ _OTHER_FORMATS = {  # what else holds data -> what to do about it
 
 
 class Wanted(NamedTuple):
-    """Which part of a data set is read. splits: the preferred first; named: the one that `field` of the config names."""
+    """Which part of a data set is read. splits: the preferred first; named: the one that `field` of the config names;
+    strict: whether a lone file, which has no parts, is refused where one is named.
+    """
 
     splits: Sequence[str] = TRAIN
     named: str | None = None
     subset: str | None = None
     field: str = "data.split"
+    strict: bool = True
 
 
 class Chosen(NamedTuple):

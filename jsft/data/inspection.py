@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,13 +10,13 @@ import numpy as np
 from rich.console import Console
 
 from jsft.data import statistics
-from jsft.data.cache import open_cache
 from jsft.data.chat import Chat
 from jsft.data.countdown_check import check, extract_answer
 from jsft.data.documents import Documents, Limit
 from jsft.data.examples import Example, check_advantage, parse_row
 from jsft.data.folders import Wanted
-from jsft.data.loader import make_chat, make_keys, make_layout, wanted_part
+from jsft.data.loader import make_chat, make_keys, make_layout, open_documents, wanted_part
+from jsft.data.mixture import Mixture
 from jsft.data.preview import heading, marked_text
 from jsft.data.progress import track
 from jsft.data.rows import training_shape
@@ -32,32 +33,14 @@ SHOWN = 20  # bad rows of a file that validate prints
 _SPARE = 64  # tokens beyond one a byte: EOS, a tokenizer's space in front, a normalisation that spells out
 
 
-def open_documents(config, model_dir: str | Path) -> tuple[Source, Chat, Documents]:
-    """data.train of a config, tokenised by the model's tokenizer."""
-    data = config.data
-    source, chat = open_source(split_paths(data.train), wanted_part(config)), make_chat(config, model_dir)
-    cache = open_cache(
-        source,
-        chat,
-        make_keys(config),
-        cache_dir=data.cache_dir,
-        on_bad_row=data.on_bad_row,
-        need_advantage=config.objective.use_advantage,
-        embedding=Embedding.of(model_dir),
-    )
-    used = data.advantage_key if config.objective.use_advantage else None
-    documents = Documents(cache, data.max_length, data.truncation, on_bad_row=data.on_bad_row, advantage_key=used)
-    return source, chat, documents
-
-
 def preview(config, model_dir: str | Path, rows: int | Sequence[int], *, full: bool = False) -> None:
     """Prints documents as the model sees them, trained spans marked: the first `rows`, or those listed.
 
     Opening them refuses a data set in which nothing, or everything, of any row would be trained (DataError).
     """
-    source, chat, documents = open_documents(config, model_dir)
-    for line in source.listing():
-        print(line)
+    chat = make_chat(config, model_dir)
+    documents = open_documents(config, chat, Embedding.of(model_dir))
+    _print_listing(documents)
     console = Console(highlight=False, soft_wrap=True)
     there = dict.fromkeys(documents.rows.tolist())
     for row in list(there)[:rows] if isinstance(rows, int) else rows:
@@ -72,14 +55,16 @@ def preview(config, model_dir: str | Path, rows: int | Sequence[int], *, full: b
         print(f"warning: {line}")
     trained = documents.supervised.sum() / documents.lengths.sum()
     some = ", of no row none or all" if (documents.supervised < documents.lengths - 1).all() else ""
-    print(f"{len(documents)} rows ({documents.cache.shape}): {trained:.1%} of their tokens are trained{some}")
+    print(f"{len(documents)} rows ({documents.report()['row_shape']}): {trained:.1%} of their tokens are trained{some}")
 
 
 def stats(config, model_dir: str | Path, devices: int, png: Path | None, as_json: bool) -> None:
     """Prints the statistics of data.train, and draws its length histogram into `png`."""
-    source, _, documents = open_documents(config, model_dir)
+    documents = open_documents(config, make_chat(config, model_dir), Embedding.of(model_dir))
+    sources = [cache.source for cache in documents.caches]
+    examples = chain.from_iterable(_examples(source, make_keys(config)) for source in sources)
     numbers = statistics.length_statistics(documents)
-    numbers |= statistics.text_statistics(track(_examples(source, make_keys(config)), "reading", "rows", len(source)))
+    numbers |= statistics.text_statistics(track(examples, "reading", "rows", sum(map(len, sources))))
     batch = config.train.global_batch
     if len(documents) >= batch:
         layout = make_layout(config, documents, devices * config.data.rows_per_device)
@@ -89,12 +74,13 @@ def stats(config, model_dir: str | Path, devices: int, png: Path | None, as_json
         numbers["packing_efficiency"] = 1 - numbers["padding_share"]
     lengths = documents.whole_lengths
     if png is not None:
-        statistics.write_histogram(lengths, documents.max_length, png, f"{source.files[0].name}: {len(lengths):,} rows")
+        statistics.write_histogram(
+            lengths, documents.max_length, png, f"{sources[0].files[0].name}: {len(lengths):,} rows"
+        )
     if as_json:
         print(json.dumps(numbers, indent=2))
         return
-    for line in source.listing():
-        print(line)
+    _print_listing(documents)
     print("tokens of a document")
     print("\n".join(statistics.histogram_lines(lengths)))
     for name, value in numbers.items():
@@ -105,6 +91,12 @@ def stats(config, model_dir: str | Path, devices: int, png: Path | None, as_json
         print(f"packing: fewer rows than train.global_batch={batch}, no step to plan")
     if png is not None:
         print(f"figure: {png}")
+
+
+def _print_listing(documents: Documents | Mixture) -> None:
+    for cache in documents.caches:
+        for line in cache.source.listing():
+            print(line)
 
 
 class Checks(NamedTuple):

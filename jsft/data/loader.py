@@ -17,6 +17,7 @@ from jsft.data.cache import TokenCache, open_cache
 from jsft.data.chat import Chat, load_tokenizer
 from jsft.data.documents import Documents
 from jsft.data.folders import HELD_OUT, Wanted
+from jsft.data.mixture import Mixture, read_weights, source_names, train_sources
 from jsft.data.shapes import Keys, read_columns
 from jsft.data.sources import open_source, split_paths
 from jsft.data.steps import Recipe, StepSource, assemble, local_rows, packing_report
@@ -77,7 +78,7 @@ class TrainingData:
         r = self.report
         lines = [
             *r["files"],
-            f"{r['shape']}: {r['documents']:,} documents, {r['tokens']:,} tokens, {r['supervised_tokens']:,} trained "
+            f"{r['row_shape']}: {r['documents']:,} documents, {r['tokens']:,} tokens, {r['supervised_tokens']:,} trained "
             f"({r['supervised_tokens'] / r['tokens']:.1%}); longest {r['longest']:,}",
             f"{r['micro_batches']:.1f} micro batches of {r['shape']} a step; "
             f"padding {r['padding_share']:.2%}, device imbalance {r['device_imbalance']:.2%} "
@@ -87,6 +88,10 @@ class TrainingData:
         if r["ignored_columns"]:
             lines.append(f"columns not used: {', '.join(r['ignored_columns'])}")
         return lines
+
+    def contents(self) -> frozenset[bytes]:
+        """Digests of the documents, of all sources (`TokenCache.contents`)."""
+        return frozenset(one for cache in self._source.documents.caches for one in cache.contents())
 
     def preview(self) -> Text:
         """The first document of step 0 as the model sees it, trained span marked and coloured (a rich Text)."""
@@ -128,10 +133,8 @@ def open_training_data(
         reference_ranks=recipe.reference_ranks,
         reference_micro_batch=recipe.reference_micro_batch,
     )
-    chat, embedding = make_chat(config, model_dir), Embedding.of(model_dir)
-    cache = _open(config, data.train, chat, embedding, need_advantage=recipe.use_advantage)
-    used = data.advantage_key if recipe.use_advantage else None
-    documents = Documents(cache, data.max_length, data.truncation, on_bad_row=data.on_bad_row, advantage_key=used)
+    chat = make_chat(config, model_dir)
+    documents = open_documents(config, chat, Embedding.of(model_dir))
     layout = make_layout(config, documents, rows_per_micro_batch, attention_cost)
     per_epoch = schedule.steps_per_epoch(len(documents), recipe.global_batch)
     steps = schedule.updates_of(train.epochs, per_epoch)
@@ -144,21 +147,49 @@ def open_training_data(
 def whole_lengths(config, model_dir: str | Path) -> np.ndarray:
     """int [N]: tokens of every document of data.train before any cut. Raises as `open_training_data` does."""
     chat, embedding = make_chat(config, model_dir), Embedding.of(model_dir)
-    return _open(config, config.data.train, chat, embedding, need_advantage=config.objective.use_advantage).lengths
+    use_advantage = config.objective.use_advantage
+    specs = train_sources(config.data).values()
+    return np.concatenate(
+        [_open(config, spec, chat, embedding, need_advantage=use_advantage).lengths for spec in specs]
+    )
+
+
+def open_documents(config, chat: Chat, embedding: Embedding | None) -> Documents | Mixture:
+    """The documents of data.train, tokenised by `chat`: those of one source, or the mixture of several."""
+    data, use_advantage = config.data, config.objective.use_advantage
+    weights, parts = read_weights(data), {}
+    for name, spec in train_sources(data).items():
+        cache = _open(config, spec, chat, embedding, need_advantage=use_advantage)
+        used = data.advantage_key if use_advantage else None
+        parts[name] = Documents(cache, data.max_length, data.truncation, on_bad_row=data.on_bad_row, advantage_key=used)
+    return Mixture(parts, weights) if source_names(data) else parts[""]
 
 
 def open_eval_data(
-    config, model_dir: str | Path, *, rows: int, process_index: int = 0, process_count: int = 1
+    config,
+    model_dir: str | Path,
+    *,
+    rows: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    training: TrainingData | None = None,
 ) -> dict[str, list[Batch]]:
     """Held-out sets of data.eval by name, each packed in batches of [rows, data.pack_length] with weight 1 per
-    supervised token. `batch.document_mean_weights` makes the weights of a loss per document.
+    supervised token. `batch.document_mean_weights` makes the weights of a loss per document. Documents that
+    `training` has too are counted, and a line says so.
     """
     layout = schedule.Layout(rows, rows, config.data.pack_length, align=config.data.align)
     local = local_rows(rows, process_index, process_count)
+    trained = training.contents() if training else frozenset()
     sets = {}
     for name, documents in _held_out(config, model_dir):
         for line in [*documents.cache.source.listing(always=True), *_notes(documents.report())]:
             print(f"held out:  {name}: {line}")
+        if shared := sum(one in trained for one in documents.cache.contents()):
+            print(
+                f"warning:   {name}: {shared:,} of its {len(documents.cache):,} documents are in data.train too, so its "
+                "loss is partly that of training; leave them out"
+            )
         _check_fits(documents, config.data.pack_length)
         sets[name] = []
         for start in range(0, len(documents), EVAL_CHUNK):
@@ -214,7 +245,7 @@ def make_chat(config, model_dir: str | Path) -> Chat:
 
 def wanted_part(config) -> Wanted:
     """The split and subset that data.train reads."""
-    return Wanted(named=config.data.split, subset=config.data.subset)
+    return Wanted(named=config.data.split, subset=config.data.subset, strict=not source_names(config.data))
 
 
 def make_keys(config) -> Keys:
@@ -233,7 +264,7 @@ def make_keys(config) -> Keys:
 
 
 def make_layout(
-    config, documents: Documents, rows: int, attention_cost: float = schedule.DEFAULT_ATTENTION_COST
+    config, documents: Documents | Mixture, rows: int, attention_cost: float = schedule.DEFAULT_ATTENTION_COST
 ) -> schedule.Layout:
     """Shapes of the run's micro batches. DataError when a document is longer than a packed row."""
     data, batch = config.data, config.train.global_batch
@@ -243,7 +274,7 @@ def make_layout(
         )
     _check_fits(documents, data.pack_length)
     first_epoch = [
-        schedule.step_rows(step, len(documents), batch, shuffle=bool(data.shuffle), seed=config.train.seed)
+        documents.step_rows(step, batch, shuffle=bool(data.shuffle), seed=config.train.seed)
         for step in range(schedule.steps_per_epoch(len(documents), batch))
     ]
     last_lengths = schedule.choose_last_lengths(
@@ -293,9 +324,9 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
     return lines + [f"warning: {line}" for line in report["thinking"]]
 
 
-def _endings(chat: Chat, documents: Documents) -> list[str]:
+def _endings(chat: Chat, documents: Documents | Mixture) -> list[str]:
     """A line where conversations end otherwise than their turns: the model would learn two ends of a response."""
-    several = len(documents.cache.spans) > len(documents.cache)
+    several = any(len(cache.spans) > len(cache) for cache in documents.caches)
     if not several or chat.turn_end_id in (None, chat.eos_id):
         return []
     last, others = chat.tokenizer.convert_ids_to_tokens([chat.eos_id, chat.turn_end_id])
@@ -305,7 +336,7 @@ def _endings(chat: Chat, documents: Documents) -> list[str]:
     ]
 
 
-def _check_fits(documents: Documents, pack_length: int) -> None:
+def _check_fits(documents: Documents | Mixture, pack_length: int) -> None:
     longest = int(documents.lengths.argmax())
     if documents.lengths[longest] > pack_length:
         raise DataError(

@@ -76,9 +76,24 @@ def step_rows(step: int, rows: int, global_batch: int, *, shuffle: bool = False,
     return _epoch_order(rows, seed, epoch)[place] if shuffle else np.arange(rows)[place]
 
 
-@lru_cache(maxsize=4)
-def _epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
-    name = zlib.crc32(b"data.shuffle")
+def cycled_rows(draws: np.ndarray, rows: int, seed: int, name: str, shuffle: bool) -> np.ndarray:
+    """int64 [n]: the rows of a source of `rows` rows that its draws take, counted from 0 over the whole run.
+
+    It is passed through again and again, in the order of the file or in one drawn for each pass.
+    """
+    passes, places = np.divmod(draws, rows)
+    if not shuffle:
+        return places
+    found = np.empty(len(draws), np.int64)
+    for number in np.unique(passes):
+        here = passes == number
+        found[here] = _epoch_order(rows, seed, int(number), f"data.mixture/{name}")[places[here]]
+    return found
+
+
+@lru_cache(maxsize=16)
+def _epoch_order(rows: int, seed: int, epoch: int, use: str = "data.shuffle") -> np.ndarray:
+    name = zlib.crc32(use.encode())
     order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, name, epoch]))).permutation(rows)
     order.setflags(write=False)
     return order

@@ -141,7 +141,7 @@ def _reader(path: Path) -> ParquetFile | JsonLines | ArrowTable:
 
 
 def split_paths(spec: str | Sequence[str]) -> list[str]:
-    """data.train as a list: from a list, or from comma-separated paths. Raises ConfigError for anything else."""
+    """Data as a list of paths: from a list, or from comma-separated paths. Raises ConfigError for anything else."""
     if isinstance(spec, str | Path):
         return [part.strip() for part in str(spec).split(",")]
     if not isinstance(spec, list | tuple) or not all(isinstance(part, str | Path) for part in spec):
@@ -160,7 +160,7 @@ def open_source(spec: str | Path | Sequence[str], wanted: Wanted = Wanted()) -> 
     chosen = [_choose(one, wanted) for one in specs if str(one)]
     if not chosen:
         raise DataError("no data file is named; set data.train to a file, a folder, or a hub data set id")
-    if not any(is_folder for is_folder, _ in chosen) and (wanted.named or wanted.subset):
+    if wanted.strict and not any(is_folder for is_folder, _ in chosen) and (wanted.named or wanted.subset):
         field, value = (wanted.field, wanted.named) if wanted.named else ("data.subset", wanted.subset)
         raise ConfigError(f"{field}={value}: {specs[0]} is a file and has neither splits nor subsets; leave it out")
     splits = {one.split for _, one in chosen}

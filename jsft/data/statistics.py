@@ -31,7 +31,7 @@ def length_statistics(documents: Documents) -> dict[str, Any]:
         "max_length": documents.max_length,
         "truncated": documents.truncated,
         "tokens_cut": int((lengths - documents.lengths).sum()),
-        "bad_rows": len(documents.cache.bad) + len(documents.left_out),
+        "bad_rows": sum(len(cache.bad) for cache in documents.caches) + len(documents.left_out),
     }
 
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from jsft.data.batch import Batch, StepData
 from jsft.data.documents import Documents
-from jsft.data.schedule import Layout, StepSchedule, padding_and_imbalance, schedule_step, step_rows
+from jsft.data.mixture import Mixture
+from jsft.data.schedule import Layout, StepSchedule, padding_and_imbalance, schedule_step
 from jsft.errors import ConfigError
 from jsft.objectives import token_weights
 
@@ -28,7 +29,7 @@ class StepSource:
 
     def __init__(
         self,
-        documents: Documents,
+        documents: Documents | Mixture,
         recipe: Recipe,
         layout: Layout,
         steps: int,
@@ -44,7 +45,7 @@ class StepSource:
     def rows(self, step: int) -> np.ndarray:
         """int64 [B]: documents of a step, in batch order."""
         recipe = self.recipe
-        return step_rows(step, len(self.documents), recipe.global_batch, shuffle=recipe.shuffle, seed=recipe.seed)
+        return self.documents.step_rows(step, recipe.global_batch, shuffle=recipe.shuffle, seed=recipe.seed)
 
     def schedule(self, step: int) -> tuple[np.ndarray, StepSchedule]:
         """A step's documents and where each lies, over all processes."""
@@ -76,7 +77,7 @@ class StepSource:
 
 
 def assemble(
-    documents: Documents, rows: np.ndarray, schedule: StepSchedule, weights: np.ndarray, local: slice
+    documents: Documents | Mixture, rows: np.ndarray, schedule: StepSchedule, weights: np.ndarray, local: slice
 ) -> list[Batch]:
     """The scheduled micro batches, rows `local` of each. weights: float64 [B] per supervised token."""
     first, count = local.start, local.stop - local.start
@@ -84,7 +85,9 @@ def assemble(
     for length in schedule.lengths:
         tokens, targets, positions = (np.zeros((count, length), np.int32) for _ in range(3))
         start = np.broadcast_to(np.arange(length, dtype=np.int32), (count, length)).copy()
-        batches.append(Batch(tokens, targets, np.zeros((count, length), np.float32), positions, start, start + 1))
+        loss_weights = np.zeros((count, length), np.float32)
+        sources = np.zeros((count, length), np.int32) if documents.names else None
+        batches.append(Batch(tokens, targets, loss_weights, positions, start, start + 1, sources))
     places = zip(rows, schedule.micro_batch, schedule.row, schedule.offset, weights)
     for document, micro_batch, row, offset, weight in places:
         if not first <= row < first + count:
@@ -97,6 +100,8 @@ def assemble(
         batch.positions[row, offset:end] = np.arange(len(ids))
         batch.doc_start[row, offset:end] = offset
         batch.doc_end[row, offset:end] = end
+        if documents.names:
+            batch.sources[row, offset:end] = documents.source[document]
         of_tokens = documents.token_weights(document) if documents.weighted else None
         for span_start, span_end in documents.spans(document):  # position i predicts token i + 1
             first_target = max(span_start, 1)

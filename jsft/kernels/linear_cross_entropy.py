@@ -37,6 +37,7 @@ class LossSums(NamedTuple):
     count: jax.Array  # number of supervised tokens
     weighted_entropy: jax.Array  # sum of weight * entropy
     factor: jax.Array | None = None  # sum of the factors; None without a weighting
+    by_source: jax.Array | None = None  # [2, S]: sum of nll and number of supervised tokens of each source
 
 
 def linear_cross_entropy(
@@ -49,6 +50,8 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     gradient_dtype: jnp.dtype = jnp.float32,
     weighting: Weighting | None = None,
+    sources: jax.Array | None = None,
+    source_count: int = 0,
 ) -> LossSums:
     """Sums of the weighted negative log-likelihood and its companions; differentiable through `.loss` alone.
 
@@ -67,6 +70,8 @@ def linear_cross_entropy(
       gradient_dtype: of the buffer that sums the unembedding's gradient over the chunks.
       weighting: makes a factor of each token's loss from p; no gradient goes through it. None: no factor, and the
         program is that without this argument.
+      sources: int32 [B, T], in [0, source_count): the source of each token, for `by_source`. None: no such sums, and
+        the program is that without this argument.
 
     Raises:
       ValueError: shapes that do not fit each other or the mesh.
@@ -80,12 +85,24 @@ def linear_cross_entropy(
     local_tokens = targets.size // (parts * mesh.shape["replica"])
     chunk = chunk_size(V, parts, local_tokens, chunk_tokens)
     weights, gradient_dtype = weights.astype(jnp.float32), jnp.dtype(gradient_dtype)
-    return _loss(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype, weighting)
+    options = _Options(V, chunk, gradient_dtype, weighting, source_count if sources is not None else 0)
+    return _loss(hidden, unembedding, targets, weights, sources, mesh, options)
 
 
-def count_sums(weighting: Weighting | None) -> int:
-    """The number of sums in `LossSums`."""
-    return len(LossSums._fields) - (weighting is None)
+class _Options(NamedTuple):
+    """What the loss is compiled for; as in `linear_cross_entropy`."""
+
+    V: int
+    chunk: int  # tokens of one device at a time
+    gradient_dtype: jnp.dtype
+    weighting: Weighting | None
+    sources: int
+
+
+def no_sums(weighting: Weighting | None, sources: int = 0) -> LossSums:
+    """Sums over nothing, to which those of `linear_cross_entropy` are added. sources: its `source_count`."""
+    factor = None if weighting is None else jnp.float32(0)
+    return LossSums(*[jnp.float32(0)] * 6, factor, jnp.zeros((2, sources), jnp.float32) if sources else None)
 
 
 def chunk_size(vocabulary: int, parts: int, local_tokens: int, chunk_tokens: int | None = None) -> int:
@@ -99,50 +116,46 @@ def chunk_size(vocabulary: int, parts: int, local_tokens: int, chunk_tokens: int
     return max(1, min(chunk_tokens // parts, local_tokens))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
-def _loss(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype, weighting):
-    sums, _, _ = _sharded(hidden, unembedding, targets, weights, mesh, V, chunk, None, weighting)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _loss(hidden, unembedding, targets, weights, sources, mesh, options):
+    sums, _, _ = _sharded(hidden, unembedding, targets, weights, sources, mesh, options, grads=False)
     return sums
 
 
-def _loss_forward(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype, weighting):
-    sums, d_hidden, d_unembedding = _sharded(
-        hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype, weighting
-    )
+def _loss_forward(hidden, unembedding, targets, weights, sources, mesh, options):
+    sums, d_hidden, d_unembedding = _sharded(hidden, unembedding, targets, weights, sources, mesh, options, grads=True)
     # The empty array brings the dtype along: residuals are arrays.
     return sums, (d_hidden, d_unembedding, jnp.empty((0,), unembedding.dtype))
 
 
-def _loss_backward(mesh, V, chunk, gradient_dtype, weighting, residuals, cotangents):
+def _loss_backward(mesh, options, residuals, cotangents):
     d_hidden, d_unembedding, like = residuals
     factor = cotangents.loss
     d_hidden = (d_hidden * factor).astype(d_hidden.dtype)
     d_unembedding = (d_unembedding * factor).astype(like.dtype)
-    return d_hidden, d_unembedding, None, None
+    return d_hidden, d_unembedding, None, None, None
 
 
 _loss.defvjp(_loss_forward, _loss_backward)
 
 
-def _sharded(hidden, unembedding, targets, weights, mesh, V, chunk, gradient_dtype, weighting):
-    """-> (LossSums, d loss / d hidden, d loss / d unembedding); without `gradient_dtype` the last two are None."""
-    grads = gradient_dtype is not None
+def _sharded(hidden, unembedding, targets, weights, sources, mesh, options, grads):
+    """-> (LossSums, d loss / d hidden, d loss / d unembedding); without `grads` the last two are None."""
     rows = P(_ROWS)
-    parts = mesh.shape[_VOCABULARY]
-    body = functools.partial(_local, V=V, chunk=chunk, parts=parts, gradient_dtype=gradient_dtype, weighting=weighting)
+    body = functools.partial(_local, options=options, parts=mesh.shape[_VOCABULARY], grads=grads)
     return jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=(rows, P(_VOCABULARY), rows, rows),
+        in_specs=(rows, P(_VOCABULARY), rows, rows, rows),
         out_specs=(P(), rows if grads else None, P(_VOCABULARY) if grads else None),
         check_vma=False,
-    )(hidden, unembedding, targets, weights)
+    )(hidden, unembedding, targets, weights, sources)
 
 
-def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_dtype, weighting):
+def _local(hidden, unembedding, targets, weights, sources, *, options, parts, grads):
     """One device's part: hidden [b, T, D], unembedding [V/N, D]."""
+    V, chunk, gradient_dtype, weighting, source_count = options
     shape, dtype = hidden.shape, hidden.dtype
-    grads = gradient_dtype is not None
     wide = jnp.promote_types(dtype, jnp.float32)
     x, w = hidden.reshape(-1, shape[-1]), unembedding.astype(dtype)
     target, weight = targets.reshape(-1), weights.reshape(-1)
@@ -188,11 +201,15 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
         gathered = lax.all_gather(local, _VOCABULARY) if parts > 1 else local[None]
         top, z, log_z, others, mean, target_logit = _all_devices(jnp.moveaxis(gathered, 1, 0))
         on, nll, entropy = wc != 0, log_z - target_logit, log_z - mean
-        without_factor, factors = wc, []
+        without_factor, further = wc, []
         if weighting is not None:
             statistics = TokenStatistics(nll, jnp.exp(target_logit) / z, others / z, jnp.maximum(entropy, 0))
             factor = weighting(statistics).astype(wide)
-            wc, factors = wc * factor, [jnp.sum(jnp.where(on, factor, 0))]
+            wc, further = wc * factor, [jnp.sum(jnp.where(on, factor, 0))]
+        if source_count:
+            sc = gather(sources.reshape(-1).at[index].get(mode="fill", fill_value=0))
+            of_source = on[:, None] & (sc[:, None] == jnp.arange(source_count))  # [C, S]
+            further += [*jnp.sum(jnp.where(of_source, nll[:, None], 0), 0), *jnp.sum(of_source, 0).astype(wide)]
         sums += jnp.stack(
             [
                 jnp.sum(wc * nll),
@@ -201,7 +218,7 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
                 jnp.sum(on & (target_logit >= 0)).astype(wide),
                 jnp.sum(on).astype(wide),
                 jnp.sum(without_factor * entropy),
-                *factors,
+                *further,
             ]
         )
         if grads:
@@ -221,14 +238,17 @@ def _local(hidden, unembedding, targets, weights, *, V, chunk, parts, gradient_d
             dx = dx.at[index].set(dxc.astype(dtype), mode="drop", unique_indices=True)
         return i + 1, sums, dx, dw
 
-    state = jnp.int32(0), jnp.zeros(count_sums(weighting), wide), jnp.zeros_like(x) if grads else None, None
+    count = 6 + (weighting is not None)
+    state = jnp.int32(0), jnp.zeros(count + 2 * source_count, wide), jnp.zeros_like(x) if grads else None, None
     if grads:  # the first chunk, before the loop: the others' product is added to its, and no zeros are written or read
         state = step(state)
     _, sums, dx, dw = lax.while_loop(lambda state: state[0] < trips, step, state)
     sums = lax.psum(sums, "replica")  # over 'fsdp' every device has seen all tokens
     if grads:
         dx, dw = dx.reshape(shape), lax.psum(dw, "replica")
-    return LossSums(*sums.astype(jnp.float32) if wide == jnp.float32 else sums), dx, dw
+    sums = sums.astype(jnp.float32) if wide == jnp.float32 else sums
+    by_source = sums[count:].reshape(2, source_count) if source_count else None
+    return LossSums(*sums[:count])._replace(by_source=by_source), dx, dw
 
 
 def _statistics(logits, first, dtype, one_pass):

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from jsft import config as schema
 from jsft.data.loader import whole_lengths
-from jsft.data.sources import split_paths
+from jsft.data.mixture import train_paths
 from jsft.errors import ConfigError, DataError, ModelError
 from jsft.hf.resolve import TOKENIZER_FILES, resolve_model
 from jsft.hints import nearest
@@ -58,7 +58,7 @@ def find_lengths(
     if mean:
         mean = min(mean, longest)
         return Lengths(documents or PUBLISHED_ROWS, mean, min(weighted or 1.3 * mean, longest), "as given")
-    paths = split_paths(config.data.train)
+    paths = train_paths(config.data)
     if all(Path(path).exists() for path in paths):
         return _measured(config, _tokenizer_of(config), devices)
     name = Path(paths[0]).name.lower()
@@ -86,7 +86,7 @@ def find_decisions(
     model, _ = find_model(config.model.path, config.model.revision)
     if file:
         lengths = np.array(_read_lengths(Path(file)))
-    elif mean is None and all(Path(path).exists() for path in split_paths(config.data.train)):
+    elif mean is None and all(Path(path).exists() for path in train_paths(config.data)):
         lengths = whole_lengths(config, _tokenizer_of(config))
     else:
         default = schema.default_chosen(config)
@@ -100,7 +100,7 @@ def _tokenizer_of(config: ConfigDict) -> Path:
     try:
         return resolve_model(config.model.path, config.model.revision, ("config.json", *TOKENIZER_FILES))
     except ModelError as error:
-        data = split_paths(config.data.train)[0]
+        data = train_paths(config.data)[0]
         raise ConfigError(f"{data} cannot be tokenised: {error}, or --mean_length TOKENS --documents N") from error
 
 

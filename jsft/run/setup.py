@@ -57,7 +57,12 @@ def build(config: ConfigDict, weights: bool = True) -> Components:
         if config.eval.every is None:
             chosen = (*chosen, "data.eval is evaluated before the first step and after the last: eval.every is not set")
         held_out = open_eval_data(
-            config, model_dir, rows=rows, process_index=jax.process_index(), process_count=jax.process_count()
+            config,
+            model_dir,
+            rows=rows,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            training=data,
         )
     abstract = initial_state(parameters, config)
     return Components(

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from jsft.data.batch import Batch
 from jsft.data.loader import TrainingData
+from jsft.data.mixture import source_names
 from jsft.hardware import mesh as meshes
 from jsft.models.config import ModelConfig
 from jsft.step.optimizer import TrainState
@@ -55,7 +56,8 @@ def typical_length(data: TrainingData) -> float | None:
 def arguments(components: Components, jitted: StepPrograms, length: int | None = None) -> dict[str, tuple]:
     """The arguments of each program, as shapes, for rows of `length` positions (default: the pack length)."""
     gradients, sums = jax.eval_shape(jitted.start)
-    batch = abstract_batch(components.rows, length or components.config.data.pack_length, components.mesh)
+    length, sources = length or components.config.data.pack_length, source_names(components.config.data)
+    batch = abstract_batch(components.rows, length, components.mesh, sources=bool(sources))
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=meshes.replicated(components.mesh))
     reduced = jax.eval_shape(jitted.reduce, gradients) if jitted.reduce else gradients
     gathered = jax.eval_shape(jitted.gather, components.abstract.parameters) if jitted.gather else {}
@@ -65,7 +67,7 @@ def arguments(components: Components, jitted: StepPrograms, length: int | None =
         "add_gradients": (Weights(components.abstract.parameters, gathered), batch, gradients, sums),
         "reduce": (gradients,),
         "update": (components.abstract, reduced, sums, scalar),
-        "evaluate": (components.abstract.parameters, batch),
+        "evaluate": (components.abstract.parameters, batch._replace(sources=None)),
         "histograms": (components.abstract, reduced, scalar),
     }
 

@@ -17,10 +17,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsft.data.batch import Batch
+from jsft.data.mixture import source_names
 from jsft.hardware.mesh import batch_sharding, replicated, shard_batch
 from jsft.hardware.xla import prefetch_options
 from jsft.kernels.attention import settle_backward
-from jsft.kernels.linear_cross_entropy import LossSums, count_sums, linear_cross_entropy
+from jsft.kernels.linear_cross_entropy import LossSums, linear_cross_entropy, no_sums
 from jsft.models.config import ModelConfig
 from jsft.models.decoder import PackedRows
 from jsft.models.families import abstract_parameters
@@ -124,15 +125,23 @@ def loss_sums(
     options: DecoderOptions,
     step: StepArrays = StepArrays(),
     weighting: Weighting | None = None,
+    source_count: int = 0,
 ) -> LossSums:
     """Sums over the supervised tokens of `batch`; `.loss` = sum(loss_weights * -log p(target)), float32, each token
-    also times the factor of `weighting`.
+    also times the factor of `weighting`. source_count: of the sources in `batch.sources`.
     """
     rows = PackedRows(batch.tokens, batch.positions, batch.doc_start, batch.doc_end)
     hidden = hidden_states(parameters, model, rows, options, step)
     matrix = unembedding(parameters, model)
     return linear_cross_entropy(
-        hidden, matrix, batch.targets, batch.loss_weights, mesh=options.mesh, weighting=weighting
+        hidden,
+        matrix,
+        batch.targets,
+        batch.loss_weights,
+        mesh=options.mesh,
+        weighting=weighting,
+        sources=batch.sources if source_count else None,
+        source_count=source_count,
     )
 
 
@@ -160,6 +169,7 @@ def make_programs(
     options = decoder_options(config, mesh, remat, typical_length)
     evaluation = dataclasses.replace(decoder_options(config, mesh, remat), defer_reduce=False)
     weighting = weighting_of(config.objective.weighting, config.objective.weighting_parameter)
+    names = source_names(config.data)
     full = replicated(mesh)
     rows = batch_sharding(mesh)
     state_sharding = TrainState(shardings, shardings, shardings, full, full)
@@ -177,7 +187,7 @@ def make_programs(
 
     def start():
         gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), sum_form)
-        return gradients, LossSums(*[jnp.float32(0)] * count_sums(weighting))
+        return gradients, no_sums(weighting, len(names))
 
     def add_gradients(weights, batch, gradients, sums):
         parameters, gathered = weights
@@ -192,7 +202,7 @@ def make_programs(
             parameters = with_placeholders(parameters, gathered, sum_form, dtype)
 
         def objective(p):
-            more = loss_sums(p, batch, model, options, step, weighting)
+            more = loss_sums(p, batch, model, options, step, weighting, len(names))
             return more.loss, more
 
         (_, more), new = jax.value_and_grad(objective, has_aux=True)(parameters)
@@ -221,6 +231,8 @@ def make_programs(
         }
         if weighting is not None:
             metrics["weighting"] = sums.factor / count
+        for name, nll, tokens in zip(names, *(sums.by_source if names else ())):
+            metrics[f"nll/{name}"] = nll / tokens  # NaN, written as null, where a step has no token of the source
         return state, metrics
 
     def evaluate(parameters, batch):
@@ -257,12 +269,15 @@ def make_programs(
     )
 
 
-def abstract_batch(rows: int, length: int, mesh: Mesh) -> Batch:
-    """Shapes of a micro batch of `rows` packed rows over all devices, for compiling without data."""
+def abstract_batch(rows: int, length: int, mesh: Mesh, sources: bool = False) -> Batch:
+    """Shapes of a micro batch of `rows` packed rows over all devices, for compiling without data. sources: whether its
+    tokens have one.
+    """
     sharding = batch_sharding(mesh)
 
     def array(dtype):
         return jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding)
 
     i32 = jnp.int32
-    return Batch(array(i32), array(i32), array(jnp.float32), array(i32), array(i32), array(i32))
+    given = array(i32), array(i32), array(jnp.float32), array(i32), array(i32), array(i32)
+    return Batch(*given, array(i32) if sources else None)

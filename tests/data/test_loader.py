@@ -69,7 +69,7 @@ def test_batches_hold_exactly_the_documents(make_config):
         assert batch.weight_sum == pytest.approx(1)
         positions = sum(b.tokens.size for b in batch.micro_batches)
         assert batch.padding_share == pytest.approx(1 - batch.tokens / positions)
-        assert [leaf.dtype for leaf in batch.micro_batches[0]] == [
+        assert [leaf.dtype for leaf in batch.micro_batches[0][:6]] == [
             np.int32,
             np.int32,
             np.float32,
@@ -129,7 +129,7 @@ def test_any_process_count_gives_the_same_rows(make_config, processes, shuffle):
         whole, parts = alone[step], [data[step] for data in shares]
         assert all(part[1:] == whole[1:] for part in parts)
         for i, batch in enumerate(whole.micro_batches):
-            for name, leaf in batch._asdict().items():
+            for name, leaf in zip(batch._fields[:6], batch):
                 joined = np.concatenate([getattr(part.micro_batches[i], name) for part in parts])
                 assert np.array_equal(joined, leaf)
 
@@ -154,6 +154,18 @@ def test_worker_processes_give_the_same_steps(make_config):
     with config.unlocked():
         config.data.workers = 2
     assert all(same(a, b) for a, b in zip(threads, open_it(config).iterate(5), strict=True))
+
+
+def test_documents_that_training_and_held_out_data_share_are_counted(make_config, tmp_path, capsys):
+    rows = rows_of(LENGTHS)
+    held_out = [row | {"answer": "another", "id": i} for i, row in enumerate(rows[3:6])] + rows_of([99, 98])
+    paths = [
+        str(write_rows(tmp_path / f"{name}.jsonl", part)) for name, part in (("a", held_out), ("b", rows_of([77])))
+    ]
+    config = make_config(rows, data__eval=",".join(paths))
+    open_eval_data(config, config.model.path, rows=4, training=open_it(config))
+    out = capsys.readouterr().out
+    assert "warning:   a: 3 of its 5 documents are in data.train too" in out and "warning:   b" not in out
 
 
 def test_step_counts(make_config):

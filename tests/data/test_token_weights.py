@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from jsft.data.chat import Chat, Document, load_tokenizer
 from jsft.data.documents import Documents
-from jsft.data.inspection import Checks, open_documents, validate
-from jsft.data.loader import open_eval_data, open_training_data
+from jsft.data.inspection import Checks, validate
+from jsft.data.loader import make_chat, open_documents, open_eval_data, open_training_data
 from jsft.data.token_weights import tokens_crc32
 from jsft.errors import DataError
 from tests.data.helpers import rows_of, write_rows
@@ -76,7 +76,8 @@ def test_truncation_cuts_tokens_and_weights_alike(make_config, tiny_model):
     """To the first tokens: the response's last 20 and their weights go. To the last 41: its first 20, and the first
     token that is left is predicted by none.
     """
-    _, _, whole = open_documents(make_config(weighted([60] * 8), data__token_weights_key="w"), tiny_model)
+    config = make_config(weighted([60] * 8), data__token_weights_key="w")
+    whole = open_documents(config, make_chat(config, tiny_model), None)
     full, length = whole.token_weights(3), int(whole.lengths[3])
     assert full[-61:].tolist() == [300 + i for i in range(61)] and not full[:-61].any()
     right, left = Documents(whole.cache, length - 20, "right"), Documents(whole.cache, 41, "left")
@@ -92,7 +93,7 @@ def test_a_conversation_has_the_weights_of_its_turns_in_turn(make_config, tiny_m
     rows = [{"messages": turns, "w": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]}] * 8
     for split, want in ((False, [[1, 2, 3, 4, 5, 6, 7]]), (True, [[1, 2, 3, 4], [5, 6, 7]])):
         config = make_config(rows, data__token_weights_key="w", data__split_turns=split)
-        _, _, documents = open_documents(config, tiny_model)
+        documents = open_documents(config, make_chat(config, tiny_model), None)
         found = [documents.token_weights(i) for i in range(len(want))]
         assert [one[one > 0].tolist() for one in found] == want
         for i, one in enumerate(found):  # they lie on the trained tokens

@@ -107,6 +107,20 @@ def test_so_is_each_of_ours(name, replica, fsdp):
     check_weighting(weighting_of(name), make_mesh(replica, fsdp))
 
 
+@pytest.mark.parametrize("replica, fsdp", [(1, 1), (2, 4)])
+def test_sums_of_each_source_add_up_to_those_of_all(replica, fsdp):
+    inputs, mesh = make_inputs(), make_mesh(replica, fsdp)
+    sources = np.random.default_rng(1).integers(0, 3, inputs[2].shape).astype(np.int32)
+    hidden, unembedding, targets, weights = inputs
+    plain, gradients = run(inputs, mesh, chunk_tokens=8)
+    (*sums, by_source), same = run(inputs, mesh, chunk_tokens=8, sources=jnp.asarray(sources), source_count=3)
+    for one, other in zip([*plain, *gradients], [*sums, *same], strict=True):
+        np.testing.assert_array_equal(one, other)
+    for i in range(3):
+        (_, nll, _, _, count, _), *_ = oracle(hidden, unembedding, targets, np.where(sources == i, weights, 0))
+        assert by_source[0, i] == pytest.approx(nll, rel=1e-5) and by_source[1, i] == count
+
+
 @pytest.mark.parametrize("V", [61, 3])  # 3: less than the devices
 def test_vocabulary_that_does_not_divide(V):
     inputs = make_inputs(V=V)
