@@ -44,13 +44,14 @@ def write_report(runs: list[Run], out: Path, title: str | None = None) -> str:
 
     Raises CheckpointError when `out` cannot be written.
     """
-    from jsft.reporting import beside, tables
+    from jsft.reporting import beside, settings, tables
     from jsft.reporting.figures import all_figures
     from jsft.reporting.page import page, svg
 
     title = title or "Report: " + ", ".join(run.name for run in runs)
     summary, training = tables.summary_table(runs), tables.training_table(runs)
     claims = beside.claims_table(runs)
+    what = _there(settings.runs_table(runs), settings.settings_table(runs))
     paper = [beside.grid_table(runs), *(beside.last_table(run) for run in runs)]
     courses = [beside.course_table(run) for run in runs]
     details = [t for run in runs for t in _there(*tables.score_tables(run), tables.behaviour_table(run))]
@@ -62,6 +63,7 @@ def write_report(runs: list[Run], out: Path, title: str | None = None) -> str:
         return [(name, figures[name][0], drawings[name]) for name in names if name in figures]
 
     sections = [
+        ("Runs", what),
         (
             "Evaluation",
             drawn("scores") + _there(summary) + drawn("domains", "safety", "lengths", "behaviours"),
@@ -70,7 +72,7 @@ def write_report(runs: list[Run], out: Path, title: str | None = None) -> str:
         ("Training", drawn("training") + _there(training)),
         ("All numbers", details),
     ]
-    shown = _there(summary, claims, *paper, training)
+    shown = [*what, *_there(summary, claims, *paper, training)]
     markdown = f"# {tables.plain(title)}\n\n" + "\n".join(t.markdown() for t in (*shown, *_there(*courses), *details))
     markdown += "".join(f"\n![{caption}]({name}.png)\n" for name, (caption, _) in figures.items())
     markdown += "".join(f"\n- {tables.plain(note)}" for note in notes) + ("\n" if notes else "")
@@ -83,7 +85,7 @@ def write_report(runs: list[Run], out: Path, title: str | None = None) -> str:
         _write(out / "report.md", _encoded(markdown))
         _write(out / "report.html", _encoded(page(title, sections, notes)))
     printed = _there(summary, claims, *(paper[:1] if paper[0] else paper), training)  # the grid, or each run
-    return "\n".join(t.text() for t in printed or details)
+    return "\n".join(t.text() for t in (*what, *(printed or details)))
 
 
 def _there(*tables) -> list:

@@ -91,6 +91,8 @@ class Run:
     skipped: list[str]  # evaluations that are not finished
     published: Published | None = None  # the published run that it repeats
     changes: list[str] = dataclasses.field(default_factory=list)  # what its config sets otherwise than that run
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # dotted names and values
+    devices: str = ""  # of its last start
 
     @property
     def scores(self) -> Scores:
@@ -117,17 +119,18 @@ def read_run(path: Path) -> Run:
     name = config.get("name")
     name = name if isinstance(name, str) and name else path.resolve().name
     published, fields = find(name) or find(path.resolve().name), config.get("config")
-    changes = published.changes(fields) if published and isinstance(fields, dict) else []
-    return Run(name, path, curves, metrics, _read_lines(path / "heldout.jsonl"), skipped, published, changes)
+    fields = fields if isinstance(fields, dict) else {}
+    changes = published.changes(fields) if published and fields else []
+    heldout = _read_lines(path / "heldout.jsonl")
+    return Run(name, path, curves, metrics, heldout, skipped, published, changes, fields, _devices(path))
 
 
 def read_runs(paths: list[Path]) -> list[Run]:
-    """Reads several runs. Runs of the same name are shown by their directories."""
+    """Reads several runs. Runs of the same name are told apart by the fields in which they differ."""
+    from jsft.reporting.settings import tell_apart
+
     runs = [read_run(path) for path in paths]
-    names = [run.name for run in runs]
-    for run in runs:
-        if names.count(run.name) > 1:
-            run.name = str(run.path)
+    tell_apart(runs)
     return runs
 
 
@@ -248,8 +251,19 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _config(path: Path) -> dict[str, Any]:
     """config.json of a run; {} where there is none that can be read."""
+    return _json_or_nothing(path / "config.json")
+
+
+def _devices(path: Path) -> str:
+    """`8 x NVIDIA H200` of the run's last start, or ''."""
+    there = _json_or_nothing(path / "environment.json")
+    count, kinds = there.get("device_count"), there.get("devices")
+    return f"{count} x {', '.join(map(str, kinds))}" if count and isinstance(kinds, list) else ""
+
+
+def _json_or_nothing(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads((path / "config.json").read_bytes())
+        value = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    return config if isinstance(config, dict) else {}
+    return value if isinstance(value, dict) else {}
