@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jsft import config as schema
-from jsft import configs
+from jsft import configs, hints
 from jsft.errors import ConfigError, JsftError
 from jsft.help import entry, fold
 
@@ -147,10 +147,12 @@ def _unknown_option(name: str, values: flags.FlagValues) -> str:
     """The message for an unknown option; it names the command's options, or fields, that may be meant."""
     known = [own for own in values if not own.startswith("config.")] + list(SHORT)
     plain = name.replace("_", "").replace("-", "").lower()
-    near = schema.nearest_field(name)
-    if near and (short := [option for option, (field, _) in SHORT.items() if field in near]):
-        near = f" (nearest: {', '.join(short)})"
-    near = schema.nearest(name, known) or near
+    meant = hints.meant_fields(name, schema.BY_NAME)
+    if meant:
+        short = {field: option for option, (field, _) in SHORT.items()}
+        near = f" (nearest: {', '.join(short.get(field, field) for field in meant)})"
+    else:
+        near = schema.nearest(name, known) or schema.nearest_field(name)
     for others, ours in ((_WORKDIRS, "workdir"), (_RUN_NAMES, "name")):
         if ours in known and plain in others:
             near = f" (nearest: {ours})"

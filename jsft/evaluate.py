@@ -132,7 +132,8 @@ def start(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     options = parse(argv)
-    if not options.list and (not options.url or any(task.requirement() for task in _tasks(options))):
+    tasks = _tasks(options)
+    if not options.list and (not options.url or any(task.requirement() for task in tasks)):
         python = environments.serving_python()
         if python is None and not options.url:
             raise ConfigError(f"sampling needs vLLM: {environments.no_serving()}; or name a server with --url")

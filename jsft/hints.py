@@ -99,16 +99,26 @@ def nearest_field(name: str, fields: Iterable[str]) -> str:
     the whole name or of its leaf.
     """
     fields = list(fields)
-    leaf = name.rpartition(".")[2].replace("-", "_").lower()
-    same = [field for field in fields if field.rpartition(".")[2] == leaf]
-    meant = [field for field in _ALIASES.get(leaf.replace("_", ""), ()) if field in fields]
-    if same or meant:
-        close = difflib.get_close_matches(name, same, n=3, cutoff=0)
-        return _said([*close, *(field for field in meant if field not in close)])
+    if meant := meant_fields(name, fields):
+        return _said(meant)
+    leaf = _leaf(name)
     spelt = difflib.get_close_matches(name, fields, n=3, cutoff=0.7)
     leaves = difflib.get_close_matches(leaf, {field.rpartition(".")[2] for field in fields}, n=3, cutoff=0.7)
     spelt += [field for part in leaves for field in fields if field.rpartition(".")[2] == part and field not in spelt]
     return _said(spelt[:3]) if spelt else nearest(name, fields)
+
+
+def meant_fields(name: str, fields: Iterable[str]) -> list[str]:
+    """The fields with the leaf of `name` in any group, the closest first, and those that other trainers call so."""
+    fields, leaf = list(fields), _leaf(name)
+    same = [field for field in fields if field.rpartition(".")[2] == leaf]
+    close = difflib.get_close_matches(name, same, n=3, cutoff=0)
+    meant = [field for field in _ALIASES.get(leaf.replace("_", ""), ()) if field in fields]
+    return [*close, *(field for field in meant if field not in close)]
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2].replace("-", "_").lower()
 
 
 def _said(names: list[str]) -> str:

@@ -108,6 +108,7 @@ def test_every_recipe_resolves(file):
         ),
         (["--config", QWEN, "--learning_rate=1"], "option --learning_rate (nearest: lr)"),
         (["--config", QWEN, "--num_train_epochs=1"], "option --num_train_epochs (nearest: epochs)"),
+        (["--config", QWEN, "--warmup_steps=1"], "option --warmup_steps (nearest: optimizer.warmup_steps)"),
         (["--config", QWEN, "--lr"], "--lr needs a value"),
         (["--config", QWEN, "--lr", "--batch_size=8"], "--lr needs a value"),
         (["--config", QWEN, "--config.train.seed=None"], "train.seed=None: this field always has a value"),
