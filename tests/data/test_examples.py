@@ -185,6 +185,16 @@ def test_tools_and_their_calls_are_read_from_objects_and_from_json_text():
             parse_chat([talk[0], talk[1] | {"tool_calls": calls}])
 
 
+def test_nulls_that_a_parquet_file_adds_to_tools_and_calls_are_left_out(tmp_path):
+    from jsft.data.sources import open_source
+    from tests.data.helpers import write_rows
+
+    calls = [[{"function": {"name": "f", "arguments": {key: 1}}}] for key in ("a", "b")]
+    rows = [{"messages": [*turns("user"), {"role": "assistant", "content": "", "tool_calls": one}]} for one in calls]
+    found = [parse_row(row, CHAT, "x") for _, row in open_source(write_rows(tmp_path / "x.parquet", rows)).rows()]
+    assert [example.messages[1]["tool_calls"] for example in found] == calls
+
+
 def test_a_system_column_comes_first_and_only_once():
     example = parse_chat(turns("user", "assistant"), system="Be brief.")
     assert example.messages[0] == {"role": "system", "content": "Be brief."}

@@ -161,3 +161,18 @@ def test_processes_see_the_same_mixture(make_config, sources, processes):
     parts = [open_it(config, process_index=p, process_count=processes)[1] for p in range(processes)]
     for i, batch in enumerate(whole.micro_batches):
         assert np.array_equal(batch.sources, np.concatenate([part.micro_batches[i].sources for part in parts]))
+
+
+def test_preview_stats_and_validate_see_every_source(make_config, sources, capsys):
+    from jsft.data.inspection import Checks, preview, stats, validate
+    from jsft.data.mixture import train_paths
+
+    config = make_config("unused", **{"data.train": sources, "data.mixture": {"math": 1, "code": 1}})
+    preview(config, config.model.path, 7)
+    out = capsys.readouterr().out
+    assert "long.jsonl row 5: " in out and "short.parquet row 6: " in out and "16 rows (code question + answer, " in out
+    stats(config, config.model.path, 1, None, True)
+    assert '"rows": 16' in capsys.readouterr().out
+    assert validate(train_paths(config.data), Checks.of(config, config.model.path)) == 0
+    out = capsys.readouterr().out
+    assert "6 rows, all good (question + answer)" in out and "10 rows, all good (message + response)" in out
