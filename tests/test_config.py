@@ -189,6 +189,7 @@ def test_a_reader_that_goes_away_ends_the_command_without_a_traceback():
         ("save.every", "eval.every, eval.generate.every, checkpoint.every"),
         ("optimizer.weigth_decay", "optimizer.weight_decay"),
         ("gradient_checkpointing", "remat"),
+        ("loss_type", "objective.weighting, objective.name"),
     ],
 )
 def test_an_unknown_field_is_answered_with_what_it_means(name, said):

@@ -13,6 +13,7 @@ import jax
 import jsft
 from jsft import files
 from jsft.hardware import mesh as meshes
+from jsft.objectives import describe
 from jsft.run.provenance import code_version
 
 _PACKAGES = (
@@ -99,7 +100,7 @@ def _write_readme(components, name: str, workdir: Path, facts: dict[str, Any]) -
         f"- {components.data.total_steps:,} updates of {config.train.global_batch} documents, "
         f"{config.train.epochs:g} epoch(s)",
         *(f"- {line}" for line in components.data.report_lines()),
-        f"- objective {config.objective.name}, learning rate {config.optimizer.learning_rate:g} "
+        f"- objective {describe(config.objective)}, learning rate {config.optimizer.learning_rate:g} "
         f"({config.optimizer.schedule}), fidelity {config.fidelity}",
         f"- {meshes.describe(components.mesh)}",
         "",
