@@ -100,11 +100,12 @@ class TokenCache:
         return max((int(values.max(initial=-1)) for values in self._tokens.values), default=-1)
 
     def weight_facts(self) -> dict[str, float] | None:
-        """Mean, largest and share of zeros of all weights; None where there are none."""
+        """Number, mean, largest and share of zeros of all weights; None where there are none."""
         if not self.weighted or not (count := self._weights.lengths.sum()):
             return None
         values = [one for one in self._weights.values if len(one)]
         return {
+            "count": float(count),
             "mean": float(sum(one.sum(dtype=np.float64) for one in values) / count),
             "largest": float(max(one.max() for one in values)),
             "zeros": float(sum(np.count_nonzero(one == 0) for one in values) / count),

@@ -18,6 +18,7 @@ from jsft.data import schedule
 from jsft.data.cache import TokenCache
 from jsft.data.documents import Documents
 from jsft.data.sources import split_paths
+from jsft.data.token_weights import joined_facts
 from jsft.errors import ConfigError
 
 _LONGEST = 100_000  # rows after which the pattern repeats, at most
@@ -173,7 +174,7 @@ class Mixture:
             **{name: total(name) for name in ("bad_rows", "control_text")},
             "longest": int(self.lengths.max()),
             "first_bad_row": first_bad[0] if first_bad else None,
-            "token_weights": facts[0] if facts else None,
+            "token_weights": joined_facts(facts) if facts else None,
             "ignored_columns": list(dict.fromkeys(column for one in found for column in one["ignored_columns"])),
             "thinking": named("thinking"),
         }

@@ -74,3 +74,10 @@ def align(given: Given, documents: Sequence[Document], column: str, where: str) 
         )
     for document, (first, end) in zip(documents, pairwise(ends)):
         yield document._replace(weights=given.weights[first:end])
+
+
+def joined_facts(facts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """`TokenCache.weight_facts` of several caches together."""
+    count = sum(one["count"] for one in facts)
+    mean, zeros = (sum(one[name] * one["count"] for one in facts) / count for name in ("mean", "zeros"))
+    return {"count": count, "mean": mean, "largest": max(one["largest"] for one in facts), "zeros": zeros}

@@ -15,6 +15,7 @@ import pyarrow as pa
 from jsft.data.chat import Document
 from jsft.data.examples import parse_row
 from jsft.data.loader import make_chat, make_keys, wanted_part
+from jsft.data.mixture import train_paths
 from jsft.data.progress import track
 from jsft.data.rows import open_listed, pick, schema_of, training_shape
 from jsft.data.shapes import crc32_column
@@ -145,10 +146,13 @@ def weigh(
     Raises ConfigError, DataError or ModelError; of a row, where data.on_bad_row is `error`.
     """
     data = config.data
-    path, source = check_output(out, overwrite=overwrite), open_listed(data.train, wanted_part(config))
+    paths = train_paths(data)
+    path, source = check_output(out, overwrite=overwrite), open_listed(",".join(paths), wanted_part(config))
     name = data.token_weights_key or DEFAULT_COLUMN
     if taken := [column for column in (name, crc32_column(name)) if column in source.columns]:
-        raise ConfigError(f"{data.train}: has a column '{taken[0]}' already; name another one with --token_weights_key")
+        raise ConfigError(
+            f"{source.files[0]}: has a column '{taken[0]}' already; name another one with --token_weights_key"
+        )
     scored = list(dict.fromkeys(rule.column for rule in rules))
     source.require(*scored)
     chat = make_chat(config, model_dir)

@@ -162,3 +162,13 @@ def test_held_out_data_needs_no_weights(make_config, tmp_path, tiny_model):
     config = make_config(weighted([9] * 8), data__token_weights_key="w", data__eval=held_out)
     (batch,) = open_eval_data(config, tiny_model, rows=8)["held"]
     assert set(batch.loss_weights.ravel().tolist()) == {0.0, 1.0}
+
+
+def test_a_mixture_has_the_weights_of_all_its_sources(open_rows, tmp_path):
+    few, many = weighted([9] * 2, lambda i, n: np.full(n, 3.0)), weighted([9] * 6, lambda i, n: np.zeros(n))
+    paths = {name: str(write_rows(tmp_path / f"{name}.parquet", rows)) for name, rows in (("a", few), ("b", many))}
+    data = open_rows(repr(paths))
+    assert "token weights of mean 0.75, at most 3; 75.0% are 0" in data.report_lines()
+    step = data[0]
+    assert step.weight_sum == pytest.approx(0.75)
+    assert sum(np.count_nonzero(batch.loss_weights) for batch in step.micro_batches) == 2 * 10
