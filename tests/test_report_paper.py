@@ -119,6 +119,7 @@ def test_the_whole_grid_beside_the_paper():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error::UserWarning")  # a figure without room for its panels
 def test_the_report_of_the_whole_grid_is_written(tmp_path):
     written = report.write_report(grid(), tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()

@@ -104,7 +104,7 @@ def path_axes(paths: list, x_label: str, y_label: str) -> Axes | None:
             )
     axes.set_xlabel(x_label), axes.set_ylabel(y_label)
     axes.margins(0.12)
-    axes.legend(fontsize=8)
+    add_legend(figure, axes, len(drawn))
     return axes
 
 
@@ -124,7 +124,9 @@ def add_legend(figure: Figure, axes: Axes, runs: int) -> None:
     for other in figure.axes:
         found |= {k: v for k, v in zip(*reversed(other.get_legend_handles_labels()), strict=True) if k not in found}
     if runs > 1 or len(found) > 1:
-        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=2 if len(found) > 1 else 1)
+        columns = 2 if len(found) > 1 else 1
+        figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(found) / columns))  # panels keep their size
+        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns)
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
