@@ -133,6 +133,13 @@ def _add_makers(command: _Command) -> None:
     sub.add_argument("--operations", default="+-*/", help="operations used [+-*/]")
     sub.add_argument("--repeat", action="store_true", help="a puzzle may come more than once")
     sub.add_argument("--exclude", nargs="+", default=[], metavar="FILE", help="leave out the puzzles of these files")
+    sub.add_argument(
+        "--exclude_numbers",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="and every puzzle with the numbers of one of these",
+    )
     _add_output(sub)
 
     sub = command(
@@ -359,6 +366,7 @@ def _countdown(args) -> None:
         args.seed,
         difficulty,
         exclude=args.exclude,
+        exclude_numbers=args.exclude_numbers,
         repeat=args.repeat,
         overwrite=args.overwrite,
     )

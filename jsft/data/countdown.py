@@ -50,22 +50,30 @@ class _Term(NamedTuple):
 
 
 def generate(
-    rows: int, seed: int, difficulty: Difficulty, known: Iterable[tuple] = (), *, repeat: bool = False
+    rows: int,
+    seed: int,
+    difficulty: Difficulty,
+    known: Iterable[tuple] = (),
+    *,
+    known_numbers: Iterable[tuple] = (),
+    repeat: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yields `rows` rows: message, response, answer, advantage, numbers, target. Row i depends on seed and i.
 
     No puzzle (numbers in any order, target) comes twice or is in `known`, unless `repeat` allows repetition among the
-    rows (never of `known`). Raises ConfigError when the options do not give that many puzzles.
+    rows (never of `known`). No puzzle has the numbers of one in `known_numbers`, whatever its target. Raises ConfigError when the options do not give that many puzzles.
     """
     difficulty.check()
-    seen = set(known)
+    seen, taken = set(known), {puzzle[1:] for puzzle in known_numbers}
     for index in range(rows):
         rng = random.Random(f"countdown/{seed}/{index}")
         count = rng.randint(difficulty.min_numbers, difficulty.max_numbers)
         for _ in range(MAX_DRAWS):
             puzzle = _draw(rng, count, difficulty)
-            if puzzle is not None and identity(puzzle[0], puzzle[1]) not in seen:
-                break
+            if puzzle is not None:
+                name = identity(puzzle[0], puzzle[1])
+                if name not in seen and name[1:] not in taken:
+                    break
         else:
             raise ConfigError(
                 f"only {index} of {rows} puzzles found with these options; widen --numbers, --max_number or "
@@ -98,29 +106,40 @@ def write(
     difficulty: Difficulty,
     *,
     exclude: Sequence[str] = (),
+    exclude_numbers: Sequence[str] = (),
     repeat: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Generates a data set into the file `out`, leaving out the puzzles of the files `exclude`."""
+    """Generates a data set into the file `out`, without the puzzles of the files `exclude`, and without any puzzle whose
+    numbers are those of one in the files `exclude_numbers`.
+    """
     from jsft.data.progress import track
-    from jsft.data.tables import check_output, read_columns, write_rows
+    from jsft.data.tables import check_output, write_rows
 
     if rows < 1:
         raise ConfigError(f"--rows {rows}: must be at least 1")
     difficulty.check()
     path = check_output(out, overwrite=overwrite)
-    known = set()
-    for file in exclude:
+    known, known_numbers = _identities(exclude), _identities(exclude_numbers)
+    puzzles = generate(rows, seed, difficulty, known, known_numbers=known_numbers, repeat=repeat)
+    count = write_rows((("a puzzle", one) for one in track(puzzles, "generating", "puzzles", rows)), path)
+    print(f"{path}: {count} puzzles, each solution checked")
+
+
+def _identities(files: Sequence[str]) -> set[tuple]:
+    """The `identity` of every puzzle in the files. Raises DataError."""
+    from jsft.data.tables import read_columns
+
+    found = set()
+    for file in files:
         for where, row in read_columns(file, ["numbers", "target"]):
             try:
-                known.add(identity(row["numbers"], row["target"]))
+                found.add(identity(row["numbers"], row["target"]))
             except (TypeError, ValueError, OverflowError) as error:
                 raise DataError(
                     f"{where}: 'numbers' must be a list of whole numbers and 'target' a whole number ({error})"
                 ) from error
-    puzzles = generate(rows, seed, difficulty, known, repeat=repeat)
-    count = write_rows((("a puzzle", one) for one in track(puzzles, "generating", "puzzles", rows)), path)
-    print(f"{path}: {count} puzzles, each solution checked")
+    return found
 
 
 def _draw(rng: random.Random, count: int, difficulty: Difficulty):
