@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     device = find_device(flags.device if known else "h200")  # times are those of the card that was measured
     if flags.memory_gib:
         device = device._replace(memory=flags.memory_gib * 2**30)
-    config, chosen = inputs.find_decisions(config, flags.devices, device.usable, flags.lengths, flags.mean_length)
+    config, chosen = inputs.find_decisions(config, flags.devices, device, flags.lengths, flags.mean_length)
     plan = report.make_plan(
         config,
         name,

@@ -41,7 +41,9 @@ def config_page() -> str:
         "config file "
         "(`config.data.max_length = 8192`) or on the command line (`--config.data.max_length=8192`). "
         "Defaults of the form "
-        "*best / reference* come from the preset `fidelity`; whatever is set explicitly wins over it.",
+        "*best / reference* come from the preset `fidelity`; whatever is set explicitly wins over it. "
+        "`--config.FIELD=None` unsets a field: its preset or the tokenizer decides, or for "
+        f"{', '.join(f'`{name}`' for name in schema.CHOSEN)} the rules of [a run of your own](own-run.md).",
     ]
     group = None
     for field in schema.FIELDS:

@@ -8,6 +8,7 @@ import pytest
 from jsft import cli
 from jsft import config as schema
 from jsft.data.chat import Chat, load_tokenizer
+from jsft.hardware.cards import DEVICES
 from jsft.hf.random_model import write_random_model
 from jsft.models.published import PUBLISHED
 from jsft.planning import choices, inputs
@@ -22,8 +23,8 @@ def own(*arguments):
     return schema.resolve(config)
 
 
-def chosen(lengths, *arguments, model="qwen3_1_7b", devices=8, limit=130 * GIB, platform="gpu"):
-    return choices.choose(own(*arguments), PUBLISHED[model], np.array(lengths), devices, limit, platform)
+def chosen(lengths, *arguments, model="qwen3_1_7b", devices=choices.Devices(8, 130 * GIB)):
+    return choices.choose(own(*arguments), PUBLISHED[model], np.array(lengths), devices)
 
 
 @pytest.mark.parametrize(
@@ -49,17 +50,17 @@ def test_lengths_follow_the_longest_document_and_a_devices_share_of_a_batch():
     config, _ = chosen([500] * 20000)
     assert (config.train.global_batch, config.data.max_length) == (256, 512)
     assert config.data.pack_length == choices.KERNEL_ROW  # 256 x 500 tokens on 8 devices would be 16,800
-    config, _ = chosen([500] * 20000, platform="cpu", limit=None)
-    assert config.data.pack_length == choices.PLAIN_ROW
+    for plain in (choices.Devices(8, None, "cpu", kernels=False), choices.Devices(8, 75 * GIB, kernels=False)):
+        assert chosen([500] * 20000, devices=plain)[0].data.pack_length == choices.PLAIN_ROW
 
 
 def test_documents_that_do_not_fit_are_cut_at_the_999th_permille_and_counted():
     lengths = [2000] * 9995 + [30000] * 5
-    config, notes = chosen(lengths, model="qwen3_14b", devices=8, limit=50 * GIB)
+    config, notes = chosen(lengths, model="qwen3_14b", devices=choices.Devices(8, 50 * GIB))
     assert config.data.max_length == 2048
     (note,) = [note for note in notes if note.startswith("data.max_length")]
     assert "99.9th percentile" in note and "5 of 10,000 documents are cut, the longest has 30,000" in note
-    config, notes = chosen([50000] * 200, limit=None)
+    config, notes = chosen([50000] * 200, devices=choices.Devices(8, None))
     assert config.data.max_length == PUBLISHED["qwen3_1_7b"].max_positions  # nothing beyond the model's context
     assert "200 of 200 documents are cut" in str(notes)
 
@@ -75,7 +76,7 @@ def test_what_is_given_stays_and_the_rest_goes_with_it():
 def test_a_run_directory_remembers_what_was_chosen_and_an_old_one_that_it_never_evaluated(tmp_path):
     config = own()
     assert naming.remembered(config, tmp_path).data.max_length is None
-    decided, _ = choices.choose(config, PUBLISHED["qwen3_1_7b"], np.array([900] * 1000), 8, None)
+    decided, _ = choices.choose(config, PUBLISHED["qwen3_1_7b"], np.array([900] * 1000), choices.Devices(8, None))
     flat = schema.flatten(decided) | {"eval.every": 0}  # what versions before the default wrote
     (tmp_path / "config.json").write_text(json.dumps({"config": flat}))
     again = naming.remembered(config, tmp_path)
@@ -100,9 +101,9 @@ def test_a_plan_chooses_as_the_run_does_or_says_that_it_knows_no_lengths(tmp_pat
     write_random_model(tmp_path / "model", hidden_size=64, heads=2, kv_heads=1, intermediate_size=128)
     (tmp_path / "lengths").write_text("100\n" * 300)
     config = own(f"--model={tmp_path / 'model'}")
-    found, lines = inputs.find_decisions(config, 2, GIB, str(tmp_path / "lengths"))
+    found, lines = inputs.find_decisions(config, 2, DEVICES["H100"], str(tmp_path / "lengths"))
     assert (found.data.max_length, found.train.global_batch) == (128, 8) and len(lines) == 4
-    found, (line,) = inputs.find_decisions(config, 2, GIB, None)
+    found, (line,) = inputs.find_decisions(config, 2, DEVICES["H100"], None)
     assert found.data.max_length == 20000 and "lengths of the data are not known" in line
 
 

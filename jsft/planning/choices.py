@@ -5,6 +5,7 @@ and takes it from there when it resumes.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -25,23 +26,29 @@ PERCENTILE = 99.9  # of lengths, where the longest document does not fit
 RATES = ((20e9, 5e-6), (5e9, 1e-5), (1e9, 2e-5), (0, 5e-5))
 
 
+class Devices(NamedTuple):
+    """What a run has. memory: bytes that a program may use of each, None where unknown; kernels: the flash kernels run
+    there (Hopper).
+    """
+
+    count: int
+    memory: float | None
+    platform: str = "gpu"  # or "cpu"
+    kernels: bool = True
+
+
 def undecided(config: ConfigDict) -> list[str]:
     """The fields of `config.CHOSEN` that are unset."""
     return [name for name in schema.CHOSEN if schema.get(config, name) is None]
 
 
 def choose(
-    config: ConfigDict,
-    model: ModelConfig,
-    lengths: np.ndarray,
-    devices: int,
-    limit: float | None,
-    platform: str = "gpu",
+    config: ConfigDict, model: ModelConfig, lengths: np.ndarray, devices: Devices
 ) -> tuple[ConfigDict, list[str]]:
     """A copy of a resolved `config` with nothing undecided, and a line about each field that was chosen.
 
-    lengths: int [N], tokens of every document before any cut; limit: bytes of a device's memory, None where unknown;
-    platform: "gpu" or "cpu" of the devices. Raises ConfigError where the chosen values do not go with the others.
+    lengths: int [N], tokens of every document before any cut. Raises ConfigError where the chosen values do not go with
+    the others.
     """
     wanted, notes = undecided(config), []
     config = config.copy_and_resolve_references()
@@ -62,19 +69,20 @@ def choose(
 
     def fits(length: int) -> bool:
         """Whether a run with packed rows of `length` positions fits."""
-        if limit is None:
+        if devices.memory is None:
             return True
         changed = config.copy_and_resolve_references()
         changed.data.max_length = changed.data.pack_length = length
-        return fitting.fit(model, changed, devices, limit, platform).fits
+        return fitting.fit(model, changed, devices.count, devices.memory, devices.platform).fits
 
     if "data.max_length" in wanted:
         put("data.max_length", *_longest(lengths, config.data.pack_length, model.max_positions, fits))
     if "data.pack_length" in wanted:
         least = _up(config.data.max_length)
         tokens = np.minimum(lengths, config.data.max_length).mean() * config.train.global_batch
-        share = _up(1.05 * tokens / devices / config.data.rows_per_device)
-        row = max(least, min(share, KERNEL_ROW if platform == "gpu" else PLAIN_ROW))
+        share = _up(1.05 * tokens / devices.count / config.data.rows_per_device)
+        kernel = devices.kernels and config.attention.implementation != "xla" and model.head_dim in (64, 128)
+        row = max(least, min(share, KERNEL_ROW if kernel else PLAIN_ROW))
         while row > least and not fits(row):
             row = max(least, _up(row / 2))
         put("data.pack_length", row, "the longest document" if row == least else "a device's share of a batch")

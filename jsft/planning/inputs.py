@@ -11,6 +11,7 @@ from jsft import config as schema
 from jsft.data.loader import whole_lengths
 from jsft.data.mixture import train_paths
 from jsft.errors import ConfigError, DataError, ModelError
+from jsft.hardware.cards import Device
 from jsft.hf.resolve import TOKENIZER_FILES, resolve_model
 from jsft.hints import nearest
 from jsft.models.config import ModelConfig
@@ -74,11 +75,11 @@ def find_lengths(
 
 
 def find_decisions(
-    config: ConfigDict, devices: int, limit: float, file: str | None, mean: float | None = None
+    config: ConfigDict, count: int, device: Device, file: str | None, mean: float | None = None
 ) -> tuple[ConfigDict, list[str]]:
     """The config with what it leaves undecided, and what was chosen, a line each (`jsft.planning.choices`).
 
-    limit: bytes of a device's memory; file, mean: as in `find_lengths`. Where the documents' own lengths are not known,
+    count: of devices; file, mean: as in `find_lengths`. Where the documents' own lengths are not known,
     the fields have their defaults.
     """
     if not choices.undecided(config):
@@ -92,7 +93,8 @@ def find_decisions(
         default = schema.default_chosen(config)
         shown = ", ".join(f"{name}={schema.get(default, name):g}" for name in choices.undecided(config))
         return schema.resolve(default), [f"{shown}: defaults, because the lengths of the data are not known here"]
-    return choices.choose(config, model, lengths, devices, limit)
+    devices = choices.Devices(count, device.usable, kernels=device.has_kernels)
+    return choices.choose(config, model, lengths, devices)
 
 
 def _tokenizer_of(config: ConfigDict) -> Path:

@@ -15,6 +15,7 @@ from jsft.hardware import xla
 from jsft.hf.base_files import base_files
 from jsft.hf.load import check_weights
 from jsft.hf.resolve import resolve_model
+from jsft.kernels.devices import kernels_unavailable
 from jsft.models.config import ModelConfig
 from jsft.models.families import abstract_parameters, read_config
 from jsft.models.flops import matmul_parameters
@@ -86,8 +87,10 @@ def _decided(config: ConfigDict, model_dir: Path, model: ModelConfig, mesh: Mesh
     """
     chosen: list[str] = []
     if choices.undecided(config):
-        lengths, platform = whole_lengths(config, model_dir), mesh.devices.flat[0].platform
-        config, chosen = choices.choose(config, model, lengths, mesh.size, xla.device_memory(), platform)
+        device = mesh.devices.flat[0]
+        kernels = kernels_unavailable(device) is None
+        devices = choices.Devices(mesh.size, xla.device_memory(), device.platform, kernels)
+        config, chosen = choices.choose(config, model, whole_lengths(config, model_dir), devices)
     if config.data.eos_token == CHAT_EOS:
         chat = make_chat(config, model_dir)
         config = config.copy_and_resolve_references()
