@@ -5,7 +5,6 @@ run during training.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import time
@@ -38,9 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prefer_cpu()
     from jsft.hf.push import check_push, push
     from jsft.run.manifest import list_steps, reading
+    from jsft.run.saved import read_run
 
     workdir = _workdir(arguments.workdir)
-    run = _read_run(workdir)
+    run = read_run(workdir)
     steps = _steps(arguments.step, list_steps(workdir), workdir)
     if arguments.push:
         if len(steps) > 1:
@@ -101,18 +101,6 @@ def _workdir(given: str | None) -> Path:
     return workdir
 
 
-def _read_run(workdir: Path) -> dict[str, Any]:
-    file = workdir / "config.json"
-    try:
-        run = json.loads(file.read_text(encoding="utf-8"))
-        run["config"].items()
-    except FileNotFoundError:
-        raise CheckpointError(f"{workdir} has no config.json; --workdir must name a run's directory") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} cannot be read ({type(error).__name__}); --workdir must name a run") from error
-    return run
-
-
 def _steps(text: str, available: list[int], workdir: Path) -> list[int]:
     if not available:
         raise CheckpointError(f"{workdir} has no finished checkpoint yet")
@@ -133,36 +121,22 @@ def _steps(text: str, available: list[int], workdir: Path) -> list[int]:
 
 def _export(workdir: Path, run: dict[str, Any], step: int, out: Path, options: argparse.Namespace) -> None:
     """One step. options: the command line."""
-    from jsft.data.chat import eos_id, load_tokenizer
     from jsft.hardware.mesh import make_mesh
-    from jsft.hf.base_files import read_template, trained_template
-    from jsft.hf.digest import model_digest
     from jsft.hf.write import check_output, write_model
-    from jsft.models.families import read_config
-    from jsft.run.manifest import check_base, read_manifest
+    from jsft.run.saved import open_step, trained_files
 
     started = time.monotonic()
-    config, base = run["config"], workdir / "base"
-    if not base.is_dir():
-        raise CheckpointError(f"{workdir} has no base/ with the base model's files; was the run started at all?")
-    check_output(out, base)
-    manifest = read_manifest(workdir, step)
-    check_base(workdir, manifest, model_digest(base))
-    model = read_config(base)
-    mesh = make_mesh()
-    checkpoint = _CheckpointParameters(workdir, step, model, mesh)
-    stop = eos_id(load_tokenizer(base), config.get("data.eos_token"))
-    template = read_template(base)
-    if template is not None:
-        as_trained = config.get("data.strip_default_system", False), config.get("data.enable_thinking")
-        template = trained_template(template, *as_trained)
-    trained_by = manifest.get("code", jsft.__version__)
+    check_output(out, workdir / "base")
+    saved = open_step(workdir, step, make_mesh())
+    config = run["config"]
+    stop, template = trained_files(saved.base, config)
+    trained_by = saved.manifest.get("code", jsft.__version__)
     facts = {"run": run.get("name"), "step": step, "base_model": config.get("model.path"), "code": trained_by}
     card = _model_card(workdir, run, step, options.dtype, stop, trained_by, options.push)
     write_model(
-        checkpoint,
-        model,
-        base,
+        saved.parameters,
+        saved.model,
+        saved.base,
         out,
         options.dtype,
         eos_token_id=stop,
@@ -174,60 +148,7 @@ def _export(workdir: Path, run: dict[str, Any], step: int, out: Path, options: a
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     print(f"step {step}: {size / 1e9:.2f} GB in {time.monotonic() - started:.0f} s: {out}")
     if options.check:
-        _check(checkpoint, out, options.dtype, mesh)
-
-
-class _CheckpointParameters:
-    """The parameters of one step checkpoint, by path, read from disk when asked for."""
-
-    def __init__(self, workdir: Path, step: int, model, mesh):
-        """Raises CheckpointError when the checkpoint is damaged or of another model."""
-        from orbax.checkpoint import v1 as ocp
-
-        from jsft.models.families import parameter_table
-        from jsft.models.parameters import get_leaf, leaves
-        from jsft.run.manifest import checkpoint_folder, verify
-        from jsft.run.orbax_io import orbax_path, quiet
-
-        quiet()
-        self._name = f"checkpoint {step} in {workdir}"
-        self._folder = checkpoint_folder(workdir) / str(step)
-        self._table, self._mesh = parameter_table(model), mesh
-        if problem := verify(workdir, step, items=("parameters",)):
-            raise CheckpointError(f"{self._name} is damaged: {problem}; export another step")
-        try:
-            with orbax_path(self._folder) as name:
-                self._stored = ocp.checkpointables_metadata(name).metadata["parameters"]
-            for path, spec in leaves(self._table):
-                if get_leaf(self._stored, path).shape != spec.shape:
-                    name = "/".join(path)
-                    raise CheckpointError(f"{self._name}: {name} does not have the model's shape {spec.shape}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self._name} does not hold the parameters of {workdir}/base ({error})") from error
-
-    def __call__(self, path):
-        """The parameter in the dtype of the checkpoint, sharded over the mesh."""
-        import jax
-        from orbax.checkpoint import v1 as ocp
-
-        from jsft.hardware.mesh import parameter_sharding
-        from jsft.models.parameters import get_leaf
-        from jsft.run.orbax_io import orbax_path
-
-        spec = get_leaf(self._table, path)
-        sharding = parameter_sharding(spec.axes, spec.shape, self._mesh)
-        wanted: Any = jax.ShapeDtypeStruct(spec.shape, get_leaf(self._stored, path).dtype, sharding=sharding)
-        for key in reversed(path):
-            wanted = {key: wanted}
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
-        try:
-            with context:
-                with orbax_path(self._folder) as name:
-                    loaded = ocp.load_checkpointables(name, {"parameters": wanted})["parameters"]
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{self._name} could not be read ({str(error)[:200]})") from error
-        return get_leaf(loaded, path)
+        _check(saved.parameters, out, options.dtype, saved.mesh)
 
 
 def _check(checkpoint, out: Path, dtype: str, mesh) -> None:

@@ -1,14 +1,16 @@
 """The Python API, as a notebook would use it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import jsft
-from jsft.errors import ConfigError, DataError, ModelError
+from jsft.errors import CheckpointError, ConfigError, DataError, ModelError
 from jsft.hf.random_model import write_random_model
 
 ROWS = [
@@ -86,6 +88,83 @@ def test_steps_lower_the_loss_they_report(model):
 def test_wrong_fields(model, fields, message):
     with pytest.raises(ConfigError, match=message):
         jsft.Trainer(model, 10, fields)
+
+
+def test_scoring_again_compiles_nothing(model):
+    from jsft.api import _score
+
+    model.log_probabilities(ROWS)
+    compiled = _score._cache_size()
+    model.log_probabilities([ROWS[0], *ROWS])
+    assert _score._cache_size() == compiled
+
+
+def test_generation_takes_text_turns_and_tokens(model):
+    text = "What is 2 + 3?"
+    turns = [{"role": "user", "content": text}]
+    ids = model.chat.tokenizer.encode(model.chat.render(turns, ""), add_special_tokens=False)
+    found = model.generate([text, turns, ids, "Another?"], max_tokens=20)
+    assert len(found) == 4 and found[0] == found[1] == found[2] and len(found[0]) >= 1
+    assert "<|endoftext|>" not in "".join(found)
+    assert len(set(model.generate([text] * 4, max_tokens=20, temperature=2.0))) > 1
+    assert model.generate([]) == []
+    with pytest.raises(
+        DataError, match="prompt 1: has 32 tokens, and max_tokens=4090 makes 4122, more than the model's"
+    ):
+        model.generate(["a", text[:-1]], max_tokens=4090)
+    with pytest.raises(ConfigError, match="max_tokens=0"):
+        model.generate([text], max_tokens=0)
+    with pytest.raises(DataError, match="prompt 0: want at least 1 token ids"):
+        model.generate([[]])
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    """A run's directory with checkpoints of steps 3 and 5; responses end in <|im_end|>."""
+    from jsft import config as schema
+    from jsft.hf.base_files import copy_base_files
+    from jsft.run.checkpoint import Policy, Saver
+    from jsft.step.optimizer import initial_state
+
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    (workdir / "base").mkdir(parents=True)
+    copy_base_files(model.path, workdir / "base")
+    config = schema.default_config()
+    config.model.path, config.data.train, config.data.eos_token = str(model.path), "some.parquet", "<|im_end|>"
+    config = schema.resolve(config)
+    (workdir / "config.json").write_text(json.dumps({"name": "tiny", "config": schema.flatten(config)}))
+    saver = Saver(workdir, Policy(every=1, keep=2), {"code": "0"}, print)
+    for step in (3, 5):
+        saver.save(step, initial_state(jax.tree.map(lambda p: p * (1 + step / 10), model.parameters), config))
+        saver.wait()
+    return workdir
+
+
+def test_a_run_and_its_checkpoints_are_models(model, run):
+    def norms(loaded):
+        return np.asarray(loaded.parameters["final_norm"])
+
+    last = jsft.load_model(run, compute_dtype="float32")
+    assert last.chat.decode([last.chat.eos_id]) == "<|im_end|>", "as the run rendered its rows"
+    np.testing.assert_array_equal(norms(last), norms(model) * np.float32(1.5))
+    for path, step in ((run, 3), (run / "checkpoints" / "3", None)):
+        np.testing.assert_array_equal(norms(jsft.load_model(path, step=step)), norms(model) * np.float32(1.3))
+    with pytest.raises(CheckpointError, match="no finished checkpoint of step 4; there are: 3, 5"):
+        jsft.load_model(run, step=4)
+    with pytest.raises(ConfigError, match="is not a run's directory"):
+        jsft.load_model(model.path, step=4)
+
+
+def test_a_saved_model_is_read_back(model, run, tmp_path):
+    trained = jsft.load_model(run, dtype="bfloat16", enable_thinking=False)
+    trained.save(tmp_path / "out")
+    again = jsft.load_model(tmp_path / "out", dtype="bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, again.parameters, trained.parameters)
+    assert 258 in json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    assert "enable_thinking" in again.chat.tokenizer.chat_template
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(CheckpointError, match="is no export of jsft"):
+        trained.save(tmp_path / "mine")
 
 
 def test_wrong_rows(model):

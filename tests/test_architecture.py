@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # A room is a folder or a file of jsft. It imports itself, and what is below it.
-COMMANDS = {"train", "export", "plan", "prepare", "report", "api", "__init__", "__main__"}
+COMMANDS = {"train", "export", "plan", "prepare", "report", "api", "trainer", "__init__", "__main__"}
 BASE = {"config", "configs", "environments", "errors", "files", "help", "hints", "objectives"}
 MACHINE = BASE | {"kernels", "hardware"}
 CONTENT = MACHINE | {"data", "models", "hf"}

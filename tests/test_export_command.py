@@ -24,6 +24,7 @@ from jsft.hf.random_model import write_random_model
 from jsft.models import read_config
 from jsft.run.checkpoint import Policy, Saver
 from jsft.run.manifest import manifest_bytes
+from jsft.run.saved import SavedParameters
 from jsft.step.optimizer import initial_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,9 +202,7 @@ def test_memory_is_one_parameter_not_the_model(runs, monkeypatch, tmp_path, no_s
     """The export asks the checkpoint for one parameter at a time."""
     folder, _ = runs
     asked = []
-    real = export._CheckpointParameters.__call__
-    monkeypatch.setattr(
-        export._CheckpointParameters, "__call__", lambda self, path: asked.append(path) or real(self, path)
-    )
+    real = SavedParameters.__call__
+    monkeypatch.setattr(SavedParameters, "__call__", lambda self, path: asked.append(path) or real(self, path))
     export.main(["--step", "5", "--workdir", str(folder / "runs" / "tiny"), "--out", str(tmp_path / "out")])
     assert len(asked) == len(set(asked)) == 13

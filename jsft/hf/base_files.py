@@ -91,6 +91,13 @@ def set_dtype(config_file: Path, dtype: str) -> None:
         config_file.write_text(changed, encoding="utf-8")
 
 
+def stop_tokens(model_dir: Path) -> list[int]:
+    """Ids of generation_config.json's stop tokens; of config.json's where there is no such file, as engines do."""
+    file = model_dir / "generation_config.json"
+    ids = _read_json(file if file.is_file() else model_dir / "config.json").get("eos_token_id")
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
 def ensure_stop_token(out_dir: Path, token_id: int) -> str | None:
     """Makes `token_id`, the token that ended the trained responses, a stop token of generation_config.json.
 
@@ -98,11 +105,7 @@ def ensure_stop_token(out_dir: Path, token_id: int) -> str | None:
     """
     file = out_dir / "generation_config.json"
     existed = file.is_file()
-    config = _read_json(file) if existed else {}
-    ids = config.get("eos_token_id")
-    if ids is None and not existed:  # engines then fall back to config.json
-        ids = _read_json(out_dir / "config.json").get("eos_token_id")
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    config, ids = _read_json(file) if existed else {}, stop_tokens(out_dir)
     if existed and token_id in ids:
         return None
     if token_id not in ids:
