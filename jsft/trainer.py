@@ -1,5 +1,6 @@
 """Training from Python: a run's arithmetic, batches and schedule, without its directory, checkpoints and supervision."""
 
+import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsft import config as schema
@@ -23,12 +25,15 @@ from jsft.data.sources import open_source, split_paths
 from jsft.data.unpacked import BLOCK, LossWeights, one_document_a_row, weigh
 from jsft.errors import ConfigError, DataError
 from jsft.hardware.mesh import shard_batch
+from jsft.models.config import ModelConfig
+from jsft.models.families import abstract_parameters
 from jsft.models.flops import matmul_parameters
 from jsft.step.optimizer import initial_state, parameter_dtype
-from jsft.step.programs import make_programs
+from jsft.step.programs import StepPrograms, make_programs
 
 Data = str | Path | Sequence[Row] | Sequence[str]  # what data.train takes, or rows
 Callback = Callable[[int, dict[str, float]], Any]  # (updates done, metrics); one that returns True ends `fit`
+_NOT_COMPILED = ("model", "data", "eval", "log", "checkpoint")  # groups of fields that the programs do not depend on
 _LENGTHS = ("data.max_length", "data.pack_length")
 
 
@@ -63,9 +68,9 @@ class Trainer:
         self.config = schema.resolve(_config(model, total_steps, self._fields))
         wanted = parameter_dtype(self.config)
         self._state = initial_state(jax.tree.map(lambda p: jnp.array(p, wanted), model.parameters), self.config)
-        shardings = jax.tree.map(lambda p: p.sharding, model.parameters)
-        remat = "full" if self.config.remat == "auto" else self.config.remat
-        self._programs = make_programs(model.config, self.config, model.mesh, shardings, total_steps, remat)
+        flat = schema.flatten(self.config).items()
+        settings = tuple((name, value) for name, value in flat if name.partition(".")[0] not in _NOT_COMPILED)
+        self._programs = _programs(model.config, settings, model.mesh, total_steps)
         self._held_out: dict[str, list[Batch]] | None = None
         model.parameters = self._state.parameters
 
@@ -187,6 +192,16 @@ class Trainer:
                         f"row {i} of the {name} data: {error}; a row holds text, numbers and lists"
                     ) from error
         return str(file)
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(model: ModelConfig, settings: tuple[tuple[str, Any], ...], mesh: Mesh, total_steps: int) -> StepPrograms:
+    """The programs of a resolved config's `settings`. Trainers with the same settings compile once."""
+    config = schema.unflatten(dict(settings))
+    parameters = abstract_parameters(model, mesh, parameter_dtype(config))
+    remat = "full" if config.remat == "auto" else config.remat
+    shardings = jax.tree.map(lambda p: p.sharding, parameters)
+    return make_programs(model, config, mesh, shardings, total_steps, remat)
 
 
 def _config(model: Model, total_steps: int, fields: Mapping[str, Any]) -> ConfigDict:

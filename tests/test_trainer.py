@@ -57,6 +57,7 @@ def test_fit_is_a_run(load, tmp_path):
     model = load()
     lengths = dict.fromkeys(("data.max_length", "data.pack_length"), 128)
     fields = FIELDS | lengths | {"train.max_steps": 5, "train.epochs": 9, "precision.compute": "float32"}
+    fields |= {"data.eval": "", "eval.every": 0}
     fields |= {"model.path": model.path, "data.train": file}
     command = [sys.executable, "-m", "jsft.train", "--config", root / "configs/quickstart.py:tiny", "--workdir", "run"]
     command += [f"--config.{name}={value}" for name, value in fields.items()]
@@ -95,7 +96,7 @@ def test_weights_of_one_s_own(load):
         return weights
 
     model = load()
-    trainer = jsft.Trainer(model, 2, FIELDS, loss_weights=last_token)
+    trainer = jsft.Trainer(model, 4, FIELDS, loss_weights=last_token, on_step=lambda step, metrics: True)
     for rows in (ROWS[:8], ROWS[8:16]):  # padded, then packed
         documents = model.tokenize(rows)
         expected = -np.mean([scores[-1] for scores in model.log_probabilities([d.tokens for d in documents])])
@@ -128,7 +129,7 @@ def test_held_out_data_and_a_callback_that_ends(load):
 
     model = load()
     trainer = jsft.Trainer(
-        model, 6, FIELDS | {"eval.every": 2}, eval_data={"sums": ROWS[:4], "two": ROWS[4:6]}, on_eval=on_eval
+        model, 4, FIELDS | {"eval.every": 2}, eval_data={"sums": ROWS[:4], "two": ROWS[4:6]}, on_eval=on_eval
     )
     scores, documents = model.log_probabilities(ROWS[:4]), model.tokenize(ROWS[:4])
     each = [-s[d.spans[0, 0] - 1 :] for s, d in zip(scores, documents)]
@@ -142,7 +143,7 @@ def test_held_out_data_and_a_callback_that_ends(load):
 
 def test_wrong_data_is_named(load):
     model = load()
-    trainer = jsft.Trainer(model, 2, FIELDS)
+    trainer = jsft.Trainer(model, 4, FIELDS)
     with pytest.raises(DataError, match="row 1 of the train data: .*set"):
         trainer.fit([ROWS[0], ROWS[1] | {"tags": {1, 2}}])
     with pytest.raises(DataError, match="no rows given as train data"):
