@@ -15,19 +15,17 @@ from ml_collections import ConfigDict
 from jsft import config as schema
 from jsft import files
 from jsft.api import Model, Row
-from jsft.data.batch import Batch
-from jsft.data.cache import open_cache
+from jsft.data.batch import Batch, document_mean_weights
 from jsft.data.chat import Document
-from jsft.data.loader import TrainingData, make_keys, open_eval_data, open_training_data
-from jsft.data.objective import document_mean_weights, token_weights
+from jsft.data.loader import TrainingData, held_out_lengths, open_eval_data, open_training_data, whole_lengths
 from jsft.data.schedule import attention_cost
-from jsft.data.sources import open_source, split_paths
 from jsft.data.unpacked import BLOCK, LossWeights, one_document_a_row, weigh
 from jsft.errors import ConfigError, DataError
 from jsft.hardware.mesh import shard_batch
 from jsft.models.config import ModelConfig
 from jsft.models.families import abstract_parameters
 from jsft.models.flops import matmul_parameters
+from jsft.objectives import token_weights
 from jsft.step.optimizer import initial_state, parameter_dtype
 from jsft.step.programs import StepPrograms, make_programs
 
@@ -80,14 +78,19 @@ class Trainer:
         return int(self._state.step)
 
     def step(self, rows: Sequence[Row]) -> dict[str, float]:
-        """One update on all of `rows`: loss, nll, entropy, accuracy, grad_norm, lr and more. Raises DataError."""
+        """One update on all of `rows`: loss, nll, entropy, accuracy, grad_norm, lr and more.
+
+        Raises DataError, and ConfigError where the rows should have weights of tokens.
+        """
+        if self.config.data.token_weights_key:
+            raise ConfigError("data.token_weights_key: the rows of `step` have no weights of tokens; use `fit`")
         batch = one_document_a_row(self._model.tokenize(rows), self._model.mesh.size)
         return self._update(weigh([batch], self._loss_weights or self._objective))
 
     def open(self, data: Data) -> TrainingData:
         """The updates that `fit` makes of `data`, by number from 0: item k is the data of update k + 1."""
         model = self._model
-        config = self._with_lengths({"data.train": self._as_paths(data, "train")})
+        config = self._with_lengths({"data.train": self._as_paths(data, "train")}, whole_lengths)
         config.train.epochs, config.train.max_steps = float(self._total), self._total
         return open_training_data(
             config,
@@ -155,23 +158,17 @@ class Trainer:
     def _open_held_out(self) -> Iterator[tuple[str, list[Batch]]]:
         rows = self._model.mesh.size * self.config.data.rows_per_device
         for name, data in self._eval_data.items():
-            config = self._with_lengths({"data.train": self._as_paths(data, name)})
-            config.data.eval = ConfigDict({name: config.data.train})
+            config = self._with_lengths({"data.eval": {name: self._as_paths(data, name)}}, held_out_lengths)
             for batches in open_eval_data(config, self._model.path, rows=rows).values():
                 yield name, [batch._replace(loss_weights=document_mean_weights(batch)) for batch in batches]
 
-    def _with_lengths(self, fields: Mapping[str, Any]) -> ConfigDict:
-        """The config with `fields`, and with the lengths of data.train where the user set none."""
+    def _with_lengths(self, fields: Mapping[str, Any], lengths: Callable[..., np.ndarray]) -> ConfigDict:
+        """The config with `fields`, and with room for the longest of `lengths` where the user sets none."""
         fields = {"data.cache_dir": str(Path(self._folder.name) / "cache")} | self._fields | fields
         config = schema.resolve(_config(self._model, self._total, fields))
         if any(name in self._fields for name in _LENGTHS):
             return config
-        source = open_source(split_paths(config.data.train))
-        model, cache_dir = self._model, config.data.cache_dir
-        cache = open_cache(
-            source, model.chat, make_keys(config), cache_dir=cache_dir, on_bad_row=config.data.on_bad_row
-        )
-        longest = -(-int(cache.lengths.max()) // BLOCK) * BLOCK
+        longest = -(-int(lengths(config, self._model.path).max()) // BLOCK) * BLOCK
         return schema.resolve(_config(self._model, self._total, fields | dict.fromkeys(_LENGTHS, longest)))
 
     def _as_paths(self, data: Data, name: str) -> Any:

@@ -154,6 +154,11 @@ def whole_lengths(config, model_dir: str | Path) -> np.ndarray:
     )
 
 
+def held_out_lengths(config, model_dir: str | Path) -> np.ndarray:
+    """int64 [N]: as `whole_lengths`, of every document of data.eval."""
+    return np.concatenate([documents.whole_lengths for _, documents in _held_out(config, model_dir)])
+
+
 def open_documents(config, chat: Chat, embedding: Embedding | None) -> Documents | Mixture:
     """The documents of data.train, tokenised by `chat`: those of one source, or the mixture of several."""
     data, use_advantage = config.data, config.objective.use_advantage
