@@ -80,9 +80,14 @@ def _csv(path: Path, suffix: str) -> pa.Table:
         refuse_foreign(path)
     with explained(DataError, f"{path}: cannot be read", "store it as UTF-8"):
         with (gzip.open if compressed else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-            header = next(csv.reader(file, delimiter=separator), [])
+            lines = csv.reader(file, delimiter=separator)
+            header, first = next(lines, []), next(lines, None)
     if not header or len(set(header)) < len(header) or "" in header:
         raise DataError(f"{path}: its first line must name the columns, each once; found {header}")
+    if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), "")):
+        raise DataError(f"{path}: its columns are separated by {other!r}; separate them by commas, or by tabs in .tsv")
+    if first is None:
+        raise DataError(f"{path}: holds no rows")
     datasets = _datasets()
     features = datasets.Features({name: datasets.Value("string") for name in header})
     try:

@@ -196,6 +196,17 @@ class Chat:
         return self.tokenizer.backend_tokenizer.encode("x").ids[:1] == [self.tokenizer.bos_token_id]
 
     @cached_property
+    def start_of_turn(self) -> str:
+        """The control token with which the template begins an assistant turn; '' where there is none."""
+        turns = [{"role": "user", "content": "x"}]
+        try:
+            before, whole = (self.render(turns, "", add_generation_prompt=asks) for asks in (False, True))
+        except DataError:
+            return ""
+        found = self._control.search(whole.removeprefix(before)) if self._control else None
+        return found[0] if found else ""
+
+    @cached_property
     def end_of_turn(self) -> str:
         """What the template writes after an assistant turn, without white space at the end; '' where it refuses."""
         mark = "\ue000"

@@ -52,6 +52,11 @@ class Conversation:
                 "thinking and tool calls into the content"
             )
         text = whole[len(prompt) : found]
+        if (start := self.chat.start_of_turn) and start in text:
+            raise DataError(
+                f"{self.where}: the chat template ends assistant turn {turn} otherwise than with {end!r}, so its end is "
+                "not known; write thinking and tool calls into the content"
+            )
         if (thought := message.get(self.thinking or "reasoning_content")) and thought.strip() not in text:
             if turn < last:
                 raise DataError(

@@ -129,7 +129,11 @@ def _visible_files(folder: Path) -> list[Path]:
 
 
 def _choose_saved(folder: Path, splits: list[str], wanted: Wanted) -> Chosen:
+    if wanted.subset:
+        raise DataError(f"{folder}: a folder of save_to_disk has no subsets; leave data.subset={wanted.subset} out")
     if splits == [""]:
+        if wanted.named:
+            raise DataError(f"{folder}: was saved as one split; leave {wanted.field}={wanted.named} out")
         return Chosen([folder], [])
     taken = choose_split(splits, wanted.splits, wanted.named, str(folder), wanted.field)
     left_out = [f"left out: {name} (split {name})" for name in splits if name != taken]

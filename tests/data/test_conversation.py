@@ -1,5 +1,7 @@
 """Conversations whose turns say more than text: what is trained is the template's own text, whole or refused."""
 
+import copy
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,8 +42,10 @@ def qwen3(qwen3_tokenizer):
 
 
 @pytest.fixture(scope="module")
-def split(qwen3_tokenizer):
-    return Chat(qwen3_tokenizer, train_turns="split")
+def split(qwen3):
+    chat = copy.copy(qwen3)  # of a second tokenizer, made in seconds, nothing would be different
+    chat.train_turns = "split"
+    return chat
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +149,19 @@ def test_a_prompt_that_the_template_contradicts_is_refused(tmp_path):
     chat = Chat(load_tokenizer(write_tokenizer(tmp_path / "m", template)))
     with pytest.raises(DataError, match="x: the chat template writes assistant turn 1 otherwise than it asks for it"):
         chat.encode(example(user("a"), assistant("b", thinking="hm")), "x")
+
+
+def test_a_turn_with_another_end_is_refused(tmp_path):
+    """Llama 3.1 ends calls of its built-in tools with another token than turns."""
+    ends = "m.content + ('add<|endoftext|>' if m.tool_calls else '<|im_end|>') + '\n'"
+    template = CHATML.replace("m.content + '<|im_end|>\n'", ends.replace("\n", "\\n"))
+    template = CHATML.replace("m.content + '<|im_end|>\n'", ends) if template == CHATML else template
+    chat = Chat(
+        load_tokenizer(write_tokenizer(tmp_path / "m", template.replace("raise_exception('no tools here')", "''")))
+    )
+    talk = [user("a"), assistant("", tool_calls=call(a=1)), {"role": "tool", "content": "1"}, assistant("b")]
+    with pytest.raises(DataError, match="x: the chat template ends assistant turn 1 otherwise than with '<|im_end|>'"):
+        chat.encode(example(*talk), "x")
 
 
 def test_a_turn_that_is_marked_is_read_and_not_trained(plain):

@@ -75,6 +75,9 @@ def test_a_line_of_csv_that_does_not_fit_is_named(tmp_path):
     for text, message in (
         ("a,b\n1,2\n1,2,3\n", "x.csv: cannot be read as CSV .*Expected 2 fields in line 3, saw 3"),
         ("a,a\n1,2\n", "x.csv: its first line must name the columns, each once; found"),
+        ("question;answer\n1;2\n", "x.csv: its columns are separated by ';'; separate them by commas"),
+        ("question,answer\n", "x.csv: holds no rows"),
+        ("", "x.csv: is empty"),
     ):
         (tmp_path / "x.csv").write_text(text)
         with pytest.raises(DataError, match=message) as caught:
@@ -121,6 +124,10 @@ def test_folders_of_save_to_disk_are_read_by_split(saved):
     assert source.content_key() != open_source(saved / "sets", Wanted(HELD_OUT)).content_key()
     with pytest.raises(DataError, match="has no split 'dev'; set data.split to one of train, test"):
         open_source(saved / "sets", Wanted(named="dev"))
+    with pytest.raises(DataError, match="one: was saved as one split; leave data.split=test out"):
+        open_source(saved / "one", Wanted(named="test"))
+    with pytest.raises(DataError, match="has no subsets; leave data.subset=en out"):
+        open_source(saved / "sets", Wanted(subset="en"))
 
 
 def test_json_keeps_its_text_too(tmp_path):
