@@ -44,6 +44,7 @@ def parse():
     add("--backward", default="auto", help="attention.backward")
     add("--norms", default="auto", help="norm.implementation")
     add("--optimizer", default="auto", help="optimizer.implementation")
+    add("--weighting", default="none", help="objective.weighting")
     add("--median", type=float, default=6000, help="median document length of the log-normal (sigma 0.6)")
     add("--mock_devices", type=int, help="compile and run the program of this many GPUs on one (times: upper bounds)")
     add("--profile", action="store_true", help="time by part, from a profile of two steps")
@@ -121,6 +122,7 @@ def build(options):
     config.attention.backward, config.norm.implementation = options.backward, options.norms
     config.mesh.gather, config.mesh.reduce = options.gather, options.reduce_when
     config.train.unroll_layers, config.optimizer.implementation = options.unroll, options.optimizer
+    config.objective.weighting = options.weighting
     config.optimizer.learning_rate = 1e-5
     config = schema.resolve(config)
     mesh = make_mesh()
