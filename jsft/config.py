@@ -299,6 +299,14 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field("precision.moments", str, None, "Dtype of both Adam moments.", choices=_FLOATS),
     Field("precision.compute", str, "bfloat16", "Dtype of matmuls and activations.", choices=_FLOATS),
+    Field(
+        "precision.matmul",
+        str,
+        "bfloat16",
+        "How the seven linears of a layer multiply: in precision.compute, or in float8 (e4m3), all three products "
+        "(docs/float8.md; not timed on GPUs yet). float8_anyway: also where fidelity=reference refuses float8.",
+        choices=("bfloat16", "float8", "float8_anyway"),
+    ),
     Field("precision.reduce", str, None, "Dtype in which gradients are reduced over devices.", choices=_FLOATS),
     Field(
         "precision.gradients",
@@ -497,6 +505,11 @@ def unset(config: ConfigDict, name: str) -> None:
         config[leaf] = config_dict.placeholder(BY_NAME[name].kind)
 
 
+def multiplies_float8(config: ConfigDict) -> bool:
+    """Whether the layers' linears multiply float8."""
+    return config.precision.matmul != "bfloat16"
+
+
 def default_chosen(config: ConfigDict) -> ConfigDict:
     """A copy in which the fields of `CHOSEN` that are unset have their default: for commands that only look at data."""
     config = config.copy_and_resolve_references()
@@ -541,6 +554,11 @@ def _check_together(config: ConfigDict) -> None:
         )
     if data.split_turns and data.train_turns == "last":
         raise ConfigError("data.split_turns=true trains every turn, and data.train_turns=last only one; leave one out")
+    if config.precision.matmul == "float8" and config.fidelity == "reference":
+        raise ConfigError(
+            "precision.matmul=float8: the published runs, whose arithmetic fidelity=reference stands for, multiplied "
+            "bfloat16; set fidelity=best, or ask for both with precision.matmul=float8_anyway"
+        )
     if config.mesh.reduce == "step" and config.mesh.gather != "step":
         raise ConfigError("mesh.reduce=step works on weights that are gathered once a step; set mesh.gather=step too")
     objectives.token_weights(

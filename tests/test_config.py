@@ -206,3 +206,12 @@ def test_every_alias_leads_to_a_field_and_none_hides_one():
     assert {field for fields in hints._ALIASES.values() for field in fields} <= set(schema.BY_NAME)
     assert not any("_" in alias or alias in schema.BY_NAME for alias in hints._ALIASES)
     assert schema.nearest_field("zzz.qqq") == ""
+
+
+def test_float8_products_with_the_published_arithmetic_must_be_asked_for_twice():
+    assert schema.default_config().precision.matmul == "bfloat16"
+    assert schema.resolve(filled(precision__matmul="float8")).precision.matmul == "float8"
+    with pytest.raises(ConfigError, match="fidelity=reference.*precision.matmul=float8_anyway"):
+        schema.resolve(filled(precision__matmul="float8", fidelity="reference"))
+    anyway = schema.resolve(filled(precision__matmul="float8_anyway", fidelity="reference"))
+    assert schema.multiplies_float8(anyway) and not schema.multiplies_float8(schema.resolve(filled()))

@@ -17,7 +17,7 @@ from jsft.hardware.cards import RATES, find_device, peak_flops
 from jsft.hardware.mesh import MESH_AXES, make_mesh, shard_bytes
 from jsft.models.families import abstract_parameters
 from jsft.models.published import PUBLISHED
-from jsft.models.remat import LADDER, REMAT_NAMES, repeated_weights, saved_width
+from jsft.models.remat import LADDER, REMAT_NAMES, repeated_weights, saved_position
 from jsft.planning import fitting
 from jsft.planning.inputs import find_model
 from jsft.planning.memory import HEADROOM, estimate, parameter_sizes, planned_mesh, sharded_layer_elements
@@ -252,7 +252,34 @@ def test_what_a_saved_value_spares():
     products |= dict.fromkeys(("gate", "up"), 4096 * 12288)
     assert {name: size for name, size in spared.items() if size} == products
     assert repeated_weights(model, ("query", "query_projection")) == everything - 4096 * 4096
-    assert saved_width(model, ("attention_lse", "value", "gate")) == 1024 + 12288
+    assert saved_position(model, ("attention_lse", "value", "gate"), 2) == 2 * (1024 + 12288)
+
+
+def test_float8_halves_what_is_saved_of_the_linears_inputs_and_what_is_gathered():
+    """By hand for Qwen3-8B: D 4,096, F 12,288; a scale of 4 bytes for each position."""
+    model = PUBLISHED["qwen3_8b"]
+    names = ("attention_input", "mlp_input", "mlp_hidden", "gate")
+    assert saved_position(model, names, 2) == 2 * (2 * 4096 + 2 * 12288)
+    assert saved_position(model, names, 2, float8=True) == 2 * 4096 + 12288 + 3 * 4 + 2 * 12288
+    wide, narrow = (small_plan(matmul, "layer") for matmul in ("bfloat16", "float8"))
+    moved = [found[1]["all-gather"][1] for found in (wide, narrow)]
+    assert narrow[0].kept < wide[0].kept and narrow[0].whole == wide[0].whole == 0 and moved[1] < 0.6 * moved[0]
+    once = small_plan("float8", "step")
+    matrices = 36 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 12288)
+    assert once[0].whole == 2 * matrices  # two forms of a byte
+
+
+def small_plan(matmul: str, gather: str):
+    """(memory, collectives) of Qwen3-8B on eight devices."""
+    config = schema.default_config()
+    config.model.path, config.data.train = "model", "data"
+    config.precision.matmul, config.mesh.gather = matmul, gather
+    config, model = schema.resolve(config), PUBLISHED["qwen3_8b"]
+    mesh = planned_mesh(config, 8)
+    lengths = Lengths(20480, 6600, 8500, "assumed")
+    return estimate(model, config, mesh, "none"), plan_work(
+        model, config, mesh, "none", lengths, find_device("H200")
+    ).collectives
 
 
 def test_the_peak_of_devices_is_that_of_their_cards():

@@ -13,6 +13,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jsft.kernels.attention import packed_attention, sums_query_gradient
 from jsft.kernels.norms import rms_norm, rms_norm_rotate, rotate
 from jsft.models.config import ModelConfig
+from jsft.models.float8 import (
+    Quantized,
+    as_bytes,
+    gather_quantized,
+    linear_float8,
+    quantize_shard,
+    quantized_input,
+    swiglu_linear_float8,
+)
 from jsft.models.layers import add_bias, embed, fan_out_qkv, gather_shards, linear, swiglu, swiglu_linear
 from jsft.models.options import DecoderOptions
 from jsft.models.remat import checkpoint_policy
@@ -54,17 +63,32 @@ class LayerWeights:
     def __getitem__(self, name: str) -> jax.Array:
         return self._local[name]
 
-    def project(self, x: jax.Array, name: str) -> jax.Array:
-        """x [..., in] @ weight^T, and the bias where there is one: [..., out]."""
-        y = linear(x, self._local[name], self._gathered.get(name), name in self._sharded, self._options.reduce_dtype)
+    def input(self, x: jax.Array, name: str) -> tuple[jax.Array, Quantized | None]:
+        """(x, x in float8 or None) as `project` takes it. remat saves under `name` the one that its products read."""
+        if not self._options.float8:
+            return checkpoint_name(x, name), None
+        return x, as_bytes(quantized_input(x), lambda part: checkpoint_name(part, name))
+
+    def project(self, x: jax.Array, name: str, quantized: Quantized | None = None) -> jax.Array:
+        """x [..., in] @ weight^T, and the bias where there is one: [..., out]. quantized: x in float8, if shared."""
+        if self._options.float8:
+            y = linear_float8(x, quantized_input(x) if quantized is None else quantized, *self._weight(name))
+        else:
+            y = linear(x, *self._weight(name))
         return add_bias(y, self._local[f"{name}_bias"]) if f"{name}_bias" in self._local else y
+
+    def _weight(self, name: str) -> tuple:
+        """The arguments of a linear that follow its input."""
+        full, sharded = self._gathered.get(name), name in self._sharded
+        return self._local[name], full, sharded, self._options.reduce_dtype
 
     def project_swiglu(self, gate: jax.Array, up: jax.Array, name: str) -> jax.Array:
         """`project` of silu(gate) * up. That product is recomputed by the backward pass, unless remat names it."""
         if self._options.saves("mlp_hidden"):
-            return self.project(checkpoint_name(swiglu(gate, up), "mlp_hidden"), name)
-        sharded, reduce_dtype = name in self._sharded, self._options.reduce_dtype
-        return swiglu_linear(gate, up, self._local[name], self._gathered.get(name), sharded, reduce_dtype)
+            hidden, quantized = self.input(swiglu(gate, up), "mlp_hidden")
+            return self.project(hidden, name, quantized)
+        product = swiglu_linear_float8 if self._options.float8 else swiglu_linear
+        return product(gate, up, *self._weight(name))
 
 
 def decode(
@@ -98,9 +122,11 @@ def decode(
         layer = jax.checkpoint(layer, policy=checkpoint_policy(names), prevent_cse=False)
 
     def shards(weights):  # cast before the gather: half the bytes travel
-        return {name: value.astype(dtype) for name, value in weights.items() if name in sharded}
+        cast = quantize_shard if options.float8 else lambda value: value.astype(dtype)
+        return {name: cast(value) for name, value in weights.items() if name in sharded}
 
-    stack_options = StackOptions(options.unroll, options.recomputes, Prefetch(shards, gather_shards))
+    prefetch = Prefetch(shards, gather_quantized if options.float8 else gather_shards)
+    stack_options = StackOptions(options.unroll, options.recomputes, prefetch)
     arrays = LayerArrays(parameters["layers"], resident, gathered, accumulated["layers"])
     stream = run_layers(layer, stack_options, Stream(x, None), arrays, context)
     return rms_norm(*stream, parameters["final_norm"], model.rms_eps, options.norms)[1]
@@ -124,10 +150,10 @@ def attention(
 ) -> jax.Array:
     """Causal grouped-query attention within documents. x: normalised [b, T, D]. Returns [b, T, D]."""
     B, T, _ = x.shape
-    x = checkpoint_name(x, "attention_input")
+    x, quantized = weights.input(x, "attention_input")
 
     def heads(x, name, count):
-        return weights.project(x, name).reshape(B, T, count, model.head_dim)
+        return weights.project(x, name, quantized).reshape(B, T, count, model.head_dim)
 
     for_query, for_key, for_value = fan_out_qkv(x)
     query = checkpoint_name(heads(for_query, "query", model.num_heads), "query_projection")
@@ -146,9 +172,9 @@ def attention(
 
 def mlp(x: jax.Array, weights: LayerWeights) -> jax.Array:
     """down(silu(gate(x)) * up(x)). x: normalised [b, T, D]. Returns [b, T, D]."""
-    x = checkpoint_name(x, "mlp_input")
-    gate = checkpoint_name(weights.project(x, "gate"), "gate")
-    up = checkpoint_name(weights.project(x, "up"), "up")
+    x, quantized = weights.input(x, "mlp_input")
+    gate = checkpoint_name(weights.project(x, "gate", quantized), "gate")
+    up = checkpoint_name(weights.project(x, "up", quantized), "up")
     return weights.project_swiglu(gate, up, "down")
 
 

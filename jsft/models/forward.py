@@ -17,6 +17,7 @@ from jsft.hardware.mesh import BATCH, partition_spec
 from jsft.models.config import ModelConfig
 from jsft.models.decoder import PackedRows, decode
 from jsft.models.families import parameter_table
+from jsft.models.float8 import QuantizedWeight
 from jsft.models.options import DecoderOptions
 from jsft.models.parameters import ParameterSpec, leaves, tree_from
 from jsft.models.stack import unstack
@@ -28,13 +29,13 @@ class StepArrays(NamedTuple):
     resident: with `unroll`, the parameters as they are in memory, where the given ones have unstacked matrices. Without
     it the backward pass holds a second copy of the layers' shards.
     gathered: the `sharded_matrices` in full ([L, out, in], in the compute dtype, replicated); the layers then gather
-    nothing.
+    nothing. With `options.float8` all `layer_matrices`, as `QuantizedWeight`; the layers then quantise none.
     accumulated: gradients of earlier micro batches, like the parameters and in their dtype. Where
     `accumulates_in_place`, a parameter's gradient includes them.
     """
 
     resident: dict[str, Any] | None = None
-    gathered: dict[str, jax.Array] | None = None
+    gathered: dict[str, jax.Array | QuantizedWeight] | None = None
     accumulated: dict[str, Any] | None = None
 
 
@@ -106,6 +107,12 @@ def sharded_matrices(model: ModelConfig, mesh: Mesh) -> tuple[str, ...]:
     """Names of the layers' matrices that are sharded over more than one device, each along its first axis."""
     sharded = sharded_names(model, mesh)
     return tuple(path[-1] for path, spec in leaves(parameter_table(model)) if spec.stacked and path[-1] in sharded)
+
+
+def layer_matrices(model: ModelConfig) -> tuple[str, ...]:
+    """Names of the layers' matrices."""
+    table = leaves(parameter_table(model))
+    return tuple(path[-1] for path, spec in table if spec.stacked and len(spec.layer_shape) == 2)
 
 
 def accumulates_in_place(model: ModelConfig, mesh: Mesh, defer_reduce: bool = False) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def _swiglu_forward(gate, up):
     return swiglu(gate, up), (gate, up)
 
 
-def _swiglu_and_gradients(gate, up, g):
+def swiglu_and_gradients(gate, up, g):
     """(swiglu(gate, up), its gradients for gate and up) of `g`."""
     # The barrier separates this from what reads gate and up in the forward pass. XLA then fuses all of it into one
     # kernel, which reads each of the three once.
@@ -113,7 +113,7 @@ def _swiglu_and_gradients(gate, up, g):
 
 
 def _swiglu_backward(residuals, g):
-    _, dgate, dup = _swiglu_and_gradients(*residuals, g)
+    _, dgate, dup = swiglu_and_gradients(*residuals, g)
     return dgate, dup
 
 
@@ -137,7 +137,7 @@ def _swiglu_linear_forward(gate, up, weight, full, sharded, reduce_dtype):
 
 def _swiglu_linear_backward(sharded, reduce_dtype, residuals, g):
     gate, up, weight, full = residuals
-    hidden, dgate, dup = _swiglu_and_gradients(gate, up, _input_gradient(g, weight, full, sharded))
+    hidden, dgate, dup = swiglu_and_gradients(gate, up, _input_gradient(g, weight, full, sharded))
     return dgate, dup, _weight_gradient(g, hidden, weight, sharded, reduce_dtype), None
 
 

@@ -15,6 +15,7 @@ class DecoderOptions:
     mesh: Mesh  # axes ('replica', 'fsdp')
     compute_dtype: jnp.dtype  # of activations and matrix products, whose sums are float32; norms and rotary are float32
     reduce_dtype: jnp.dtype = jnp.dtype("float32")  # for the sums of weight gradients over tokens and devices
+    matmul: str = "bfloat16"  # of the layers' linears: in compute_dtype, or "float8" (`jsft.models.float8`)
     attention: str = "auto"  # implementation of `packed_attention`
     attention_backward: str = "auto"  # backward of `packed_attention`
     norms: str = "auto"  # implementation of `rms_norm` and `rms_norm_rotate`
@@ -42,6 +43,11 @@ class DecoderOptions:
     def recomputes(self) -> bool:
         """Whether the backward pass recomputes values of a layer."""
         return self.remat != "none"
+
+    @property
+    def float8(self) -> bool:
+        """Whether the layers' linears multiply float8."""
+        return self.matmul == "float8"
 
     def saves(self, *names: str) -> bool:
         """Whether all these values of a layer are saved for the backward pass, on the device or on the host."""

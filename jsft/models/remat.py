@@ -21,12 +21,15 @@ class SavedValue(NamedTuple):
     what: str
     width: str | None  # field of ModelConfig: values at each position, in the compute dtype
     spares: str | None = None  # the layer's matrix whose product the backward pass need not repeat when this is saved
+    operand: bool = False  # read by products alone: with precision.matmul=float8 it is saved in float8
 
 
 # What remat may save for the backward pass, in the order in which a layer computes it. The output of the down
 # projection is never saved: it is only added to the stream, and no gradient needs it.
 REMAT_NAMES = {
-    "attention_input": SavedValue("normalised input of the query, key and value projections", "hidden_size"),
+    "attention_input": SavedValue(
+        "normalised input of the query, key and value projections", "hidden_size", operand=True
+    ),
     "query_projection": SavedValue("before query norm and rotation", "query_size", spares="query"),
     "key_projection": SavedValue("before key norm and rotation", "kv_size", spares="key"),
     "query": SavedValue("as attention reads it", "query_size", spares="query"),
@@ -35,10 +38,10 @@ REMAT_NAMES = {
     "attention_out": SavedValue("named in the attention kernel", "query_size"),
     "attention_lse": SavedValue("float32 [b, H, T] log-sum-exp, named in the Pallas kernel", None),
     "residual": SavedValue("residual stream after attention", "hidden_size", spares="output"),
-    "mlp_input": SavedValue("normalised input of gate and up", "hidden_size"),
+    "mlp_input": SavedValue("normalised input of gate and up", "hidden_size", operand=True),
     "gate": SavedValue("output of the gate projection", "intermediate_size", spares="gate"),
     "up": SavedValue("output of the up projection", "intermediate_size", spares="up"),
-    "mlp_hidden": SavedValue("silu(gate) * up, input of the down projection", "intermediate_size"),
+    "mlp_hidden": SavedValue("silu(gate) * up, input of the down projection", "intermediate_size", operand=True),
 }
 
 _HOST = "@host"
@@ -75,10 +78,16 @@ def saved_on_host(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name.removesuffix(_HOST) for name in names if name.endswith(_HOST))
 
 
-def saved_width(model: ModelConfig, names: Sequence[str]) -> int:
-    """Values at each position, in the compute dtype, of all `names` of a layer together."""
-    widths = (REMAT_NAMES[name].width for name in names)
-    return sum(getattr(model, width) for width in widths if width)
+def saved_position(model: ModelConfig, names: Sequence[str], itemsize: int, float8: bool = False) -> int:
+    """Bytes at each position of all `names` of a layer together, in a compute dtype of `itemsize` bytes."""
+
+    def size(value: SavedValue) -> int:
+        if not value.width:
+            return 0
+        width = getattr(model, value.width)
+        return width + 4 if float8 and value.operand else width * itemsize  # a position has one float32 scale
+
+    return sum(size(REMAT_NAMES[name]) for name in names)
 
 
 def repeated_weights(model: ModelConfig, names: Sequence[str]) -> int:

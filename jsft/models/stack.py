@@ -50,8 +50,8 @@ class LayerArrays(NamedTuple):
     resident: entries of `weights` that are unstacked, as they are in memory. With `unroll` the backward pass slices
     these again; otherwise XLA would save the slices of `weights`, or their casts, in the forward pass: one more copy of
     this device's shards of all layers.
-    gathered: entries of `weights` in full and in the compute dtype, with a leading axis L, where they were gathered
-    before; otherwise {}. The layers get slices of these, and nothing is prefetched.
+    gathered: entries of `weights` in full and in the compute dtype (or float8: `QuantizedWeight`), with a leading axis
+    L, where they were gathered before; otherwise {}. The layers get slices of these, and nothing is prefetched.
     accumulated: entries of `weights` in the same form, shape and dtype: gradients so far. The gradients of these
     weights include them.
     """
@@ -114,6 +114,11 @@ def _slice(weights: Tree, index: int) -> Tree:
     return {name: value[index] for name, value in weights.items()}
 
 
+def _slice_gathered(arrays: LayerArrays, index: int) -> Tree:
+    """A layer's entries of `gathered`, each an array or a tree of arrays."""
+    return jax.tree.map(lambda value: value[index], arrays.gathered)
+
+
 def _slice_again(arrays: LayerArrays, index: int, traced_index: jax.Array) -> Tree:
     """`_slice`, which has to wait for `traced_index`: the same number, but unknown to the compiler."""
 
@@ -128,7 +133,7 @@ def _slice_again(arrays: LayerArrays, index: int, traced_index: jax.Array) -> Tr
 def _gather_first(prefetch: Prefetch, arrays: LayerArrays) -> Tree:
     """The full weights of the first layer. No other layer hides this gather."""
     if arrays.gathered:
-        return _slice(arrays.gathered, 0)
+        return _slice_gathered(arrays, 0)
     return prefetch.gather(prefetch.shards(_slice(arrays.weights, 0)))
 
 
@@ -139,7 +144,7 @@ def _prefetch_next(x: Tree, full: Tree, prefetch: Prefetch, arrays: LayerArrays,
     merged with the gather before it.
     """
     if arrays.gathered:
-        return x, full, _slice(arrays.gathered, index) if index < _depth(arrays) else {}
+        return x, full, _slice_gathered(arrays, index) if index < _depth(arrays) else {}
     coming = prefetch.shards(_slice(arrays.weights, index)) if index < _depth(arrays) else {}
     if full:
         x, full, coming = lax.optimization_barrier((x, full, coming))
@@ -239,7 +244,7 @@ def _backward_unrolled(layer_gradients, options, residuals, full, arrays, dx):
             by_layer[-2] = reduced
         coming = prefetch.shards(_slice_again(arrays, index - 1, below)) if index and not gathered else {}
         following = prefetch.gather(coming)
-        own = _slice(weights, index), _slice(gathered, index) if gathered else full
+        own = _slice(weights, index), _slice_gathered(arrays, index) if gathered else full
         dx, new = layer_gradients(dx, residuals.pop(), *own)
         by_layer.append(new | {name: value[index] + new[name] for name, value in arrays.accumulated.items()})
         full = following

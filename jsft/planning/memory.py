@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
+from jsft.config import multiplies_float8
 from jsft.hardware import mesh as meshes
 from jsft.kernels.linear_cross_entropy import chunk_size
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
 from jsft.models.parameters import leaves
-from jsft.models.remat import REMAT_NAMES, parse_remat, saved_on_device, saved_on_host, saved_width
+from jsft.models.remat import REMAT_NAMES, parse_remat, saved_on_device, saved_on_host, saved_position
 from jsft.step.gather_once import gathers_once, reduces_once
 from jsft.step.optimizer import parameter_dtype
 
@@ -111,17 +112,18 @@ def sharded_layer_elements(model: ModelConfig, mesh) -> int:
     return sum(size.full for size in parameter_sizes(model, mesh) if size.layer_matrix and size.sharded)
 
 
-def fetched_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int) -> int:
+def fetched_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int, float8: bool = False) -> int:
     """Bytes on the device of values saved on the host: those of the layer at work, and of the next, in transfer."""
     names = parse_remat(remat)
     on_host = () if names in ("none", "full") else saved_on_host(names)
-    return 2 * tokens * itemsize * saved_width(model, on_host)
+    return 2 * tokens * saved_position(model, on_host, itemsize, float8)
 
 
-def saved_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int, pallas: bool) -> int:
+def saved_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int, pallas: bool, float8: bool = False) -> int:
     """Bytes on the device that one layer saves for its backward pass, for `tokens` positions of a device.
 
-    remat: "none", "full", or names of REMAT_NAMES; pallas: the attention kernel, which saves a log-sum-exp.
+    remat: "none", "full", or names of REMAT_NAMES; pallas: the attention kernel, which saves a log-sum-exp; float8: the
+    linears' inputs are saved as float8.
     """
     everything = remat == "none"
     if everything:
@@ -131,27 +133,34 @@ def saved_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int, pall
     else:
         parsed = parse_remat(remat)
         names = () if parsed == "full" else saved_on_device(parsed)
-    saved = tokens * itemsize * (model.hidden_size + saved_width(model, names))
+    saved = tokens * (itemsize * model.hidden_size + saved_position(model, names, itemsize, float8))
     if pallas and "attention_lse" in names:
         saved += tokens * 4 * model.num_heads
-    if everything and pallas:  # XLA holds attention's output twice, as the kernel wrote it and as the product reads it
-        saved += tokens * itemsize * model.query_size
+    if everything and (pallas or float8):  # attention's output twice: as the kernel wrote it, as the product reads it
+        saved += tokens * (1 if float8 else itemsize) * model.query_size
     if everything and not pallas and itemsize < 4:  # plain XLA attention saves keys and values in float32 instead
         saved += tokens * 2 * model.kv_size * (4 - itemsize)
     return saved
 
 
+def _held_for_a_step(model: ModelConfig, mesh, itemsize: int, float8: bool) -> int:
+    """Bytes of the weights that mesh.gather=step holds. In float8: every matrix in both forms, a byte a value."""
+    if not float8:
+        return sharded_layer_elements(model, mesh) * itemsize
+    return 2 * sum(size.full for size in parameter_sizes(model, mesh) if size.layer_matrix)
+
+
 def estimate(model: ModelConfig, config: ConfigDict, mesh, remat: str, platform: str = "gpu") -> Memory:
     """Memory of a device of `mesh` (anything with `shape` and `size`) with remat, on "gpu" or "cpu"."""
     pallas = platform != "cpu" and config.attention.implementation != "xla" and model.head_dim in (64, 128)
-    compute = jnp.dtype(config.precision.compute).itemsize
+    compute, float8 = jnp.dtype(config.precision.compute).itemsize, multiplies_float8(config)
     work = GPU if platform != "cpu" else CPU_BFLOAT16 if compute == 2 else CPU_FLOAT32
     parts, length = mesh.shape["fsdp"], config.data.pack_length
     tokens = config.data.rows_per_device * length
     local = sum(size.local for size in parameter_sizes(model, mesh))
     D, F, V = model.hidden_size, model.intermediate_size, model.vocab_size
-    saved = model.num_layers * saved_bytes(model, remat, tokens, compute, pallas)
-    saved += fetched_bytes(model, remat, tokens, compute)
+    saved = model.num_layers * saved_bytes(model, remat, tokens, compute, pallas, float8)
+    saved += fetched_bytes(model, remat, tokens, compute, float8)
     unit = tokens * compute
     once = gathers_once(config, mesh)
     gathered = int(work.layer_full * F * D * 4) if parts > 1 and not once else int(work.layer_full * F * D * 4 / 3)
@@ -177,5 +186,5 @@ def estimate(model: ModelConfig, config: ConfigDict, mesh, remat: str, platform:
         layer=int(layer),
         loss=int(loss),
         gathered=gathered,
-        whole=sharded_layer_elements(model, mesh) * compute if once else 0,
+        whole=_held_for_a_step(model, mesh, compute, float8) if once else 0,
     )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from jsft.config import multiplies_float8
 from jsft.data.schedule import updates_of
 from jsft.errors import ConfigError
 from jsft.hardware.cards import NETWORK, RATES, Device
@@ -178,7 +179,8 @@ def _collectives(model, config, mesh, micro_batches, tokens) -> dict[str, tuple[
         away = (parts - 1) / parts
         loss = hidden * (parts - 1) * compute  # every device meets the hidden states of all
         gathers = 1 if gathers_once(config, mesh) else 2 * micro_batches  # of each weight
-        found["all-gather"] = (gathers * matrices, gathers * layers * away * compute + loss)
+        weight = 1 if multiplies_float8(config) else compute  # bytes of a gathered one
+        found["all-gather"] = (gathers * matrices, gathers * layers * away * weight + loss)
         reductions = 1 if reduces_once(config, mesh) else micro_batches  # of each gradient
         found["reduce-scatter"] = (
             reductions * matrices,

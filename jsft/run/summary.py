@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 from rich.text import Text
 
+from jsft.config import multiplies_float8
 from jsft.hardware import mesh as meshes
 from jsft.hardware.mesh import shard_bytes
 from jsft.kernels.attention import describe_attention
@@ -50,6 +51,10 @@ def write_summary(components, name: str, workdir: Path | None, remat: str, step:
         f"parameters {precision.params}, moments {precision.moments}, compute {precision.compute}, gradients "
         f"{precision.gradients}, reduce {precision.reduce}",
     )
+    if multiplies_float8(config):
+        line("", "linears of the layers in float8 (e4m3), forward and backward; held-out losses without")
+        if config.fidelity == "reference":
+            line("", "note: the published runs, which fidelity=reference stands for, did not multiply float8")
     line("memory", f"{held / 2**30:.2f} GiB of parameters and optimizer state per device; layers save: {remat}")
     line(
         "objective",

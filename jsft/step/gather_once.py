@@ -3,6 +3,9 @@
 The layers' sharded weights are gathered before the first micro batch and stay replicated until the update. With
 mesh.reduce=step each device also sums its own rows' gradients over the micro batches, for full weights, and they are
 reduced after the last one. Both trade memory for traffic: docs/memory-and-speed.md.
+
+In float8 all matrices of the layers are quantised with mesh.gather=step, on one device too: once a step, not in each
+micro batch.
 """
 
 import functools
@@ -13,27 +16,39 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from jsft.config import multiplies_float8
 from jsft.models.config import ModelConfig
 from jsft.models.families import abstract_parameters
-from jsft.models.forward import sharded_matrices
+from jsft.models.float8 import QuantizedWeight, quantize_weight
+from jsft.models.forward import layer_matrices, sharded_matrices
 
 Tree = dict[str, Any]
 
 
 def gathers_once(config: ConfigDict, mesh) -> bool:
-    """Whether weights are gathered once a step. mesh: anything with `shape`."""
-    return config.mesh.gather == "step" and mesh.shape["fsdp"] > 1
+    """Whether weights are gathered, or quantised, once a step. mesh: anything with `shape`."""
+    return config.mesh.gather == "step" and (mesh.shape["fsdp"] > 1 or multiplies_float8(config))
 
 
 def reduces_once(config: ConfigDict, mesh) -> bool:
     """Whether the gradients of these weights are summed over devices once a step."""
-    return config.mesh.reduce == "step" and gathers_once(config, mesh)
+    return config.mesh.reduce == "step" and gathers_once(config, mesh) and mesh.shape["fsdp"] > 1
 
 
 def gathered_weights(parameters: Tree, model: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> dict[str, jax.Array]:
     """{name: [L, out, in] replicated, in `dtype`} of the `sharded_matrices`."""
     full = {name: parameters["layers"][name].astype(dtype) for name in sharded_matrices(model, mesh)}
     return jax.lax.with_sharding_constraint(full, NamedSharding(mesh, PartitionSpec()))
+
+
+def quantized_weights(parameters: Tree, model: ModelConfig, mesh: Mesh) -> dict[str, QuantizedWeight]:
+    """{name: [L, out, in] replicated, for both products} of all `layer_matrices`."""
+
+    def replicate(x):  # the barrier: what is gathered are these bytes, not values that they are computed from
+        full = NamedSharding(mesh, PartitionSpec())
+        return jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(x), full)
+
+    return {name: quantize_weight(parameters["layers"][name], replicate) for name in layer_matrices(model)}
 
 
 def unreduced_form(form: Tree, model: ModelConfig, mesh: Mesh, unstacked: bool) -> Tree:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from jsft.config import multiplies_float8
 from jsft.data.batch import Batch
 from jsft.data.mixture import source_names
 from jsft.hardware.mesh import batch_sharding, replicated, shard_batch
@@ -31,6 +32,7 @@ from jsft.objectives import Weighting, weighting_of
 from jsft.step.gather_once import (
     gathered_weights,
     gathers_once,
+    quantized_weights,
     reduced_gradients,
     reduces_once,
     unreduced_form,
@@ -46,7 +48,7 @@ class Weights(NamedTuple):
     """The weights that a micro batch's gradient is computed from."""
 
     parameters: Tree
-    gathered: dict[str, jax.Array]  # from `gathered_weights`; {}: each layer gathers its own
+    gathered: dict[str, Any]  # from `gathered_weights` or `quantized_weights`; {}: each layer gathers its own
 
 
 class StepResult(NamedTuple):
@@ -62,7 +64,7 @@ class StepPrograms(NamedTuple):
 
     mesh: Mesh
     start: Callable[[], tuple[Tree, LossSums]]  # zeros
-    gather: Callable[[Tree], dict[str, jax.Array]] | None  # `gathered_weights`, where they are made once a step
+    gather: Callable[[Tree], dict[str, Any]] | None  # makes `Weights.gathered`, where it is made once a step
     add_gradients: Callable[[Weights, Batch, Tree, LossSums], tuple[Tree, LossSums]]
     reduce: Callable[[Tree], Tree] | None  # `reduced_gradients`, where they are summed over devices once a step
     update: Callable[[TrainState, Tree, LossSums, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
@@ -99,6 +101,7 @@ def decoder_options(config: ConfigDict, mesh: Mesh, remat, typical_length: float
         mesh=mesh,
         compute_dtype=config.precision.compute,
         reduce_dtype=config.precision.reduce,
+        matmul="float8" if multiplies_float8(config) else "bfloat16",
         attention=config.attention.implementation,
         attention_backward=settle_backward(backward, typical_length),
         norms=config.norm.implementation,
@@ -167,7 +170,8 @@ def make_programs(
     """
     dtype = jnp.dtype(config.precision.gradients)
     options = decoder_options(config, mesh, remat, typical_length)
-    evaluation = dataclasses.replace(decoder_options(config, mesh, remat), defer_reduce=False)
+    # Held-out losses are of the model that is exported, whose products are not float8.
+    evaluation = dataclasses.replace(decoder_options(config, mesh, remat), defer_reduce=False, matmul="bfloat16")
     weighting = weighting_of(config.objective.weighting, config.objective.weighting_parameter)
     names = source_names(config.data)
     full = replicated(mesh)
@@ -239,6 +243,8 @@ def make_programs(
         return loss_sums(parameters, batch, model, evaluation), jnp.sum(batch.loss_weights)
 
     def gather_all(parameters):
+        if options.float8:
+            return quantized_weights(parameters, model, mesh)
         return gathered_weights(parameters, model, options.compute_dtype, mesh)
 
     def reduce_all(gradients):
