@@ -33,7 +33,7 @@ _WORDS = {  # words of a file's or folder's name -> its split
 }
 _WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(_WORDS, key=len, reverse=True))})(?![a-z])")
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\..*")
-_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json")
+ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json")
 _OTHER_FORMATS = {  # what else holds data -> what to do about it
     ".gz": "unpack it (gunzip)",
     ".zst": "unpack it (unzstd)",
@@ -80,7 +80,7 @@ def choose_files(folder: Path, wanted: Wanted = Wanted()) -> Chosen:
         return _choose_declared(folder, configs, wanted)
     if wanted.subset:
         return _choose_subfolder(folder, found, wanted)
-    data = [path for path in found if path.name not in _ABOUT and suffix(path) in (*SUFFIXES, *_OTHER_FORMATS)]
+    data = [path for path in found if path.name not in ABOUT and suffix(path) in (*SUFFIXES, *_OTHER_FORMATS)]
     if any(suffix(path) != ".txt" for path in data):  # notes beside data
         data = [path for path in data if suffix(path) != ".txt"]
     others = [path for path in found if path not in set(data)]

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from jsft.data.arrow_tables import ArrowTable, saved_splits
-from jsft.data.folders import JSON, SUFFIXES, Chosen, Wanted, choose_files, how_to_read, suffix
+from jsft.data.folders import ABOUT, JSON, SUFFIXES, Chosen, Wanted, choose_files, how_to_read, suffix
 from jsft.data.hub_configs import choose_config, choose_split, declared_configs
 from jsft.data.json_lines import JsonLines
 from jsft.data.parquet import ParquetFile
@@ -200,7 +200,13 @@ def _download(hub_id: str, wanted: Wanted) -> Path:
     try:
         configs = declared_configs(fetch("README.md"))
         if not configs:
-            return fetch("README.md", *(f"*{kind}" for kind in SUFFIXES))
+            folder = fetch("README.md", *(f"*{kind}" for kind in SUFFIXES))
+            if not any(suffix(path) in SUFFIXES and path.name not in ABOUT for path in folder.rglob("*")):
+                raise DataError(
+                    f"data set {hub_id}: holds no file of a format that is read; the hub's own conversion may be there: "
+                    f"{name}@refs/convert/parquet"
+                )
+            return folder
         config = choose_config(configs, wanted.subset, hub_id)
         split = choose_split(list(config.splits), wanted.splits, wanted.named, hub_id, wanted.field)
         return fetch("README.md", *(pattern.removeprefix("./") for pattern in config.splits[split]))

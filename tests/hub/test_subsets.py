@@ -51,3 +51,11 @@ def test_what_is_not_clear_names_the_choices_before_data_is_downloaded(declared)
         with pytest.raises(DataError, match=message):
             open_source("org/maths", wanted)
     assert not any(declared.downloads(name) for name in ("algebra/train-0.jsonl", "geometry/all.jsonl"))
+
+
+def test_a_data_set_without_files_that_are_read_names_the_hub_s_conversion(hub):
+    hub.add("dataset", "org/script", {"README.md": b"a card", "script.py": b"x", "dataset_infos.json": b"{}"})
+    with pytest.raises(
+        DataError, match="org/script: holds no file of a format that is read; .*org/script@refs/convert"
+    ):
+        open_source("org/script")
