@@ -198,7 +198,7 @@ def _download(hub_id: str, wanted: Wanted) -> Path:
         return hub_snapshot(name, kind="dataset", revision=revision or None, patterns=patterns)
 
     try:
-        configs = declared_configs(fetch("README.md"))
+        configs = declared_configs(fetch("README.md", ".gitattributes"))  # the client warns where it finds none at all
         if not configs:
             folder = fetch("README.md", *(f"*{kind}" for kind in SUFFIXES))
             if not any(suffix(path) in SUFFIXES and path.name not in ABOUT for path in folder.rglob("*")):
@@ -211,7 +211,4 @@ def _download(hub_id: str, wanted: Wanted) -> Path:
         split = choose_split(list(config.splits), wanted.splits, wanted.named, hub_id, wanted.field)
         return fetch("README.md", *(pattern.removeprefix("./") for pattern in config.splits[split]))
     except HubError as error:
-        raise DataError(
-            f"data set {hub_id}: no local path, and it cannot be downloaded from the hub ({error}); "
-            "check the name, the network, HF_TOKEN and HF_HUB_OFFLINE"
-        ) from error
+        raise DataError(f"data set {hub_id}: no local path, and {error}") from error

@@ -234,7 +234,7 @@ def test_a_hub_data_set_downloads_the_part_that_is_wanted(tmp_path, monkeypatch)
     monkeypatch.setattr(sources, "hub_snapshot", snapshot)
     source = open_source("someone/rows@v1", Wanted(subset="algebra", named="test"))
     assert asked == [
-        ("someone/rows", "dataset", "v1", ("README.md",)),
+        ("someone/rows", "dataset", "v1", ("README.md", ".gitattributes")),
         ("someone/rows", "dataset", "v1", ("README.md", "algebra/test.jsonl")),
     ]
     assert source.listing()[0].startswith("split test, 1 file, 3 rows: ")

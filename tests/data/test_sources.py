@@ -270,7 +270,9 @@ def test_corrupt_parquet(tmp_path):
 def test_unknown_hub_id_offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="nobody/nothing: no local path, and it cannot be downloaded from the hub"):
+    with pytest.raises(
+        DataError, match="nobody/nothing: no local path, and HF_HUB_OFFLINE is set and it is not in the cache"
+    ):
         open_source("nobody/nothing")
 
 

@@ -1,12 +1,19 @@
 """What a hub id becomes: the whole way through huggingface_hub to a server on this machine, and every refusal."""
 
+import io
 import json
+import os
+import subprocess
+import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants, file_download
 
+from jsft.data.folders import Wanted
 from jsft.data.sources import open_source
-from jsft.errors import DataError, ModelError
+from jsft.errors import ConfigError, DataError, ModelError
 from jsft.hf.load import check_weights
 from jsft.hf.resolve import resolve_model, resolve_tokenizer
 from jsft.models.families import read_config
@@ -65,6 +72,60 @@ def test_a_data_set_is_read_by_its_revision(hub):
     assert len(open_source("org/sums@one")) == 1
     with pytest.raises(DataError, match="the hub's dataset org/sums has no revision two"):
         open_source("org/sums@two")
+
+
+def parquet(*answers: str) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"message": ["?"] * len(answers), "response": list(answers)}), buffer)
+    return buffer.getvalue()
+
+
+# Two subsets of several splits and shards, as GSM8K has them.
+CARD = b"""---
+configs:
+- config_name: main
+  data_files:
+  - split: train
+    path: main/train-*
+  - split: test
+    path: main/test-*
+- config_name: socratic
+  data_files:
+  - split: train
+    path: socratic/train-*
+---
+# A card
+"""
+SUBSETS = {
+    "README.md": CARD,
+    "main/train-00000-of-00002.parquet": parquet("1", "2"),
+    "main/train-00001-of-00002.parquet": parquet("3"),
+    "main/test-00000-of-00001.parquet": parquet("4"),
+    "socratic/train-00000-of-00001.parquet": parquet("5"),
+}
+
+
+def test_of_a_data_set_only_the_wanted_shards_arrive(hub):
+    hub.add("dataset", "org/math", SUBSETS)
+    with pytest.raises((DataError, ConfigError), match="2 subsets .main, socratic.; choose one with data.subset=main"):
+        open_source("org/math")
+    source = open_source("org/math", Wanted(subset="main"))
+    assert [row["response"] for _, row in source.rows()] == ["1", "2", "3"]
+    fetched = {path for path in SUBSETS if hub.downloads(path)}
+    assert fetched == {"README.md", "main/train-00000-of-00002.parquet", "main/train-00001-of-00002.parquet"}
+    assert [row["response"] for _, row in open_source("org/math", Wanted(named="test", subset="main")).rows()] == ["4"]
+    with pytest.raises((DataError, ConfigError), match="org/math.*validation"):
+        open_source("org/math", Wanted(named="validation", subset="main"))
+
+
+@pytest.mark.slow
+def test_the_datasets_library_reads_this_hub(hub, tmp_path):
+    """What the server speaks is what the library asks for, in a process of its own."""
+    hub.add("dataset", "org/math", SUBSETS)
+    code = "import datasets; print(datasets.load_dataset('org/math', 'main', split='train')['response'][:])"
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "['1', '2', '3']\n", done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
