@@ -283,7 +283,7 @@ class Chat:
             roles = ", ".join(str(turn.get("role")) for turn in messages)  # a prompt may come here unchecked
             why = " ".join(str(error).split())[:160]
             raise DataError(f"{where}: the model's chat template refuses the turns ({roles}): {why}") from error
-        if self.strip_default_system and messages[0]["role"] != "system":
+        if self.strip_default_system and not tools and messages[0]["role"] != "system":  # with tools, it holds them
             text = _DEFAULT_SYSTEM.sub("", text, count=1) if _DEFAULT_SYSTEM.match(text) else text
         return text
 

@@ -164,6 +164,13 @@ def test_a_turn_with_another_end_is_refused(tmp_path):
         chat.encode(example(*talk), "x")
 
 
+def test_a_system_turn_that_holds_the_tools_is_not_stripped_as_the_default(tmp_path):
+    tools = "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "m", tools + CHATML))
+    document = Chat(tokenizer, strip_default_system=True).encode(example(user("a"), assistant("b"), tools=[TOOL]), "x")
+    assert '"description": "Adds."' in tokenizer.decode(document.tokens)
+
+
 def test_a_turn_that_is_marked_is_read_and_not_trained(plain):
     talk = [user("a"), assistant("b"), user("c"), assistant("d", weight=0), user("e"), assistant("f")]
     document = plain.encode(example(*talk), "x")
