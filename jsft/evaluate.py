@@ -28,6 +28,8 @@ from jsft.evaluation.tasks import TASKS, get_task
 from jsft.evaluation.vllm_engine import VllmEngine, VllmSettings, check_model_dir
 from jsft.help import Parser
 
+_ENTERED = "JSFT_EVALUATES_WITH"  # the Python that a process was replaced by: once is enough
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("jsft evaluate", "[MODEL] [--tasks NAMES] [--steps STEPS] [OPTIONS]", __doc__)
@@ -137,7 +139,8 @@ def start(argv: list[str] | None = None) -> int:
         python = environments.serving_python()
         if python is None and not options.url:
             raise ConfigError(f"sampling needs vLLM: {environments.no_serving()}; or name a server with --url")
-        if python and not python.parent.parent.samefile(sys.prefix):
+        entered = os.environ.get(_ENTERED) == str(python) or (python and python.parent.parent.samefile(sys.prefix))
+        if python and not entered:
             _continue_in(python, argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that vLLM's process is ended too
     return main(argv)
@@ -151,7 +154,8 @@ def _tasks(options: argparse.Namespace) -> list:
 def _continue_in(python: Path, argv: list[str]) -> None:
     """Replaces this process by the same command under another Python, which finds this package."""
     path = [str(environments.import_path()), os.environ.get("PYTHONPATH", "")]
-    own = {"JSFT_VENV": sys.prefix} | os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    own = {"JSFT_VENV": sys.prefix} | os.environ  # that exports steps
+    own |= {"PYTHONPATH": os.pathsep.join(filter(None, path)), _ENTERED: str(python)}
     sys.stdout.flush()
     os.execve(python, [str(python), "-m", "jsft.evaluate", *argv], own)
 

@@ -98,6 +98,9 @@ def test_evaluate_says_what_is_missing_or_enters_the_serving_environment(tmp_pat
     ((python, words, environment),) = entered
     assert (python, words) == (tmp_path / "bin" / "python", [str(python), "-m", "jsft.evaluate", "model"])
     assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+    with monkeypatch.context() as inside:  # a Python that is not of an environment cannot be told by its folder
+        inside.setenv("JSFT_EVALUATES_WITH", environment["JSFT_EVALUATES_WITH"])
+        assert evaluate.start(["model"]) == 0 and len(entered) == 1
     for here in (["--list"], ["--url", "http://localhost:1", "--tasks", "countdown"]):  # needs nothing of it
         assert evaluate.start(here) == 0 and len(entered) == 1
 
