@@ -13,7 +13,7 @@ WANTED = 0.6  # of the held-out puzzles
 
 
 def write_model(folder: Path) -> None:
-    """A Qwen3 of 0.3 M random weights in `folder`/base."""
+    """A Qwen3 of 0.2 M random weights in `folder`/base."""
     import pyarrow.parquet as pq
 
     from jsft.hf.random_model import word_tokenizer, write_random_model

@@ -55,7 +55,7 @@ def write_summary(components, name: str, workdir: Path | None, remat: str, step:
         line("", "linears of the layers in float8 (e4m3), forward and backward; held-out losses without")
         if config.fidelity == "reference":
             line("", "note: the published runs, which fidelity=reference stands for, did not multiply float8")
-    line("memory", f"{held / 2**30:.2f} GiB of parameters and optimizer state per device; layers save: {remat}")
+    line("memory", f"{_size(held)} of parameters and optimizer state per device; layers save: {remat}")
     line(
         "objective",
         f"{describe(config.objective)} (fidelity {config.fidelity}); {optimizer.schedule} schedule to "
@@ -71,3 +71,7 @@ def write_summary(components, name: str, workdir: Path | None, remat: str, step:
     line("steps", f"{total:,} of {config.train.global_batch} documents ({per_epoch:,} an epoch); one document:")
     for row in components.data.preview().split():
         line("", row)
+
+
+def _size(held: int) -> str:
+    return f"{held / 2**30:.2f} GiB" if held >= 2**27 else f"{held / 2**20:.1f} MiB"
