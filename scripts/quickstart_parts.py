@@ -10,6 +10,7 @@ from pathlib import Path
 
 TASK = "countdown"
 WANTED = 0.6  # of the held-out puzzles
+MAX_TOKENS = 96  # of a response
 
 
 def write_model(folder: Path) -> None:
@@ -38,14 +39,16 @@ def result(folder: Path) -> list[str]:
     """Losses, scores and one puzzle before and after, and what to try next. Raises SystemExit where nothing was learnt."""
     run = folder / "run"
     losses = [json.loads(line)["eval_countdown/loss"] for line in (run / "heldout.jsonl").read_text().splitlines()]
-    lines = [f"held-out loss   {losses[0]:.3f} before, {losses[-1]:.3f} after"]
-    results = sorted(run.glob(f"eval/step_*/{TASK}/results.json"), key=lambda file: int(file.parts[-3][5:]))
-    if results:
-        before, after = (json.loads(file.read_text())["score"]["mean"] for file in (results[0], results[-1]))
-        lines.append(f"solved          {before:.0%} before, {after:.0%} after, of the held-out puzzles")
-        lines += _one_puzzle(*(_samples(file.with_name("samples.jsonl")) for file in (results[0], results[-1])))
     step = max(int(path.name[5:]) for path in (run / "hf").glob("step_*"))
-    lines += [
+    before, after = (
+        (_graded(run, 0) or _answers(folder, folder / "base")),
+        (_graded(run, step) or _answers(folder, run / "hf" / f"step_{step}")),
+    )
+    share = [sum(one["scores"]["solved"] for one in samples.values()) / len(samples) for samples in (before, after)]
+    lines = [
+        f"held-out loss   {losses[0]:.3f} before, {losses[-1]:.3f} after",
+        f"solved          {share[0]:.0%} before, {share[1]:.0%} after, of {len(after)} held-out puzzles",
+        *_one_puzzle(before, after),
         f"trained model   {run}/hf/step_{step} (Hugging Face safetensors)",
         f"the run         {run}/README.md says what its files are",
         "",
@@ -54,17 +57,34 @@ def result(folder: Path) -> list[str]:
         f"    .venv/bin/python -m jsft.prepare preview {folder}/train.parquet --model {folder}/base --rows 3",
         "    .venv/bin/python -m jsft.plan --config configs/qwen3_14b.py:math_cot_ep8 --devices 8 --price 4",
     ]
-    if losses[-1] >= losses[0] or (results and after < WANTED):
+    if losses[-1] >= losses[0] or share[1] < WANTED:
         raise SystemExit("\n".join([*lines, "quickstart: the model did not learn the puzzles; please report this"]))
     return lines
 
 
-def _samples(file: Path) -> dict[str, dict]:
-    """The graded samples by problem."""
-    found: dict[str, dict] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        found.setdefault(str(entry["problem"]), {}).update(entry)
+def _graded(run: Path, step: int) -> dict[str, dict]:
+    """The samples by problem that vLLM drew, graded; {} without an evaluation of this step."""
+    file = run / "eval" / f"step_{step}" / TASK / "samples.jsonl"
+    if not file.exists():
+        return {}
+    return {str(entry["problem"]): entry for entry in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
+
+
+def _answers(folder: Path, model_dir: Path) -> dict[str, dict]:
+    """The same from jsft itself, where vLLM was left out."""
+    import pyarrow.parquet as pq
+
+    import jsft
+    from jsft.data.countdown_check import check, extract_answer
+
+    rows = pq.read_table(folder / f"eval_{TASK}.parquet").to_pylist()
+    model = jsft.load_model(str(model_dir), compute_dtype="float32")
+    found = {}
+    for i, response in enumerate(model.generate([row["message"] for row in rows], max_tokens=MAX_TOKENS)):
+        row, answer = rows[i], extract_answer(response)
+        solved = answer is not None and check(answer, row["numbers"], row["target"])
+        sample = {"prompt": row["message"], "response": response, "scores": {"solved": float(solved)}}
+        found[str(i)] = sample
     return found
 
 
@@ -89,7 +109,7 @@ def _short(sample: dict, width: int = 60) -> str:
     """The end of a response, where its answer is, in one printable line."""
     line = " ".join("".join(c if c.isprintable() else " " for c in sample["response"]).split())
     if not line:
-        return f"nothing to read in {sample['tokens']} tokens"
+        return "nothing that can be read"
     return line if len(line) <= width else f"... {line[-width:]}"
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -65,23 +66,41 @@ def run(tmp_path):
     for step, solved, response in ((0, 0.0, "\x00 \n"), (300, 1.0, "8 + 17 = 25: yes. \\boxed{8 + 17}")):
         folder = run / "eval" / f"step_{step}" / "countdown"
         folder.mkdir(parents=True)
-        (folder / "results.json").write_text(json.dumps({"score": {"mean": 0.9 * solved}}))
-        sample = {"problem": "0", "prompt": question, "response": response, "tokens": 96, "scores": {"solved": solved}}
+        sample = {"problem": "0", "prompt": question, "response": response, "scores": {"solved": solved}}
         (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     return run
 
 
 def test_the_last_words_show_scores_one_puzzle_and_three_commands(parts, run):
     text = "\n".join(lines := parts.result(run.parent))
-    assert "6.100 before, 0.200 after" in text and "0% before, 90% after" in text
-    assert "Make 25 from the numbers 8, 17." in text and "nothing to read in 96 tokens" in text
+    assert "6.100 before, 0.200 after" in text and "0% before, 100% after, of 1 held-out puzzles" in text
+    assert "Make 25 from the numbers 8, 17." in text and "nothing that can be read" in text
     assert "\\boxed{8 + 17}" in text and len([line for line in lines if line.startswith("    ")]) == 3
     words = [line.replace(str(run.parent), "runs/quickstart") for line in lines if not line.startswith("    ")]
     assert max(map(len, words)) <= 80
 
 
+def test_without_vllm_the_package_itself_solves_the_puzzles(parts, run, folder, monkeypatch):
+    """A model that has learnt is not trained here: its answers are put in."""
+    rows = pq.read_table(folder / "eval_countdown.parquet").to_pylist()
+    asked = []
+
+    def answers(self, prompts, max_tokens):
+        asked.append((Path(self.path).name, len(prompts)))
+        return [row["response"] if Path(self.path).name == "step_300" else "" for row in rows]
+
+    monkeypatch.setattr("jsft.api.Model.generate", answers)
+    shutil.rmtree(run / "eval")
+    for name in ("base", "run/hf/step_300"):
+        shutil.copytree(folder / "base", run.parent / name, dirs_exist_ok=True)
+    shutil.copy(folder / "eval_countdown.parquet", run.parent)
+    text = "\n".join(parts.result(run.parent))
+    assert "0% before, 100% after, of 100 held-out puzzles" in text and asked == [("base", 100), ("step_300", 100)]
+
+
 def test_a_model_that_did_not_learn_ends_with_an_error(parts, run):
-    (run / "eval" / "step_300" / "countdown" / "results.json").write_text('{"score": {"mean": 0.3}}')
+    samples = run / "eval" / "step_300" / "countdown" / "samples.jsonl"
+    samples.write_text(samples.read_text().replace('"solved": 1.0', '"solved": 0.0'))
     with pytest.raises(SystemExit, match="did not learn"):
         parts.result(run.parent)
 
