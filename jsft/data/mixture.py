@@ -7,6 +7,7 @@ rows, in an order drawn for each of its passes. Which rows make a step is a func
 
 import ast
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -64,7 +65,7 @@ def read_weights(data: Any) -> dict[str, Fraction] | None:
     if not weights or set(weights) != set(names):
         raise ConfigError(
             f"data.mixture has weights of {', '.join(weights) or 'nothing'}, and data.train the sources "
-            f"{', '.join(names)}; give each source one weight"
+            f"{', '.join(names)}; give each source one weight: data.mixture={json.dumps(dict.fromkeys(names, 1))}"
         )
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:

@@ -1,5 +1,7 @@
 """Several sources as one: exact shares, a pure function of seed and step, the losses of each source apart."""
 
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -82,6 +84,13 @@ def test_a_mixture_resumes_at_any_step(make_config, sources):
                 assert all(np.array_equal(x, y) for x, y in zip(one, other))
 
 
+def test_a_worker_process_makes_the_same_steps(make_config, sources):
+    data = mixed(make_config, sources, **{"data.shuffle": True})
+    again = pickle.loads(pickle.dumps(data._source))
+    for a, b in zip(data[4].micro_batches, again[4].micro_batches, strict=True):
+        assert all(np.array_equal(x, y) for x, y in zip(a, b))
+
+
 def test_every_token_knows_its_source(make_config, sources):
     data = mixed(make_config, sources)
     names, chat = data._source.documents.names, data._chat
@@ -132,6 +141,7 @@ def test_the_fingerprint_follows_names_weights_and_sources(make_config, sources)
     ("fields", "message"),
     [
         ({"data.mixture": {"math": 1}}, "data.mixture has weights of math, and data.train the sources code, math"),
+        ({"data.mixture": "math=1"}, 'weights of nothing, .*one weight: data.mixture={"code": 1, "math": 1}'),
         ({"data.mixture": {"math": 1, "code": 0}}, "the weight of code is 0; give a number above 0"),
         ({"data.mixture": {"math": 1, "code": "2"}}, "the weight of code is '2'"),
         ({"data.mixture": {"math": 0.123457, "code": 1}}, "repeat only after 1,123,457 rows"),
