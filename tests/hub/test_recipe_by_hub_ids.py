@@ -80,13 +80,7 @@ def test_from_nothing_to_an_export(machine, tmp_path):
     assert (exported / "model.safetensors").exists()
     assert "base_model: Qwen/Qwen3-4B-Base" in (exported / "README.md").read_text()
 
-    offline = run(
-        *train[:-1],
-        f"--config.checkpoint.milestones={(1, 2, 3)}",
-        "--config.train.max_steps=3",
-        *["--dry_run"],
-        HF_HUB_OFFLINE="1",
-    )
+    offline = run(*train, HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr[-3000:]
     assert len(hub.requests) == asked, "HF_HUB_OFFLINE uses the cache"
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
