@@ -7,6 +7,7 @@ import pytest
 
 from jsft import cli, plan
 from jsft import config as schema
+from jsft.data import schedule
 from jsft.data.loader import make_layout
 from jsft.data.steps import Recipe, StepSource, packing_report
 from jsft.errors import ConfigError, OutOfMemoryError
@@ -52,6 +53,9 @@ def test_a_card_without_the_kernels_is_planned_with_plain_attention(card, capsys
 class Documents(SimpleNamespace):
     def __len__(self):
         return len(self.lengths)
+
+    def step_rows(self, step, global_batch, **order):
+        return schedule.step_rows(step, len(self), global_batch, **order)
 
 
 def test_padding_and_micro_batches_are_the_packers_own():

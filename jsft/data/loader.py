@@ -49,6 +49,12 @@ class TrainingData:
         return self._source.documents.lengths
 
     @property
+    def epoch_lengths(self) -> np.ndarray:
+        """int64 [n]: tokens of the documents of the first epoch, in the order in which they are trained."""
+        steps = range(min(self.steps_per_epoch, self.total_steps))
+        return self.lengths[np.concatenate([self._source.rows(step) for step in steps])]
+
+    @property
     def row_lengths(self) -> tuple[int, ...]:
         """Lengths of packed rows in the sampled steps, ascending. Other steps may have a few more lengths."""
         return tuple(self.report["lengths_seen"])

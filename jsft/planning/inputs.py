@@ -111,7 +111,8 @@ def _measured(config: ConfigDict, model_dir: Path, devices: int) -> Lengths:
     from jsft.data.loader import open_training_data
 
     data = open_training_data(config, model_dir, rows_per_micro_batch=devices * config.data.rows_per_device)
-    return Lengths.of(data.lengths, config.data.max_length, f"{config.data.train}, tokenised")
+    found = Lengths.of(data.epoch_lengths, config.data.max_length, f"{config.data.train}, tokenised")
+    return found._replace(documents=len(data.lengths))
 
 
 def _read_lengths(file: Path) -> list[int]:

@@ -12,12 +12,14 @@ def summary(plan: dict[str, Any]) -> list[str]:
     card, hours = f"{devices['count']} x {devices['kind']}", time["hours"] * devices["count"]
     needed = f"{_gib(memory['total_bytes'])} of {memory['limit_bytes'] / GIB:.1f} GiB"
     took = (
-        f"{_hours(low * time['hours'], high * time['hours'])}: {time['steps']:,} steps of {_three(step['seconds'])} s"
+        f"{_hours(low * time['hours'], high * time['hours'])}: {time['steps']:,} steps of {_seconds(step['seconds'])}"
     )
     if step["attention"] != "flash kernels":
         share = step["attention_seconds"] / step["seconds"]
         took += f"; {share:.0%} is plain XLA attention (no kernel; not measured)"
-    cost = f"{_three(low * hours)} to {_three(high * hours)} device hours"
+    cost = (
+        f"{_three(low * hours)} to {_three(high * hours)} device hours" if hours > 0.01 else "under 0.01 device hours"
+    )
     if "cost" in time:
         cost = f"{low * time['cost']:,.0f} to {high * time['cost']:,.0f}: {cost} at {time['price']:g}"
     else:
@@ -26,9 +28,9 @@ def summary(plan: dict[str, Any]) -> list[str]:
         f"{'fits:':11}{'yes' if plan['fits'] else 'NO'}, {needed} a device ({plan['run']} on {card})",
         f"{'time:':11}{took}",
         f"{'cost:':11}{cost}",
-        f"{'disk:':11}{_three(disk['total_bytes'] / 1e9)} GB: {disk['kept'] + 1} checkpoints of "
-        f"{_three(disk['checkpoint_bytes'] / 1e9)} GB, {disk['milestones']} milestones of "
-        f"{_three(disk['milestone_bytes'] / 1e9)} GB",
+        f"{'disk:':11}{_on_disk(disk['total_bytes'])}: {disk['kept'] + 1} checkpoints of "
+        f"{_on_disk(disk['checkpoint_bytes'])}, {disk['milestones']} milestones of "
+        f"{_on_disk(disk['milestone_bytes'])}",
         f"{'change:':11}{_change(plan)}",
     ]
 
@@ -50,14 +52,24 @@ def _change(plan: dict[str, Any]) -> str:
 
 def _hours(low: float, high: float) -> str:
     """A span of hours, short ones in minutes."""
+    if high < 1 / 60:
+        return "under a minute"
     if high < 1:
         return f"{60 * low:.2g} to {60 * high:.2g} minutes"
     return f"{_three(low)} to {_three(high)} h"
 
 
 def _three(value: float) -> str:
-    """Three digits; large numbers whole."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    """Three digits; large numbers whole, small ones to a thousandth."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.1 else f"{value:.3f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{_three(value)} s" if value >= 0.1 else f"{1000 * value:.2g} ms"
+
+
+def _on_disk(size: float) -> str:
+    return f"{_three(size / 1e9)} GB" if size >= 1e9 else f"{_three(size / 1e6)} MB"
 
 
 def layout_lines(plan: dict[str, Any]) -> list[str]:

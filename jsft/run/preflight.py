@@ -84,7 +84,7 @@ def expectation(components, remat: str) -> str | None:
     if device is None:
         return None
     total = components.data.total_steps
-    lengths = Lengths.of(components.data.lengths, components.config.data.max_length, "the run's data")
+    lengths = Lengths.of(components.data.epoch_lengths, components.config.data.max_length, "the run's data")
     work = plan_work(
         components.model, components.config, components.mesh, remat, lengths, device, jax.local_device_count()
     )
