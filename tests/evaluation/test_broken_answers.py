@@ -156,7 +156,7 @@ def test_an_answer_without_end_is_not_read_to_its_end(fake_openai, monkeypatch):
     [
         ("7", 7, 7),
         ("0.5", 0.5, 0.5),
-        (email.utils.formatdate(time.time() + 9000, usegmt=True), 60, 60),
+        pytest.param(email.utils.formatdate(time.time() + 9000, usegmt=True), 60, 60, id="a date to come"),
         ("9000", 60, 60),
         ("inf", 60, 60),
         *[(said, 0.8, 1.2) for said in ("", "-5", "0", "nan", "soon", "-inf", "Wed, 99 Foo 2024", "1e", "\xb2", "7 s")],
