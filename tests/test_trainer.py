@@ -105,19 +105,17 @@ def test_weights_of_one_s_own(load):
         assert seen.pop() == sorted(len(d.tokens) for d in documents)
 
 
-@pytest.mark.parametrize(
-    ("found", "message"),
-    [
-        ([1.0], "gave 1 weights for 2"),
-        ([[1.0]] * 2, "one for each token"),
-        ([np.nan] * 2, "finite"),
-        ([0, 0], "0 for every"),
-    ],
-)
-def test_weights_that_do_not_fit(load, found, message):
+def test_weights_that_do_not_fit(load):
     batch = one_document_a_row(load().tokenize(ROWS[:2]), 1)
-    with pytest.raises(DataError, match=message):
-        weigh([batch], lambda documents: found)
+    wrong = {
+        "gave 1 weights for 2": [1.0],
+        "one for each token": [[1.0]] * 2,
+        "finite": [np.nan] * 2,
+        "0 for every": [0, 0],
+    }
+    for message, found in wrong.items():
+        with pytest.raises(DataError, match=message):
+            weigh([batch], lambda documents, found=found: found)
 
 
 def test_held_out_data_and_a_callback_that_ends(load):
