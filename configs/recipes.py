@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
-from jsft.config import default_config, nearest
+from jsft.config import default_config
 from jsft.errors import ConfigError
+from jsft.hints import nearest
 
 MILESTONES = (10, 20, 40, 80, 160, 320, 480, 640, 800, 960, 1120, 1280)
 

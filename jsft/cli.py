@@ -21,6 +21,7 @@ from jsft import config as schema
 from jsft import configs, hints
 from jsft.errors import ConfigError, JsftError
 from jsft.help import entry, fold
+from jsft.hints import nearest
 
 OWN_RUN = configs.FOLDER / "sft.py"  # the config file of a run that names none
 # option: (the field it sets, what --help says)
@@ -119,7 +120,7 @@ def _find_config(argv: list[str]) -> tuple[Path, str | None, list[str]]:
     file = config_file(name)
     recipes = recipes_of(file)
     if recipe and recipes and recipe not in recipes:
-        near = schema.nearest(recipe, recipes)
+        near = nearest(recipe, recipes)
         raise ConfigError(f"{file} has no recipe {recipe!r}{near}; it has: {', '.join(recipes)}")
     return file, recipe or None, [*argv[: at.start], f"--config={file}{recipe and ':'}{recipe}", *argv[at.stop :]]
 
@@ -140,7 +141,7 @@ def config_file(name: str) -> Path:
         raise ConfigError(f"{file} is a directory")
     beside = file.parent if file.parent.is_dir() else configs.FOLDER
     known = {p.name for p in beside.glob("*.py")} | {p.stem for p in configs.FOLDER.glob("*.py")} - {"recipes"}
-    raise ConfigError(f"config file {file} does not exist{schema.nearest(file.name, sorted(known))}")
+    raise ConfigError(f"config file {file} does not exist{nearest(file.name, sorted(known))}")
 
 
 def _unknown_option(name: str, values: flags.FlagValues) -> str:
@@ -152,7 +153,7 @@ def _unknown_option(name: str, values: flags.FlagValues) -> str:
         short = {field: option for option, (field, _) in SHORT.items()}
         near = f" (nearest: {', '.join(short.get(field, field) for field in meant)})"
     else:
-        near = schema.nearest(name, known) or schema.nearest_field(name)
+        near = nearest(name, known) or schema.nearest_field(name)
     for others, ours in ((_WORKDIRS, "workdir"), (_RUN_NAMES, "name")):
         if ours in known and plain in others:
             near = f" (nearest: {ours})"

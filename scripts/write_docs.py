@@ -33,11 +33,11 @@ MODELS = (
 
 
 def config_page() -> str:
-    """Every field of jsft/config.py as Markdown, a table for each group."""
+    """Every field of jsft/config_fields.py as Markdown, a table for each group."""
     lines = [
         "# Config fields",
         "",
-        "Written by `scripts/write_docs.py` from `jsft/config.py`; change it there. Each field is set in a "
+        "Written by `scripts/write_docs.py` from `jsft/config_fields.py`; change it there. Each field is set in a "
         "config file "
         "(`config.data.max_length = 8192`) or on the command line (`--config.data.max_length=8192`). "
         "Defaults of the form "

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # A room is a folder or a file of jsft. It imports itself, and what is below it.
 COMMANDS = {"train", "export", "plan", "prepare", "report", "api", "trainer", "__init__", "__main__"}
-BASE = {"config", "configs", "environments", "errors", "files", "help", "hints", "objectives"}
+BASE = {"config", "config_fields", "configs", "environments", "errors", "files", "help", "hints", "objectives"}
 MACHINE = BASE | {"kernels", "hardware"}
 CONTENT = MACHINE | {"data", "models", "hf"}
 BELOW_RUN = CONTENT | {"step", "planning"}
@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "hardware": BASE,
     "cluster": {"errors"},
     "cli": BASE,
-    "config": {"errors", "hints", "objectives"},
+    "config": {"config_fields", "errors", "hints", "objectives"},
+    "config_fields": {"errors", "hints", "objectives"},
     "configs": {"environments"},
     "environments": set(),
     "objectives": {"errors"},

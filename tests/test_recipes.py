@@ -197,7 +197,7 @@ def inputs(tmp_path_factory):
         ("optimizer.warmup_ratio=1.5", ConfigError, "must be at most 1"),
         ("optimizer.b2=1.0", ConfigError, "optimizer.b2=1.0: must be below 1"),
         ("optimizer.learning_rate=nan", ConfigError, "must be finite"),
-        ("optimizer.schedule=linear", ConfigError, "choose one of cosine, constant, wsd"),
+        ("optimizer.schedule=polynomial", ConfigError, "choose one of cosine, linear, constant, wsd"),
     ],
 )
 def test_wrong_recipe_is_one_line_before_any_weight_is_read(inputs, tmp_path, fields, error, expected):
