@@ -35,7 +35,7 @@ if [[ -e /proc/driver/nvidia/version || -e /dev/nvidiactl ]]; then gpu=1; fi
 cost() {  # WHAT DIRECTORY SIZE MINUTES: one line, by whether DIRECTORY is there already
   if [[ -x $2/bin/python ]]; then printf '  %-34s there: %s\n' "$1" "$2"; else printf '  %-34s %s, %s\n' "$1" "$3" "$4"; fi
 }
-echo "quickstart: what follows, on two CPU cores and a usual line"
+echo "quickstart: what follows, with two CPU cores and an ordinary network"
 cost "training environment (JAX)" "${JSFT_VENV:-.venv}" "1.5 GB of disk" "1 to 2 minutes"
 printf '  %-34s %s\n' "data, training, export" "a few MB, about 2 minutes"
 if [[ $serve == 1 ]]; then
