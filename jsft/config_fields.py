@@ -417,7 +417,7 @@ FIELDS: tuple[Field, ...] = (
         str,
         None,
         "A vLLM server that loads each step's weights; default: vLLM in the serving "
-        "environment, on devices that training does not use.",
+        "environment, on the GPUs that JSFT_SAMPLING_GPUS names.",
     ),
     Field("eval.generate.options", str, None, "Further options of jsft.evaluate, as on its command line."),
 )

@@ -25,7 +25,7 @@ from jsft.evaluation.models import Target, find_targets, model_digest
 from jsft.evaluation.openai_engine import OpenAIEngine
 from jsft.evaluation.runner import Model, Options, Outcome, run_tasks
 from jsft.evaluation.tasks import TASKS, get_task
-from jsft.evaluation.vllm_engine import VllmEngine, VllmSettings, check_model_dir
+from jsft.evaluation.vllm_engine import VllmEngine, VllmSettings, check_gpus, check_model_dir
 from jsft.help import Parser
 
 _ENTERED = "JSFT_EVALUATES_WITH"  # the Python that a process was replaced by: once is enough
@@ -107,6 +107,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     tasks = _tasks(options)
     judges = parse_judges(options.judge)
+    if not options.url:
+        check_gpus(options.tp)
     code = 0
     try:
         for target in _targets(options):

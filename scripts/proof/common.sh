@@ -94,11 +94,8 @@ evaluate() {  # evaluate MODEL OUT OPTION...
   local model=$1 out=$2
   shift 2
   [[ -z $limit ]] || set -- "$@" --limit "$limit"
-  if [[ $setup == 1 ]]; then
-    scripts/eval_vllm.sh "$model" --out "$out" "$@"
-  else
-    "$serve_venv/bin/python" -m jsft.evaluate "$model" --out "$out" "$@"
-  fi
+  [[ $setup == 1 ]] || set -- "$@" --no-setup
+  scripts/eval_vllm.sh "$model" --out "$out" "$@"
 }
 
 run_stages() {

@@ -46,6 +46,22 @@ def test_steps_on_a_server(fake_openai, rows, tmp_path, monkeypatch):
     assert results["model"]["step"] == 20 and results["engine"]["root"] == str(run / "hf" / "step_20")
 
 
+def test_sampling_has_its_own_gpus(tmp_path, monkeypatch):
+    """vLLM must not share the GPUs of the training process, whose environment it inherits."""
+    python = tmp_path / "serve" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES" >> {tmp_path}/seen\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("JSFT_SERVE_VENV", str(tmp_path / "serve"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    for gpus in ("", "1,2"):
+        monkeypatch.setenv("JSFT_SAMPLING_GPUS", gpus)
+        evaluator = StepEvaluator(tmp_path / f"run{gpus}", ["countdown"])
+        evaluator.start(10, tmp_path)
+        evaluator.finish()
+    assert (tmp_path / "seen").read_text().split() == ["0", "1,2"]
+
+
 def test_trouble_is_reported_not_raised(fake_openai, rows, tmp_path, monkeypatch):
     monkeypatch.setenv("JSFT_SERVE_VENV", str(tmp_path / "none"))
     fake = fake_openai()
