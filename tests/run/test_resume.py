@@ -167,3 +167,17 @@ def test_export_while_training_saves(tiny, tmp_path):
         process.terminate()
         assert process.wait(60) == 0
     assert status(workdir)["state"] == "preempted"
+
+
+@pytest.mark.slow
+def test_float8_products_resume_bit_for_bit(tiny, tmp_path):
+    """A killed run; its last checkpoint is exported as ever."""
+    straight, killed, float8 = tmp_path / "straight", tmp_path / "killed", "--config.precision.matmul=float8"
+    assert run(tiny, straight, float8) == 0
+    assert "in float8 (e4m3)" in output(straight).read_text()
+    assert run(tiny, killed, float8, faults="slow:0.3,kill-step:5") == KILLED
+    assert run(tiny, killed, float8) == 0
+    assert_same_run(killed, straight)
+    assert run(tiny, killed) == 2 and "precision.matmul" in output(killed).read_text()
+    losses = [record["loss"] for record in records(straight)]
+    assert losses[-1] < losses[0]

@@ -1,0 +1,111 @@
+"""The programs of a step with precision.matmul=float8: the same gradients however layers are run, saved and sharded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsft.hardware.mesh import make_mesh, replicated
+from jsft.hf.random_model import write_random_model
+from jsft.models.families import initial_parameters, read_config
+from jsft.models.float8 import FLOAT8
+from jsft.models.remat import LADDER
+from jsft.step.components import programs
+from jsft.step.gather_once import quantized_weights
+from tests.step.test_programs import gradients_of, make_batch, make_components
+
+FLOAT8_FIELDS = dict(precision__matmul="float8")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = write_random_model(
+        tmp_path_factory.mktemp("model") / "m", hidden_size=64, heads=4, kv_heads=2, intermediate_size=128, std=0.1
+    )
+    return read_config(folder)
+
+
+@pytest.fixture(scope="module")
+def batches(model):
+    return [make_batch(8, 128, model.vocab_size, seed) for seed in (0, 1)]
+
+
+def one_device():
+    return make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def plain(model, batches):
+    """One device, all activations saved, weights quantised where they are used."""
+    return gradients_of(make_components(model, one_device(), 128, **FLOAT8_FIELDS), "none", batches)
+
+
+def distance(found, expected) -> float:
+    """The largest distance of a gradient from the expected one, as a share of its norm."""
+    pairs = zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]))
+    return max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs)
+
+
+def test_weights_quantised_once_a_step_are_the_same_on_every_mesh(model):
+    def quantised(mesh):
+        parameters = initial_parameters(model, mesh, jnp.float32, 0)
+        made = jax.jit(lambda p: quantized_weights(p, model, mesh), out_shardings=replicated(mesh))(parameters)
+        return jax.tree.map(lambda part: np.asarray(part.astype(jnp.float32)), made), made
+
+    (one, arrays), (other, _) = quantised(one_device()), quantised(make_mesh(2))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    gate = arrays["gate"]
+    assert len(arrays) == 7 and gate.by_output.values.dtype == FLOAT8
+    assert gate.by_output.values.shape == (2, 128, 64) and gate.by_input.values.shape == (2, 64, 128)
+
+
+def test_one_device_quantises_once_a_step_where_it_is_asked_to(model):
+    asked = make_components(model, one_device(), 128, mesh__gather="step", mesh__reduce="step", **FLOAT8_FIELDS)
+    assert programs(asked, "full").gather and not programs(asked, "full").reduce
+    wide = make_components(model, one_device(), 128, mesh__gather="step")
+    assert programs(wide, "full").gather is None
+
+
+@pytest.mark.slow
+def test_gradients_are_those_of_wide_products_but_for_the_rounding(model, batches, plain):
+    wide = gradients_of(make_components(model, one_device(), 128), "none", batches)
+    assert plain[0] == pytest.approx(wide[0], rel=2e-3) and 0.01 < distance(plain, wide) < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rung", LADDER)
+def test_every_rung_of_the_ladder_gives_the_plain_gradients(model, batches, plain, rung):
+    found = gradients_of(make_components(model, make_mesh(), 128, **FLOAT8_FIELDS), rung, batches)
+    assert found[0] == pytest.approx(plain[0], rel=1e-3) and distance(found, plain) < 0.02
+
+
+NAMES = "attention_input,mlp_input,mlp_hidden,attention_out"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize(
+    "devices, replica, gather, reduce, rung",
+    [
+        (1, 1, "layer", "layer", NAMES),
+        (1, 1, "step", "layer", "full"),
+        (8, 1, "layer", "layer", "attention_input@host,residual,gate@host"),
+        (8, 2, "step", "layer", "none"),
+        (8, 2, "step", "step", NAMES),
+    ],
+)
+def test_every_way_to_run_the_layers_gives_the_plain_gradients(
+    model, batches, plain, unroll, devices, replica, gather, reduce, rung
+):
+    mesh = make_mesh(replica, devices=jax.devices()[:devices])
+    fields = dict(mesh__gather=gather, mesh__reduce=reduce, train__unroll_layers=unroll, **FLOAT8_FIELDS)
+    found = gradients_of(make_components(model, mesh, 128, **fields), rung, batches)
+    assert found[0] == pytest.approx(plain[0], rel=1e-3) and distance(found, plain) < 0.02
+
+
+@pytest.mark.slow
+def test_a_step_has_the_same_bits_twice(model, batches):
+    components = make_components(model, make_mesh(2), 128, train__deterministic=True, **FLOAT8_FIELDS)
+    one, two = (gradients_of(components, "full", batches) for _ in range(2))
+    assert one[0] == two[0]
+    jax.tree.map(np.testing.assert_array_equal, one[1], two[1])
