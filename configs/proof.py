@@ -3,6 +3,7 @@
     scripts/proof_pretrained.sh   gsm8k_qwen2, gsm8k_internlm2
     scripts/proof_scratch.sh      countdown_cot, countdown_answers
     scripts/proof_fidelity.sh     fidelity_reference, fidelity_best
+    scripts/proof_fp8.sh          fp8_gsm8k, fp8_countdown, fp8_large
 
 Each has a twin with `_tiny` behind its name: the same stages within seconds on a CPU.
 """
@@ -16,6 +17,9 @@ RUNS = (
     "countdown_answers",
     "fidelity_reference",
     "fidelity_best",
+    "fp8_gsm8k",
+    "fp8_countdown",
+    "fp8_large",
 )
 RECIPES = (*RUNS, *(f"{name}_tiny" for name in RUNS))
 
@@ -26,7 +30,8 @@ def get_config(recipe: str | None = None):
     folder = f"runs/proof{'_tiny' if tiny else ''}"
     config = default_config()
     config.train.unroll_layers = False  # runs of a minute or two: compiling is the larger part
-    {"gsm8k": _gsm8k, "countdown": _countdown, "fidelity": _fidelity}[name.partition("_")[0]](config, name, folder)
+    kinds = {"gsm8k": _gsm8k, "countdown": _countdown, "fidelity": _fidelity, "fp8": _fp8}
+    kinds[name.partition("_")[0]](config, name, folder)
     if tiny:
         _tiny(config, name)
     return config
@@ -89,6 +94,30 @@ def _fidelity(config, name: str, folder: str) -> None:
     config.checkpoint.every = 50
     config.checkpoint.milestones = ()
     config.eval.every = 50
+
+
+def _fp8(config, name: str, folder: str) -> None:
+    """Runs that are trained with either value of precision.matmul; the script sets it, and the seed."""
+    if name == "fp8_gsm8k":
+        _gsm8k(config, "gsm8k_qwen2", folder)
+        folder += "/fp8"
+        config.model.path = f"{folder}/models/qwen2"
+        config.data.train = f"{folder}/gsm8k/train.parquet"
+        config.data.eval = {"heldout": f"{folder}/gsm8k/heldout.parquet"}
+        config.data.shuffle = True  # the seeds differ in the order of the rows
+        return
+    _countdown(config, "countdown_cot", folder)
+    folder += "/fp8"
+    config.model.path = f"{folder}/{'large_base' if name == 'fp8_large' else 'base'}"
+    config.data.train = f"{folder}/train.parquet"
+    config.data.eval = {"heldout": f"{folder}/heldout.parquet"}
+    if name == "fp8_large":
+        config.data.rows_per_device = 8
+        config.optimizer.learning_rate = 1e-4
+        config.train.max_steps = 100
+        config.checkpoint.every = 100
+        config.checkpoint.milestones = ()
+        config.eval.every = 25
 
 
 def _tiny(config, name: str) -> None:

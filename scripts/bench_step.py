@@ -4,6 +4,7 @@
     scripts/bench_step.py --model qwen3_8b
     scripts/bench_step.py --model qwen3_14b --layers 10 --params float32      # fp32 master weights, fewer layers
     scripts/bench_step.py --model qwen3_4b --peer torch --peer_python python3 # interleaved with torch + Liger
+    scripts/bench_step.py --model qwen3_4b --peer torch_fp8 --peer_python python3   # float8 beside bfloat16 and torchao
     scripts/bench_step.py --model qwen3_14b --mock_devices 8 --params float32 # the 8-device program on one card
 
 Prints tokens/s, MFU (definition: jsft/models/flops.py; the peer's is the same), peak memory, and with --profile the
@@ -35,6 +36,7 @@ def parse():
     add("--micro_batches", type=int, default=2, help="micro batches of a step")
     add("--steps", type=int, default=8, help="timed steps, after two of warm-up")
     add("--params", default="bfloat16", choices=("float32", "bfloat16"), help="weights, moments and gradients")
+    add("--matmul", default="bfloat16", choices=("bfloat16", "float8"), help="precision.matmul")
     add("--reduce", default=None, help="precision.reduce (default: float32 with float32 weights, else bfloat16)")
     add("--gather", default="layer", choices=("layer", "step"), help="mesh.gather")
     add("--reduce_when", default="layer", choices=("layer", "step"), help="mesh.reduce")
@@ -48,7 +50,12 @@ def parse():
     add("--median", type=float, default=6000, help="median document length of the log-normal (sigma 0.6)")
     add("--mock_devices", type=int, help="compile and run the program of this many GPUs on one (times: upper bounds)")
     add("--profile", action="store_true", help="time by part, from a profile of two steps")
-    add("--peer", choices=("torch",), help="also time torch + Liger on the same documents, in alternating processes")
+    add(
+        "--peer",
+        choices=("torch", "torch_fp8"),
+        help="in alternating processes, on the same documents: also torch + Liger; or jsft in float8, jsft in bfloat16 "
+        "and every float8 recipe of torchao",
+    )
     add("--peer_python", default="python3", help="a Python that has torch, transformers and liger-kernel")
     add("--repeats", type=int, default=1, help="with --peer: how often the two alternate")
     add("--json", action="store_true", help="one JSON object as the last line")
@@ -118,6 +125,7 @@ def build(options):
     config.data.max_length = min(options.tokens, 20000)
     config.precision.params = config.precision.moments = config.precision.gradients = options.params
     config.precision.reduce = options.reduce or options.params
+    config.precision.matmul = options.matmul
     config.remat, config.attention.implementation = options.remat, options.attention
     config.attention.backward, config.norm.implementation = options.backward, options.norms
     config.mesh.gather, config.mesh.reduce = options.gather, options.reduce_when
@@ -213,6 +221,7 @@ def measure(options) -> dict:
         "model": options.model,
         "layers": model.num_layers,
         "params": options.params,
+        "matmul": options.matmul,
         "remat": remat,
         "device": jax.devices()[0].device_kind,
         "devices": mesh.size,
@@ -244,9 +253,13 @@ def profile_parts(step, state) -> None:
 
 def show(result: dict) -> None:
     mfu = f"{100 * result['mfu']:.1f} % MFU" if result.get("mfu") else "MFU unknown"
+    float8 = result.get("matmul", "bfloat16") != "bfloat16"
+    if float8 and result.get("mfu"):
+        mfu += " of the bfloat16 peak"
+    products = f", {result['matmul']} products" if float8 else ""
     compiled = f", compiled in {result['compile_seconds']:.0f} s" if "compile_seconds" in result else ""
     print(
-        f"{result['who']}: {result['model']} ({result['layers']} layers, {result['params']}, remat {result['remat']}) on "
+        f"{result['who']}: {result['model']} ({result['layers']} layers, {result['params']}{products}, remat {result['remat']}) on "
         f"{result['devices']} x {result['device']}: {result['tokens_per_second']:,.0f} tok/s a device, {mfu}, "
         f"{result['seconds'] * 1e3:.0f} ms a step (spread {result['spread']:.1%}), peak {result['peak_gib']:.1f} GiB"
         f"{compiled}; "
@@ -268,42 +281,48 @@ def run_process(command: list[str]) -> dict | None:
         return None
 
 
-def against_torch(options) -> int:
-    """Alternates jsft and the torch peer, each in a process of its own, and prints the ratio of the medians."""
-    mine = [a for a in sys.argv[1:] if not a.startswith("--peer") and a not in ("torch", options.peer_python)]
-    ours_command = [sys.executable, __file__, *mine, "--json"]
-    peer_command = [
-        options.peer_python,
-        str(ROOT / "scripts" / "bench_step_torch.py"),
-        "--model",
-        options.model,
-        "--tokens",
-        str(options.tokens),
-        "--micro_batches",
-        str(options.micro_batches),
-        "--steps",
-        str(options.steps),
-        "--median",
-        str(options.median),
-        *(["--layers", str(options.layers)] if options.layers else []),
-    ]
-    results: dict[str, list[dict]] = {"jsft": [], "torch": []}
+PEERS = {  # --peer: who is timed, first ourselves; further arguments of bench_step.py, or of bench_step_torch.py
+    "torch": {"jsft": [], "torch": []},
+    "torch_fp8": {
+        "jsft float8": ["--matmul", "float8"],
+        "jsft bfloat16": ["--matmul", "bfloat16"],
+        "torch rowwise": ["--float8", "rowwise"],
+        "torch tensorwise": ["--float8", "tensorwise"],
+        "torch rowwise_with_gw_hp": ["--float8", "rowwise_with_gw_hp"],
+    },
+}
+
+
+def against_peers(options) -> int:
+    """Alternates jsft and its peers, each in a process of its own, and prints the ratios of the medians."""
+    drop = {"torch", "torch_fp8", options.peer_python}
+    mine = [a for a in sys.argv[1:] if not a.startswith("--peer") and a not in drop]
+    same = {"--model": options.model, "--tokens": options.tokens, "--micro_batches": options.micro_batches}
+    same |= {"--steps": options.steps, "--median": options.median}
+    same |= {"--layers": options.layers} if options.layers else {}
+    ours = [sys.executable, __file__, *mine]
+    peer = [options.peer_python, str(ROOT / "scripts" / "bench_step_torch.py")]
+    peer += [str(word) for pair in same.items() for word in pair]
+    results: dict[str, list[dict]] = {who: [] for who in PEERS[options.peer]}
     for _ in range(options.repeats):
-        for command in (ours_command, peer_command):
+        for who, more in PEERS[options.peer].items():
+            command = [*ours, *more, "--json"] if who.startswith("jsft") else [*peer, *more]
             if result := run_process(command):
-                show(result)
-                results["jsft" if result["who"] == "jsft" else "torch"].append(result)
-    if not all(results.values()):
-        return 1
-    rates = {who: statistics.median(r["tokens_per_second"] for r in found) for who, found in results.items()}
-    print(f"ratio: {rates['jsft'] / rates['torch']:.3f} ({rates['jsft']:,.0f} to {rates['torch']:,.0f} tok/s)")
-    return 0
+                show(result | {"who": who})
+                results[who].append(result)
+    first, *others = results
+    rates = {who: statistics.median(r["tokens_per_second"] for r in found) for who, found in results.items() if found}
+    for who in others:
+        if first in rates and who in rates:
+            ratio = rates[first] / rates[who]
+            print(f"ratio: {first} / {who} {ratio:.3f} ({rates[first]:,.0f} to {rates[who]:,.0f} tok/s)")
+    return 0 if all(results.values()) else 1
 
 
 def main() -> int:
     options = parse()
     if options.peer:
-        return against_torch(options)
+        return against_peers(options)
     result = measure(options)
     if options.json:
         print(json.dumps(result))

@@ -5,6 +5,9 @@ What a user would pick instead for full-parameter fine-tuning on one GPU: bfloat
 packed kernel where it imports, else torch's own (FlashAttention-2). Same documents, same definition of MFU. Without
 activation checkpointing if that fits, else with it. Run by `bench_step.py --peer torch`; needs a Python with torch,
 transformers and liger-kernel, and nothing of jsft. The last line is the result as JSON.
+
+With --float8 RECIPE (`bench_step.py --peer torch_fp8`) torchao makes the linears of the layers float8. Each layer is then
+compiled, which fuses the quantisation with its neighbours; of Liger only the loss is used, of attention the same kernel.
 """
 
 import argparse
@@ -29,6 +32,7 @@ SIZES = {
     "qwen3_8b": (4096, 36, 32, 12288, False),
     "qwen3_14b": (5120, 40, 40, 17408, False),
 }
+FLOAT8_RECIPES = ("rowwise", "tensorwise", "rowwise_with_gw_hp")  # the last: weight gradients in bfloat16
 DOCUMENTS = {}  # of the row in work: cumulative lengths and the longest
 
 
@@ -41,6 +45,7 @@ def parse():
     add("--micro_batches", type=int, default=2)
     add("--steps", type=int, default=8)
     add("--median", type=float, default=6000)
+    add("--float8", choices=FLOAT8_RECIPES, help="recipe of torchao.float8; the layers are compiled")
     add("--recompute", choices=("auto", "on", "off"), default="auto", help="activation checkpointing")
     return parser.parse_args()
 
@@ -108,15 +113,30 @@ def build(options, recompute: bool, attend):
     model.train()
     if recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if options.float8:
+        make_float8(model, options.float8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
     return config, model, optimizer
 
 
+def make_float8(model, recipe: str) -> None:
+    """The linears of the layers in float8, not the output matrix; every layer compiled."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    config = Float8LinearConfig.from_recipe_name(recipe)
+    convert_to_float8_training(model.model.layers, config=config)
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)
+
+
 def measure(options, recompute: bool) -> dict:
     name, attend = attention_kernel()
+    layers = not options.float8  # compiled layers have no need of Liger's kernels
     apply_liger_kernel_to_qwen3(
-        rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=True
+        rope=layers, rms_norm=layers, swiglu=layers, cross_entropy=False, fused_linear_cross_entropy=True
     )
+    if options.float8:
+        attend = torch.compiler.disable(attend)
     config, model, optimizer = build(options, recompute, attend)
     rows = []
     for micro in range(options.micro_batches):
@@ -152,6 +172,7 @@ def measure(options, recompute: bool) -> dict:
         "model": options.model,
         "layers": config.num_hidden_layers,
         "params": "bfloat16",
+        "matmul": f"torchao {options.float8}" if options.float8 else "bfloat16",
         "remat": "full" if recompute else "none",
         "device": torch.cuda.get_device_name(),
         "devices": 1,

@@ -13,7 +13,7 @@ import pytest
 from jsft import config as schema
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("pretrained", "scratch", "fidelity")
+SCRIPTS = ("pretrained", "scratch", "fidelity", "fp8")
 
 
 def proof(name: str, *arguments, **environment) -> subprocess.CompletedProcess:
@@ -39,7 +39,7 @@ def test_recipes_resolve():
     spec = importlib.util.spec_from_file_location("proof", ROOT / "configs" / "proof.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert len(module.RECIPES) == 12
+    assert len(module.RECIPES) == 18
     for recipe in module.RECIPES:
         config = schema.resolve(module.get_config(recipe))
         assert ("proof_tiny" in config.data.train) == recipe.endswith("_tiny")
@@ -77,6 +77,17 @@ def test_fidelity():
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 1 and "metrics.jsonl: 60 of 60 steps differ" in done.stdout
+
+
+@pytest.mark.slow
+def test_fp8():
+    folder, results = whole("fp8", "--no-serve")
+    for what in ("gsm8k", "countdown", "large"):
+        wide, float8 = (curve(folder / what / f"{p}_seed0", "metrics.jsonl", "loss") for p in ("bfloat16", "float8"))
+        assert wide != float8 and wide[-1] < wide[0] - 0.5
+        assert max(abs(a - b) for a, b in zip(wide, float8, strict=True)) < 0.1
+        assert f"- {what}: training loss" in results and f"| {what} | float8 | 0 |" in results
+    assert (folder / "gsm8k/float8_seed0/hf").is_dir()
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """The curves of the proofs and their numbers.
 
-    python scripts/proof/figures.py pretrained|scratch|fidelity FOLDER
+    python scripts/proof/figures.py pretrained|scratch|fidelity|fp8 FOLDER
 
 FOLDER is what the proof's script made. Writes curves.png and results.md there, from what there is of
 metrics.jsonl, heldout.jsonl and results.json.
@@ -278,14 +278,51 @@ def fidelity(folder: Path) -> tuple[Figure, list[str]]:
     return figure, lines
 
 
+def fp8(folder: Path) -> tuple[Figure, list[str]]:
+    """Float8 beside bfloat16, of the same seed; the further seeds of bfloat16 show how much a run differs anyway."""
+    lines = ["| run | products | seed | updates | training loss, last 100 | held-out loss, lowest | solved, % (95 %) |"]
+    lines += ["|" + "---|" * 7]
+    verdicts = [""]
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axes, what in zip(figure.subplots(1, 3), ("gsm8k", "countdown", "large")):
+        runs = {run.name: run for run in sorted((folder / what).glob("*_seed*")) if records(run / "metrics.jsonl")}
+        losses = {}
+        for name, run in runs.items():
+            steps, loss = curve(run / "metrics.jsonl", "loss")
+            losses[name] = loss[-min(100, len(loss) // 2) :].mean()
+            _, held = curve(run / "heldout.jsonl", "heldout/loss")
+            products, _, seed = name.partition("_seed")
+            found = score(run / "eval" / what)
+            metric = {"gsm8k": "reference", "countdown": "solved"}.get(what)
+            solved = percent(found["metrics"][metric]["avg"]) if found and metric else "-"
+            lines.append(
+                f"| {what} | {products} | {seed} | {len(steps)} | {losses[name]:.4f} | {held.min():.4f} | {solved} |"
+            )
+        draw_losses(axes, {name.replace("_seed", ", seed "): run for name, run in runs.items()}, 25)
+        axes.set_title(f"training loss, {what}")
+        wide = [loss for name, loss in losses.items() if name.startswith("bfloat16")]
+        if {"float8_seed0", "bfloat16_seed0"} <= set(losses):
+            gap = losses["float8_seed0"] - losses["bfloat16_seed0"]
+            spread = f"; bfloat16's seeds differ by {max(wide) - min(wide):.4f}" if len(wide) > 1 else ""
+            lowest = [
+                curve(runs[f"{p}_seed0"] / "heldout.jsonl", "heldout/loss")[1].min() for p in ("float8", "bfloat16")
+            ]
+            verdicts.append(
+                f"- {what}: training loss {gap:+.4f}, lowest held-out loss {lowest[0] - lowest[1]:+.4f} in float8{spread}"
+            )
+    return figure, lines + verdicts
+
+
 def main(proof: str, folder: Path) -> None:
     with matplotlib.rc_context(STYLE):
-        figure, lines = {"pretrained": pretrained, "scratch": scratch, "fidelity": fidelity}[proof](folder)
+        figure, lines = PROOFS[proof](folder)
         figure.savefig(folder / "curves.png", dpi=130)
     (folder / "results.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     print(f"{folder}/curves.png, {folder}/results.md")
 
+
+PROOFS = {"pretrained": pretrained, "scratch": scratch, "fidelity": fidelity, "fp8": fp8}
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))

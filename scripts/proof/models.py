@@ -1,9 +1,9 @@
 """Base models with random weights for the proofs.
 
-    python scripts/proof/models.py countdown DATA OUT [--tiny]
+    python scripts/proof/models.py countdown DATA OUT [--tiny | --size qwen3_4b]
     python scripts/proof/models.py pair OUT
 
-The first: a Qwen3 of 31 M parameters, its tokenizer learnt from DATA. The second: a very small Qwen2 and what
+The first: a Qwen3 of 31 M parameters (--size: as large as another), its tokenizer learnt from DATA. The second: a very small Qwen2 and what
 smollm2.py makes of one. An OUT that exists is not changed.
 """
 
@@ -29,6 +29,14 @@ LARGE = {
     "head_dim": 64,
     "intermediate_size": 1536,
 }
+QWEN3_4B = {
+    "hidden_size": 2560,
+    "layers": 36,
+    "heads": 32,
+    "kv_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 9728,
+}
 TINY = {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 32, "intermediate_size": 128}
 
 
@@ -47,8 +55,10 @@ def word_tokenizer(data: Path, size: int = 384) -> Tokenizer:
     return tokenizer
 
 
-def countdown(data: Path, out: Path, tiny: bool) -> None:
-    sizes = TINY if tiny else LARGE
+SIZES = {"large": LARGE, "qwen3_4b": QWEN3_4B, "tiny": TINY}
+
+
+def countdown(data: Path, out: Path, sizes: dict[str, int]) -> None:
     write_random_model(out, "qwen3", max_positions=2048, rope_theta=1e4, tokenizer=word_tokenizer(data), **sizes)
 
 
@@ -77,7 +87,8 @@ def main() -> int:
     one = kinds.add_parser("countdown")
     one.add_argument("data", type=Path)
     one.add_argument("out", type=Path)
-    one.add_argument("--tiny", action="store_true")
+    one.add_argument("--tiny", dest="size", action="store_const", const="tiny")
+    one.add_argument("--size", choices=SIZES, default="large")
     kinds.add_parser("pair").add_argument("out", type=Path)
     args = parser.parse_args()
     if args.out.exists():
@@ -85,7 +96,7 @@ def main() -> int:
     elif args.kind == "pair":
         pair(args.out)
     else:
-        countdown(args.data, args.out, args.tiny)
+        countdown(args.data, args.out, SIZES[args.size])
     return 0
 
 

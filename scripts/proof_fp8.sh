@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Proof 4: training with float8 products beside training with bfloat16 ones, from the same start on the same rows.
+#
+#   scripts/proof_fp8.sh --gsm8k FOLDER [--no-serve] [--stages a,b]
+#   scripts/proof_fp8.sh --tiny
+#
+# GSM8K from SmolLM2-135M, three data seeds in bfloat16 and one in float8; Countdown from scratch, 1,000 updates;
+# a random model as large as Qwen3-4B, 100 updates. FOLDER (or JSFT_GSM8K) as for proof_pretrained.sh. All of it lies
+# in runs/proof/fp8 (--tiny: runs/proof_tiny/fp8, with very small models); the same command resumes.
+set -euo pipefail
+name=fp8
+stages=(data models gsm8k countdown large export evaluate figures)
+source "$(dirname "$0")/proof/common.sh"
+
+stage_data() {
+  local made=() from=$gsm8k
+  if [[ -n $tiny ]]; then
+    from=$folder/made made=(--made 400 --heldout 40)
+  fi
+  [[ -n $from ]] || fail "where is GSM8K? name its folder with --gsm8k FOLDER; --help says what it holds"
+  [[ -e $folder/gsm8k/train.parquet ]] || "$python" scripts/proof/gsm8k.py "$from" "$folder/gsm8k" "${made[@]}"
+  countdown_data 100000
+  cp "$folder/heldout.parquet" "$folder/eval_countdown.parquet"  # under this name evaluation looks for it
+}
+
+stage_models() {
+  local size=qwen3_4b
+  [[ -z $tiny ]] || size=tiny
+  if [[ -n $tiny ]]; then
+    "$python" scripts/proof/models.py pair "$folder/models"
+  else
+    mkdir -p "$folder/models"
+    "$python" scripts/proof/smollm2.py "$folder/models"
+  fi
+  "$python" scripts/proof/models.py countdown "$folder/train.parquet" "$folder/large_base" \
+    --size "$size"
+}
+
+run() {  # run WHAT PRODUCTS SEED
+  train "fp8_$1$tiny" "$folder/$1/$2_seed$3" "--config.precision.matmul=$2" "--config.train.seed=$3"
+}
+
+stage_gsm8k() {
+  run gsm8k float8 0
+  for seed in 0 1 2; do run gsm8k bfloat16 "$seed"; done
+}
+stage_countdown() { for products in bfloat16 float8; do run countdown "$products" 0; done; }
+stage_large() { for products in bfloat16 float8; do run large "$products" 0; done; }
+
+lowest() {  # lowest RUN: its saved step with the lowest held-out loss
+  "$python" - "$1" <<'PYTHON'
+import json, sys
+from pathlib import Path
+run = Path(sys.argv[1])
+saved = {int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit()}
+records = map(json.loads, (run / "heldout.jsonl").read_text().splitlines())
+print(min((r for r in records if r["step"] in saved), key=lambda r: r["heldout/loss"])["step"])
+PYTHON
+}
+
+stage_export() {
+  local made
+  for made in "$folder"/{gsm8k,countdown}/*_seed*; do export_steps "$made" "$(lowest "$made")"; done
+}
+
+stage_evaluate() {
+  [[ $serve == 1 ]] || { echo "left out: --no-serve"; return; }
+  local made
+  for made in "$folder"/{gsm8k,countdown}/*_seed*; do
+    local task options
+    task=$(basename "$(dirname "$made")")
+    options=(--tasks "$task" --data_dir "$folder" --max_tokens 1024)
+    if [[ $task == gsm8k ]]; then options=(--tasks gsm8k --data_dir "$folder/gsm8k" --max_tokens 512 --samples 4); fi
+    if [[ -n $tiny ]]; then options+=(--max_tokens 32 --limit 20); fi
+    evaluate "$made/hf/step_$(lowest "$made")" "$made/eval" "${options[@]}"
+  done
+}
+
+stage_figures() { "$python" scripts/proof/figures.py fp8 "$folder"; }
+
+run_stages "$@"
