@@ -18,6 +18,7 @@ from jsft.models.float8 import (
     as_bytes,
     gather_quantized,
     linear_float8,
+    probe_name,
     quantize_shard,
     quantized_input,
     swiglu_linear_float8,
@@ -72,7 +73,8 @@ class LayerWeights:
     def project(self, x: jax.Array, name: str, quantized: Quantized | None = None) -> jax.Array:
         """x [..., in] @ weight^T, and the bias where there is one: [..., out]. quantized: x in float8, if shared."""
         if self._options.float8:
-            y = linear_float8(x, quantized_input(x) if quantized is None else quantized, *self._weight(name))
+            quantized = quantized_input(x) if quantized is None else quantized
+            y = linear_float8(x, quantized, *self._weight(name), self._local.get(probe_name(name)))
         else:
             y = linear(x, *self._weight(name))
         return add_bias(y, self._local[f"{name}_bias"]) if f"{name}_bias" in self._local else y
@@ -87,8 +89,9 @@ class LayerWeights:
         if self._options.saves("mlp_hidden"):
             hidden, quantized = self.input(swiglu(gate, up), "mlp_hidden")
             return self.project(hidden, name, quantized)
-        product = swiglu_linear_float8 if self._options.float8 else swiglu_linear
-        return product(gate, up, *self._weight(name))
+        if self._options.float8:
+            return swiglu_linear_float8(gate, up, *self._weight(name), self._local.get(probe_name(name)))
+        return swiglu_linear(gate, up, *self._weight(name))
 
 
 def decode(

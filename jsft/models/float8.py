@@ -31,6 +31,8 @@ from jsft.models.layers import FSDP, swiglu, swiglu_and_gradients
 FLOAT8 = jnp.float8_e4m3fn
 LARGEST = 448  # of FLOAT8
 SMALLEST = 2.0**-9  # of FLOAT8, above zero: half of it and less rounds to zero
+# What a linear's `probe` counts: of each kind the values that are zero in FLOAT8 alone, then those that were not zero.
+PROBE_KINDS = ("inputs", "weights", "gradients")
 _EXPONENT = 0x7F800000  # of a float32's bits; its mantissa has 23
 _CARRY = 0x1FFFFF  # carries a mantissa above 1.75 = 448 / 2^8 into the exponent
 
@@ -125,6 +127,18 @@ def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
+def probe_name(matrix: str) -> str:
+    """Name of the probe of a linear among a layer's parameters."""
+    return f"{matrix}_probe"
+
+
+def _count(wide: jax.Array, quantized: Quantized) -> jax.Array:
+    """float32 [2]: values of `wide` that only `quantized` has as zeros, and values that are not zero."""
+    there = wide != 0
+    flushed = there & (quantized.values.astype(jnp.float32) == 0)
+    return jnp.stack([jnp.sum(flushed, dtype=jnp.float32), jnp.sum(there, dtype=jnp.float32)])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def linear_float8(
     x: jax.Array,
@@ -133,16 +147,18 @@ def linear_float8(
     full: QuantizedWeight | None,
     sharded: bool,
     reduce_dtype: jnp.dtype,
+    probe: jax.Array | None = None,
 ) -> jax.Array:
     """x @ weight^T in x's dtype, all three products in FLOAT8.
 
     Args:
-      x: [..., in]; gives the dtype and gets the gradient. Its values are not read.
+      x: [..., in]; gives the dtype and gets the gradient. Its values are not read (but counted for a probe).
       quantized: `quantized_input` of x; saved for the backward pass.
       weight: [out, in], or this device's rows of it where `sharded`; any float dtype.
       full: the full weight, where it was quantised before; else None. It gets no gradient, and `weight` is not read
         where it is given.
       sharded, reduce_dtype: as in `jsft.models.layers.linear`.
+      probe: float32 [2 * len(PROBE_KINDS)] that is not read; its cotangent are this device's counts.
 
     Returns [..., out]. The weight's gradient has the weight's dtype and sharding.
     """
@@ -158,15 +174,27 @@ def _by_output(weight, full, sharded) -> Quantized:
     return full.by_output
 
 
-def _linear_forward(x, quantized, weight, full, sharded, reduce_dtype):
-    return linear_float8(x, quantized, weight, full, sharded, reduce_dtype), (quantized, weight, full)
+def _forward_counts(x, quantized, weight, probe):
+    """The part of a probe's counts that the forward pass knows."""
+    if probe is None:
+        return None
+    return jnp.concatenate([_count(x, quantized), _count(weight, quantize(weight, -1))])
+
+
+def _all_counts(counts, g):
+    return None if counts is None else jnp.concatenate([counts, _count(_rows(g), quantize(_rows(g), -1))])
+
+
+def _linear_forward(x, quantized, weight, full, sharded, reduce_dtype, probe):
+    counts = _forward_counts(x, quantized, weight, probe)
+    return linear_float8(x, quantized, weight, full, sharded, reduce_dtype), (quantized, weight, full, counts)
 
 
 def _linear_backward(sharded, reduce_dtype, residuals, g):
-    quantized, weight, full = residuals
+    quantized, weight, full, counts = residuals
     by_token = Quantized(*map(_rows, quantized))
     dweight = _weight_gradient(g, by_token, weight, sharded, reduce_dtype)
-    return _input_gradient(g, weight, full, sharded), None, dweight, None
+    return _input_gradient(g, weight, full, sharded), None, dweight, None, _all_counts(counts, g)
 
 
 linear_float8.defvjp(_linear_forward, _linear_backward)
@@ -200,20 +228,25 @@ def swiglu_linear_float8(
     full: QuantizedWeight | None,
     sharded: bool,
     reduce_dtype: jnp.dtype,
+    probe: jax.Array | None = None,
 ) -> jax.Array:
     """`linear_float8` of `swiglu`, which the backward pass recomputes: see `jsft.models.layers.swiglu_linear`."""
     hidden = swiglu(gate, up)
     return linear_float8(hidden, quantized_input(hidden), weight, full, sharded, reduce_dtype)
 
 
-def _swiglu_linear_forward(gate, up, weight, full, sharded, reduce_dtype):
-    return swiglu_linear_float8(gate, up, weight, full, sharded, reduce_dtype), (gate, up, weight, full)
+def _swiglu_linear_forward(gate, up, weight, full, sharded, reduce_dtype, probe):
+    hidden = swiglu(gate, up)
+    quantized = quantized_input(hidden)
+    counts = _forward_counts(hidden, quantized, weight, probe)
+    return linear_float8(hidden, quantized, weight, full, sharded, reduce_dtype), (gate, up, weight, full, counts)
 
 
 def _swiglu_linear_backward(sharded, reduce_dtype, residuals, g):
-    gate, up, weight, full = residuals
+    gate, up, weight, full, counts = residuals
     hidden, dgate, dup = swiglu_and_gradients(gate, up, _input_gradient(g, weight, full, sharded))
-    return dgate, dup, _weight_gradient(g, _rows(hidden), weight, sharded, reduce_dtype), None
+    dweight = _weight_gradient(g, _rows(hidden), weight, sharded, reduce_dtype)
+    return dgate, dup, dweight, None, _all_counts(counts, g)
 
 
 swiglu_linear_float8.defvjp(_swiglu_linear_forward, _swiglu_linear_backward)

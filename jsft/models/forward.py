@@ -17,7 +17,7 @@ from jsft.hardware.mesh import BATCH, partition_spec
 from jsft.models.config import ModelConfig
 from jsft.models.decoder import PackedRows, decode
 from jsft.models.families import parameter_table
-from jsft.models.float8 import QuantizedWeight
+from jsft.models.float8 import QuantizedWeight, probe_name
 from jsft.models.options import DecoderOptions
 from jsft.models.parameters import ParameterSpec, leaves, tree_from
 from jsft.models.stack import unstack
@@ -61,7 +61,7 @@ def hidden_states(
     mesh = options.mesh
     if rows.tokens.shape[0] % mesh.size:
         raise ValueError(f"tokens: {rows.tokens.shape[0]} rows do not divide over {mesh.size} devices")
-    table = parameter_table(model)
+    table = _with_probes(parameter_table(model), parameters)
     specs = jax.tree.map(lambda spec, value: _local_specs(spec, value, mesh), table, parameters)
     placeholders = sharded_matrices(model, mesh) if options.defer_reduce else ()
     for name in placeholders:
@@ -145,6 +145,16 @@ def unstack_matrices(tree: dict[str, Any], model: ModelConfig, split: Callable[[
         parameter_table(model),
         tree,
     )
+
+
+def _with_probes(table: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    """The table with the probes of float8 linears, where the parameters have them."""
+    probes = {
+        name: ParameterSpec(parameters["layers"][name].shape, ("layers", None), "zeros", "")
+        for name in map(probe_name, table["layers"])
+        if name in parameters["layers"]
+    }
+    return table | {"layers": table["layers"] | probes}
 
 
 def _local_specs(spec: ParameterSpec, value: jax.Array | tuple[jax.Array, ...], mesh: Mesh):

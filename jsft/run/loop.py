@@ -20,6 +20,7 @@ from jsft.run.checkpoint import Saver
 from jsft.run.metrics import MetricsWriter
 from jsft.run.profile import Profiler
 from jsft.run.run_log import RunLog
+from jsft.step.flushed import Flushed, shares
 from jsft.step.histograms import Histograms, named
 from jsft.step.optimizer import TrainState
 from jsft.step.programs import StepPrograms
@@ -54,6 +55,7 @@ class Loop:
     eval_data: dict[str, list[Batch]] = field(default_factory=dict)
     profiler: Profiler | None = None
     histograms: Histograms | None = None
+    flushed: Flushed | None = None
     on_step: Callable[[int], None] = lambda step: None
     on_save: Callable[[int], None] = lambda step: None
 
@@ -162,7 +164,10 @@ class Loop:
         if not due:
             return state, metrics, None
         self.watchdog.at(f"making the histograms of step {step}, their compilation included")
-        return state, metrics, self.histograms(state, gradients, metrics["lr"])
+        counts = self.histograms(state, gradients, metrics["lr"])
+        if self.flushed:
+            counts |= {"flushed": self.flushed(state.parameters, shard_batch(data.micro_batches[0], self.mesh))}
+        return state, metrics, counts
 
     def _report(self) -> None:
         """Reads and writes the metrics of the pending step, if any. Raises NonFiniteError after too many bad steps."""
@@ -196,7 +201,10 @@ class Loop:
         if self.writer:
             self.writer.write(step, metrics)
             if counts is not None:
-                self.writer.write_layers(step, named(jax.device_get(counts)))
+                counts = jax.device_get(counts)
+                if flushed := counts.pop("flushed", None):
+                    self.writer.write_scalars("flushed", step, shares(flushed))
+                self.writer.write_layers(step, named(counts))
         self.log.step(step, self.total_steps, metrics)
         self.on_step(step)
         self.watchdog.stepped(step, seconds)

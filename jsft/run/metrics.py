@@ -65,6 +65,11 @@ class MetricsWriter:
         counts, edges = np.histogram(values, 30)
         self._write_histograms(step, {tag: histogram_proto(counts, edges, values.sum(), (values**2).sum())})
 
+    def write_scalars(self, prefix: str, step: int, values: dict[str, float]) -> None:
+        """`values` by tag, on TensorBoard alone."""
+        with suppress(OSError):
+            self._append_event(prefix, step, values)
+
     def write_layers(self, step: int, counts: dict[str, np.ndarray]) -> None:
         """`counts` by tag, of magnitudes by octave as in `jsft.step.histograms`, on TensorBoard."""
         centres = EDGES[:-1] + 0.5

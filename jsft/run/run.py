@@ -39,6 +39,7 @@ from jsft.run.setup import build
 from jsft.run.summary import write_summary
 from jsft.run.trackers import open_trackers
 from jsft.step.components import Components, compile_gradients, programs
+from jsft.step.flushed import make_flushed
 from jsft.step.histograms import make_histograms
 from jsft.step.optimizer import TrainState, initial_state, parameter_dtype
 from jsft.step.precompile import precompile
@@ -244,6 +245,7 @@ def _make_loop(
         eval_data=eval_data,
         profiler=outputs.profiler,
         histograms=make_histograms(components.config, components.mesh, components.shardings),
+        flushed=make_flushed(components, remat),
         on_step=on_step,
         on_save=sampling.saved if sampling else lambda step: None,
     )

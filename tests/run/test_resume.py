@@ -5,6 +5,7 @@ import signal
 import time
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jsft.run.manifest import list_steps
 from tests.run import processes
@@ -171,7 +172,7 @@ def test_export_while_training_saves(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_float8_products_resume_bit_for_bit(tiny, tmp_path):
-    """A killed run; its last checkpoint is exported as ever."""
+    """And TensorBoard has the share of values that float8 loses."""
     straight, killed, float8 = tmp_path / "straight", tmp_path / "killed", "--config.precision.matmul=float8"
     assert run(tiny, straight, float8) == 0
     assert "in float8 (e4m3)" in output(straight).read_text()
@@ -181,3 +182,8 @@ def test_float8_products_resume_bit_for_bit(tiny, tmp_path):
     assert run(tiny, killed) == 2 and "precision.matmul" in output(killed).read_text()
     losses = [record["loss"] for record in records(straight)]
     assert losses[-1] < losses[0]
+    events = EventAccumulator(str(straight / "tensorboard"))
+    events.Reload()
+    for kind in ("inputs", "weights", "gradients"):
+        shares = [event.value for event in events.Scalars(f"flushed/{kind}/layer_0")]
+        assert len(shares) == 2 and all(0 <= share < 0.5 for share in shares)

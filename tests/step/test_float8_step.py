@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsft.hardware.mesh import make_mesh, replicated
+from jsft.hardware.mesh import make_mesh, replicated, shard_batch
 from jsft.hf.random_model import write_random_model
 from jsft.models.families import initial_parameters, read_config
-from jsft.models.float8 import FLOAT8
+from jsft.models.float8 import FLOAT8, linear_float8, quantized_input
 from jsft.models.remat import LADDER
 from jsft.step.components import programs
+from jsft.step.flushed import make_flushed, shares
 from jsft.step.gather_once import quantized_weights
 from tests.step.test_programs import gradients_of, make_batch, make_components
 
@@ -64,6 +65,37 @@ def test_one_device_quantises_once_a_step_where_it_is_asked_to(model):
     assert programs(asked, "full").gather and not programs(asked, "full").reduce
     wide = make_components(model, one_device(), 128, mesh__gather="step")
     assert programs(wide, "full").gather is None
+
+
+def test_values_that_become_zero_are_counted_by_layer():
+    weight = np.ones((3, 4), np.float32)
+    weight[1] = (448, 2.0**-9, 2.0**-10, 0)  # a half of the smallest value rounds to zero, a zero is none that was lost
+    x = np.ones((5, 4), np.float32)
+    x[2] = (448, 2.0**-11, 0, 0)
+
+    def output(probe):
+        return linear_float8(x, quantized_input(x), weight, None, False, jnp.float32, probe)
+
+    counts = jax.vjp(output, jnp.zeros(6))[1](jnp.ones((5, 3)).at[0, 0].set(1e-9))[0]
+    assert np.array_equal(counts, [1, 18, 1, 11, 1, 15])
+    found = shares({"gate": np.stack([counts, 0 * counts]), "up": np.stack([counts, counts])})
+    assert found["inputs/layer_0"] == 2 / 36 and found["weights/layer_1"] == 1 / 11 and len(found) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("rung", ["full", "none"])
+def test_the_counts_of_a_micro_batch_are_the_same_on_every_mesh(model, batches, unroll, rung):
+    def counted(mesh):
+        components = make_components(model, mesh, 128, train__unroll_layers=unroll, **FLOAT8_FIELDS)
+        parameters = initial_parameters(model, mesh, jnp.float32, 0)
+        counts = make_flushed(components, rung)(parameters, shard_batch(batches[0], mesh))
+        return shares(jax.device_get(counts)), {name: value.shape for name, value in counts.items()}
+
+    (one, shapes), (other, _) = counted(one_device()), counted(make_mesh(2))
+    assert set(shapes.values()) == {(2, 6)} and len(shapes) == 7 and len(one) == 6
+    assert 0 < one["inputs/layer_0"] < 0.1 and 0 < one["gradients/layer_1"] < 0.3
+    assert one == pytest.approx(other, rel=0.02, abs=1e-5)
 
 
 @pytest.mark.slow
