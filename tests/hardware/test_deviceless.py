@@ -12,6 +12,7 @@ from jsft import config as schema
 from jsft import plan
 from jsft.errors import ConfigError
 from jsft.hardware import deviceless
+from jsft.models.float8 import linear_float8, quantized_input
 from jsft.models.layers import linear
 from jsft.models.published import PUBLISHED
 from jsft.planning import program_memory
@@ -111,6 +112,32 @@ def test_short_products_with_slices_of_weights_are_autotuned():
         return "dynamic-slice-fusion" in lowered.compile(compiler_options=deviceless.COMPILER_OPTIONS).as_text()
 
     assert reads_in_place(4096) and not reads_in_place(1024)
+
+
+@needs_plugin
+@pytest.mark.parametrize("devices", [1, 2])
+def test_linears_in_float8_are_three_cublas_products_of_float8(devices):
+    """With transposed copies that the compiler makes; sharded weights travel as bytes."""
+    mesh = Mesh(np.array(deviceless.gpus("h200", devices)), ("fsdp",))
+    sharded = devices > 1
+
+    def products(x, weight, g):
+        def linear(x, weight):
+            return linear_float8(x, quantized_input(x), weight, None, sharded, jnp.bfloat16)
+
+        y, vjp = jax.vjp(linear, x, weight)
+        return y, *vjp(g)
+
+    spec = PartitionSpec("fsdp")
+    run = jax.shard_map(products, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    shapes = ((8192, 2048), (4096, 2048), (8192, 4096))
+    arguments = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=NamedSharding(mesh, spec)) for s in shapes]
+    lowered = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",))
+    text = lowered.compile(compiler_options=deviceless.COMPILER_OPTIONS).as_text()
+    assert text.count('custom_call_target="__cublas$lt$matmul$f8"') == 3
+    gathers = [line for line in text.splitlines() if " all-gather-start(" in line or " all-gather(" in line]
+    assert len(gathers) == (1 if sharded else 0)  # of values and scales together
+    assert all("u8[4096,2048]" in line and "f32[4096]" in line and "bf16" not in line for line in gathers)
 
 
 def test_without_the_plugin_it_says_what_to_install(monkeypatch):
