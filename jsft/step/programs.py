@@ -222,7 +222,7 @@ def make_programs(
     kernel = updates_in_place(config, mesh)
 
     def update(state, gradients, sums, weight_sum):
-        rate = schedule(state.step).astype(jnp.float32)
+        rate = jnp.asarray(schedule(state.step), jnp.float32)  # a constant schedule gives a Python float
         state, metrics = apply_update(state, gradients, rate, config, kernel)
         count = jnp.maximum(sums.count, 1)
         weighed = not config.objective.use_advantage  # as the loss is, unless advantages make the weights no mean

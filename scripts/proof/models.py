@@ -49,7 +49,9 @@ def word_tokenizer(data: Path, size: int = 384) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=size - len(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False)
     rows = read_columns(str(data), ["message", "response"])
-    texts = [f"user\n{row['message'][0]['content']}\nassistant\n{row['response']}" for row, _ in zip(rows, range(ROWS))]
+    texts = [
+        f"user\n{row['message'][0]['content']}\nassistant\n{row['response']}" for (_, row), _ in zip(rows, range(ROWS))
+    ]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return tokenizer
