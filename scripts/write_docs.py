@@ -145,6 +145,77 @@ def plan_table() -> str:
     return "\n".join(rows)
 
 
+LONG_BEGIN, LONG_END = "<!-- long rows: scripts/write_docs.py -->", "<!-- end of long rows -->"
+_ROW = 8192  # rows are looked for in multiples of it
+
+
+@cache
+def _long(model: str, devices: int, fidelity: str, row: int) -> dict:
+    """The plan of documents of exactly `row` tokens, one a row, 256 of them an update, on so many H200."""
+    from jsft import cli
+    from jsft.hardware.cards import find_device
+    from jsft.planning.report import make_plan
+
+    lengths = [f"--config.data.{name}={row}" for name in ("max_length", "pack_length")]
+    argv = ["--config", f"{ROOT}/configs/{model}.py:math_cot_ep8", f"--config.fidelity={fidelity}", *lengths]
+    argv += ["--config.train.expect_steps=-1", "--config.data.train=documents.parquet"]
+    config, name, _ = cli.parse(argv, lambda values: None, "")
+    return make_plan(
+        schema.resolve(config), name, devices, find_device("h200"), mean_length=row, weighted_length=row, documents=256
+    )
+
+
+def long_rows_table() -> str:
+    """Rows of 65,536 and 131,072 tokens at 8B."""
+    rows = [
+        "| Qwen3-8B, tokens a row | H200 | fidelity | GiB of 130.7 | layers save | seconds a row and GPU | tokens/s | MFU |",
+        "|" + "---|" * 8,
+    ]
+    for row in (65536, 131072):
+        for devices in (1, 2):
+            for fidelity in ("reference", "best"):
+                found = _long("qwen3_8b", devices, fidelity, row)
+                head = f"| {row:,} | {devices} | {fidelity} | {found['memory']['total_bytes'] / 2**30:.1f}"
+                if not found["fits"]:
+                    rows.append(f"{head} | does not fit | | | |")
+                    continue
+                step = found["step"]
+                rows.append(
+                    f"{head} | {found['memory']['remat'].replace(',', ', ')} | {step['seconds'] * devices / 256:.1f} | "
+                    f"{step['tokens_per_second']:,.0f} | {100 * step['mfu']:.0f} % |"
+                )
+    return "\n".join(rows)
+
+
+def longest_row_table() -> str:
+    """The longest row that fits, by model and GPUs."""
+    from jsft import cli
+    from jsft.hardware.cards import find_device
+    from jsft.planning.fitting import best_rung
+    from jsft.planning.inputs import find_model
+
+    limit = find_device("h200").usable
+
+    def longest(model: str, devices: int) -> str:
+        argv = ["--config", f"{ROOT}/configs/{model}.py:math_cot_ep8", "--config.fidelity=reference"]
+        argv += ["--config.remat=full"]  # the leanest
+        config = schema.resolve(cli.parse(argv, lambda values: None, "")[0])
+        table, _ = find_model(config.model.path, config.model.revision)
+        low, high = 0, 2**20 // _ROW  # in multiples of _ROW
+        while low < high:
+            config.data.pack_length = config.data.max_length = (low + high + 1) // 2 * _ROW
+            if best_rung(table, config, devices, limit)[2]:
+                low = (low + high + 1) // 2
+            else:
+                high = (low + high - 1) // 2
+        return f"{low * _ROW:,}" if low else "none"
+
+    counts = (1, 2, 4, 8)
+    rows = ["| `fidelity=reference` | " + " | ".join(f"{n} x H200" for n in counts) + " |", "|" + "---|" * 5]
+    rows += [f"| {model} | " + " | ".join(longest(model, n) for n in counts) + " |" for model in MODELS]
+    return "\n".join(rows)
+
+
 PRICE = 4.0  # dollars per GPU hour
 COST_BEGIN, COST_END = "<!-- cost: scripts/write_docs.py -->", "<!-- end of cost -->"
 _SMALL = ("qwen3_1_7b", "qwen3_4b")
@@ -199,7 +270,12 @@ def pages() -> dict[Path, str]:
     configs = {model: ROOT / "configs" / f"{model}.py" for model in MODELS}
     return {
         ROOT / "docs" / "config.md": config_page(),
-        page: between(page.read_text(encoding="utf-8"), BEGIN, END, plan_table()),
+        page: between(
+            between(page.read_text(encoding="utf-8"), BEGIN, END, plan_table()),
+            LONG_BEGIN,
+            LONG_END,
+            f"{long_rows_table()}\n\n{longest_row_table()}",
+        ),
         reproduce: between(reproduce.read_text(encoding="utf-8"), COST_BEGIN, COST_END, cost_table()),
         recipes: recipes_page(recipes.read_text(encoding="utf-8")),
     } | {path: config_file(model, path.read_text(encoding="utf-8")) for model, path in configs.items()}
