@@ -235,6 +235,14 @@ def test_a_mixture_adds_the_losses_of_its_sources_and_changes_no_held_out_loss(m
     assert plain[2].out_info[1].by_source is None and mixed[2].out_info[1].by_source.shape == (2, 2)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+def test_every_schedule_runs_without_warm_up(model, schedule):
+    fields = dict(optimizer__schedule=schedule, optimizer__warmup_ratio=0.0)
+    components = make_components(model, make_mesh(devices=jax.devices()[:1]), 128, **fields)
+    jitted = programs(components, "full")
+    assert jitted.update.trace(*arguments(components, jitted)["update"]).out_info[1]["lr"].dtype == jnp.float32
+
+
 def collectives(text):
     """(kind, element type, elements) -> how often, from a compiled program's text."""
     found = collections.Counter()
