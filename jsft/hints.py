@@ -77,6 +77,8 @@ _ALIASES = {
     "validation": ("data.eval",),
     "dtype": ("precision.compute", "precision.params"),
     "bf16": ("precision.compute", "precision.params"),
+    "fp8": ("precision.matmul",),
+    "float8": ("precision.matmul",),
     "fp32": ("precision.compute", "precision.params"),
     "gradientcheckpointing": ("remat",),
     "activationcheckpointing": ("remat",),
