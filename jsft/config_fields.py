@@ -321,7 +321,8 @@ FIELDS: tuple[Field, ...] = (
         str,
         "layer",
         "When the layers' sharded weights are gathered: by each layer, in the forward and in the backward pass; or "
-        "once a step, and held in full in precision.compute: less communication, more memory (not timed on GPUs yet).",
+        "once a step, and held in full in precision.compute: less communication, more memory (not timed on GPUs yet). "
+        "With precision.matmul=float8 they are held in float8, and quantised once a step on one device too.",
         choices=("layer", "step"),
     ),
     Field(
