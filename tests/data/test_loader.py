@@ -383,7 +383,7 @@ def test_eval_names():
 class _LongDocuments:
     """512 documents of long-reasoning lengths in memory, standing in for a token cache."""
 
-    weighted = False
+    names, weighted = (), False
 
     def __init__(self):
         rng = np.random.default_rng(0)
@@ -393,6 +393,9 @@ class _LongDocuments:
 
     def __len__(self):
         return 512
+
+    def step_rows(self, step, global_batch, *, shuffle, seed):
+        return schedule.step_rows(step, 512, global_batch, shuffle=shuffle, seed=seed)
 
     def tokens(self, index):
         return self._tokens[: self.lengths[index]]
