@@ -8,6 +8,7 @@ import shutil
 import textwrap
 
 from jsft.errors import ConfigError
+from jsft.hints import nearest
 
 
 def columns() -> int:
@@ -35,6 +36,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str | None = None, usage: str | None = None, description: str | None = None, **options):
         options.setdefault("formatter_class", _formatter)
         super().__init__(prog, usage and f"{prog} {usage}", description, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's, but the command itself refuses what it does not know, with the names that may be meant."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = nearest(
+                unknown[0].partition("=")[0],
+                [name for name in self._option_string_actions if not name.startswith("--config.")],
+            )
+            self.error(f"unknown argument {unknown[0]}{near if unknown[0].startswith('-') else ''}")
+        return namespace, unknown
 
     def error(self, message: str):
         raise ConfigError(f"{message}; {self.prog} --help lists the options")

@@ -271,11 +271,10 @@ def _config(args, *, needs_model: bool = True):
 
     data = args.data if isinstance(args.data, list) else [args.data] if args.data else []
     data = data or ([args.train] if getattr(args, "train", None) else [])
-    if args.config:
-        config, _, _ = cli.parse([f"--config={args.config}"], lambda values: None, __doc__)
-        config = schema.default_chosen(config)
-    else:
-        config = schema.default_config()
+    # DATA and --model are a run of one's own: the rows look as `jsft train` with both would train them.
+    config, _, _ = cli.parse([f"--config={args.config or cli.OWN_RUN}"], lambda values: None, __doc__)
+    config = schema.default_chosen(config)
+    if not args.config:
         if not data or (needs_model and not args.model):
             raise ConfigError("name the DATA and its --model, or a run's --config FILE.py:RECIPE")
         schema.put(config, "data.shuffle", False)

@@ -141,10 +141,11 @@ def test_validate_takes_the_fields_that_messages_name(tmp_path, model, capsys):
     assert main([*asked, "--model", other]) == 3
     assert "train with data.train_turns=last" in capsys.readouterr().out
     assert main([*asked, "--model", other, "--train_turns", "last"]) == 0
-    bare = str(write_tokenizer(tmp_path / "bare", eos=None))
+    bare = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"  # ends no turn by a token
+    bare = str(write_tokenizer(tmp_path / "bare", bare, eos=None))
     with pytest.raises(ModelError, match="set data.eos_token"):
         main([*asked, "--model", bare])
-    assert main([*asked, "--model", bare, "--eos_token", "<|im_end|>"]) == 0
+    assert main([*asked, "--model", bare, "--eos_token", "<|im_end|>", "--train_turns", "last"]) == 0
     with pytest.raises(ConfigError, match="--eos_token needs --model"):
         main([*asked, "--eos_token", "<|im_end|>"])
     with pytest.raises(ConfigError, match="name the DATA"):
@@ -201,6 +202,28 @@ def test_preview(tmp_path, cot, model, capsys):
         main(["preview", cot, "--model", model, "--row", "12"])
     main(["preview", cot, "--model", model, "--rows", "1", "--eos_token", "<|endoftext|>"])
     assert "\\boxed{0}.<|endoftext|>⟧" in capsys.readouterr().out
+
+
+def test_preview_shows_the_eos_that_train_takes_for_data_and_model(tmp_path, cot, capsys):
+    """A base model's tokenizer ends texts, and its chat template turns, with another token: `--model` takes the last."""
+    main(["preview", cot, "--model", str(write_tokenizer(tmp_path / "m", eos="<|endoftext|>")), "--rows", "1"])
+    assert "\\boxed{0}.<|im_end|>⟧" in capsys.readouterr().out
+
+
+def test_preview_warns_of_a_template_that_was_applied_before(tmp_path, model, capsys):
+    rows = [{"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "completion": "Yo<|im_end|>"}]
+    for command in ("preview", "stats"):
+        main([command, str(write_rows(tmp_path / "x.jsonl", rows)), "--model", model])
+        out = " ".join(capsys.readouterr().out.split())
+        assert (
+            "warning: 4 texts of control tokens in the data, tokenised as plain text: the chat template and EOS" in out
+        )
+
+
+def test_texts_need_no_chat_template(tmp_path, capsys):
+    bare = str(write_tokenizer(tmp_path / "m", template=None, eos="<|endoftext|>"))
+    main(["preview", str(write_rows(tmp_path / "x.jsonl", [{"text": "two"}])), "--model", bare])
+    assert "⟦two<|endoftext|>⟧" in capsys.readouterr().out
 
 
 def test_preview_in_colour(cot, model):
@@ -285,6 +308,13 @@ def test_validate_and_preview_count_thinking_that_may_be_meant(tmp_path, model, 
         assert "warning: 2 rows whose response thinks, though" in capsys.readouterr().out
 
 
+def test_an_unknown_option_is_refused_by_the_command_with_the_nearest_names(cot, model):
+    with pytest.raises(
+        ConfigError, match=r"argument --truncaton \(nearest: --truncation.*; jsft prepare preview --help"
+    ):
+        main(["preview", cot, "--model", model, "--truncaton", "left"])
+
+
 def test_figure_that_cannot_be_written(tmp_path, cot, model):
     for png in (tmp_path / "no" / "such" / "x.png", tmp_path / "x.nothing"):
         with pytest.raises(ConfigError, match="cannot be written .*--no_png"):
@@ -298,7 +328,7 @@ def test_figure_that_cannot_be_written(tmp_path, cot, model):
 
 
 def test_model_errors_have_their_kind(cot, tmp_path):
-    with pytest.raises(ModelError, match="no chat template"):
+    with pytest.raises(ModelError, match="m: the tokenizer has no chat template, as base models .*chat_template.jinja"):
         main(["preview", cot, "--model", str(write_tokenizer(tmp_path / "m", template=None))])
 
 

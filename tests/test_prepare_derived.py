@@ -237,13 +237,13 @@ def test_integer_answers_are_matched_and_null_ones_counted(tmp_path, capsys):
 
 
 WRONG = {  # a row's change, what must be said
-    "a prompt that is a number": ({"message": 5}, "row 2: a prompt is a int"),
+    "a prompt that is a number": ({"message": 5}, "row 2: a prompt is a number"),
     "a prompt that is null": ({"message": None}, "row 2: a prompt is null"),
     "content in parts": (
         {"message": [{"role": "user", "content": [{"type": "text"}]}]},
         "row 2: the content of a prompt's turn is a list",
     ),
-    "a response that is a number": ({"response": 7}, "row 2: a response is a int"),
+    "a response that is a number": ({"response": 7}, "row 2: a response is a number"),
     "a row without the prompt": ({"message": ...}, "row 2: no field 'message'"),
     "a row without the response": ({"response": ...}, "row 2: no field 'response'"),
 }

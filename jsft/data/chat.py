@@ -54,7 +54,7 @@ class Rendered(NamedTuple):
 def load_tokenizer(model_dir: str | Path):
     """The fast tokenizer of a Hugging Face model directory, from `tokenizer.json`, else from `tokenizer.model`.
 
-    Raises ModelError when the directory holds none, or one without chat template.
+    Raises ModelError when the directory holds none.
     """
     folder = Path(model_dir)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about a missing PyTorch, which is not needed here
@@ -73,11 +73,6 @@ def load_tokenizer(model_dir: str | Path):
         raise
     except Exception as error:  # the tokenizers library raises bare Exception on a malformed file
         raise ModelError(f"{folder}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:160]})") from error
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"{folder}: the tokenizer has no chat template; add chat_template.jinja or the "
-            "'chat_template' entry of tokenizer_config.json"
-        )
     return tokenizer
 
 
@@ -199,6 +194,8 @@ class Chat:
     def start_of_turn(self) -> str:
         """The control token with which the template begins an assistant turn; '' where there is none."""
         turns = [{"role": "user", "content": "x"}]
+        if not self.tokenizer.chat_template:
+            return ""
         try:
             before, whole = (self.render(turns, "", add_generation_prompt=asks) for asks in (False, True))
         except DataError:
@@ -208,8 +205,10 @@ class Chat:
 
     @cached_property
     def end_of_turn(self) -> str:
-        """What the template writes after an assistant turn, without white space at the end; '' where it refuses."""
+        """What the template writes after an assistant turn, without white space at the end; '' where it refuses or is none."""
         mark = "\ue000"
+        if not self.tokenizer.chat_template:
+            return ""
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]
         try:
             return self.render(turns, "", add_generation_prompt=False).rpartition(mark)[2].rstrip()
@@ -269,8 +268,17 @@ class Chat:
     def render(
         self, messages: list[dict[str, Any]], where: str, *, tools: Any = None, add_generation_prompt: bool = True
     ) -> str:
-        """The template's text. Raises DataError naming `where` when it refuses the turns."""
+        """The template's text. Raises DataError naming `where` when it refuses the turns, ModelError where there is no
+        template.
+        """
         import jinja2
+
+        if not self.tokenizer.chat_template:
+            raise ModelError(
+                f"{self.tokenizer.name_or_path}: the tokenizer has no chat template, as base models often have none, and "
+                "only a column 'text' is trained without; add the instruct model's chat_template.jinja, or the "
+                "'chat_template' entry of tokenizer_config.json"
+            )
 
         if not self._knows("developer"):
             messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]

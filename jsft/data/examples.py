@@ -6,7 +6,7 @@ import sys
 from typing import Any, NamedTuple
 
 from jsft.data.shapes import Shape
-from jsft.data.turns import Turn, json_value, read_turn, says_nothing, text_of
+from jsft.data.turns import Turn, json_value, kind_of, read_turn, says_nothing, text_of
 from jsft.errors import DataError
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -138,17 +138,26 @@ def tool_name(tool: dict[str, Any]) -> str:
 
 def _turns(value: Any, field: str, where: str) -> list[Turn]:
     if not isinstance(value, list) or not value:
-        kind = "null" if value is None else "empty" if value == [] else f"a {type(value).__name__}"
-        raise DataError(f"{where}, field '{field}': is {kind}; expected a list of {{role, content}} or a string")
+        if refused := isinstance(value, str) and _as_json(value, f"{where}, field '{field}'"):
+            raise DataError(refused)
+        kind = "empty" if value == [] else kind_of(value)
+        raise DataError(f"{where}, field '{field}': is {kind}; expected a list of {{role, content}}")
     return [read_turn(turn, f"{field}[{index}]", where) for index, turn in enumerate(value)]
 
 
 def _prompt(value: str, field: str, where: str) -> str:
-    if value.lstrip().startswith(("[{", "[ {")) and '"role"' in value and '"content"' in value:
-        raise DataError(
-            f"{where}, field {field}: is a conversation written as JSON text; store a list of {{role, content}}"
-        )
+    if refused := _as_json(value, f"{where}, field {field}"):
+        raise DataError(refused)
     return text_of(value, field, where)
+
+
+def _as_json(value: str, place: str) -> str:
+    """The message for a conversation written as JSON text; '' for any other text."""
+    if not value.lstrip().startswith(("[{", "[ {")) or not any(
+        f'"{role}"' in value and f'"{content}"' in value for role, content in (("role", "content"), ("from", "value"))
+    ):
+        return ""
+    return f"{place}: is a conversation written as JSON text; store a list of {{role, content}}, as JSON lines can"
 
 
 def _check_order(messages: list[dict[str, Any]], field: str, where: str) -> None:
@@ -176,8 +185,9 @@ def check_advantage(row: dict[str, Any], field: str, where: str) -> float:
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):  # CSV has nothing but text
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        kind = "null" if value is None else f"a {type(value).__name__}"
-        raise DataError(f"{where}, field '{field}': is {kind} where a number is expected; fix or remove the row")
+        raise DataError(
+            f"{where}, field '{field}': is {kind_of(value)} where a number is expected; fix or remove the row"
+        )
     if not abs(value) <= sys.float_info.max:  # NaN, infinity, an integer beyond float
         raise DataError(f"{where}, field '{field}': is {str(value)[:40]}; must be finite, fix or remove the row")
     return float(value)

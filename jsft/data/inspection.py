@@ -15,7 +15,7 @@ from jsft.data.countdown_check import check, extract_answer
 from jsft.data.documents import Documents, Limit
 from jsft.data.examples import Example, check_advantage, parse_row
 from jsft.data.folders import Wanted
-from jsft.data.loader import make_chat, make_keys, make_layout, open_documents, wanted_part
+from jsft.data.loader import control_text_line, make_chat, make_keys, make_layout, open_documents, wanted_part
 from jsft.data.mixture import Mixture
 from jsft.data.preview import heading, marked_text
 from jsft.data.progress import track
@@ -51,8 +51,7 @@ def preview(config, model_dir: str | Path, rows: int | Sequence[int], *, full: b
             console.print(heading(documents, index), style="bold")
             console.print(marked_text(chat, documents, index, width=None if full else 1200))
     console.rule(style="dim")
-    for line in documents.report()["thinking"]:
-        print(f"warning: {line}")
+    _print_warnings(documents)
     trained = documents.supervised.sum() / documents.lengths.sum()
     some = ", of no row none or all" if (documents.supervised < documents.lengths - 1).all() else ""
     print(f"{len(documents)} rows ({documents.report()['row_shape']}): {trained:.1%} of their tokens are trained{some}")
@@ -85,12 +84,18 @@ def stats(config, model_dir: str | Path, devices: int, png: Path | None, as_json
     print("\n".join(statistics.histogram_lines(lengths)))
     for name, value in numbers.items():
         print(f"{name:30} {value:,}" if isinstance(value, int) else f"{name:30} {_short(value)}")
-    for line in documents.report()["thinking"]:
-        print(f"warning: {line}")
+    _print_warnings(documents)
     if len(documents) < batch:
         print(f"packing: fewer rows than train.global_batch={batch}, no step to plan")
     if png is not None:
         print(f"figure: {png}")
+
+
+def _print_warnings(documents: Documents | Mixture) -> None:
+    report = documents.report()
+    lines = [control_text_line(report["control_text"])] if report["control_text"] else []
+    for line in [*lines, *report["thinking"]]:
+        print(f"warning: {line}")
 
 
 def _print_listing(documents: Documents | Mixture) -> None:

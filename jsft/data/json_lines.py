@@ -16,6 +16,7 @@ import numpy as np
 
 from jsft import files
 from jsft.data.file_kinds import refuse_foreign
+from jsft.data.turns import kind_of
 from jsft.errors import DataError, describe, explained
 
 _BOM = b"\xef\xbb\xbf"
@@ -76,7 +77,7 @@ class JsonLines:
         except RecursionError:
             return DataError(f"{where}: JSON nested too deeply")
         if not isinstance(value, dict):
-            return DataError(f"{where}: a {type(value).__name__} where a JSON object is expected")
+            return DataError(f"{where}: {kind_of(value)} where a JSON object is expected")
         return value
 
     def _refuse(self, error: DataError, count: int) -> None:

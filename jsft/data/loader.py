@@ -319,6 +319,14 @@ def _open(
     )
 
 
+def control_text_line(count: int) -> str:
+    """Says that the data holds the text of control tokens, as prompts do to which a template was applied before."""
+    return (
+        f"{count} texts of control tokens in the data, tokenised as plain text: the chat template and EOS are added to "
+        "each row, so rows should hold neither"
+    )
+
+
 def _notes(report: Mapping[str, Any]) -> list[str]:
     """What the user should know about these documents (`Documents.report`), a line each."""
     lines = []
@@ -327,7 +335,7 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
     if report["bad_rows"]:
         lines.append(f"{report['bad_rows']} bad rows left out; the first: {report['first_bad_row']}")
     if report["control_text"]:
-        lines.append(f"{report['control_text']} texts of control tokens in the data, tokenised as plain text")
+        lines.append(control_text_line(report["control_text"]))
     if facts := report["token_weights"]:
         lines.append(
             f"token weights of mean {facts['mean']:.4g}, at most {facts['largest']:.4g}; {facts['zeros']:.1%} are 0"

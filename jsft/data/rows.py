@@ -10,7 +10,7 @@ from jsft.data.folders import Wanted
 from jsft.data.progress import track
 from jsft.data.shapes import Keys, Shape, recognise
 from jsft.data.sources import Source, open_source, split_paths
-from jsft.data.turns import check_keys
+from jsft.data.turns import check_keys, kind_of
 from jsft.errors import DataError
 
 
@@ -30,11 +30,11 @@ def prompt_text(value: Any, where: str) -> str:
         for content in users:
             if content is not None and not isinstance(content, str):
                 raise DataError(
-                    f"{where}: the content of a prompt's turn is a {type(content).__name__} where text is expected; "
+                    f"{where}: the content of a prompt's turn is {kind_of(content)} where text is expected; "
                     "join the texts of its parts into one"
                 )
         return "\n".join(content or "" for content in users)
-    kind = "null" if value is None else f"a {type(value).__name__}"
+    kind = kind_of(value)
     raise DataError(
         f"{where}: a prompt is {kind}, neither a string nor a list of {{role, content}}: {str(value)[:60]!r}"
     )
@@ -46,7 +46,7 @@ def answer_text(value: Any, where: str) -> str | None:
         return value
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         raise DataError(
-            f"{where}: the answer is a {type(value).__name__} where text or a number is expected; fix or remove the row"
+            f"{where}: the answer is {kind_of(value)} where text or a number is expected; fix or remove the row"
         )
     return str(int(value)) if value == value and abs(value) != float("inf") and value == int(value) else str(value)
 
@@ -71,7 +71,7 @@ def responses(value: Any, where: str) -> list[str]:
         content = value.get("content") or ""
         if not isinstance(content, str):
             raise DataError(
-                f"{where}, a response: its content is a {type(content).__name__} where text is expected; join the "
+                f"{where}, a response: its content is {kind_of(content)} where text is expected; join the "
                 "texts of its parts into one"
             )
         return responses(content, where)
@@ -81,7 +81,7 @@ def responses(value: Any, where: str) -> list[str]:
         return [response for one in value for response in responses(one, where)]
     if value is None or value == []:
         return []
-    raise DataError(f"{where}: a response is a {type(value).__name__} where text is expected; fix or remove the row")
+    raise DataError(f"{where}: a response is {kind_of(value)} where text is expected; fix or remove the row")
 
 
 def placed_responses(value: Any, where: str) -> list[tuple[int, str]]:

@@ -6,6 +6,11 @@ from typing import Any, NamedTuple
 from jsft.errors import ConfigError, DataError
 
 _PARTS = ("prompt", "response", "messages", "text", "system", "input", "tools")  # what data.columns may name
+# Columns of other names that often hold a part, the likeliest first: what an error proposes, and never read unasked.
+_PROMPTS = ("prompt", "message", "question", "instruction", "problem", "query", "user", "input")
+_RESPONSES = ("response", "completion", "output", "solution", "generation", "answer", "assistant")
+_CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
+_INPUTS = ("input", "context")
 _NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -155,15 +160,29 @@ def _by_fields(columns: Sequence[str], keys: Keys, where: str) -> Shape | None:
 
 def _by_names(columns: Sequence[str], has: str, where: str) -> Shape:
     found = [shape for shape in _KNOWN if set(shape.required) <= set(columns)]
-    if len(found) == 1:
+    choices = [",".join(shape.reads(columns)) for shape in found]
+    if len(found) == 1 and found[0].response:  # the answer of question + answer may be but the last line of a solution
+        others = [name for name in _RESPONSES[:-2] if name in columns and name != found[0].response]
+        choices += [_spelt(columns, found[0].prompt, other) for other in others]
+    if len(choices) == 1:
         return found[0]
-    if found:
-        choices = " or ".join(f"data.columns={','.join(shape.reads(columns))}" for shape in found)
-        raise DataError(f"{where}: its columns can be read in {len(found)} ways ({has}); set {choices}")
-    for column, other, field in (("message", "response", "response_key"), ("response", "message", "prompt_key")):
-        if column in columns:
-            raise DataError(f"{where}: no column '{other}' ({has}); set data.{field}")
+    if choices:
+        ways = " or ".join(f"data.columns={choice}" for choice in choices)
+        raise DataError(f"{where}: its columns can be read in {len(choices)} ways ({has}); set {ways}")
+    prompt, response, chat = (_first(columns, names) or "COLUMN" for names in (_PROMPTS, _RESPONSES, _CHATS))
     raise DataError(
-        f"{where}: no known columns ({has}); say what they hold: data.columns=prompt=COLUMN,response=COLUMN, or "
-        f"messages=COLUMN, or text=COLUMN; known are {', '.join(shape.name for shape in _KNOWN)}"
+        f"{where}: no known columns ({has}); say what they hold: data.columns={_spelt(columns, prompt, response)}, or "
+        f"messages={chat}, or text=COLUMN; known are {', '.join(shape.name for shape in _KNOWN)}"
     )
+
+
+def _spelt(columns: Sequence[str], prompt: str, response: str) -> str:
+    """These columns as data.columns spells them, with the input that goes with the prompt."""
+    more = _first(columns, _INPUTS)
+    more = f",input={more}" if more and prompt.lower() == "instruction" else ""
+    return f"prompt={prompt},response={response}{more}"
+
+
+def _first(columns: Sequence[str], names: Sequence[str]) -> str | None:
+    """The column with the first of these names, in capitals or not."""
+    return next((column for name in names for column in columns if column.lower() == name), None)

@@ -14,6 +14,7 @@ import numpy as np
 from jsft.data.chat import Document
 from jsft.data.shapes import crc32_column
 from jsft.data.token_scores import to_arrays
+from jsft.data.turns import kind_of
 from jsft.errors import DataError
 
 _AGAIN = "make them again for this tokenizer (python -m jsft.prepare weigh)"
@@ -43,7 +44,7 @@ def read_weights(row: dict[str, Any], column: str, where: str) -> Given:
         )
     crc32 = row.get(crc32_column(column))
     if crc32 is not None and (isinstance(crc32, bool) or not isinstance(crc32, int)):
-        raise DataError(f"{where}, field '{crc32_column(column)}': is a {type(crc32).__name__}; {_AGAIN}")
+        raise DataError(f"{where}, field '{crc32_column(column)}': is {kind_of(crc32)}; {_AGAIN}")
     return Given(weights, crc32)
 
 

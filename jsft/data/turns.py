@@ -86,13 +86,18 @@ def says_nothing(value: Any) -> bool:
     return all(map(says_nothing, value)) if isinstance(value, list) else value is None or value == ""
 
 
+def kind_of(value: Any) -> str:
+    """What a value of JSON is, in words."""
+    kinds = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return "null" if value is None else kinds.get(type(value), f"a {type(value).__name__}")
+
+
 def text_of(value: Any, field: str, where: str, may_be_blank: bool = False) -> str:
     """Text of a string, or of a list of parts of type text. Raises DataError naming `where` and the field."""
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         value = "".join(_part(part, field, where) for part in value)
     if not isinstance(value, str):
-        kind = "null" if value is None else f"a {type(value).__name__}"
-        raise DataError(f"{where}, field {field}: is {kind} where text is expected; fix or remove the row")
+        raise DataError(f"{where}, field {field}: is {kind_of(value)} where text is expected; fix or remove the row")
     if not value.strip() and not may_be_blank:
         raise DataError(f"{where}, field {field}: is {'blank' if value else 'empty'}; fix or remove the row")
     try:

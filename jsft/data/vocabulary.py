@@ -71,7 +71,9 @@ class Embedding(NamedTuple):
 
 
 def _template_ids(chat: Chat) -> Iterable[int]:
-    """Ids of what the template writes around the turns."""
+    """Ids of what the template writes around the turns; none without a template, which only texts do without."""
+    if not chat.tokenizer.chat_template:
+        return
     for roles in _PROBES:
         turns = [{"role": role, "content": "x"} for role in (*roles, "assistant")]
         try:

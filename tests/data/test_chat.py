@@ -138,8 +138,9 @@ def test_template_that_refuses(chat, tmp_path):
 def test_tokenizer_that_is_not_usable(tmp_path):
     with pytest.raises(ModelError, match="no tokenizer.json"):
         load_tokenizer(tmp_path)
-    with pytest.raises(ModelError, match="no chat template"):
-        load_tokenizer(write_tokenizer(tmp_path / "a", template=None))
+    without = Chat(load_tokenizer(write_tokenizer(tmp_path / "a", template=None)), eos_token="chat")
+    with pytest.raises(ModelError, match="a: the tokenizer has no chat template"):
+        without.render([{"role": "user", "content": "q"}], "x row 0")
     folder = write_tokenizer(tmp_path / "b", eos=None)
     with pytest.raises(ModelError, match="no EOS token; set data.eos_token"):
         Chat(load_tokenizer(folder))

@@ -43,7 +43,7 @@ def test_a_json_array_is_rows_in_its_order(tmp_path, indent, mark):
 def test_a_row_of_an_array_that_is_no_object_is_the_row_s_error(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps([ROWS[0], 5, {"a": "half \ud83d"}]))
     first, second, third = rows_in(tmp_path / "x.json")
-    assert first == ROWS[0] and "x.json row 1: a int where a JSON object is expected" in str(second)
+    assert first == ROWS[0] and "x.json row 1: a number where a JSON object is expected" in str(second)
     assert third == {"a": "half \ud83d"}  # a lone surrogate is the field's error, with its row
 
 

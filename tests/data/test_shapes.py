@@ -91,10 +91,28 @@ def test_wrong_data_columns_are_one_line():
 
 
 def test_unknown_columns_say_how_to_name_them():
-    with pytest.raises(DataError, match=r"x: no known columns \(has problem, solution\); .*data.columns=prompt=COLUMN"):
-        shape_of("problem", "solution")
-    with pytest.raises(DataError, match=r"x: no column 'response' \(has message, reply\); set data.response_key"):
-        shape_of("message", "reply")
+    for columns, named in {
+        ("problem", "solution"): "prompt=problem,response=solution, or messages=COLUMN",
+        ("Question", "Answer"): "prompt=Question,response=Answer",
+        ("instruction", "context", "response"): "prompt=instruction,response=response,input=context",
+        ("message", "reply"): "prompt=message,response=COLUMN",
+        ("id", "dialogue"): "prompt=COLUMN,response=COLUMN, or messages=dialogue",
+    }.items():
+        with pytest.raises(DataError, match=rf"x: no known columns \(has {', '.join(columns)}\); .*columns={named}"):
+            shape_of(*columns)
+
+
+def test_a_short_answer_beside_a_full_response_is_not_taken_silently():
+    for columns, other in {
+        ("question", "answer", "response"): "prompt=question,response=response",
+        ("question", "solution", "answer"): "prompt=question,response=solution",
+        ("instruction", "input", "output", "response"): "prompt=instruction,response=response,input=input",
+    }.items():
+        with pytest.raises(DataError, match=f"x: its columns can be read in 2 ways .* or data.columns={other}$"):
+            shape_of(*columns)
+        assert shape_of(*columns, columns=read_columns(other)).response == other.split("=")[2].split(",")[0]
+    assert shape_of("question", "answer", "response", columns=("question", "answer")).response == "answer"
+    assert shape_of("prompt", "response", "answer").response == "response"
 
 
 def test_fields_come_before_recognition():

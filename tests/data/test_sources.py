@@ -94,7 +94,7 @@ NOT_LINES = {  # content, what must be said
         json.dumps(ROWS, indent=1).replace('r1"', "r1").encode(),
         "row 1: not valid JSON .*array",
     ),
-    "array of numbers": (b"[1, 2]", "row 0: a int where a JSON object is expected"),
+    "array of numbers": (b"[1, 2]", "row 0: a number where a JSON object is expected"),
     "pretty objects": (
         "\n".join(json.dumps(row, indent=2) for row in ROWS).encode(),
         "JSON written over several lines.*jq -c .",
@@ -106,7 +106,7 @@ NOT_LINES = {  # content, what must be said
     ),
     "carriage returns": (LINES.replace("\n", "\r").encode(), "its lines end with CR alone; convert it: tr"),
     "words": (b"hello\nworld\n", "row 0: not valid JSON .*none of the first 2 rows is a JSON object"),
-    "numbers": (b"1\n2\n", "row 0: a int where a JSON object is expected"),
+    "numbers": (b"1\n2\n", "row 0: a number where a JSON object is expected"),
     "utf-16": (LINES.encode("utf-16"), "is UTF-16; store it as UTF-8 .iconv -f UTF-16 "),
     "utf-16 without a mark": (LINES.encode("utf-16-le"), "is UTF-16 or another binary format.*UTF-16LE"),
     "utf-16 big": (LINES.encode("utf-16-be"), "UTF-16BE"),

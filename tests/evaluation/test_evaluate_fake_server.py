@@ -282,7 +282,7 @@ def test_a_file_as_data_dir_is_one_line(fake_openai, rows, tmp_path, monkeypatch
         (["--limit", "0"], "--limit must be at least 1"),
         (["--concurrency", "0"], "--concurrency must be at least 1"),
         (["--timeout", "nan"], "--timeout must be above 0 seconds"),
-        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--nonsense"], "unknown argument --nonsense"),
         (["--data_dir", "/nowhere/at/all"], "--data_dir /nowhere/at/all does not exist"),
         (["--judge", "taste=http://x"], "write ROLE=URL#MODEL with a role of safety"),
         (["--judge", "truth=default"], "there is no public server"),
