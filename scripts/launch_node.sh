@@ -12,7 +12,7 @@
 #
 # --workdir must be on a disk that all nodes share. Exits with 0 when all processes do, otherwise with the exit code
 # of the first process that failed by itself; 9 (a peer was lost) only when no process has another code. SIGTERM
-# and SIGINT are passed on.
+# and SIGINT are passed on. What still runs 30 seconds after another process failed is stuck, and is killed.
 set -u
 cd "$(dirname "$0")/.."
 python=${JSFT_VENV:-.venv}/bin/python
@@ -31,20 +31,23 @@ trap 'pass_on INT' INT
 
 result=0
 left=${#pids[@]}
-deadline=
+deadline= killed=
 while ((left > 0)); do
   left=0
   for i in "${!pids[@]}"; do
     if kill -0 "${pids[$i]}" 2>/dev/null; then left=$((left + 1)); continue; fi
     wait "${pids[$i]}"; code=$?
     unset "pids[$i]"
-    if ((code != 0)); then
+    if ((code != 0)) && [[ -z $killed ]]; then  # what was killed here did not fail by itself
       if ((result == 0 || (result == 9 && code != 9))); then result=$code; fi
       # The others learn of it over their link and exit by themselves; one that is stuck is killed here.
-      deadline=${deadline:-$((SECONDS + 180))}
+      deadline=${deadline:-$((SECONDS + 30))}
     fi
   done
-  if [[ -n $deadline ]] && ((SECONDS > deadline)); then pass_on KILL; fi
+  if [[ -n $deadline ]] && ((SECONDS > deadline)); then
+    killed=yes
+    pass_on KILL
+  fi
   ((left > 0)) && sleep 0.3
 done
 exit "$result"

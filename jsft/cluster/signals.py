@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT: the first asks the run to save and stop, the second ends the process at once.
+"""SIGTERM and SIGINT: the first asks the run to save and stop, a later one ends the process at once.
+
+One request may arrive twice: SLURM signals every process of a job and a terminal every process of its group, and a
+launcher among them passes on what it got. The same signal within a second is therefore the same request.
 
 A thread reads each signal from a wake-up pipe, because Python's own handlers do not run while the main thread is inside
 a compilation or waits for a device.
@@ -17,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jsft.cluster.exit import RESUME_HINT, ProcessExit
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SAME_SECONDS = 1
 _GRACE_SECONDS = 5  # for the main thread to unwind by itself
 
 
@@ -34,7 +38,6 @@ class StopRequest:
         self.signal: str | None = None
         self._process_exit = process_exit
         self._free, self._raised = True, False
-        self._count = 0
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
@@ -64,14 +67,17 @@ class StopRequest:
             raise Stopped(self.signal)
 
     def _watch(self) -> None:
+        first = None  # the first signal and its time
         while heard := os.read(self._reader, 1):
             if heard[0] not in SIGNALS:
                 continue
             name = signal.Signals(heard[0]).name
-            self._count += 1
-            if self._count > 1:
+            if first is not None:
+                if heard[0] == first[0] and time.monotonic() - first[1] < _SAME_SECONDS:
+                    continue
                 reason = f"stopped at once by a second signal ({name}); {RESUME_HINT}"
                 self._process_exit.now(128 + heard[0], "failed", reason)
+            first = heard[0], time.monotonic()
             self.signal = name
             threading.Thread(target=self._leave_if_stuck, daemon=True).start()
         os.close(self._reader)

@@ -93,7 +93,7 @@ def install() -> None:
             terminate()
         if at("twice-step", step):
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
-            threading.Timer(0.6, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            threading.Timer(1.4, os.kill, (os.getpid(), signal.SIGTERM)).start()
         if at("hang-step", step) or at("twice-step", step):
             time.sleep(10_000)
         return result

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ import pytest
 
 from jsft.run.manifest import list_steps
 from tests.run import processes
-from tests.run.processes import STEPS, records, run, start, status, wait_for
+from tests.run.processes import EVERY, STEPS, records, run, start, status, wait_for
 
 LONG = ("--config.train.max_steps=1000", "--config.train.epochs=100", "--config.eval.every=0")
 
@@ -189,3 +190,62 @@ def test_launch_node_and_run_forever(tiny, tmp_path):
     assert "run_forever: exit code 137; restart 1 of at most 10 from step 50" in text[1]
     assert "resuming from step" in text[0] and status(workdir)["state"] == "done"
     assert [r["step"] for r in records(workdir)] == list(range(1, 301))
+
+
+def start_node(tiny, workdir, *flags, faults="", count=2):
+    """launch_node.sh with `count` processes of one device each. Returns (process, log)."""
+    environment = processes.environment(tiny, devices=1, faults=faults) | {
+        "PROC_PER_NODE": str(count),
+        "MASTER_PORT": str(processes.free_port()),
+    }
+    log = workdir.with_name(f"{workdir.name}.node")
+    command = ["scripts/launch_node.sh", *processes.arguments(tiny, workdir, *flags)]
+    with log.open("a") as file:
+        return subprocess.Popen(command, env=environment, cwd=processes.ROOT, stdout=file, stderr=file), log
+
+
+@pytest.mark.slow
+def test_a_process_for_each_device_is_the_run_of_one_process(tiny, reference, tmp_path):
+    """Two processes of a device each, by PROC_PER_NODE=2: the losses of one process with both. Then one process resumes
+    from a checkpoint of the two.
+    """
+    workdir = tmp_path / "run"
+    node, log = start_node(tiny, workdir)
+    assert node.wait(180) == 0, log.read_text()[-3000:]
+    assert_same_losses(workdir, reference)
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    assert run(tiny, workdir) == 0
+    assert f"resuming from step {STEPS - EVERY}" in processes.output(workdir).read_text()
+    assert_same_losses(workdir, reference)
+
+
+def assert_same_losses(workdir, reference):
+    ours, theirs = records(workdir), records(reference)
+    assert [r["step"] for r in ours] == list(range(1, STEPS + 1))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-5)
+        assert one["tokens"] == other["tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "seconds", "text"),
+    [
+        (signal.SIGKILL, 137, 20, "process 1 of 2 is gone"),
+        (signal.SIGSTOP, 9, 60, "process 1 of 2 has not been heard of for 6 s"),
+        (signal.SIGTERM, 0, 30, "saved; the same command resumes from there"),
+    ],
+)
+def test_a_signal_to_one_process_of_a_node(tiny, tmp_path, number, code, seconds, text):
+    """The node's exit code in time, the lost process by its number, and no process left."""
+    workdir = tmp_path / "run"
+    node, log = start_node(tiny, workdir, *LONG, "--config.train.peer_seconds=6")
+    wait_for(log, "step 3/", node)
+    pids = [json.loads((workdir / "heartbeats" / f"{rank}.json").read_text())["pid"] for rank in range(2)]
+    os.kill(pids[1], number)
+    began = time.monotonic()
+    assert node.wait(seconds) == code, log.read_text()[-3000:]
+    assert text in log.read_text(), f"after {time.monotonic() - began:.0f} s"
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
