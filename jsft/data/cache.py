@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from jsft import files
-from jsft.data.cache_parts import DamagedPart, Part, UncheckedPart, part_name, read_part, write_part
+from jsft.data.cache_parts import DamagedPart, Part, UncheckedPart, numbers, part_name, read_part, write_part
 from jsft.data.chat import Chat, Document
 from jsft.data.examples import parse_row
 from jsft.data.progress import progress_bar
@@ -57,9 +57,7 @@ class TokenCache:
         self.key = directory.name
         self.ignored_columns: list[str] = []
         self.shape = ""  # of the rows, in words
-        join = lambda name, dtype: np.concatenate(
-            [np.zeros(0, dtype), *(part[name].to_numpy(zero_copy_only=False) for part in parts)]
-        )
+        join = lambda name, dtype: np.concatenate([np.zeros(0, dtype), *(numbers(part[name]) for part in parts)])
         self.rows = join("row", np.int64)
         self.advantages = join("advantage", np.float64)
         self.control_text = join("control_text", np.int32)
@@ -364,8 +362,8 @@ class _Ragged:
     """A column of lists over all parts. lengths: int64 [N]; values: of each part, a view of the mapped file."""
 
     def __init__(self, parts: list[pa.RecordBatch], name: str):
-        self._offsets = [part[name].offsets.to_numpy() for part in parts]
-        self.values = [part[name].values.to_numpy() for part in parts]
+        self._offsets = [numbers(part[name].offsets) for part in parts]
+        self.values = [numbers(part[name].values) for part in parts]
         lengths = [np.diff(one) for one in self._offsets]
         self.lengths = np.concatenate([np.zeros(0, np.int64), *lengths]).astype(np.int64)
         self._part_starts = np.concatenate([[0], np.cumsum([len(part) for part in parts], dtype=np.int64)])

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jsft.kernels import rows
 
@@ -55,7 +54,7 @@ def exponentials(
 
         def last_block(sums):
             """What is left ends with the row, and begins in a block that was counted."""
-            column = plgpu.broadcasted_iota(jnp.int32, (_BLOCK,), 0, layout=layout)
+            column = rows.pallas().broadcasted_iota(jnp.int32, (_BLOCK,), 0, layout=layout)
             return block(V - _BLOCK, sums, column >= _BLOCK - V % _BLOCK)
 
         start = rows.zeros((_BLOCK,), layout)

@@ -21,7 +21,7 @@ _HEADS = 4  # heads of such a program, which share the angles
 
 def norm_fits(N: int, n: int) -> bool:
     """Whether the kernels of the plain norm take [N, n]."""
-    return N % _ROWS == 0 and row_layout(n) is not None
+    return N % _ROWS == 0 and rows.divides(n)
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "write_sum", "interpret"))
