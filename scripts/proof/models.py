@@ -1,6 +1,6 @@
 """Base models with random weights for the proofs.
 
-    python scripts/proof/models.py countdown DATA OUT [--tiny | --size qwen3_4b]
+    python scripts/proof/models.py countdown DATA OUT [--tiny | --size qwen3_8b]
     python scripts/proof/models.py pair OUT
 
 The first: a Qwen3 of 31 M parameters (--size: as large as another), its tokenizer learnt from DATA. The second: a very small Qwen2 and what
@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from jsft.data.tables import read_columns
 from jsft.errors import run_command
 from jsft.hf.random_model import SPECIAL_TOKENS, write_random_model
+from jsft.models.published import PUBLISHED
 
 ROWS = 2000  # documents that the tokenizer is learnt from
 LARGE = {
@@ -57,7 +58,24 @@ def word_tokenizer(data: Path, size: int = 384) -> Tokenizer:
     return tokenizer
 
 
-SIZES = {"large": LARGE, "qwen3_4b": QWEN3_4B, "tiny": TINY}
+def published(name: str) -> dict[str, int]:
+    """The sizes of a published model, its vocabulary included: most of its rows are then never used."""
+    model = PUBLISHED[name]
+    return {
+        "hidden_size": model.hidden_size,
+        "layers": model.num_layers,
+        "heads": model.num_heads,
+        "kv_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "intermediate_size": model.intermediate_size,
+        "vocab_size": model.vocab_size,
+        "tied": model.tied_embeddings,
+    }
+
+
+SIZES = {"large": LARGE, "qwen3_4b": QWEN3_4B, "tiny": TINY} | {
+    name: published(name) for name in ("qwen3_1_7b", "qwen3_8b", "qwen3_14b")
+}
 
 
 def countdown(data: Path, out: Path, sizes: dict[str, int]) -> None:
