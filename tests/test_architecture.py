@@ -108,7 +108,13 @@ def test_a_forbidden_import_is_found(tmp_path, line):
 
 def test_durable_files_and_errors_need_only_the_standard_library():
     """The serving environment and a supervisor load them."""
-    loaded = (("environments", set()), ("errors", set()), ("files", {"jsft.errors"}), ("hints", set()), ("help", {"jsft.errors", "jsft.hints"}))
+    loaded = (
+        ("environments", set()),
+        ("errors", set()),
+        ("files", {"jsft.errors"}),
+        ("hints", set()),
+        ("help", {"jsft.errors", "jsft.hints"}),
+    )
     for name, others in loaded:
         tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
         names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}

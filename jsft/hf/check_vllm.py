@@ -1,10 +1,10 @@
-"""What vLLM makes of a model directory: log-probabilities of given prompts in float32, and greedy continuations.
+"""What vLLM makes of a model directory: log-probabilities of given prompts, and greedy continuations.
 
 Runs in the serving environment; `python -m jsft.export --check` starts it. By hand:
 
     .venv-serve/bin/python jsft/hf/check_vllm.py MODEL_DIR REQUEST.json ANSWER.json
 
-REQUEST: {"prompts": [[token ids], ...], "max_tokens": 8}
+REQUEST: {"prompts": [[token ids], ...], "max_tokens": 8}, and if wanted "dtype" (float32) and "tp" (1: GPUs)
 ANSWER:  {"log_probs": [[of tokens 1, 2, ...], ...], "generated": [[token ids], ...], "version": vLLM's}
 
 No code of the directory is run: an InternLM2 directory is shown to vLLM with a config.json that needs none.
@@ -55,7 +55,8 @@ def main(model_dir: str, request_file: str, answer_file: str) -> None:
     with tempfile.TemporaryDirectory() as view:
         llm = vllm.LLM(
             model=str(without_code(Path(model_dir).resolve(), Path(view))),
-            dtype="float32",
+            dtype=request.get("dtype", "float32"),
+            tensor_parallel_size=request.get("tp", 1),
             max_model_len=longest,
             max_num_seqs=len(prompts),
             enforce_eager=True,

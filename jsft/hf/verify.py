@@ -73,11 +73,16 @@ def prompt_ids(model_dir: Path, limit: int) -> list[list[int]]:
 
 
 def log_probabilities(
-    model_dir: Path, config: ModelConfig, prompts: Sequence[Sequence[int]], mesh: Mesh, compute_dtype=jnp.float32
+    model_dir: Path,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    mesh: Mesh,
+    compute_dtype=jnp.float32,
+    attention: str = "xla",
 ) -> list[np.ndarray]:
     """log p(token i | tokens before it) for i >= 1 of each prompt, by jsft's own forward pass; float32 [len - 1].
 
-    The weights keep their dtype on disk; all prompts are packed in one row.
+    The weights keep their dtype on disk; all prompts are packed in one row. attention: as attention.implementation.
     """
     parameters = load_parameters(model_dir, config, mesh, jnp.dtype(config.dtype))
     lengths = [len(prompt) for prompt in prompts]
@@ -92,7 +97,7 @@ def log_probabilities(
 
     @jax.jit
     def run(parameters, tokens, positions, start, end):
-        options = DecoderOptions(mesh, compute_dtype, attention="xla")
+        options = DecoderOptions(mesh, compute_dtype, attention=attention)
         hidden = hidden_states(parameters, config, PackedRows(tokens, positions, start, end), options)[0].astype(
             jnp.float32
         )
@@ -105,8 +110,8 @@ def log_probabilities(
     return [values[last - length : last - 1] for last, length in zip(ends, lengths)]
 
 
-def vllm_answers(model_dir: Path, prompts: Sequence[Sequence[int]], max_tokens: int = 8) -> dict:
-    """vLLM's results for the directory, in float32, in the serving environment: see check_vllm.py.
+def vllm_answers(model_dir: Path, prompts: Sequence[Sequence[int]], max_tokens: int = 8, **engine) -> dict:
+    """vLLM's results for the directory in the serving environment: see check_vllm.py. engine: its dtype, its tp.
 
     Returns {"log_probs": as `log_probabilities`, "generated": token ids of each greedy continuation, "version"}. Raises
     ConfigError without a serving environment, ModelError when vLLM fails on the directory.
@@ -117,7 +122,9 @@ def vllm_answers(model_dir: Path, prompts: Sequence[Sequence[int]], max_tokens: 
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     with tempfile.TemporaryDirectory(prefix="jsft-check-") as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
-        request.write_text(json.dumps({"prompts": [list(map(int, p)) for p in prompts], "max_tokens": max_tokens}))
+        request.write_text(
+            json.dumps({"prompts": [list(map(int, p)) for p in prompts], "max_tokens": max_tokens} | engine)
+        )
         command = [str(python), str(_CHECK), str(model_dir), str(request), str(answer)]
         try:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_VLLM_SECONDS)

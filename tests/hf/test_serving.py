@@ -76,6 +76,12 @@ def test_the_answer_is_read(serving_environment, tmp_path, monkeypatch):
     assert verify.vllm_answers(tmp_path, [[1, 2]]) == {"version": str(tmp_path)}
 
 
+def test_vllm_is_told_its_dtype_and_gpus(serving_environment, tmp_path):
+    serving_environment('cp "$3" "$4"')
+    asked = verify.vllm_answers(tmp_path, [[1, 2]], 4, dtype="bfloat16", tp=2)
+    assert asked == {"prompts": [[1, 2]], "max_tokens": 4, "dtype": "bfloat16", "tp": 2}
+
+
 def test_what_vllm_says_last_is_the_error(serving_environment, tmp_path):
     serving_environment("echo some warning >&2; echo 'ValueError: head size 16' >&2; exit 1")
     with pytest.raises(ModelError, match=f"vLLM refuses {tmp_path}: ValueError: head size 16"):
