@@ -106,7 +106,7 @@ class Model:
         Raises DataError, and ModelError for a token that has no row in the embedding.
         """
         keys, documents = Keys(), []
-        for i, row in enumerate(rows):
+        for i, row in enumerate(_several(rows, "row")):
             shape = recognise(list(row), keys, where=f"row {i}")
             for example in self.chat.documents(parse_row(dict(row), shape, f"row {i}")):
                 document = self.chat.encode(example, f"row {i}")
@@ -125,7 +125,7 @@ class Model:
 
         Rows of similar number and length share one compilation (`bucket`).
         """
-        documents = [self._tokens(row, i) for i, row in enumerate(rows)]
+        documents = [self._tokens(row, i) for i, row in enumerate(_several(rows, "row"))]
         batch = one_document_a_row([Document(tokens, _NO_SPANS, 0) for tokens in documents], self.mesh.size)
         batch = meshes.shard_batch(batch, self.mesh)
         scores = np.asarray(_score(self.parameters, batch, model=self.config, options=self.module.options))
@@ -147,7 +147,7 @@ class Model:
         """
         if max_tokens < 1 or not 0 <= temperature < float("inf"):
             raise ConfigError(f"max_tokens={max_tokens}, temperature={temperature}: want at least 1, and 0 or more")
-        ids = [self._prompt(prompt, i) for i, prompt in enumerate(prompts)]
+        ids = [self._prompt(prompt, i) for i, prompt in enumerate(_several(prompts, "prompt"))]
         if not ids:
             return []
         lengths = np.array([len(one) for one in ids], np.int32)
@@ -200,6 +200,8 @@ class Model:
     def _prompt(self, prompt: Prompt, index: int) -> np.ndarray:
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
+        if isinstance(prompt, Mapping):
+            raise DataError(f"prompt {index}: is one turn, and a prompt is a text or a list of turns; write [[turn]]")
         if len(prompt) and isinstance(prompt[0], Mapping):
             text = self.chat.render([dict(turn) for turn in prompt], f"prompt {index}")
             prompt = self.chat.tokenizer.encode(text, add_special_tokens=False)
@@ -216,6 +218,13 @@ class Model:
         if not valid or tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
             raise DataError(f"{where}: want at least {least} token ids in [0, {self.config.vocab_size})")
         return tokens.astype(np.int32)
+
+
+def _several(values: Any, what: str) -> Any:
+    """The rows or prompts. Raises DataError for one in place of a list: its letters or keys would be taken for them."""
+    if isinstance(values, str | Mapping):
+        raise DataError(f"{what}s come in a list, and this is a single one; write [{what}]")
+    return values
 
 
 def load_model(path: str | Path, **options: Any) -> Model:

@@ -6,6 +6,7 @@ config file sft.py. ml_collections parses; this module turns its tracebacks into
 
 import importlib
 import importlib.util
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -63,6 +64,8 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None], usage
         raise
     except flags.UnrecognizedFlagError as error:
         raise ConfigError(_unknown_option(error.flagname, values)) from error
+    except flags.IllegalFlagValueError as error:
+        raise ConfigError(_wrong_value(str(error))) from error
     except (flags.Error, TypeError, ValueError, AttributeError, KeyError, OSError) as error:
         raise ConfigError(str(error)) from error
     if rest:
@@ -158,6 +161,18 @@ def _unknown_option(name: str, values: flags.FlagValues) -> str:
         if ours in known and plain in others:
             near = f" (nearest: {ours})"
     return f"unknown option --{name}{near}; fields are set as --config.NAME=VALUE"
+
+
+def _wrong_value(message: str) -> str:
+    """absl's message for an option's value; where it is of another kind than the option's, with the kind to write."""
+    said = {
+        "invalid literal for int": "a whole number",
+        "could not convert string to float": "a number",
+        "('Non-boolean argument": "true or false",
+    }
+    found = re.match(r"flag (--[\w.]+)=(.*?): (.*)", message, re.DOTALL)
+    kind = next((kind for start, kind in said.items() if found and found[3].startswith(start)), None)
+    return f"{found[1].removeprefix('--config.')}={found[2]}: write {kind}" if kind else message
 
 
 def recipes_of(file: Path) -> tuple[str, ...]:

@@ -123,6 +123,16 @@ def test_generation_takes_text_turns_and_tokens(model):
         model.generate([[]])
 
 
+def test_a_single_row_or_prompt_is_not_taken_for_a_list(model):
+    with pytest.raises(DataError, match=r"prompts come in a list, and this is a single one; write \[prompt\]"):
+        model.generate("What is 2 + 3?")
+    with pytest.raises(DataError, match="prompt 0: is one turn"):
+        model.generate([{"role": "user", "content": "q"}])
+    for one in (model.log_probabilities, model.tokenize):
+        with pytest.raises(DataError, match=r"rows come in a list, and this is a single one; write \[row\]"):
+            one(ROWS[0])
+
+
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):
     """A run's directory with checkpoints of steps 3 and 5; responses end in <|im_end|>."""

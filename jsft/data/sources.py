@@ -67,7 +67,10 @@ class Source:
         for path, there in self.columns_by_file():
             for column in columns:
                 if column not in there:
-                    raise DataError(f"{path}: no column '{column}' (has {', '.join(there) or 'none'})")
+                    raise DataError(
+                        f"{path}: no column '{column}' (has {', '.join(there) or 'none'}); name another with the "
+                        "command's option for it, or write the usual columns with jsft prepare convert"
+                    )
 
     def listing(self, always: bool = False) -> list[str]:
         """Lines that name the files that are read, with their rows, and those left out. A single file that is all there

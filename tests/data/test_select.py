@@ -114,7 +114,7 @@ def test_scores_that_do_not_fit_name_the_row(tmp_path, suffix, change, message):
 
 def test_missing_columns_and_empty_ranges_are_one_line(tmp_path):
     path = str(write_rows(tmp_path / "raw.jsonl", [{"message": "a?", "response": "b"}]))
-    with pytest.raises(DataError, match="no column 'logprob'"):
+    with pytest.raises(DataError, match="no column 'logprob' .*name another with the command's option"):
         chosen(path, tmp_path, prefer="likely")
     with pytest.raises(DataError, match="no column 'logprob'"):
         chosen(path, tmp_path, keep_scores=True)
