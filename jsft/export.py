@@ -177,6 +177,7 @@ def _check(checkpoint, out: Path, dtype: str, mesh) -> None:
 def _model_card(
     workdir: Path, run: dict[str, Any], step: int, dtype: str, eos: int, trained_by: str, repository: str | None
 ) -> str:
+    from jsft.hf.base_files import read_template
     from jsft.hf.model_card import Facts, find_license, model_card
     from jsft.models.families import read_config
 
@@ -195,6 +196,7 @@ def _model_card(
             f"trained by jsft {trained_by}, exported by commit {_commit()}",
             _scores(workdir, step),
             repository,
+            read_template(base) is not None,
         )
     )
 

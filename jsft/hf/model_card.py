@@ -54,6 +54,7 @@ class Facts(NamedTuple):
     code: str  # what trained and what exported it
     scores: Sequence[Score] = ()
     repository: str | None = None  # the hub id that it goes to
+    chats: bool = True  # whether its tokenizer has a chat template
 
 
 def model_card(facts: Facts) -> str:
@@ -83,8 +84,12 @@ def model_card(facts: Facts) -> str:
     parts += [
         "## Hyperparameters\n",
         _table(("field", "value"), [(f"`{name}`", str(value)) for name, value in _hyperparameters(config)]),
-        "All other fields of jsft's config have their defaults. Prompts must be rendered with the chat template of this\n"
-        "directory: it is the one the run was trained with.\n",
+        "All other fields of jsft's config have their defaults."
+        + (
+            " Prompts must be rendered with the chat template of this\ndirectory: it is the one the run was trained with.\n"
+            if facts.chats
+            else " The model was trained on texts, without chat template.\n"
+        ),
         "## Licence\n",
         f"These weights are derived from {base_name}; its licence applies, and so do the terms of the training data. See\n"
         "the licence file of the base model.\n",
@@ -143,12 +148,14 @@ def _usage(facts: Facts) -> str:
     name = facts.repository or "PATH_OF_THIS_DIRECTORY"
     custom = facts.family == "internlm2"  # transformers has no such model; vLLM reads it with the code of its config
     trust = ", trust_remote_code=True" if custom else ""
+    given = "messages" if facts.chats else "text"
+    prompt = 'messages = [{"role": "user", "content": "What is 17 * 23?"}]' if facts.chats else 'text = "17 * 23 is"'
     vllm = f'''```python
 from vllm import LLM, SamplingParams
 
 llm = LLM("{name}"{trust})
-messages = [{{"role": "user", "content": "What is 17 * 23?"}}]
-answers = llm.chat(messages, SamplingParams(temperature=0.6, max_tokens=2048))
+{prompt}
+answers = llm.{"chat" if facts.chats else "generate"}({given}, SamplingParams(temperature=0.6, max_tokens=2048))
 print(answers[0].outputs[0].text)
 ```
 '''
@@ -158,8 +165,8 @@ print(answers[0].outputs[0].text)
 from transformers import pipeline
 
 generate = pipeline("text-generation", "{name}", dtype="auto", device_map="auto")
-messages = [{{"role": "user", "content": "What is 17 * 23?"}}]
-print(generate(messages, max_new_tokens=2048)[0]["generated_text"][-1]["content"])
+{prompt}
+print(generate({given}, max_new_tokens=2048)[0]["generated_text"]{'[-1]["content"]' if facts.chats else ""})
 ```
 
 {vllm}'''

@@ -95,5 +95,7 @@ def _decided(config: ConfigDict, model_dir: Path, model: ModelConfig, mesh: Mesh
         chat = make_chat(config, model_dir)
         config = config.copy_and_resolve_references()
         config.data.eos_token = chat.tokenizer.convert_ids_to_tokens(chat.eos_id)
-        chosen.append(f"data.eos_token={config.data.eos_token}: ends a turn of the chat template")
+        own = "the tokenizer's; no chat template ends a turn with a token"
+        why = own if chat.turn_end_id is None else "ends a turn of the chat template"
+        chosen.append(f"data.eos_token={config.data.eos_token}: {why}")
     return config, tuple(chosen)

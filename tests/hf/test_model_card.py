@@ -51,9 +51,12 @@ def test_scores_stand_in_the_card_where_the_step_was_evaluated():
     assert "| GSM8K | strict | 71.0 [68.1, 73.9] | 12.5 |" in card
 
 
+@pytest.mark.parametrize("chats", [True, False])
 @pytest.mark.parametrize(("family", "snippets"), [("qwen3", 2), ("internlm2", 1)])
-def test_the_snippets_are_python_and_name_the_repository(family, snippets):
-    found = re.findall(r"```python\n(.*?)```", model_card(facts(family=family, repository="me/model")), re.DOTALL)
+def test_the_snippets_are_python_and_name_the_repository(family, snippets, chats):
+    card = model_card(facts(family=family, repository="me/model", chats=chats))
+    assert ("messages" in card) == chats == ("Prompts must be rendered with the chat template" in card)
+    found = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(found) == snippets
     for code in found:
         ast.parse(code)
