@@ -67,6 +67,8 @@ def _define_flags(values) -> None:
 def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     config, name, flags = cli.parse(sys.argv[1:] if argv is None else argv, _define_flags, USAGE)
+    if not config.data.train and (flags.lengths or flags.mean_length):
+        config.data.train = "data of the given lengths"
     config = schema.resolve(config)
     for flag in ("mean_length", "weighted_length", "documents", "memory_gib", "price"):
         if (given := getattr(flags, flag)) is not None and given <= 0:

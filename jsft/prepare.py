@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser, prog="jsft prepare")
 
     def command(name: str, run, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub = commands.add_parser(name, description=help, allow_abbrev=False)  # the docstring lists them
         sub.set_defaults(run=run)
         return sub
 

@@ -105,3 +105,8 @@ def test_any_hub_id_needs_its_config_json_alone(tmp_path, monkeypatch):
     assert model.hidden_size == 64 and source == "config.json of someone/else"
     assert asked == [("someone/else", "v2", ("config.json",))]
     assert find_model(str(tmp_path / "hub"))[0] == model
+
+
+def test_lengths_that_are_given_stand_for_the_data(capsys):
+    code, text = run(capsys, "--model", "Qwen/Qwen3-1.7B-Base", "--mean_length=500", "--documents=1000")
+    assert code == 0 and text.startswith("fits:      yes")

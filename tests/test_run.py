@@ -194,6 +194,17 @@ def test_dry_run_trains_nothing_and_says_what_would_run(inputs, tmp_path, capsys
     assert not (tmp_path / "w").exists()
 
 
+def test_documents_that_fill_no_batch_are_counted():
+    from types import SimpleNamespace as Of
+
+    from jsft.run.summary import _epoch
+
+    parts = Of(data=Of(lengths=np.ones(60)), config=Of(train=Of(global_batch=32)))
+    assert _epoch(1, parts) == "1 an epoch, which leaves out 28 of 60"
+    parts.data.lengths = np.ones(64)
+    assert _epoch(2, parts) == "2 an epoch"
+
+
 def write_rows(path, rows):
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path

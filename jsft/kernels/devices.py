@@ -19,9 +19,9 @@ def kernels_unavailable(device=None) -> str | None:
     """
     device = device or target_device()
     if device.platform != "gpu":
-        return f"they need a Hopper GPU (compute capability 9.0), this is a {device.platform} device"
+        return f"the kernels need a Hopper GPU (compute capability 9.0), this is a {device.platform} device"
     known = "9.0" if re.search(r"\bG?H[128]00\b", device.device_kind) else "unknown"
     capability = str(getattr(device, "compute_capability", known))
     if capability != "9.0":
-        return f"they need a Hopper GPU (compute capability 9.0), {device.device_kind} has {capability}"
+        return f"the kernels need a Hopper GPU (compute capability 9.0), {device.device_kind} has {capability}"
     return None

@@ -68,9 +68,19 @@ def write_summary(components, name: str, workdir: Path | None, remat: str, step:
     if expected := expectation(components, remat):
         line("plan", expected)
     total, per_epoch = components.data.total_steps, components.data.steps_per_epoch
-    line("steps", f"{total:,} of {config.train.global_batch} documents ({per_epoch:,} an epoch); one document:")
+    line(
+        "steps", f"{total:,} of {config.train.global_batch} documents ({_epoch(per_epoch, components)}); one document:"
+    )
     for row in components.data.preview().split():
         line("", row)
+
+
+def _epoch(steps: int, components) -> str:
+    """What an epoch takes, and the documents that it leaves out because they fill no whole batch."""
+    documents, batch = len(components.data.lengths), components.config.train.global_batch
+    rest = documents - steps * batch
+    left_out = f", which leaves out {rest:,} of {documents:,}" if rest > 0 else ""
+    return f"{steps:,} an epoch{left_out}"
 
 
 def _size(held: int) -> str:

@@ -155,7 +155,7 @@ def test_ranges_that_are_no_documents(start, end):
 
 def test_choice_of_implementation():
     assert "plain XLA" in describe_attention()
-    with pytest.raises(ConfigError, match="'pallas' cannot run: they need a Hopper GPU"):
+    with pytest.raises(ConfigError, match="'pallas' cannot run: the kernels need a Hopper GPU"):
         describe_attention("pallas")
     with pytest.raises(ConfigError, match="cannot run"):
         packed_attention(*arrays(), scale=1.0, implementation="pallas")

@@ -100,6 +100,8 @@ def test_the_kernel_lowers_for_cuda_in_place():
 
 def test_only_one_gpu_updates_in_place():
     config = make_config(optimizer__implementation="pallas")
-    with pytest.raises(ConfigError, match="optimizer.implementation: 'pallas' cannot run: they need a Hopper GPU"):
+    with pytest.raises(
+        ConfigError, match="optimizer.implementation: 'pallas' cannot run: the kernels need a Hopper GPU"
+    ):
         updates_in_place(config, make_mesh())
     assert not updates_in_place(make_config(), make_mesh())  # auto
