@@ -138,9 +138,9 @@ def test_a_second_signal_does_not_cut_short_what_the_first_began(stop, process_e
     with pytest.raises(Stopped):
         signal.raise_signal(signal.SIGINT)
         time.sleep(5)
-    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
     time.sleep(0.1)  # a handler would have raised here
-    assert process_exit.called.wait(5) and process_exit.end[:2] == (128 + signal.SIGINT, "failed")
+    assert process_exit.called.wait(5) and process_exit.end[:2] == (128 + signal.SIGTERM, "failed")
 
 
 def test_with_something_to_save_it_is_only_noted(stop, process_exit):
