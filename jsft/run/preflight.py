@@ -28,7 +28,12 @@ def check_start(components, workdir: Path, fresh: bool, say: Say, ignore: bool =
     sampling of eval.generate, CheckpointError for the directory and its disk.
     """
     check_trackers(components.config)
-    check_generation(components.config)
+    tasks, every = check_generation(components.config), components.config.eval.generate.every
+    if tasks and every > components.data.total_steps:
+        say(
+            f"warning: eval.generate.every={every} is beyond the run's {components.data.total_steps} steps: nothing will "
+            f"be sampled; lower it and checkpoint.every"
+        )
     check_writable(workdir)
     if fresh:
         check_disk(components, workdir, say, ignore)

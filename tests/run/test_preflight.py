@@ -17,7 +17,8 @@ def start(workdir, **fields):
     config = schema.default_config()
     for name, value in ({"model.path": "m", "data.train": "d"} | fields).items():
         schema.put(config, name, value)
-    preflight.check_start(SimpleNamespace(config=schema.resolve(config)), Path(workdir), fresh=False, say=print)
+    components = SimpleNamespace(config=schema.resolve(config), data=SimpleNamespace(total_steps=21))
+    preflight.check_start(components, Path(workdir), fresh=False, say=print)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,13 @@ def test_with_a_server_no_serving_environment_is_needed(tmp_path, monkeypatch):
     monkeypatch.setenv("JSFT_SERVE_VENV", "/nowhere")
     fields = {"eval.generate.tasks": "gsm8k", "eval.generate.every": 10, "eval.generate.url": "http://localhost:1"}
     start(tmp_path / "run", **fields)
+
+
+@pytest.mark.parametrize("every, warned", [(20, False), (100, True)])
+def test_sampling_that_would_never_come_is_said(tmp_path, capsys, every, warned):
+    fields = {"eval.generate.tasks": "gsm8k", "eval.generate.url": "http://localhost:1", "eval.generate.every": every}
+    start(tmp_path / "run", **fields)
+    assert ("eval.generate.every=100 is beyond the run's 21 steps" in capsys.readouterr().out) == warned
 
 
 def test_a_directory_that_cannot_be_written_or_is_in_use_is_refused(tmp_path, monkeypatch):
