@@ -1,4 +1,4 @@
-"""A run of one's own: any supported model on any data.
+"""A run of your own: any supported model on any data.
 
     jsft train --model Qwen/Qwen3-1.7B-Base --data mine.jsonl --name my-run
 

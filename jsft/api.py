@@ -34,7 +34,7 @@ from jsft.data.vocabulary import Embedding
 from jsft.errors import ConfigError, DataError
 from jsft.hardware import mesh as meshes
 from jsft.hardware import xla
-from jsft.hf.base_files import base_files, read_template, stop_tokens, trained_template
+from jsft.hf.base_files import base_files, run_template, stop_tokens
 from jsft.hf.load import load_parameters
 from jsft.hf.resolve import resolve_model
 from jsft.hf.write import write_model
@@ -175,10 +175,7 @@ class Model:
         if dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype={dtype!r}: choose float32 or bfloat16")
         base_files(self.path)  # refuses links out of the directory
-        template = read_template(self.path)
-        if template is not None:
-            named = ("strip_default_system", False), ("enable_thinking", None)
-            template = trained_template(template, *(self.chat_options.get(*one) for one in named))
+        options = {name: self.chat_options.get(name) for name in ("strip_default_system", "enable_thinking")}
         return write_model(
             self.parameters,
             self.config,
@@ -186,7 +183,7 @@ class Model:
             folder,
             dtype,
             eos_token_id=self.chat.eos_id,
-            chat_template=template,
+            chat_template=run_template(self.path, **options),
         )
 
     def _marked(self, document: Document) -> str:

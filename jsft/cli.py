@@ -142,8 +142,8 @@ def config_file(name: str) -> Path:
             return shared
     if file.is_dir():
         raise ConfigError(f"{file} is a directory")
-    beside = file.parent if file.parent.is_dir() else configs.FOLDER
-    known = {p.name for p in beside.glob("*.py")} | {p.stem for p in configs.FOLDER.glob("*.py")} - {"recipes"}
+    folder = file.parent if file.parent.is_dir() else configs.FOLDER
+    known = {p.name for p in folder.glob("*.py")} | {p.stem for p in configs.FOLDER.glob("*.py")} - {"recipes"}
     raise ConfigError(f"config file {file} does not exist{nearest(file.name, sorted(known))}")
 
 
@@ -206,7 +206,7 @@ def _share_modules(file: Path) -> None:
     """
     folder = file.resolve().parent
     if folder == configs.FOLDER:
-        root = None  # they import jsft.configs: beside an installed one lies jsft itself, not for the path
+        root = None  # they import jsft.configs; the parent of an installed one holds jsft itself, which is on the path
     elif (root := str(folder.parent)) not in sys.path:
         sys.path.insert(0, root)
     try:

@@ -47,11 +47,6 @@ def training_python() -> Path | None:
     return _python("JSFT_VENV", "jax", ".venv")
 
 
-def is_serving() -> bool:
-    """Whether this Python has vLLM."""
-    return importlib.util.find_spec("vllm") is not None
-
-
 def _python(variable: str, package: str, default: str) -> Path | None:
     named = os.environ.get(variable)
     if not named and importlib.util.find_spec(package):

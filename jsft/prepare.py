@@ -267,11 +267,12 @@ def _config(args, *, needs_model: bool = True):
     """
     from jsft import cli
     from jsft import config as schema
+    from jsft.data.schedule import round_up
     from jsft.hf.resolve import resolve_tokenizer
 
     data = args.data if isinstance(args.data, list) else [args.data] if args.data else []
     data = data or ([args.train] if getattr(args, "train", None) else [])
-    # DATA and --model are a run of one's own: the rows look as `jsft train` with both would train them.
+    # DATA and --model are a run without a config file: the rows look as `jsft train` with both would train them.
     config, _, _ = cli.parse([f"--config={args.config or cli.OWN_RUN}"], lambda values: None, __doc__)
     config = schema.default_chosen(config)
     if not args.config:
@@ -296,9 +297,7 @@ def _config(args, *, needs_model: bool = True):
                 raise ConfigError(f"--{name.removeprefix('data.')} needs --model, whose tokenizer reads the rows")
             schema.put(config, name, value)
     if getattr(args, "pack_length", None) is None and config.data.pack_length < config.data.max_length:
-        config.data.pack_length = (
-            -(-config.data.max_length // 128) * 128
-        )  # so that the data can be inspected with a longer limit
+        config.data.pack_length = round_up(config.data.max_length)  # the data can be inspected with a longer limit
     config = schema.resolve(config)
     model = args.model or args.config
     return config, resolve_tokenizer(config.model.path, config.model.revision) if model else None

@@ -44,16 +44,16 @@ def write_report(runs: list[Run], out: Path, title: str | None = None) -> str:
 
     Raises CheckpointError when `out` cannot be written.
     """
-    from jsft.reporting import beside, settings, tables
+    from jsft.reporting import comparison, settings, tables
     from jsft.reporting.figures import all_figures
     from jsft.reporting.page import page, svg
 
     title = title or "Report: " + ", ".join(run.name for run in runs)
     summary, training = tables.summary_table(runs), tables.training_table(runs)
-    claims = beside.claims_table(runs)
+    claims = comparison.claims_table(runs)
     what = _there(settings.runs_table(runs), settings.settings_table(runs))
-    paper = [beside.grid_table(runs), *(beside.last_table(run) for run in runs)]
-    courses = [beside.course_table(run) for run in runs]
+    paper = [comparison.grid_table(runs), *(comparison.last_table(run) for run in runs)]
+    courses = [comparison.course_table(run) for run in runs]
     details = [t for run in runs for t in _there(*tables.score_tables(run), tables.behaviour_table(run))]
     figures = all_figures(runs)
     drawings = {name: svg(figure) for name, (_, figure) in figures.items()}

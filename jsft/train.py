@@ -1,4 +1,4 @@
-"""jsft train: a run of a published recipe, or of one's own model and data.
+"""jsft train: a run of a published recipe, or of your own model and data.
 
 Parses the command line and connects the processes; `jsft.run.run` is the run itself.
 """

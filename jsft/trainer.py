@@ -18,8 +18,8 @@ from jsft.api import Model, Row
 from jsft.data.batch import Batch, document_mean_weights
 from jsft.data.chat import Document
 from jsft.data.loader import TrainingData, held_out_lengths, open_eval_data, open_training_data, whole_lengths
-from jsft.data.schedule import attention_cost
-from jsft.data.unpacked import BLOCK, LossWeights, one_document_a_row, weigh
+from jsft.data.schedule import attention_cost, round_up
+from jsft.data.unpacked import LossWeights, one_document_a_row, weigh
 from jsft.errors import ConfigError, DataError
 from jsft.hardware.mesh import shard_batch
 from jsft.models.config import ModelConfig
@@ -42,7 +42,7 @@ class Trainer:
         trainer.fit("train.jsonl")                # or rows, or a hub data set; packed and ordered as a run does
         trainer.step(rows)                        # or one update at a time
 
-    loss_weights: a function of one's own in place of the objective (`jsft.data.unpacked.LossWeights`). eval_data: rows,
+    loss_weights: your own function in place of the objective (`jsft.data.unpacked.LossWeights`). eval_data: rows,
     what data.eval takes, or {name: either}; evaluated every eval.every updates, and before and after `fit`.
     on_step(step, metrics) follows each update, on_eval(step, losses) each evaluation.
     """
@@ -168,7 +168,7 @@ class Trainer:
         config = schema.resolve(_config(self._model, self._total, fields))
         if any(name in self._fields for name in _LENGTHS):
             return config
-        longest = -(-int(lengths(config, self._model.path).max()) // BLOCK) * BLOCK
+        longest = round_up(lengths(config, self._model.path).max())
         return schema.resolve(_config(self._model, self._total, fields | dict.fromkeys(_LENGTHS, longest)))
 
     def _as_paths(self, data: Data, name: str) -> Any:

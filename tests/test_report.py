@@ -14,7 +14,7 @@ from jsft import report
 from jsft.errors import ConfigError, DataError
 from jsft.evaluation.behaviours import of_folder
 from jsft.evaluation.tasks import TASKS
-from jsft.reporting import beside, tables
+from jsft.reporting import comparison, tables
 from jsft.reporting.collect import read_run, read_runs
 from jsft.reporting.figures import all_figures
 
@@ -88,11 +88,11 @@ def test_dip_and_recovery(run):
 
 def test_tables_name_the_papers_numbers(run):
     found = read_run(run)
-    rows = {(row[0], row[1]): row[2:6] for row in beside.last_table(found).rows}
+    rows = {(row[0], row[1]): row[2:6] for row in comparison.last_table(found).rows}
     assert rows["MATH500", "0"] == ["70.0 [67.0, 73.0]", "70.8", "-0.8", "inside"]
     assert rows["GPQA-Diamond", "640"] == ["28.0 [25.0, 31.0]", "37.9", "-9.9", "higher"]
     assert rows["AIME 2024", "640"] == ["–", "30.7", "–", "–"]
-    course = {row[0]: row[1:3] for row in beside.course_table(found).rows}
+    course = {row[0]: row[1:3] for row in comparison.course_table(found).rows}
     assert course["20"] == ["62.0 [59.0, 65.0]", "62.9"] and course["320"] == ["–", "86.3"]
     summary = {row[1]: row for row in tables.summary_table([found]).rows}
     assert summary["MATH500"][3:] == [

@@ -13,7 +13,7 @@ import pytest
 
 from jsft import report
 from jsft.evaluation.tasks import TASKS
-from jsft.reporting import beside, claims, published
+from jsft.reporting import claims, comparison, published
 from jsft.reporting.claims import CLAIMS, FAILS, HOLDS, UNKNOWN, Evidence, Score
 from jsft.reporting.collect import Curve, Point, Run
 from jsft.reporting.figures import paper_figure
@@ -98,7 +98,7 @@ def grid() -> list[Run]:
 
 def test_the_whole_grid_beside_the_paper():
     runs = grid()
-    table = beside.grid_table(runs)
+    table = comparison.grid_table(runs)
     assert len(table.rows) == 33 and table.header[1:] == [TASKS[task].title for task in BENCHMARKS]
     cells = {row[0]: dict(zip(table.header[1:], row[1:], strict=True)) for row in table.rows}
     assert cells["qwen3_14b-math_cot_ep8"]["MATH500"] == "50.0 / 95.1"
@@ -106,14 +106,14 @@ def test_the_whole_grid_beside_the_paper():
     assert cells["internlm2_5_20b-numina_ep8"]["AlpacaEval (reward)"] == "53.00 / -1.55*?"
     assert cells["qwen2_5_3b-math_cot_ep8"]["MATH500"].endswith("/ –")
     assert all(cell["HEx-PHI"].endswith("/ –") for cell in cells.values())
-    lasts = [table for run in runs if (table := beside.last_table(run))]
+    lasts = [table for run in runs if (table := comparison.last_table(run))]
     assert len(lasts) == 32  # nothing is published of Qwen2.5-3B
-    courses = [run.name for run in runs if beside.course_table(run)]
+    courses = [run.name for run in runs if comparison.course_table(run)]
     assert courses == [f"qwen3_{size}-math_{kind}_ep8" for size in ("4b", "1_7b") for kind in ("cot", "nocot")]
     panels = paper_figure(runs).axes
     assert [axes.get_title() for axes in panels] == [TASKS[task].title for task in BENCHMARKS if task != "hexphi"]
     assert len(panels[0].get_yticks()) == 20
-    table = beside.claims_table(runs)
+    table = comparison.claims_table(runs)
     assert {row[0].partition(":")[0]: row[1] for row in table.rows}["dip and recovery"] == HOLDS
     assert max(map(len, table.text().splitlines())) < 80
 
@@ -130,7 +130,7 @@ def test_one_run_beside_the_paper_names_doubts_metrics_and_our_arithmetic():
     run = made_run("qwen3_14b", "math_cot_ep8", {"gpqa_diamond": {0: 40.0, 640: 63.0}, "truthfulqa": {640: 80.0}})
     run.changes = ["fidelity=best"]
     run.curves["gpqa_diamond"].points[1].results["settings"]["limit"] = 100
-    table = beside.last_table(run)
+    table = comparison.last_table(run)
     rows = {(row[0], row[1]): row[2:] for row in table.rows}
     assert rows["GPQA-Diamond", "0"] == ["40.0 [37.0, 43.0]", "41.8?", "-1.8", "inside", "100 x 1"]
     assert rows["GPQA-Diamond", "640"][-1] == "100 x 1!"
@@ -138,7 +138,10 @@ def test_one_run_beside_the_paper_names_doubts_metrics_and_our_arithmetic():
     assert rows["TruthfulQA", "640"][:3] == ["80.0 [77.0, 83.0]", "–", "–"]
     assert max(map(len, table.text().splitlines())) < 80 and "AlpacaEval" in table.text()
     assert "GPQA-Diamond at 0: Table 2 says 44.1" in table.note and "(fidelity=best)" in table.note
-    assert beside.grid_table([run]) is None and beside.last_table(made_run("qwen2_5_3b", "math_cot_ep8", {})) is None
+    assert (
+        comparison.grid_table([run]) is None
+        and comparison.last_table(made_run("qwen2_5_3b", "math_cot_ep8", {})) is None
+    )
 
 
 def evidence(base: str, recipe: str, error: float = 1.0, **scores) -> Evidence:

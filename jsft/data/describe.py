@@ -118,9 +118,7 @@ def _length(text: str, count: Callable[[str], int]) -> int:
 
 def _of_place(arrays: list[np.ndarray], place: int, name: str, where: str) -> np.ndarray:
     if place >= len(arrays):
-        raise DataError(
-            f"{where}, field '{name}': has {len(arrays)} lists and no one for response {place}; fix the row"
-        )
+        raise DataError(f"{where}, field '{name}': has {len(arrays)} lists and none for response {place}; fix the row")
     return arrays[place]
 
 
@@ -179,7 +177,7 @@ def summary(found: Responses) -> dict[str, Any]:
 
 def _shown(value: Any) -> str:
     if isinstance(value, list):
-        return " ".join(f"{part:.3g}" for part in value[:: len(value) // 5]) + " (from begin to end)"
+        return " ".join(f"{part:.3g}" for part in value[:: len(value) // 5]) + " (from start to end)"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 

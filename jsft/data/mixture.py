@@ -35,7 +35,7 @@ def read_mapping(value: Any, field: str) -> dict[str, Any]:
     if not hasattr(value, "items"):
         return {}
     if bad := [name for name in value if not isinstance(name, str) or not name.isidentifier()]:
-        raise ConfigError(f"{field}: {bad[0]!r} is no name of a source; use letters, digits and _")
+        raise ConfigError(f"{field}: {bad[0]!r} is not a name for a source; use letters, digits and _")
     return dict(sorted(value.items()))  # as a config orders it
 
 

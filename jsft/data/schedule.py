@@ -21,6 +21,11 @@ _SLACK = 0.004  # share of room that packing needs beyond the documents' tokens
 BLOCK = 128  # lengths of packed rows are multiples of the attention kernel's block
 
 
+def round_up(tokens: float) -> int:
+    """`tokens` rounded up to a multiple of BLOCK."""
+    return int(-(-tokens // BLOCK) * BLOCK)
+
+
 class Layout(NamedTuple):
     """Shapes of a run's micro batches, and what a document costs."""
 

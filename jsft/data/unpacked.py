@@ -1,4 +1,4 @@
-"""Batches of one document a row, and loss weights from a function of one's own: what the Python API needs of data."""
+"""Batches of one document a row, and loss weights from your own function: what the Python API needs of data."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,9 +6,8 @@ import numpy as np
 
 from jsft.data.batch import Batch
 from jsft.data.chat import Document
+from jsft.data.schedule import BLOCK
 from jsft.errors import DataError
-
-BLOCK = 128  # lengths of rows are multiples of it
 
 # From the documents of an update, in any order, to the weight of each: a number, or one for each of its tokens, float
 # [L]. The loss is sum(weight * -log p) over the trained tokens; weights of other tokens are ignored.

@@ -119,7 +119,7 @@ def parse_rule(text: str) -> Rule:
     try:
         parameter = float(number)
     except ValueError:
-        raise ConfigError(f"--rule {text}: '{number}' is no number; {how}") from None
+        raise ConfigError(f"--rule {text}: '{number}' is not a number; {how}") from None
     entry = RULES[name]
     if not (math.isfinite(parameter) and entry.low < parameter <= entry.high) or (name == "exp" and not parameter):
         bounds = [f"above {entry.low:g}"] * (entry.low > -math.inf) + [f"at most {entry.high:g}"] * (

@@ -137,6 +137,14 @@ def trained_template(template: str, strip_default_system: bool = False, enable_t
     return template
 
 
+def run_template(
+    model_dir: Path, strip_default_system: bool = False, enable_thinking: bool | None = None
+) -> str | None:
+    """`trained_template` of the directory's template, or None where it has none."""
+    template = read_template(model_dir)
+    return None if template is None else trained_template(template, strip_default_system, enable_thinking)
+
+
 def read_template(model_dir: Path) -> str | None:
     """The directory's chat template: chat_template.jinja, else tokenizer_config.json's; of several, the default."""
     file = model_dir / "chat_template.jinja"

@@ -16,6 +16,7 @@ from jsft.kernels.devices import kernels_unavailable
 
 IMPLEMENTATIONS = ("auto", "pallas", "xla")
 BACKWARDS = ("auto", "deterministic", "fused")
+HEAD_DIMS = (64, 128)  # that the Pallas kernels take
 # Two kernels are faster at 2k and less, one on a few documents of 16k (docs/lab/2026-11-29-attention-peers.md).
 _SHORT_DOCUMENTS = 3072
 
@@ -150,7 +151,7 @@ def _choose(implementation: str, backward: str) -> str:
 def _pallas_cannot_take(q) -> str | None:
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"q: dtype {q.dtype} (shape {q.shape}); the Pallas kernel takes bfloat16 and float16"
-    if q.shape[3] not in (64, 128):
+    if q.shape[3] not in HEAD_DIMS:
         return f"q: shape {q.shape}; the Pallas kernel takes h = 64 and 128"
     return None
 

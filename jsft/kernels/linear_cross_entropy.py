@@ -40,6 +40,9 @@ class LossSums(NamedTuple):
     by_source: jax.Array | None = None  # [2, S]: sum of nll and number of supervised tokens of each source
 
 
+_ALWAYS = len(LossSums._fields) - len(LossSums._field_defaults)  # sums that every loss has
+
+
 def linear_cross_entropy(
     hidden: jax.Array,
     unembedding: jax.Array,
@@ -102,7 +105,8 @@ class _Options(NamedTuple):
 def no_sums(weighting: Weighting | None, sources: int = 0) -> LossSums:
     """Sums over nothing, to which those of `linear_cross_entropy` are added. sources: its `source_count`."""
     factor = None if weighting is None else jnp.float32(0)
-    return LossSums(*[jnp.float32(0)] * 6, factor, jnp.zeros((2, sources), jnp.float32) if sources else None)
+    by_source = jnp.zeros((2, sources), jnp.float32) if sources else None
+    return LossSums(*[jnp.float32(0)] * _ALWAYS, factor, by_source)
 
 
 def chunk_size(vocabulary: int, parts: int, local_tokens: int, chunk_tokens: int | None = None) -> int:
@@ -238,7 +242,7 @@ def _local(hidden, unembedding, targets, weights, sources, *, options, parts, gr
             dx = dx.at[index].set(dxc.astype(dtype), mode="drop", unique_indices=True)
         return i + 1, sums, dx, dw
 
-    count = 6 + (weighting is not None)
+    count = _ALWAYS + (weighting is not None)
     state = jnp.int32(0), jnp.zeros(count + 2 * source_count, wide), jnp.zeros_like(x) if grads else None, None
     if grads:  # the first chunk, before the loop: the others' product is added to its, and no zeros are written or read
         state = step(state)

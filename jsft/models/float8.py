@@ -30,7 +30,6 @@ from jsft.models.layers import FSDP, swiglu, swiglu_and_gradients
 
 FLOAT8 = jnp.float8_e4m3fn
 LARGEST = 448  # of FLOAT8
-SMALLEST = 2.0**-9  # of FLOAT8, above zero: half of it and less rounds to zero
 # What a linear's `probe` counts: of each kind the values that are zero in FLOAT8 alone, then those that were not zero.
 PROBE_KINDS = ("inputs", "weights", "gradients")
 _EXPONENT = 0x7F800000  # of a float32's bits; its mantissa has 23

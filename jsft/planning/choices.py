@@ -11,11 +11,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jsft import config as schema
-from jsft.data.schedule import BLOCK
+from jsft.data.schedule import BLOCK, round_up
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
 from jsft.models.parameters import count_parameters
 from jsft.planning import fitting
+from jsft.planning.memory import takes_kernel
 
 UPDATES = 100  # that a run has at least, where its data is enough
 SMALLEST_BATCH, LARGEST_BATCH = 8, 256
@@ -78,13 +79,13 @@ def choose(
     if "data.max_length" in wanted:
         put("data.max_length", *_longest(lengths, config.data.pack_length, model.max_positions, fits))
     if "data.pack_length" in wanted:
-        least = _up(config.data.max_length)
+        least = round_up(config.data.max_length)
         tokens = np.minimum(lengths, config.data.max_length).mean() * config.train.global_batch
-        share = _up(1.05 * tokens / devices.count / config.data.rows_per_device)
-        kernel = devices.kernels and config.attention.implementation != "xla" and model.head_dim in (64, 128)
+        share = round_up(1.05 * tokens / devices.count / config.data.rows_per_device)
+        kernel = devices.kernels and takes_kernel(model, config)
         row = max(least, min(share, KERNEL_ROW if kernel else PLAIN_ROW))
         while row > least and not fits(row):
-            row = max(least, _up(row / 2))
+            row = max(least, round_up(row / 2))
         put("data.pack_length", row, "the longest document" if row == least else "a device's share of a batch")
     return schema.resolve(config), notes
 
@@ -102,21 +103,16 @@ def batch_for(rows: int, epochs: float) -> int:
 def _longest(lengths: np.ndarray, row: int | None, positions: int, fits: Callable[[int], bool]) -> tuple[int, str]:
     """data.max_length, and why. row: data.pack_length where it is set; positions: of the model's context."""
     longest = int(lengths.max())
-    value, why = _up(longest), "the longest document, rounded up to 128"
+    value, why = round_up(longest), "the longest document, rounded up to 128"
     if value > max(positions, BLOCK) and longest > positions:
         value, why = positions, "the model's context"
     if row and value > row:
         value, why = row, "data.pack_length"
-    elif not fits(_up(value)):
-        shorter = _up(np.percentile(lengths, PERCENTILE, method="higher"))
+    elif not fits(round_up(value)):
+        shorter = round_up(np.percentile(lengths, PERCENTILE, method="higher"))
         if shorter < value:
             value, why = shorter, f"the {PERCENTILE}th percentile of the documents: the longest do not fit"
     cut = int((lengths > value).sum())
     if cut:
         why += f"; {cut:,} of {len(lengths):,} documents are cut, the longest has {longest:,} tokens"
     return value, why
-
-
-def _up(tokens: float) -> int:
-    """Rounded up to the attention kernel's block."""
-    return int(-(-tokens // BLOCK) * BLOCK)

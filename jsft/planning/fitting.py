@@ -5,6 +5,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from jsft import config as schema
+from jsft.data.schedule import round_up
 from jsft.errors import ConfigError
 from jsft.models.config import ModelConfig
 from jsft.models.remat import LADDER
@@ -56,7 +57,7 @@ def changes(model: ModelConfig, config: ConfigDict, devices: int, limit: float, 
     options: list[dict] = []
     if config.data.rows_per_device > 1:
         options.append({"data.rows_per_device": 1})
-    shortest = -(-config.data.max_length // 128) * 128
+    shortest = round_up(config.data.max_length)
     if config.data.pack_length > shortest:
         options.append({"data.pack_length": shortest})
     options += [{"data.pack_length": n, "data.max_length": n} for n in (16384, 8192, 4096) if n < shortest]

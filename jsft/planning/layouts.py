@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from jsft.data.schedule import round_up
 from jsft.errors import ConfigError
 from jsft.hardware.cards import Device
 from jsft.models.config import ModelConfig
@@ -13,7 +14,6 @@ from jsft.planning.memory import planned_mesh
 from jsft.planning.work import Lengths, plan_work
 
 _NODES = (1, 2, 4, 8)
-_BLOCK = 128
 
 
 class Layout(NamedTuple):
@@ -37,7 +37,7 @@ def cheapest_layouts(
     The config's remat and mesh.gather are kept, so are all fields that change the arithmetic.
     """
     counts = sorted({n for n in (1, 2, 4, 8) if n <= per_node} | {n * per_node for n in _NODES})
-    shortest = -(-config.data.max_length // _BLOCK) * _BLOCK
+    shortest = round_up(config.data.max_length)
     rows = sorted({shortest, config.data.pack_length, 2 * shortest})
     best: list[Layout] = []
     for count in counts:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from jsft.config import multiplies_float8
 from jsft.hardware import mesh as meshes
+from jsft.kernels.attention import HEAD_DIMS
 from jsft.kernels.linear_cross_entropy import chunk_size
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
@@ -150,9 +151,15 @@ def _held_for_a_step(model: ModelConfig, mesh, itemsize: int, float8: bool) -> i
     return 2 * sum(size.full for size in parameter_sizes(model, mesh) if size.layer_matrix)
 
 
+def takes_kernel(model: ModelConfig, config: ConfigDict) -> bool:
+    """Whether attention of this model and config is the flash kernels', on a card that has them."""
+    bfloat16 = config.precision.compute == "bfloat16"
+    return config.attention.implementation != "xla" and model.head_dim in HEAD_DIMS and bfloat16
+
+
 def estimate(model: ModelConfig, config: ConfigDict, mesh, remat: str, platform: str = "gpu") -> Memory:
     """Memory of a device of `mesh` (anything with `shape` and `size`) with remat, on "gpu" or "cpu"."""
-    pallas = platform != "cpu" and config.attention.implementation != "xla" and model.head_dim in (64, 128)
+    pallas = platform != "cpu" and takes_kernel(model, config)
     compute, float8 = jnp.dtype(config.precision.compute).itemsize, multiplies_float8(config)
     work = GPU if platform != "cpu" else CPU_BFLOAT16 if compute == 2 else CPU_FLOAT32
     parts, length = mesh.shape["fsdp"], config.data.pack_length

@@ -16,7 +16,7 @@ from jsft.models.families import parameter_table
 from jsft.models.flops import matmul_parameters, step_flops
 from jsft.models.parameters import count_parameters
 from jsft.models.remat import parse_remat, repeated_weights, repeats_attention, saved_on_device
-from jsft.planning.memory import parameter_sizes, sharded_layer_elements
+from jsft.planning.memory import parameter_sizes, sharded_layer_elements, takes_kernel
 from jsft.planning.packing import Packed, drawn_lengths, pack_steps
 from jsft.step.gather_once import gathers_once, reduces_once
 
@@ -137,13 +137,11 @@ def attention_kernel(model: ModelConfig, config: ConfigDict, device: Device) -> 
     """Whether a run on `device` takes the flash kernels. Raises ConfigError where the config names one that is not
     there.
     """
-    wanted = config.attention.implementation
-    possible = device.has_kernels and model.head_dim in (64, 128) and config.precision.compute == "bfloat16"
-    if wanted == "pallas" and not device.has_kernels:
+    if config.attention.implementation == "pallas" and not device.has_kernels:
         raise ConfigError(
             f"attention.implementation=pallas: the kernels need a Hopper GPU (H100, H200), not {device.name}; set auto"
         )
-    return possible and wanted != "xla"
+    return device.has_kernels and takes_kernel(model, config)
 
 
 def _xla_attention_flops(model: ModelConfig, config: ConfigDict) -> float:

@@ -1,4 +1,4 @@
-"""Where a run of one's own lives, and what its directory remembers of the choices that its command left open."""
+"""Where a run without a config file lives, and what its directory remembers of the choices that its command left open."""
 
 import hashlib
 import json

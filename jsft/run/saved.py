@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jsft.data.chat import eos_id, load_tokenizer
 from jsft.errors import CheckpointError
 from jsft.hardware.mesh import parameter_sharding
-from jsft.hf.base_files import read_template, trained_template
+from jsft.hf.base_files import run_template
 from jsft.hf.digest import model_digest
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table, read_config
@@ -103,11 +103,8 @@ def find_checkpoint(path: Path, step: int | None) -> SavedRun | None:
 def trained_files(base: Path, config: dict[str, Any]) -> tuple[int, str | None]:
     """(id of the token that ended the trained responses, chat template that the run rendered with) of a flat config."""
     stop = eos_id(load_tokenizer(base), config.get("data.eos_token"))
-    template = read_template(base)
-    if template is not None:
-        options = config.get("data.strip_default_system", False), config.get("data.enable_thinking")
-        template = trained_template(template, *options)
-    return stop, template
+    options = config.get("data.strip_default_system", False), config.get("data.enable_thinking")
+    return stop, run_template(base, *options)
 
 
 class SavedParameters:

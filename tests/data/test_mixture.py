@@ -159,7 +159,7 @@ def test_weights_without_names_and_mappings_that_are_none_are_refused(make_confi
     assert read_mapping("a.parquet,b.parquet", "data.train") == {}
     with pytest.raises(ConfigError, match="data.train={math: a}: not a mapping; write data.train="):
         read_mapping("{math: a}", "data.train")
-    with pytest.raises(ConfigError, match="data.train: 'a b' is no name of a source"):
+    with pytest.raises(ConfigError, match="data.train: 'a b' is not a name for a source"):
         read_mapping({"a b": "x"}, "data.train")
 
 

@@ -41,7 +41,7 @@ def test_every_rule_has_a_formula_here():
     [
         ("logprob", "--rule logprob: write COLUMN:RULE=NUMBER with one of above, "),
         ("l:abov=1", "there is no rule 'abov' .nearest: above"),
-        ("l:above=much", "'much' is no number"),
+        ("l:above=much", "'much' is not a number"),
         ("e:top=0", "the share must be above 0 and at most 1"),
         ("e:bottom=20", "the share must be above 0 and at most 1"),
         ("l:exp=0", "the temperature must be a finite number other than 0"),

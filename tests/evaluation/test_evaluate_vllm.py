@@ -1,5 +1,6 @@
 """Every task end to end with vLLM on a tiny model; a run's step, interrupted and resumed."""
 
+import functools
 import json
 import os
 import shutil
@@ -111,7 +112,9 @@ def test_step_of_a_run_interrupted_and_gone_on(serve_python, tiny_model, tmp_pat
         "8",
     ]
     folder = run / "eval" / "step_2" / "countdown"
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # As from a terminal: a shell's background job, which the tests may be, ignores SIGINT.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         if (folder / "samples.jsonl").exists() and len((folder / "samples.jsonl").read_bytes().splitlines()) >= 3:

@@ -1,4 +1,4 @@
-"""The paper's scores beside ours: tables, a figure, and what our runs say about the paper's claims."""
+"""Our scores compared with the paper's: tables, and what our runs say about the paper's claims."""
 
 from jsft.evaluation.tasks import TASKS
 from jsft.reporting import claims
@@ -34,7 +34,7 @@ def last_table(run: Run) -> Table | None:
         "paper's: where the paper's score lies, inside our interval, higher or lower. samples: ours, problems x samples; "
         "!: with --limit, not the whole benchmark. "
     )
-    return Table(f"{run.name}: beside the paper", header, rows, note + _note(run, doubts))
+    return Table(f"{run.name}: compared with the paper", header, rows, note + _note(run, doubts))
 
 
 def course_table(run: Run) -> Table | None:
@@ -52,7 +52,7 @@ def course_table(run: Run) -> Table | None:
         rows.append([step_name(step), *cells])
     header = ["step", *(name for curve, _ in pairs for name in (curve.title, "paper"))]
     doubts = [(c.title, step, score.doubt) for c, scores in pairs for step, score in scores.items() if score.doubt]
-    return Table(f"{run.name}: beside the paper, step by step", header, rows, _note(run, doubts))
+    return Table(f"{run.name}: compared with the paper, step by step", header, rows, _note(run, doubts))
 
 
 def grid_table(runs: list[Run]) -> Table | None:
