@@ -19,9 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jsft.kernels.flash import primitives as mgpu
-from jsft.kernels.flash.primitives import HALF, LOG2E, columns, div, rem, zero
+from jsft.kernels.flash.primitives import HALF, LOG2E, div, rem, zero
 from jsft.kernels.flash.ranges import TILE, Blocks, order_of_documents, order_of_keys, query_blocks
 from jsft.kernels.flash.tuned import KernelConfig
+from jsft.kernels.rows import over_columns
 
 _FUSED_REGISTERS = 216, 72  # of each thread of the compute warpgroups and of the one that makes dq; see primitives.py
 _DQ_SHAPE = 64, 64  # of half a step's dq
@@ -336,7 +337,7 @@ class _Warpgroup:
         def start_at(accumulator, ref, factor):
             """Starts the sum at a value which registers would otherwise hold until it is subtracted."""
             value = plgpu.load(ref.at[slot], layout=mgpu.COLUMN)
-            accumulator[...] = columns(value * factor, sizes.shape)
+            accumulator[...] = over_columns(value * factor, sizes.shape)
 
         def products(s):
             start_at(s, smem.lse, -1 / (sizes.scale * LOG2E))

@@ -19,10 +19,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jsft.kernels.flash import primitives as mgpu
 from jsft.kernels.flash import query_tiles
-from jsft.kernels.flash.primitives import HALF, LOG2E, rem, rows
+from jsft.kernels.flash.primitives import HALF, LOG2E, rem
 from jsft.kernels.flash.query_tiles import Program, Sizes, Tile, rows_of
 from jsft.kernels.flash.ranges import Blocks
 from jsft.kernels.flash.tuned import KernelConfig
+from jsft.kernels.rows import over_rows
 
 
 class Arrays(NamedTuple):
@@ -277,7 +278,7 @@ class _Warpgroup:
                 meanwhile()
             in_flight = 0 if ds is None else 1
             logits = mgpu.read(s, in_flight=1 + in_flight) * (sizes.scale * LOG2E)
-            p = jnp.exp2(logits - rows(statistics.lse, shape))
+            p = jnp.exp2(logits - over_rows(statistics.lse, shape))
             if masked:
                 last = mgpu.row_positions(base + 1)
                 p = mgpu.keep_columns(p, statistics.start - j * block, last - j * block, 0.0, simulated)
@@ -285,7 +286,7 @@ class _Warpgroup:
 
         p, dp = mgpu.accumulate(both, shape, shape, pool=self.pool)
         plgpu.barrier_arrive(smem.v_free.at[slot])
-        new = p * (dp - rows(delta, shape))
+        new = p * (dp - over_rows(delta, shape))
         if ds is not None:
             mgpu.wait(simulated)
             plgpu.barrier_arrive(smem.k_free.at[rem(i - 1, sizes.stages)])

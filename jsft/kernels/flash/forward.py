@@ -19,9 +19,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jsft.kernels.flash import primitives as mgpu
 from jsft.kernels.flash import query_tiles
-from jsft.kernels.flash.primitives import HALF, LOG2E, LOWEST, rem, rows
+from jsft.kernels.flash.primitives import HALF, LOG2E, LOWEST, rem
 from jsft.kernels.flash.query_tiles import Program, Sizes, Tile, rows_of
 from jsft.kernels.flash.tuned import KernelConfig
+from jsft.kernels.rows import over_rows
 
 # Powers of two by which a row's maximum may grow before what was summed is scaled to the new one: p may then be as
 # large as 2^8, with the same relative error. After a tile's first blocks hardly any scaling is left
@@ -241,8 +242,8 @@ class _Warpgroup:
     def _probabilities(self, s, m, l, alpha):
         """-> unnormalised p, running sums by columns modulo 8."""
         sizes = self.program.sizes
-        p = jnp.exp2(s * (sizes.scale * LOG2E) - rows(m, sizes.shape))
-        return p, l * rows(alpha, l.shape) + mgpu.sums_by_eight(p, sizes.simulated)
+        p = jnp.exp2(s * (sizes.scale * LOG2E) - over_rows(m, sizes.shape))
+        return p, l * over_rows(alpha, l.shape) + mgpu.sums_by_eight(p, sizes.simulated)
 
     def _first_softmax(self, s, tile: Tile, start):
         """-> m, l and p in float32 of a tile's first block."""
@@ -259,7 +260,7 @@ class _Warpgroup:
         l = softmax.l.sum(axis=1)
         at = rows_of(tile, wg)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left
-        smem.o.at[wg][...] = (summed * rows(1.0 / l, summed.shape)).astype(self.program.sizes.dtype)
+        smem.o.at[wg][...] = (summed * over_rows(1.0 / l, summed.shape)).astype(self.program.sizes.dtype)
         smem.lse.at[wg][...] = softmax.m + jnp.log2(l)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(smem.o.at[wg], gmem.o.at[tile.row, at, tile.head])

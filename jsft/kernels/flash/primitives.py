@@ -12,6 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm, scf, vector
 
+from jsft.kernels.rows import over_rows
+
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)  # one value per row of an accumulator
 COLUMN = WGMMA.reduce(0)  # one value per column
@@ -96,14 +98,6 @@ def kernel(body, out_type, scratch, name: str, interpret, **grid: int):
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         interpret=interpret,
     )
-
-
-def rows(x, shape):
-    return lax.broadcast_in_dim(x, shape, [0])
-
-
-def columns(x, shape):
-    return lax.broadcast_in_dim(x, shape, [1])
 
 
 def row_positions(first):
@@ -192,7 +186,7 @@ def scaled_where_needed(x, factor, interpret: bool):
     x: [64, n] accumulator layout; factor: float32 [64] rows.
     """
     if interpret:
-        return x * rows(factor, x.shape)
+        return x * over_rows(factor, x.shape)
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, ROW), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=WGMMA))
     def scale(_, x, factor):
@@ -249,7 +243,7 @@ def keep_columns(x, first, last, fill: float, interpret: bool):
     """
     if interpret:
         j = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=WGMMA)
-        return jnp.where((j >= rows(first, x.shape)) & (j < rows(last, x.shape)), x, fill)
+        return jnp.where((j >= over_rows(first, x.shape)) & (j < over_rows(last, x.shape)), x, fill)
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, ROW, ROW), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=WGMMA))
     def select(_, x, first, last):
