@@ -59,6 +59,7 @@ class Rates(NamedTuple):
     passes: float  # times that a layer's activations travel through memory outside its products and attention
     float32: float  # share of `Device.float32` that plain XLA attention reaches; an assumption, not a measurement
     waiting: float  # s the computation waits for, or is slowed by, collectives, per s that they take at the link's rate
+    host: float  # bytes/s to the host, or back, beside the computation; a pass that is shorter waits for the rest
     source: str
 
 
@@ -70,6 +71,9 @@ RATES = Rates(
     passes=18,
     float32=0.6,
     waiting=2.0,
+    # The copies themselves move 56 GB/s. At 36, a 14B step with 72 GB each way waits 0.43 s and an 8B step with 29 GB
+    # none; measured, 0.49 and 0.01 s of these steps are in no kernel. GPUs that share a host's memory are unmeasured.
+    host=36e9,
     source="docs/lab/2026-11-29-training-step.md, one H200: matrix products 680 to 710 TF/s, the rest from where the "
     "time of four steps, of 1.7B to 14B, goes; waiting for collectives: nine steps of 8B to 20B on two and four H200",
 )

@@ -113,11 +113,11 @@ def sharded_layer_elements(model: ModelConfig, mesh) -> int:
     return sum(size.full for size in parameter_sizes(model, mesh) if size.layer_matrix and size.sharded)
 
 
-def fetched_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int, float8: bool = False) -> int:
-    """Bytes on the device of values saved on the host: those of the layer at work, and of the next, in transfer."""
+def host_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int, float8: bool = False) -> int:
+    """Bytes that one layer saves on the host, for `tokens` positions of a device."""
     names = parse_remat(remat)
     on_host = () if names in ("none", "full") else saved_on_host(names)
-    return 2 * tokens * saved_position(model, on_host, itemsize, float8)
+    return tokens * saved_position(model, on_host, itemsize, float8)
 
 
 def saved_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int, pallas: bool, float8: bool = False) -> int:
@@ -167,7 +167,7 @@ def estimate(model: ModelConfig, config: ConfigDict, mesh, remat: str, platform:
     local = sum(size.local for size in parameter_sizes(model, mesh))
     D, F, V = model.hidden_size, model.intermediate_size, model.vocab_size
     saved = model.num_layers * saved_bytes(model, remat, tokens, compute, pallas, float8)
-    saved += fetched_bytes(model, remat, tokens, compute, float8)
+    saved += 2 * host_bytes(model, remat, tokens, compute, float8)  # of the layer at work, and of the next, in transfer
     unit = tokens * compute
     once = gathers_once(config, mesh)
     gathered = int(work.layer_full * F * D * 4) if parts > 1 and not once else int(work.layer_full * F * D * 4 / 3)

@@ -90,6 +90,7 @@ def make_plan(
             "attention_seconds": work.attention_seconds,
             "collective_seconds": work.collective_seconds,
             "waiting_seconds": work.waiting_seconds,
+            "host_seconds": work.host_seconds,
             "seconds": work.seconds,
             "tokens_per_second": work.tokens / work.seconds,
             "mfu": work.flops / work.seconds / devices / device.peak,

@@ -136,9 +136,10 @@ def details(plan: dict[str, Any]) -> list[str]:
     for kind, row in step["collectives"].items():
         found.append(f"{'':11}{kind}: {row['calls']:,.0f} calls, {_gib(row['bytes'])} GiB in and out of a device")
     spread = time["spread"]
+    host = f", {step['host_seconds']:.2f} s for the host's memory" if step["host_seconds"] else ""
     found += [
         f"{'':11}{step['seconds']:.2f} s ({step['compute_seconds']:.2f} s of computation, "
-        f"{step['waiting_seconds']:.2f} s of waiting for {step['collective_seconds']:.2f} s of collectives), "
+        f"{step['waiting_seconds']:.2f} s of waiting for {step['collective_seconds']:.2f} s of collectives{host}), "
         f"{step['tokens_per_second']:,.0f} tokens/s, MFU {step['mfu']:.0%}",
         f"{'time:':11}{time['steps']:,} steps, {time['hours'] * (1 - spread):.2f} to "
         f"{time['hours'] * (1 + spread):.2f} h"

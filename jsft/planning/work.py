@@ -15,8 +15,8 @@ from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
 from jsft.models.flops import matmul_parameters, step_flops
 from jsft.models.parameters import count_parameters
-from jsft.models.remat import parse_remat, repeated_weights, repeats_attention, saved_on_device
-from jsft.planning.memory import parameter_sizes, sharded_layer_elements, takes_kernel
+from jsft.models.remat import parse_remat, repeated_weights, repeats_attention, saved_on_device, saved_on_host
+from jsft.planning.memory import host_bytes, parameter_sizes, sharded_layer_elements, takes_kernel
 from jsft.planning.packing import Packed, drawn_lengths, pack_steps
 from jsft.step.gather_once import gathers_once, reduces_once
 
@@ -75,11 +75,12 @@ class Work(NamedTuple):
     attention_seconds: float  # of the computation
     collective_seconds: float
     waiting_seconds: float  # of the computation, for collectives
+    host_seconds: float  # that it waits for values on their way to the host and back
 
     @property
     def seconds(self) -> float:
         """Collectives overlap with the computation, which waits for some of them: the longer of the two counts."""
-        return max(self.compute_seconds + self.waiting_seconds, self.collective_seconds)
+        return max(self.compute_seconds + self.waiting_seconds + self.host_seconds, self.collective_seconds)
 
 
 def plan_work(
@@ -115,6 +116,8 @@ def plan_work(
             tokens / mesh.size / (1 - padding) * _xla_attention_flops(model, config) / (RATES.float32 * device.float32)
         )
     compute = attention + share * (matmul / RATES.matmul / scale + moved / RATES.elementwise)
+    repeated = share * extra_products / RATES.matmul / scale + attention * extra_attention / attend
+    host = _host_seconds(model, config, remat, share * tokens, (compute - repeated) / 3)
     state = sum(size.local for size in parameter_sizes(model, mesh))
     moments = jnp.dtype(config.precision.moments).itemsize
     parameters = 4 if config.precision.params == "float32" else 2
@@ -129,7 +132,7 @@ def plan_work(
     waiting = RATES.waiting * sum(size for _, size in collectives.values()) / device.link
     extra = extra_products + extra_attention
     return Work(
-        tokens, micro_batches, padding, imbalance, flops, extra, collectives, compute, attention, seconds, waiting
+        tokens, micro_batches, padding, imbalance, flops, extra, collectives, compute, attention, seconds, waiting, host
     )
 
 
@@ -154,15 +157,21 @@ def _xla_attention_flops(model: ModelConfig, config: ConfigDict) -> float:
 
 
 def recomputed(model: ModelConfig, remat: str) -> tuple[float, float]:
-    """(weights whose product the backward pass repeats, over all layers; how often it repeats attention's forward).
-
-    Values saved on the host count as recomputed: the time of their transfer is not in the plan.
-    """
+    """(weights whose product the backward pass repeats, over all layers; how often it repeats attention's forward)."""
     names = parse_remat(remat)
     if names == "none":
         return 0.0, 0.0
-    names = () if names == "full" else saved_on_device(names)
+    names = () if names == "full" else saved_on_device(names) + saved_on_host(names)
     return float(model.num_layers * repeated_weights(model, names)), float(repeats_attention(names))
+
+
+def _host_seconds(model: ModelConfig, config: ConfigDict, remat: str, tokens: float, forward: float) -> float:
+    """Seconds that the passes of a step wait for the host's memory. forward: of the forward pass; the backward pass
+    takes at least twice as long. tokens: of a device, with padding.
+    """
+    itemsize, float8 = jnp.dtype(config.precision.compute).itemsize, multiplies_float8(config)
+    moved = model.num_layers * tokens * host_bytes(model, remat, 1, itemsize, float8)
+    return sum(max(0.0, moved / RATES.host - taken) for taken in (forward, 2 * forward))
 
 
 def _collectives(model, config, mesh, micro_batches, tokens) -> dict[str, tuple[float, float]]:
