@@ -11,16 +11,6 @@ from jsft.prepare import main
 from tests.data.helpers import CHATML, cot_rows, read_rows, write_rows, write_tokenizer
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(write_tokenizer(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture
-def cot(tmp_path):
-    return str(write_rows(tmp_path / "cot.parquet", cot_rows(), row_group_size=5))
-
-
 def test_nocot(tmp_path, cot):
     out = tmp_path / "nocot.parquet"
     main(["nocot", cot, "--out", str(out)])

@@ -13,17 +13,7 @@ from jsft.errors import ConfigError, DataError, ModelError
 from jsft.prepare import main
 from tests.data.helpers import CHATML, cot_rows, read_rows, rows_of, write_rows, write_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(write_tokenizer(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture
-def cot(tmp_path):
-    return str(write_rows(tmp_path / "cot.parquet", cot_rows(), row_group_size=5))
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments):
@@ -210,7 +200,8 @@ def test_preview_shows_the_eos_that_train_takes_for_data_and_model(tmp_path, cot
     assert "\\boxed{0}.<|im_end|>⟧" in capsys.readouterr().out
 
 
-def test_preview_warns_of_a_template_that_was_applied_before(tmp_path, model, capsys):
+def test_preview_warns_of_a_template_that_was_applied_before(tmp_path, model, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where stats draws
     rows = [{"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "completion": "Yo<|im_end|>"}]
     for command in ("preview", "stats"):
         main([command, str(write_rows(tmp_path / "x.jsonl", rows)), "--model", model])
