@@ -23,7 +23,6 @@ from jsft.data.unpacked import LossWeights, one_document_a_row, weigh
 from jsft.errors import ConfigError, DataError
 from jsft.hardware.mesh import shard_batch
 from jsft.models.config import ModelConfig
-from jsft.models.families import abstract_parameters
 from jsft.models.flops import matmul_parameters
 from jsft.objectives import token_weights
 from jsft.step.optimizer import initial_state, parameter_dtype
@@ -195,10 +194,8 @@ class Trainer:
 def _programs(model: ModelConfig, settings: tuple[tuple[str, Any], ...], mesh: Mesh, total_steps: int) -> StepPrograms:
     """The programs of a resolved config's `settings`. Trainers with the same settings compile once."""
     config = schema.unflatten(dict(settings))
-    parameters = abstract_parameters(model, mesh, parameter_dtype(config))
     remat = "full" if config.remat == "auto" else config.remat
-    shardings = jax.tree.map(lambda p: p.sharding, parameters)
-    return make_programs(model, config, mesh, shardings, total_steps, remat)
+    return make_programs(model, config, mesh, total_steps, remat)
 
 
 def _config(model: Model, total_steps: int, fields: Mapping[str, Any]) -> ConfigDict:

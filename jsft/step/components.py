@@ -40,7 +40,6 @@ def programs(components: Components, remat) -> StepPrograms:
         components.model,
         components.config,
         components.mesh,
-        components.shardings,
         components.data.total_steps,
         remat,
         typical_length(components.data),

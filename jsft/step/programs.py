@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from jsft.config import multiplies_float8
@@ -121,17 +121,23 @@ def _unrolls(config: ConfigDict, mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "gpu" if asked is None else asked
 
 
+class LossTerms(NamedTuple):
+    """What the loss takes beyond -log p and the weight of each token."""
+
+    weighting: Weighting | None = None
+    sources: tuple[str, ...] = ()  # those in `Batch.sources`, whose losses are also summed apart
+
+
 def loss_sums(
     parameters: Tree,
     batch: Batch,
     model: ModelConfig,
     options: DecoderOptions,
     step: StepArrays = StepArrays(),
-    weighting: Weighting | None = None,
-    source_count: int = 0,
+    terms: LossTerms = LossTerms(),
 ) -> LossSums:
     """Sums over the supervised tokens of `batch`; `.loss` = sum(loss_weights * -log p(target)), float32, each token
-    also times the factor of `weighting`. source_count: of the sources in `batch.sources`.
+    also times the factor of the weighting.
     """
     rows = PackedRows(batch.tokens, batch.positions, batch.doc_start, batch.doc_end)
     hidden = hidden_states(parameters, model, rows, options, step)
@@ -142,75 +148,112 @@ def loss_sums(
         batch.targets,
         batch.loss_weights,
         mesh=options.mesh,
-        weighting=weighting,
-        sources=batch.sources if source_count else None,
-        source_count=source_count,
+        weighting=terms.weighting,
+        sources=batch.sources if terms.sources else None,
+        source_count=len(terms.sources),
     )
 
 
-def gradient_form(model: ModelConfig, config: ConfigDict, mesh: Mesh) -> Tree:
-    """Shapes, in the parameters' dtype, and shardings of the gradients: as the parameters, the matrices of the layers
-    unstacked where the layers are unrolled (`jsft.models.stack`).
-    """
-    parameters = abstract_parameters(model, mesh, parameter_dtype(config))
-    return unstack_matrices(parameters, model, unstack_form) if _unrolls(config, mesh) else parameters
+class _Job(NamedTuple):
+    """What the programs of a run are compiled for."""
+
+    model: ModelConfig
+    config: ConfigDict
+    mesh: Mesh
+    options: DecoderOptions  # of the training programs
+    terms: LossTerms
+    parameters: Tree  # shapes, dtypes and shardings; the moments are sharded alike
+    gradients: Tree  # the same of the gradients that the update takes
+    sums: Tree  # the same of the gradients while they are summed over micro batches; in `sum_dtype`
+
+    @property
+    def sum_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.config.precision.gradients)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return replicated(self.mesh)
+
+    @property
+    def compiler_options(self) -> dict[str, Any] | None:
+        """Of the programs that run the decoder."""
+        prefetches = self.options.unroll and self.mesh.size > 1
+        return prefetch_options(self.mesh.devices.flat[0].platform) if prefetches else None
 
 
 def make_programs(
     model: ModelConfig,
     config: ConfigDict,
     mesh: Mesh,
-    shardings: Tree,
     total_steps: int,
     remat,
     typical_length: float | None = None,
 ) -> StepPrograms:
-    """Builds the programs. `shardings`: tree of NamedSharding of the parameters; gradients and moments follow it.
-    `typical_length`: as in `settle_backward`.
-    """
-    dtype = jnp.dtype(config.precision.gradients)
+    """Builds the programs of a run of `total_steps` updates. `typical_length`: as in `settle_backward`."""
     options = decoder_options(config, mesh, remat, typical_length)
-    # Held-out losses are of the model that is exported, whose products are not float8.
-    evaluation = dataclasses.replace(decoder_options(config, mesh, remat), defer_reduce=False, matmul="bfloat16")
-    weighting = weighting_of(config.objective.weighting, config.objective.weighting_parameter)
-    names = source_names(config.data)
-    full = replicated(mesh)
-    rows = batch_sharding(mesh)
-    state_sharding = TrainState(shardings, shardings, shardings, full, full)
-    gathers, reduces = gathers_once(config, mesh), reduces_once(config, mesh)
-    # The backward pass adds gradients in the parameters' dtype: only where that is the dtype of the sum. Placeholders
-    # have the dtype of the sum.
-    in_place = accumulates_in_place(model, mesh, reduces)
-    if dtype != parameter_dtype(config) and not reduces:
-        in_place = jax.tree.map(lambda _: False, in_place)
-    form = gradient_form(model, config, mesh)
-    sum_form = unreduced_form(form, model, mesh, options.unroll) if reduces else form
-    form_shardings, sum_shardings = (jax.tree.map(lambda p: p.sharding, tree) for tree in (form, sum_form))
-    platform = mesh.devices.flat[0].platform
-    compiler_options = prefetch_options(platform) if options.unroll and mesh.size > 1 else None
+    terms = LossTerms(
+        weighting_of(config.objective.weighting, config.objective.weighting_parameter), source_names(config.data)
+    )
+    parameters = abstract_parameters(model, mesh, parameter_dtype(config))
+    # As the parameters, the matrices of the layers unstacked where the layers are unrolled (`jsft.models.stack`).
+    gradients = unstack_matrices(parameters, model, unstack_form) if options.unroll else parameters
+    sums = unreduced_form(gradients, model, mesh, options.unroll) if options.defer_reduce else gradients
+    job = _Job(model, config, mesh, options, terms, parameters, gradients, sums)
+    return StepPrograms(
+        mesh=mesh,
+        start=_start(job),
+        gather=_gather(job) if gathers_once(config, mesh) else None,
+        add_gradients=_add_gradients(job),
+        reduce=_reduce(job) if options.defer_reduce else None,
+        update=_update(job, total_steps),
+        evaluate=_evaluate(job),
+    )
+
+
+def _start(job: _Job):
+    """() -> (gradients, sums) of nothing."""
 
     def start():
-        gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), sum_form)
-        return gradients, no_sums(weighting, len(names))
+        gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, job.sum_dtype), job.sums)
+        return gradients, no_sums(job.terms.weighting, len(job.terms.sources))
+
+    return jax.jit(start, out_shardings=(_shardings(job.sums), job.replicated))
+
+
+def _gather(job: _Job):
+    """parameters -> `Weights.gathered`."""
+
+    def gather_all(parameters):
+        if job.options.float8:
+            return quantized_weights(parameters, job.model, job.mesh)
+        return gathered_weights(parameters, job.model, job.options.compute_dtype, job.mesh)
+
+    return jax.jit(gather_all, in_shardings=(_shardings(job.parameters),), out_shardings=job.replicated)
+
+
+def _add_gradients(job: _Job):
+    """(Weights, batch, gradients, sums) -> (gradients, sums), to which those of the batch are added in place."""
+    in_place = _added_by_the_backward_pass(job)
 
     def add_gradients(weights, batch, gradients, sums):
         parameters, gathered = weights
         step = StepArrays(
-            resident=parameters if options.unroll else None,
+            resident=parameters if job.options.unroll else None,
             gathered=gathered,
             accumulated=gradients if any(jax.tree.leaves(in_place)) else None,
         )
-        if options.unroll:
-            parameters = unstack_matrices(parameters, model)
-        if reduces:
-            parameters = with_placeholders(parameters, gathered, sum_form, dtype)
+        if job.options.unroll:
+            parameters = unstack_matrices(parameters, job.model)
+        if job.options.defer_reduce:
+            parameters = with_placeholders(parameters, gathered, job.sums, job.sum_dtype)
 
         def objective(p):
-            more = loss_sums(p, batch, model, options, step, weighting, len(names))
+            more = loss_sums(p, batch, job.model, job.options, step, job.terms)
             return more.loss, more
 
         (_, more), new = jax.value_and_grad(objective, has_aux=True)(parameters)
-        new = jax.lax.with_sharding_constraint(jax.tree.map(lambda g: g.astype(dtype), new), sum_shardings)
+        new = jax.tree.map(lambda g: g.astype(job.sum_dtype), new)
+        new = jax.lax.with_sharding_constraint(new, _shardings(job.sums))
 
         def add(done, old, new):
             return new if done else jax.tree.map(jnp.add, old, new)
@@ -218,61 +261,93 @@ def make_programs(
         added = jax.tree.map(add, in_place, gradients, new)
         return added, jax.tree.map(jnp.add, sums, more)
 
-    schedule = learning_rate_schedule(config, total_steps)
-    kernel = updates_in_place(config, mesh)
+    gathered = job.replicated if gathers_once(job.config, job.mesh) else {}
+    totals = _shardings(job.sums), job.replicated
+    return jax.jit(
+        add_gradients,
+        in_shardings=(Weights(_shardings(job.parameters), gathered), batch_sharding(job.mesh), *totals),
+        out_shardings=totals,
+        donate_argnums=(2, 3),
+        keep_unused=True,  # unused with mesh.reduce=step, but resident: memory_analysis counts them
+        compiler_options=job.compiler_options,
+    )
+
+
+def _added_by_the_backward_pass(job: _Job) -> Tree:
+    """Tree of bool, as the parameters: `accumulates_in_place`, where the gradients have the dtype of the sum.
+
+    They have the parameters' dtype, which may differ from it, but those of placeholders have the sum's.
+    """
+    in_place = accumulates_in_place(job.model, job.mesh, job.options.defer_reduce)
+    same = job.options.defer_reduce or job.sum_dtype == parameter_dtype(job.config)
+    return in_place if same else jax.tree.map(lambda _: False, in_place)
+
+
+def _reduce(job: _Job):
+    """gradients as they are summed -> gradients as the update takes them."""
+
+    def reduce_all(gradients):
+        return reduced_gradients(gradients, job.model, job.options.reduce_dtype, job.mesh)
+
+    return jax.jit(reduce_all, in_shardings=(_shardings(job.sums),), out_shardings=_shardings(job.gradients))
+
+
+def _update(job: _Job, total_steps: int):
+    """(state, gradients, sums, float32 sum of the step's loss weights) -> (state, metrics)."""
+    schedule = learning_rate_schedule(job.config, total_steps)
+    kernel = updates_in_place(job.config, job.mesh)
 
     def update(state, gradients, sums, weight_sum):
         rate = jnp.asarray(schedule(state.step), jnp.float32)  # a constant schedule gives a Python float
-        state, metrics = apply_update(state, gradients, rate, config, kernel)
-        count = jnp.maximum(sums.count, 1)
-        weighed = not config.objective.use_advantage  # as the loss is, unless advantages make the weights no mean
-        metrics |= {
-            "loss": sums.loss / weight_sum,
-            "nll": sums.nll / count,
-            "entropy": sums.weighted_entropy / weight_sum if weighed else sums.entropy / count,
-            "accuracy": sums.correct / count,
-            "lr": rate,
-        }
-        if weighting is not None:
-            metrics["weighting"] = sums.factor / count
-        for name, nll, tokens in zip(names, *(sums.by_source if names else ())):
-            metrics[f"nll/{name}"] = nll / tokens  # NaN, written as null, where a step has no token of the source
-        return state, metrics
+        state, metrics = apply_update(state, gradients, rate, job.config, kernel)
+        return state, metrics | _loss_metrics(sums, weight_sum, job) | {"lr": rate}
+
+    parameters, full = _shardings(job.parameters), job.replicated
+    state = TrainState(parameters, parameters, parameters, full, full)
+    return jax.jit(
+        update,
+        in_shardings=(state, _shardings(job.gradients), full, full),
+        out_shardings=(state, full),
+        donate_argnums=0,
+    )
+
+
+def _loss_metrics(sums: LossSums, weight_sum: jax.Array, job: _Job) -> dict[str, jax.Array]:
+    """Means over a step's tokens, float32 scalars."""
+    count = jnp.maximum(sums.count, 1)
+    weighed = not job.config.objective.use_advantage  # as the loss is, unless advantages make the weights no mean
+    metrics = {
+        "loss": sums.loss / weight_sum,
+        "nll": sums.nll / count,
+        "entropy": sums.weighted_entropy / weight_sum if weighed else sums.entropy / count,
+        "accuracy": sums.correct / count,
+    }
+    if sums.factor is not None:
+        metrics["weighting"] = sums.factor / count
+    for name, nll, tokens in zip(job.terms.sources, *(sums.by_source if job.terms.sources else ())):
+        metrics[f"nll/{name}"] = nll / tokens  # NaN, written as null, where a step has no token of the source
+    return metrics
+
+
+def _evaluate(job: _Job):
+    """(parameters, batch) -> (sums, sum of the batch's loss weights)."""
+    # Held-out losses are of the model that is exported, whose products are not float8.
+    options = decoder_options(job.config, job.mesh, job.options.remat)
+    options = dataclasses.replace(options, defer_reduce=False, matmul="bfloat16")
 
     def evaluate(parameters, batch):
-        return loss_sums(parameters, batch, model, evaluation), jnp.sum(batch.loss_weights)
+        return loss_sums(parameters, batch, job.model, options), jnp.sum(batch.loss_weights)
 
-    def gather_all(parameters):
-        if options.float8:
-            return quantized_weights(parameters, model, mesh)
-        return gathered_weights(parameters, model, options.compute_dtype, mesh)
-
-    def reduce_all(gradients):
-        return reduced_gradients(gradients, model, options.reduce_dtype, mesh)
-
-    return StepPrograms(
-        mesh=mesh,
-        start=jax.jit(start, out_shardings=(sum_shardings, full)),
-        gather=jax.jit(gather_all, in_shardings=(shardings,), out_shardings=full) if gathers else None,
-        add_gradients=jax.jit(
-            add_gradients,
-            in_shardings=(Weights(shardings, full if gathers else {}), rows, sum_shardings, full),
-            out_shardings=(sum_shardings, full),
-            donate_argnums=(2, 3),
-            keep_unused=True,  # unused with mesh.reduce=step, but resident: memory_analysis counts them
-            compiler_options=compiler_options,
-        ),
-        reduce=jax.jit(reduce_all, in_shardings=(sum_shardings,), out_shardings=form_shardings) if reduces else None,
-        update=jax.jit(
-            update,
-            in_shardings=(state_sharding, form_shardings, full, full),
-            out_shardings=(state_sharding, full),
-            donate_argnums=0,
-        ),
-        evaluate=jax.jit(
-            evaluate, in_shardings=(shardings, rows), out_shardings=full, compiler_options=compiler_options
-        ),
+    return jax.jit(
+        evaluate,
+        in_shardings=(_shardings(job.parameters), batch_sharding(job.mesh)),
+        out_shardings=job.replicated,
+        compiler_options=job.compiler_options,
     )
+
+
+def _shardings(form: Tree) -> Tree:
+    return jax.tree.map(lambda p: p.sharding, form)
 
 
 def abstract_batch(rows: int, length: int, mesh: Mesh, sources: bool = False) -> Batch:

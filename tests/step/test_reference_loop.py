@@ -22,7 +22,7 @@ from jsft.errors import NonFiniteError
 from jsft.hardware.mesh import make_mesh
 from jsft.hf.load import load_parameters
 from jsft.hf.random_model import write_random_model
-from jsft.models.families import abstract_parameters, parameter_table, read_config
+from jsft.models.families import parameter_table, read_config
 from jsft.models.parameters import disk_tensors, get_leaf
 from jsft.run.loop import Loop
 from jsft.run.run_log import RunLog
@@ -133,8 +133,7 @@ def programs_for(folder, model, devices, length, compiled_in):
     """(mesh, programs) on `devices` devices. Compiled once: objective and data only change what goes in."""
     config = make_config(folder, length, **dict(compiled_in))
     mesh = make_mesh(devices=jax.devices()[:devices])
-    shardings = jax.tree.map(lambda p: p.sharding, abstract_parameters(model, mesh, parameter_dtype(config)))
-    return mesh, make_programs(model, config, mesh, shardings, STEPS, "none")
+    return mesh, make_programs(model, config, mesh, STEPS, "none")
 
 
 def build(config, devices):
