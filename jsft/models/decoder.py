@@ -19,7 +19,7 @@ from jsft.models.float8 import (
     gather_quantized,
     linear_float8,
     probe_name,
-    quantize_shard,
+    quantize_shards,
     quantized_input,
     swiglu_linear_float8,
 )
@@ -125,8 +125,8 @@ def decode(
         layer = jax.checkpoint(layer, policy=checkpoint_policy(names), prevent_cse=False)
 
     def shards(weights):  # cast before the gather: half the bytes travel
-        cast = quantize_shard if options.float8 else lambda value: value.astype(dtype)
-        return {name: cast(value) for name, value in weights.items() if name in sharded}
+        chosen = {name: value for name, value in weights.items() if name in sharded}
+        return quantize_shards(chosen) if options.float8 else {n: v.astype(dtype) for n, v in chosen.items()}
 
     prefetch = Prefetch(shards, gather_quantized if options.float8 else gather_shards)
     stack_options = StackOptions(options.unroll, options.recomputes, prefetch)

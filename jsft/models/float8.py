@@ -1,20 +1,19 @@
 """The linears of a layer as products of float8 (`precision.matmul=float8`), in plain XLA; on a GPU it calls cuBLASLt.
 
-Every operand is e4m3 with scales that are constant along the sum, taken from the values at hand (no history: a step
-stays a function of its inputs). A scale is a power of two, for three reasons. It multiplies bfloat16 without rounding,
-so that scales applied after a product cost no accuracy. Rounding to e4m3 does not depend on it, so that an operand that
-is quantised a second time along another axis keeps its values, but for those small enough to become subnormal. And it
-is found in the bits of a float32, the same on every device.
+Every operand is e4m3 with one scale, taken from the values at hand (no history: a step stays a function of its inputs).
+The scale is a power of two, for three reasons. It multiplies without rounding, so that cuBLASLt may apply it to the
+sums. Rounding to e4m3 does not depend on it, but for values small enough to become subnormal: those below 2^-14.8 of
+the largest. And it is found in the bits of a float32, the same on every device.
 
-| product | sums over | first operand, a scale for each | second operand, a scale for each |
-|---|---|---|---|
-| output y = x W^T | input features | token of x | output feature of W |
-| gradient of x = dy W | output features | token of dy | input feature of W |
-| gradient of W = dy^T x | tokens | output feature of dy | input feature of x |
+| product | sums over | operands |
+|---|---|---|
+| output y = x W^T | input features | x, W |
+| gradient of x = dy W | output features | dy, W transposed |
+| gradient of W = dy^T x | tokens | dy transposed, x transposed |
 
-Saved for the backward pass is x as the first product reads it. W is quantised where it is used, or once a step
-(mesh.gather=step); what devices gather is the quantised W. A value that is not finite makes its whole row NaN, so that
-loss or gradient show it.
+A transposed operand is a copy: the tensor cores read float8 with the summed axis last. Saved for the backward pass is x
+as the first product reads it. W is quantised where it is used, or once a step (mesh.gather=step); what devices gather
+is the quantised W. A value that is not finite makes its whole array NaN, so that loss or gradient show it.
 """
 
 import functools
@@ -37,63 +36,77 @@ _CARRY = 0x1FFFFF  # carries a mantissa above 1.75 = 448 / 2^8 into the exponent
 
 
 class Quantized(NamedTuple):
-    """values * scale. values: FLOAT8; scale: float32 powers of two, of size 1 along the axis that a product sums."""
+    """values * scale. values: FLOAT8 [..., M, K]; scale: float32 powers of two [..., 1, 1]."""
 
     values: jax.Array
     scale: jax.Array
 
-    def wide(self) -> jax.Array:
-        """The values that it stands for, float32."""
-        return self.values.astype(jnp.float32) * self.scale
+    def wide(self, dtype=jnp.float32) -> jax.Array:
+        """The values that it stands for; bfloat16 holds them too, exactly."""
+        return self.values.astype(dtype) * self.scale.astype(dtype)
 
 
 class QuantizedWeight(NamedTuple):
     """A full weight for both products that read it.
 
-    by_output: [out, in] with a scale for each output feature. by_input: transposed, [in, out], with a scale for each
-    input feature; None: the backward pass makes it from by_output.
+    plain: [out, in]. transposed: [in, out]; None: the backward pass makes it from `plain`.
     """
 
-    by_output: Quantized
-    by_input: Quantized | None
+    plain: Quantized
+    transposed: Quantized | None
 
 
-def quantize(x: jax.Array | Quantized, axis: int) -> Quantized:
-    """x in FLOAT8, with scales constant along `axis`: the smallest power of two with which the largest value fits."""
-    wide = x.wide() if isinstance(x, Quantized) else x.astype(jnp.float32)
-    scale, inverse = _scales(jnp.max(jnp.abs(wide), axis=axis, keepdims=True))
-    return Quantized((wide * inverse).astype(FLOAT8), scale)
+def quantize(x: jax.Array) -> Quantized:
+    """x [..., M, K] in FLOAT8, each matrix with the smallest power of two with which its largest value fits."""
+    return _quantized(x, jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
+
+
+def _quantized(x: jax.Array, largest: jax.Array) -> Quantized:
+    scale, inverse = _scales(largest.astype(jnp.float32))
+    return Quantized((x * inverse.astype(x.dtype)).astype(FLOAT8), scale)
 
 
 def _scales(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(scale, 1 / scale), float32 powers of two with largest / scale <= LARGEST; NaN where `largest` is not finite."""
     bits = lax.bitcast_convert_type(largest, jnp.int32)
-    bits = jnp.maximum(((bits + _CARRY) & _EXPONENT) - (8 << 23), 1 << 23)  # at least 2^-126: a row of zeros too
+    bits = jnp.maximum(((bits + _CARRY) & _EXPONENT) - (8 << 23), 1 << 23)  # at least 2^-126: for zeros too
     finite = jnp.isfinite(largest)
     scale, inverse = (lax.bitcast_convert_type(b, jnp.float32) for b in (bits, (254 << 23) - bits))
     return jnp.where(finite, scale, jnp.nan), jnp.where(finite, inverse, jnp.nan)
 
 
 def transposed(x: Quantized) -> Quantized:
-    """The same with its last two axes exchanged: cuBLASLt reads FLOAT8 with the summed axis last."""
-    return Quantized(*(jnp.swapaxes(part, -1, -2) for part in x))
+    """The same with its last two axes exchanged."""
+    return Quantized(jnp.swapaxes(x.values, -1, -2), x.scale)
 
 
 def quantize_weight(weight: jax.Array, replicate: Callable[[jax.Array], jax.Array]) -> QuantizedWeight:
     """A weight [..., out, in] for both products. replicate: makes a full array of one with sharded rows."""
-    by_output = as_bytes(quantize(weight, -1), replicate)
-    return QuantizedWeight(by_output, transposed(quantize(by_output, -2)))
+    plain = as_bytes(quantize(weight), replicate)
+    return QuantizedWeight(plain, transposed(plain))
 
 
-def quantize_shard(weight: jax.Array) -> QuantizedWeight:
-    """This device's rows [rows, in] of a weight, for `gather_quantized`."""
-    return QuantizedWeight(quantize(weight, -1), None)
+def quantize_shards(weights: dict[str, jax.Array]) -> dict[str, QuantizedWeight]:
+    """This device's rows [rows, in] of weights, each with the scale of the full weight, for `gather_quantized`."""
+    if not weights:
+        return {}
+    largest = lax.pmax(jnp.stack([jnp.max(jnp.abs(value)) for value in weights.values()]), FSDP)
+    return {
+        name: QuantizedWeight(_quantized(value, largest[i].reshape(1, 1)), None)
+        for i, (name, value) in enumerate(weights.items())
+    }
 
 
 def gather_quantized(shards: dict[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
     """The full weights of each of this device's shards: half the bytes of bfloat16 travel."""
-    gather = functools.partial(lax.all_gather, axis_name=FSDP, tiled=True)
-    return {name: QuantizedWeight(as_bytes(shard.by_output, gather), None) for name, shard in shards.items()}
+
+    def gather(values):
+        return lax.all_gather(values, FSDP, tiled=True)
+
+    return {
+        name: QuantizedWeight(Quantized(_moved(shard.plain.values, gather), shard.plain.scale), None)
+        for name, shard in shards.items()
+    }
 
 
 def as_bytes(x: Quantized, move: Callable[[jax.Array], jax.Array]) -> Quantized:
@@ -102,24 +115,25 @@ def as_bytes(x: Quantized, move: Callable[[jax.Array], jax.Array]) -> Quantized:
     Not every collective knows FLOAT8, and `jax.checkpoint` reduces what it saves to its dtype's precision: it takes the
     largest exponent of FLOAT8 for infinities, as IEEE has them.
     """
-    values = move(lax.bitcast_convert_type(x.values, jnp.uint8))
-    return Quantized(lax.bitcast_convert_type(values, FLOAT8), move(x.scale))
+    return Quantized(_moved(x.values, move), move(x.scale))
+
+
+def _moved(values, move):
+    return lax.bitcast_convert_type(move(lax.bitcast_convert_type(values, jnp.uint8)), FLOAT8)
 
 
 def _product(a: Quantized, b: Quantized, dtype: jnp.dtype) -> jax.Array:
-    """a [M, K] @ b [N, K]^T: [M, N] in `dtype`, to which the product is rounded before the scales, which are exact."""
-    # cuBLASLt, to which the compiler hands a product of FLOAT8, rounds its float32 sums to `dtype` and takes scalar
-    # scales at most: those of rows follow. Elsewhere the same is written out.
-    values, sums = (a.values, b.values), dtype
-    if target_device().platform != "gpu":
-        values, sums = [v.astype(jnp.float32) for v in values], jnp.float32
-    y = lax.dot_general(*values, (((1,), (1,)), ((), ())), preferred_element_type=sums).astype(dtype)
-    return (y.astype(jnp.float32) * a.scale * b.scale.T).astype(dtype)
+    """a [M, K] @ b [N, K]^T: [M, N], float32 sums rounded to `dtype`."""
+    # On a GPU the compiler makes one call of cuBLASLt of this, which reads FLOAT8 and scales the sums.
+    wide = jnp.bfloat16 if target_device().platform == "gpu" else jnp.float32
+    contract = (((1,), (1,)), ((), ()))
+    sums = dtype if wide == jnp.bfloat16 else jnp.float32
+    return lax.dot_general(a.wide(wide), b.wide(wide), contract, preferred_element_type=sums).astype(dtype)
 
 
 def quantized_input(x: jax.Array) -> Quantized:
-    """x [..., in] as `linear_float8` takes it: by token, without a gradient. Several linears may share it."""
-    return quantize(lax.stop_gradient(x), -1)
+    """x [..., in] as `linear_float8` takes it, [tokens, in], without a gradient. Several linears may share it."""
+    return quantize(_rows(lax.stop_gradient(x)))
 
 
 def _rows(x: jax.Array) -> jax.Array:
@@ -161,27 +175,25 @@ def linear_float8(
 
     Returns [..., out]. The weight's gradient has the weight's dtype and sharding.
     """
-    by_output = _by_output(weight, full, sharded)
-    y = _product(Quantized(*map(_rows, quantized)), by_output, x.dtype)
+    y = _product(quantized, _full(weight, full, sharded).plain, x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _by_output(weight, full, sharded) -> Quantized:
-    if full is None:
-        full = quantize_shard(weight)
-        full = gather_quantized({"": full})[""] if sharded else full
-    return full.by_output
+def _full(weight, full, sharded) -> QuantizedWeight:
+    if full is not None:
+        return full
+    return gather_quantized(quantize_shards({"": weight}))[""] if sharded else QuantizedWeight(quantize(weight), None)
 
 
 def _forward_counts(x, quantized, weight, probe):
     """The part of a probe's counts that the forward pass knows."""
     if probe is None:
         return None
-    return jnp.concatenate([_count(x, quantized), _count(weight, quantize(weight, -1))])
+    return jnp.concatenate([_count(_rows(x), quantized), _count(weight, quantize(weight))])
 
 
-def _all_counts(counts, g):
-    return None if counts is None else jnp.concatenate([counts, _count(_rows(g), quantize(_rows(g), -1))])
+def _all_counts(counts, g, quantized):
+    return None if counts is None else jnp.concatenate([counts, _count(_rows(g), quantized)])
 
 
 def _linear_forward(x, quantized, weight, full, sharded, reduce_dtype, probe):
@@ -191,29 +203,24 @@ def _linear_forward(x, quantized, weight, full, sharded, reduce_dtype, probe):
 
 def _linear_backward(sharded, reduce_dtype, residuals, g):
     quantized, weight, full, counts = residuals
-    by_token = Quantized(*map(_rows, quantized))
-    dweight = _weight_gradient(g, by_token, weight, sharded, reduce_dtype)
-    return _input_gradient(g, weight, full, sharded), None, dweight, None, _all_counts(counts, g)
+    by_token = quantize(_rows(g))
+    dweight = _weight_gradient(by_token, quantized, weight, sharded, reduce_dtype)
+    return _input_gradient(g, by_token, weight, full, sharded), None, dweight, None, _all_counts(counts, g, by_token)
 
 
 linear_float8.defvjp(_linear_forward, _linear_backward)
 
 
-def _input_gradient(g, weight, full, sharded):
-    if full is not None and full.by_input is not None:
-        by_input = full.by_input
-    elif full is None and not sharded:
-        by_input = transposed(quantize(weight, 0))
-    else:  # the largest value of an input feature lies on any device: of the gathered weight it is known
-        by_input = transposed(quantize(_by_output(weight, full, sharded), 0))
-    dx = _product(quantize(_rows(g), -1), by_input, g.dtype)
+def _input_gradient(g, by_token, weight, full, sharded):
+    full = _full(weight, full, sharded)
+    by_input = transposed(full.plain) if full.transposed is None else full.transposed
+    dx = _product(by_token, by_input, g.dtype)
     return dx.reshape(*g.shape[:-1], dx.shape[-1])
 
 
 def _weight_gradient(g, x, weight, sharded, reduce_dtype):
-    """x: the input [tokens, in] as an array, or by token."""
-    by_feature = (transposed(quantize(value, 0)) for value in (_rows(g), x))
-    dweight = _product(*by_feature, reduce_dtype)
+    """g [tokens, out], x [tokens, in]: both quantised."""
+    dweight = _product(transposed(g), transposed(x), reduce_dtype)
     if sharded:
         dweight = lax.psum_scatter(dweight, FSDP, tiled=True)
     return dweight.astype(weight.dtype)
@@ -243,9 +250,12 @@ def _swiglu_linear_forward(gate, up, weight, full, sharded, reduce_dtype, probe)
 
 def _swiglu_linear_backward(sharded, reduce_dtype, residuals, g):
     gate, up, weight, full, counts = residuals
-    hidden, dgate, dup = swiglu_and_gradients(gate, up, _input_gradient(g, weight, full, sharded))
-    dweight = _weight_gradient(g, _rows(hidden), weight, sharded, reduce_dtype)
-    return dgate, dup, dweight, None, _all_counts(counts, g)
+    by_token = quantize(_rows(g))
+    hidden, dgate, dup = swiglu_and_gradients(gate, up, _input_gradient(g, by_token, weight, full, sharded))
+    # Without the barrier the compiler would write dgate and dup in float32, for the quantisation that follows.
+    dgate, dup = lax.optimization_barrier((dgate, dup))
+    dweight = _weight_gradient(by_token, quantized_input(hidden), weight, sharded, reduce_dtype)
+    return dgate, dup, dweight, None, _all_counts(counts, g, by_token)
 
 
 swiglu_linear_float8.defvjp(_swiglu_linear_forward, _swiglu_linear_backward)
