@@ -82,7 +82,8 @@ def transposed(x: Quantized) -> Quantized:
 
 def quantize_weight(weight: jax.Array, replicate: Callable[[jax.Array], jax.Array]) -> QuantizedWeight:
     """A weight [..., out, in] for both products. replicate: makes a full array of one with sharded rows."""
-    plain = as_bytes(quantize(weight), replicate)
+    largest = jnp.max(_for_maximum(jnp.max(jnp.abs(weight), axis=-1, keepdims=True)), axis=-2, keepdims=True)
+    plain = as_bytes(_quantized(weight, largest), replicate)
     return QuantizedWeight(plain, transposed(plain))
 
 
@@ -90,11 +91,16 @@ def quantize_shards(weights: dict[str, jax.Array]) -> dict[str, QuantizedWeight]
     """This device's rows [rows, in] of weights, each with the scale of the full weight, for `gather_quantized`."""
     if not weights:
         return {}
-    largest = lax.pmax(jnp.stack([jnp.max(jnp.abs(value)) for value in weights.values()]), FSDP)
+    largest = lax.pmax(_for_maximum(jnp.stack([jnp.max(jnp.abs(value)) for value in weights.values()])), FSDP)
     return {
         name: QuantizedWeight(_quantized(value, largest[i].reshape(1, 1)), None)
         for i, (name, value) in enumerate(weights.items())
     }
+
+
+def _for_maximum(largest):
+    """NaN as infinity: a maximum over devices may drop NaN."""
+    return jnp.where(jnp.isnan(largest), jnp.inf, largest)
 
 
 def gather_quantized(shards: dict[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
@@ -185,11 +191,12 @@ def _full(weight, full, sharded) -> QuantizedWeight:
     return gather_quantized(quantize_shards({"": weight}))[""] if sharded else QuantizedWeight(quantize(weight), None)
 
 
-def _forward_counts(x, quantized, weight, probe):
+def _forward_counts(x, quantized, weight, sharded, probe):
     """The part of a probe's counts that the forward pass knows."""
     if probe is None:
         return None
-    return jnp.concatenate([_count(_rows(x), quantized), _count(weight, quantize(weight))])
+    rows = quantize_shards({"": weight})[""].plain if sharded else quantize(weight)
+    return jnp.concatenate([_count(_rows(x), quantized), _count(weight, rows)])
 
 
 def _all_counts(counts, g, quantized):
@@ -197,7 +204,7 @@ def _all_counts(counts, g, quantized):
 
 
 def _linear_forward(x, quantized, weight, full, sharded, reduce_dtype, probe):
-    counts = _forward_counts(x, quantized, weight, probe)
+    counts = _forward_counts(x, quantized, weight, sharded, probe)
     return linear_float8(x, quantized, weight, full, sharded, reduce_dtype), (quantized, weight, full, counts)
 
 
@@ -244,7 +251,7 @@ def swiglu_linear_float8(
 def _swiglu_linear_forward(gate, up, weight, full, sharded, reduce_dtype, probe):
     hidden = swiglu(gate, up)
     quantized = quantized_input(hidden)
-    counts = _forward_counts(hidden, quantized, weight, probe)
+    counts = _forward_counts(hidden, quantized, weight, sharded, probe)
     return linear_float8(hidden, quantized, weight, full, sharded, reduce_dtype), (gate, up, weight, full, counts)
 
 

@@ -85,7 +85,7 @@ def saved_position(model: ModelConfig, names: Sequence[str], itemsize: int, floa
         if not value.width:
             return 0
         width = getattr(model, value.width)
-        return width + 4 if float8 and value.operand else width * itemsize  # a position has one float32 scale
+        return width if float8 and value.operand else width * itemsize
 
     return sum(size(REMAT_NAMES[name]) for name in names)
 

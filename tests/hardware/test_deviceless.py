@@ -117,7 +117,7 @@ def test_short_products_with_slices_of_weights_are_autotuned():
 @needs_plugin
 @pytest.mark.parametrize("devices", [1, 2])
 def test_linears_in_float8_are_three_cublas_products_of_float8(devices):
-    """With transposed copies that the compiler makes; sharded weights travel as bytes."""
+    """It gets the scales too. The compiler makes the transposed copies; sharded weights travel as bytes."""
     mesh = Mesh(np.array(deviceless.gpus("h200", devices)), ("fsdp",))
     sharded = devices > 1
 
@@ -136,8 +136,10 @@ def test_linears_in_float8_are_three_cublas_products_of_float8(devices):
     text = lowered.compile(compiler_options=deviceless.COMPILER_OPTIONS).as_text()
     assert text.count('custom_call_target="__cublas$lt$matmul$f8"') == 3
     gathers = [line for line in text.splitlines() if " all-gather-start(" in line or " all-gather(" in line]
-    assert len(gathers) == (1 if sharded else 0)  # of values and scales together
-    assert all("u8[4096,2048]" in line and "f32[4096]" in line and "bf16" not in line for line in gathers)
+    assert len(gathers) == (1 if sharded else 0)  # of values alone
+    assert all("u8[4096,2048]" in line and "f32" not in line and "bf16" not in line for line in gathers)
+    maxima = [line for line in text.splitlines() if " all-reduce-start(" in line or " all-reduce(" in line]
+    assert len(maxima) == len(gathers) and all("bf16[1]" in line for line in maxima)
 
 
 def test_without_the_plugin_it_says_what_to_install(monkeypatch):

@@ -57,8 +57,8 @@ def test_weights_quantised_once_a_step_are_the_same_on_every_mesh(model):
     (one, arrays), (other, _) = quantised(one_device()), quantised(make_mesh(2))
     jax.tree.map(np.testing.assert_array_equal, one, other)
     gate = arrays["gate"]
-    assert len(arrays) == 7 and gate.by_output.values.dtype == FLOAT8
-    assert gate.by_output.values.shape == (2, 128, 64) and gate.by_input.values.shape == (2, 64, 128)
+    assert len(arrays) == 7 and gate.plain.values.dtype == FLOAT8 and gate.plain.scale.shape == (2, 1, 1)
+    assert gate.plain.values.shape == (2, 128, 64) and gate.transposed.values.shape == (2, 64, 128)
 
 
 def test_one_device_quantises_once_a_step_where_it_is_asked_to(model):
