@@ -8,7 +8,6 @@ from CUDA 13.3 on spills.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -74,7 +73,7 @@ def backward_dq(
     if block != HALF or stages < 3:
         raise ValueError(f"config: block {block}, stages {stages}; the dq kernel takes {HALF}, 3 or more")
     sizes = Sizes.of(q, k, config, scale, programs, interpret)
-    run = query_tiles.run("flash_backward_dq", compute, memory, Arrays, _scratch(sizes), sizes, interpret)
+    run = query_tiles.run("flash_backward_dq", _Warpgroup, memory, Arrays, _scratch(sizes), sizes, interpret)
     return run(q, k, v, do, o, lse, doc_start, query_tiles.schedule(doc_start))
 
 
@@ -118,21 +117,6 @@ def memory(program: Program) -> None:
     query_tiles.await_queries(program)
 
 
-def compute(program: Program, wg) -> None:
-    """A compute warpgroup: 64 queries of each tile."""
-    plgpu.set_max_registers(mgpu.COMPUTE_REGISTERS, action="increase")
-    turn, simulated = program.smem.turn, program.sizes.simulated
-    pools = [ref.at[wg] for ref in program.smem.accumulators]
-    pl.when(wg == 1)(lambda: mgpu.tell(turn, jnp.int32(0), simulated))
-
-    def walk(dq):
-        _Warpgroup(program, wg, dq, pools[:2]).walk()
-
-    mgpu.accumulate(walk, (HALF, program.sizes.h), pool=pools[2:])
-    pl.when(wg == 0)(lambda: mgpu.await_signal(turn, jnp.int32(0), simulated))
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
 class Statistics(NamedTuple):
     """Of a warpgroup's 64 rows, read early because memory is slow."""
 
@@ -150,6 +134,8 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Warpgroup:
+    """A compute warpgroup: 64 queries of each tile."""
+
     program: Program
     wg: Any  # 0 or 1
     dq: Any  # accumulator [64, h]
@@ -219,9 +205,7 @@ class _Warpgroup:
         second = jnp.minimum(blocks.first + 1, own)
         plain = jnp.clip(blocks.plain_first, second, own)
         tail = jnp.clip(blocks.plain_last, plain, own)
-        ds = lax.fori_loop(second, plain, functools.partial(step, masked=True), ds)
-        ds = lax.fori_loop(plain, tail, functools.partial(step, masked=False), ds)
-        ds = lax.fori_loop(tail, own, functools.partial(step, masked=True), ds)
+        ds = query_tiles.walk_blocks(step, ds, second, plain, tail, own)
         state = lax.cond(r + 1 < tiles.rounds, turn_over, end, State(do, delta, ds))
         return next_count, next_item, next_statistics, state
 

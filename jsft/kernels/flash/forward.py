@@ -8,13 +8,11 @@ the last block runs during the softmax, and the two warpgroups take turns.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jsft.kernels.flash import primitives as mgpu
@@ -67,7 +65,7 @@ def forward(q, k, v, doc_start, *, scale: float, config: KernelConfig, programs:
     programs: the GPU's number of multiprocessors.
     """
     sizes = Sizes.of(q, k, config, scale, programs, interpret)
-    run = query_tiles.run("flash_forward", compute, memory, Arrays, _scratch(sizes), sizes, interpret)
+    run = query_tiles.run("flash_forward", _Warpgroup, memory, Arrays, _scratch(sizes), sizes, interpret)
     return run(q, k, v, doc_start, query_tiles.schedule(doc_start))
 
 
@@ -102,21 +100,6 @@ def memory(program: Program) -> None:
     query_tiles.await_queries(program)
 
 
-def compute(program: Program, wg) -> None:
-    """A compute warpgroup: 64 queries of each tile."""
-    plgpu.set_max_registers(mgpu.COMPUTE_REGISTERS, action="increase")
-    turn, simulated = program.smem.turn, program.sizes.simulated
-    pools = [ref.at[wg] for ref in program.smem.accumulators]
-    pl.when(wg == 1)(lambda: mgpu.tell(turn, jnp.int32(0), simulated))
-
-    def walk(o):
-        _Warpgroup(program, wg, o, pools[:1]).walk()
-
-    mgpu.accumulate(walk, (HALF, program.sizes.h), pool=pools[1:])
-    pl.when(wg == 0)(lambda: mgpu.await_signal(turn, jnp.int32(0), simulated))
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
 class Softmax(NamedTuple):
     """A tile's softmax after some of its blocks."""
 
@@ -127,6 +110,8 @@ class Softmax(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Warpgroup:
+    """A compute warpgroup: 64 queries of each tile."""
+
     program: Program
     wg: Any  # 0 or 1
     o: Any  # accumulator [64, h]
@@ -191,9 +176,7 @@ class _Warpgroup:
         second = blocks.first + 1
         plain = jnp.maximum(blocks.plain_first, second)
         tail = jnp.maximum(blocks.plain_last, plain)
-        softmax = lax.fori_loop(second, plain, functools.partial(step, masked=True), softmax)
-        softmax = lax.fori_loop(plain, tail, functools.partial(step, masked=False), softmax)
-        softmax = lax.fori_loop(tail, blocks.last, functools.partial(step, masked=True), softmax)
+        softmax = query_tiles.walk_blocks(step, softmax, second, plain, tail, blocks.last)
         softmax = lax.cond(r + 1 < tiles.rounds, turn_over, end, softmax)
         return next_count, next_item, next_start, softmax
 

@@ -6,6 +6,7 @@ issues the copies ("memory").
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -120,11 +121,11 @@ class Program:
 
 
 def run(
-    name: str, compute: Callable, memory: Callable, arrays: type, scratch: NamedTuple, sizes: Sizes, interpret
+    name: str, warpgroup: Callable, memory: Callable, arrays: type, scratch: NamedTuple, sizes: Sizes, interpret
 ) -> Callable:
     """The kernel. Its outputs are an array [B, T, H, h] in q's dtype and float32 [B, H, T].
 
-    compute: called with the Program and the number of the warpgroup, 0 or 1; memory: called with the Program.
+    warpgroup: as in `_compute`; memory: called with the Program.
     arrays: NamedTuple of the references to inputs and outputs, one of them `schedule`.
     scratch: NamedTuple of what the program has in shared memory. Not a mapping: JAX would place it by sorted names.
     """
@@ -134,12 +135,39 @@ def run(
         gmem = arrays(*gmem)
         wg = lax.axis_index("wg")
         program = Program(sizes, gmem, smem, TileOrder(gmem.schedule, lax.axis_index("program"), sizes))
-        pl.when(wg < 2)(lambda: compute(program, wg))
+        pl.when(wg < 2)(lambda: _compute(program, wg, warpgroup))
         pl.when(wg == 2)(lambda: memory(program))
 
     B, T, H = sizes.rows, sizes.tiles * TILE, sizes.heads
     out_type = [jax.ShapeDtypeStruct((B, T, H, sizes.h), sizes.dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)]
     return mgpu.kernel(body, out_type, scratch, name, interpret, program=sizes.programs)
+
+
+def _compute(program: Program, wg, warpgroup: Callable) -> None:
+    """A compute warpgroup: 64 queries of each tile, until all that it wrote has left.
+
+    warpgroup: called with the Program, the warpgroup's number (0 or 1), the accumulator [64, h] of its output, and
+    memory for its other accumulators (interpret mode only, where the scratch's last accumulator is the output's); its
+    `walk` runs through the program's tiles.
+    """
+    plgpu.set_max_registers(mgpu.COMPUTE_REGISTERS, action="increase")
+    turn, simulated = program.smem.turn, program.sizes.simulated
+    pools = [ref.at[wg] for ref in program.smem.accumulators]
+    pl.when(wg == 1)(lambda: mgpu.tell(turn, jnp.int32(0), simulated))
+
+    def walk(output):
+        warpgroup(program, wg, output, pools[:-1]).walk()
+
+    mgpu.accumulate(walk, (HALF, program.sizes.h), pool=pools[-1:])
+    pl.when(wg == 0)(lambda: mgpu.await_signal(turn, jnp.int32(0), simulated))
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def walk_blocks(step: Callable, carry, first, plain, tail, last):
+    """step(j, carry, masked) -> carry, of the blocks j from `first` to `last`, masked but from `plain` to `tail`."""
+    for begin, end, masked in ((first, plain, True), (plain, tail, False), (tail, last, True)):
+        carry = lax.fori_loop(begin, end, functools.partial(step, masked=masked), carry)
+    return carry
 
 
 def rows_of(tile: Tile, half):
