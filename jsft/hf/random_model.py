@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -49,72 +50,98 @@ class InternLM2Config(PretrainedConfig):
 '''
 
 
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a random model computes."""
+
+    hidden_size: int = 128  # qwen2 and internlm2: heads * head_dim
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32  # vLLM's CPU attention serves 32, 64, 80, 96, 112, 128 and a few larger ones
+    intermediate_size: int = 256
+    vocab_size: int | None = None  # rows of the embedding; None: the tokenizer's tokens, up to a multiple of 64
+    tied: bool = True  # internlm2 never is
+    max_positions: int = 4096
+    rope_theta: float = 1e6
+    rope_dynamic_factor: float | None = None  # dynamic NTK beyond `max_positions`
+    rope_llama3: Llama3Rope | None = None  # Llama 3.1's scaling instead
+    attention_bias: bool = False  # biases on query, key, value and output (qwen3 and llama)
+
+
 def write_random_model(
     out_dir: str | Path,
     family: str = "qwen3",
     *,
-    hidden_size: int = 128,
-    layers: int = 2,
-    heads: int = 4,
-    kv_heads: int = 2,
-    head_dim: int = 32,
-    intermediate_size: int = 256,
-    vocab_size: int | None = None,
-    tied: bool = True,
-    max_positions: int = 4096,
-    rope_theta: float = 1e6,
-    rope_dynamic_factor: float | None = None,
-    rope_llama3: Llama3Rope | None = None,
-    attention_bias: bool = False,
     seed: int = 0,
     dtype: str = "bfloat16",
     std: float = 0.02,
     perturb: bool = False,
     tokenizer: Tokenizer | None = None,
+    **shape,
 ) -> Path:
     """Writes config.json, model.safetensors, a tokenizer with a ChatML template, and generation_config.json.
 
     Args:
       out_dir: made by this function; must not exist.
-      family: a key of `jsft.models.families.FAMILIES`. internlm2 is never tied; qwen2 and internlm2 need hidden_size =
-        heads * head_dim.
-      head_dim: vLLM's CPU attention serves 32, 64, 80, 96, 112, 128 and a few larger ones.
-      vocab_size: rows of the embedding; default: the tokenizer's tokens rounded up to a multiple of 64.
-      rope_dynamic_factor: dynamic NTK beyond `max_positions`; rope_llama3: Llama 3.1's scaling instead.
-      attention_bias: biases on query, key, value and output (qwen3 and llama).
+      family: a key of `jsft.models.families.FAMILIES`.
       std: standard deviation of the weights.
       perturb: draw norm weights from U(0.5, 1.5) and biases from N(0, 0.3), so that a wrong use of them shows.
       tokenizer: one with the SPECIAL_TOKENS; default: `byte_tokenizer`.
+      shape: fields of `Shape`.
 
     Returns the directory. Raises ModelError when it exists or the sizes do not fit each other.
     """
-    out_dir = Path(out_dir)
+    out_dir, sizes = Path(out_dir), Shape(**shape)
     if out_dir.exists():
         raise ModelError(f"{out_dir} exists already; choose another directory for the random model")
+    tokenizer = tokenizer or byte_tokenizer()
+    config = _config(family, sizes, tokenizer, std, dtype)
+    end = config["eos_token_id"]
+    partial = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write_json(partial / "config.json", config)
+        table = parameter_table(read_config(partial))
+        tensors = random_tensors(table, seed, std, DTYPES[dtype], perturb)
+        save_file(tensors, partial / "model.safetensors", {"format": "pt"})
+        (partial / "model.safetensors").chmod(0o644)
+        _write_tokenizer(partial, tokenizer, sizes.max_positions)
+        _write_json(partial / "generation_config.json", {"do_sample": False, "eos_token_id": end, "pad_token_id": end})
+        if family == "internlm2":
+            (partial / "configuration_internlm2.py").write_text(INTERNLM2_CONFIGURATION, encoding="utf-8")
+        partial.rename(out_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out_dir
+
+
+def _config(family: str, sizes: Shape, tokenizer: Tokenizer, std: float, dtype: str) -> dict[str, Any]:
+    """config.json. Raises ModelError."""
     if family not in FAMILIES:
         raise ModelError(f"family {family!r} is unknown; one of {', '.join(FAMILIES)}")
-    if family in ("qwen2", "internlm2") and hidden_size != heads * head_dim:
+    if family in ("qwen2", "internlm2") and sizes.hidden_size != sizes.heads * sizes.head_dim:
         raise ModelError(
-            f"a {family} model needs hidden_size = heads * head_dim, not {hidden_size} and {heads} * {head_dim}"
+            f"a {family} model needs hidden_size = heads * head_dim, not {sizes.hidden_size} and {sizes.heads} * "
+            f"{sizes.head_dim}"
         )
-    tokenizer = tokenizer or byte_tokenizer()
     end = tokenizer.token_to_id("<|endoftext|>")
-    size = tokenizer.get_vocab_size()
     config = {
         "architectures": [FAMILIES[family].architecture],
         "model_type": FAMILIES[family].model_type,
         "hidden_act": "silu",
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab_size or -(-size // 64) * 64,
-        "max_position_embeddings": max_positions,
-        "rope_theta": rope_theta,
-        "rope_scaling": _rope_scaling(rope_dynamic_factor, rope_llama3),
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": sizes.intermediate_size,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "vocab_size": sizes.vocab_size or -(-tokenizer.get_vocab_size() // 64) * 64,
+        "max_position_embeddings": sizes.max_positions,
+        "rope_theta": sizes.rope_theta,
+        "rope_scaling": _rope_scaling(sizes.rope_dynamic_factor, sizes.rope_llama3),
         "rms_norm_eps": 1e-5 if family == "internlm2" else 1e-6,
-        "tie_word_embeddings": tied and family != "internlm2",
+        "tie_word_embeddings": sizes.tied and family != "internlm2",
         "initializer_range": std,
         "attention_dropout": 0.0,
         "bos_token_id": end,
@@ -126,39 +153,28 @@ def write_random_model(
     if family == "internlm2":
         config |= {"bias": False, "auto_map": {"AutoConfig": "configuration_internlm2.InternLM2Config"}}
     elif family in ("qwen2", "qwen3"):
-        config |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": layers}
+        config |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": sizes.layers}
     if family in ("qwen3", "llama", "mistral"):
-        config |= {"head_dim": head_dim}
+        config |= {"head_dim": sizes.head_dim}
     if family in ("qwen3", "llama"):
-        config |= {"attention_bias": attention_bias}
-    partial = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        _write_json(partial / "config.json", config)
-        table = parameter_table(read_config(partial))
-        tensors = random_tensors(table, seed, std, DTYPES[dtype], perturb)
-        save_file(tensors, partial / "model.safetensors", {"format": "pt"})
-        (partial / "model.safetensors").chmod(0o644)
-        tokenizer.save(str(partial / "tokenizer.json"))
-        _write_json(
-            partial / "tokenizer_config.json",
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "eos_token": "<|endoftext|>",
-                "pad_token": "<|endoftext|>",
-                "clean_up_tokenization_spaces": False,
-                "model_max_length": max_positions,
-                "chat_template": CHAT_TEMPLATE,
-            },
-        )
-        _write_json(partial / "generation_config.json", {"do_sample": False, "eos_token_id": end, "pad_token_id": end})
-        if family == "internlm2":
-            (partial / "configuration_internlm2.py").write_text(INTERNLM2_CONFIGURATION, encoding="utf-8")
-        partial.rename(out_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return out_dir
+        config |= {"attention_bias": sizes.attention_bias}
+    return config
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_positions: int) -> None:
+    """tokenizer.json, and its config with the chat template."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": "<|endoftext|>",
+            "pad_token": "<|endoftext|>",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": max_positions,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
 
 
 def _rope_scaling(dynamic_factor: float | None, llama3: Llama3Rope | None) -> dict | None:

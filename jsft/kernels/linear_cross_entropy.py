@@ -163,20 +163,10 @@ def _local(hidden, unembedding, targets, weights, sources, *, options, parts, gr
     wide = jnp.promote_types(dtype, jnp.float32)
     x, w = hidden.reshape(-1, shape[-1]), unembedding.astype(dtype)
     target, weight = targets.reshape(-1), weights.reshape(-1)
-    tokens, width = x.shape[0], w.shape[0]
+    width = w.shape[0]
     precision = lax.Precision.HIGHEST if dtype == wide else None
     dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=wide)
-
-    def gather(a):
-        return lax.all_gather(a, _VOCABULARY, tiled=True) if parts > 1 else a
-
-    # Supervised tokens first; the others, and the tail of the last chunk, point past the end, each elsewhere, and read
-    # zeros.
-    supervised = jnp.sum(weight != 0)
-    place = jnp.arange(tokens + -tokens % chunk)
-    by_weight = jnp.pad(jnp.argsort(weight == 0, stable=True), (0, -tokens % chunk))
-    order = jnp.where(place < supervised, by_weight, tokens + place)
-    trips = lax.pmax((supervised + chunk - 1) // chunk, _ROWS)  # the same everywhere: collectives inside
+    order, trips = _supervised_first(weight, chunk)
     first = lax.axis_index(_VOCABULARY) * width
     column = jnp.arange(width)
     if grads:
@@ -186,53 +176,31 @@ def _local(hidden, unembedding, targets, weights, sources, *, options, parts, gr
     def step(state):
         i, sums, dx, dw = state
         index = lax.dynamic_slice_in_dim(order, i * chunk, chunk)
-        xc = gather(x.at[index].get(mode="fill", fill_value=0))  # [C, D]
-        tc = gather(target.at[index].get(mode="fill", fill_value=0)) - first
-        wc = gather(weight.at[index].get(mode="fill", fill_value=0)).astype(wide)
+
+        def take(values):
+            """This chunk's, of all devices that share the vocabulary."""
+            own = values.at[index].get(mode="fill", fill_value=0)
+            return lax.all_gather(own, _VOCABULARY, tiled=True) if parts > 1 else own
+
+        xc = take(x)  # [C, D]
+        tc = take(target) - first
+        wc = take(weight).astype(wide)
         logits = dot(xc, w, (((1,), (1,)), ((), ())))  # [C, V/N]
         if padded:
             logits = jnp.where(first + column < V, logits, -jnp.inf)
-        # The target's logit is separated, so that the sums are of the others alone: 1 - p of a confident token is lost
-        # in a sum that holds both. All reads of the whole logits come before; otherwise the compiler copies them.
-        here = (tc >= 0) & (tc < width)
-        at_target = jnp.take_along_axis(logits, jnp.clip(tc, 0, width - 1)[:, None], axis=1)[:, 0]
-        at_target = jnp.where(here, at_target, 0)
-        first_logit, at_target, logits = lax.optimization_barrier((logits[:, 0], at_target, logits))
-        at = jnp.arange(tc.shape[0]), jnp.where(here, tc, width)
-        logits = logits.at[at].set(-jnp.inf, mode="drop", unique_indices=True)
+        logits, first_logit, at_target, at = _separate_target(logits, tc)
         shift, exp, *local = _statistics(logits, first_logit, dtype, one_pass=grads)
         local = jnp.stack([*local, at_target])
         gathered = lax.all_gather(local, _VOCABULARY) if parts > 1 else local[None]
-        top, z, log_z, others, mean, target_logit = _all_devices(jnp.moveaxis(gathered, 1, 0))
-        on, nll, entropy = wc != 0, log_z - target_logit, log_z - mean
-        without_factor, further = wc, []
-        if weighting is not None:
-            statistics = TokenStatistics(nll, jnp.exp(target_logit) / z, others / z, jnp.maximum(entropy, 0))
-            factor = weighting(statistics).astype(wide)
-            wc, further = wc * factor, [jnp.sum(jnp.where(on, factor, 0))]
+        p = _all_devices(jnp.moveaxis(gathered, 1, 0))
+        weighted, further = _sums(p, wc, weighting)
         if source_count:
-            sc = gather(sources.reshape(-1).at[index].get(mode="fill", fill_value=0))
-            of_source = on[:, None] & (sc[:, None] == jnp.arange(source_count))  # [C, S]
-            further += [*jnp.sum(jnp.where(of_source, nll[:, None], 0), 0), *jnp.sum(of_source, 0).astype(wide)]
-        sums += jnp.stack(
-            [
-                jnp.sum(wc * nll),
-                jnp.sum(jnp.where(on, nll, 0)),
-                jnp.sum(jnp.where(on, entropy, 0)),
-                jnp.sum(on & (target_logit >= 0)).astype(wide),
-                jnp.sum(on).astype(wide),
-                jnp.sum(without_factor * entropy),
-                *further,
-            ]
-        )
+            further += _sums_by_source(p, wc != 0, take(sources.reshape(-1)), source_count)
+        sums += jnp.stack(further)
         if grads:
-            # The gradient of the logits is wc * p, at the target wc * (p - 1) = -wc * the others' p: factor * exp and
-            # -factor * the others' sum, with exp from the pass that made the sums; the factor is applied to hidden
-            # states and their gradient, which are narrow.
-            exp, shift = _within_reach(logits, top, log_z, shift, exp)
-            factor = (wc * jnp.exp(shift - top) / z)[:, None]
-            difference = (-others * jnp.exp(top - shift)).astype(dtype)
-            exp = exp.at[at].set(difference, mode="drop", unique_indices=True)
+            # The gradient of the logits is the product of both. The factor is applied to hidden states and their
+            # gradient, which are narrow.
+            exp, factor = _logit_gradient(logits, exp, shift, at, weighted, p)
             scaled = (xc * factor).astype(dtype)
             more = dot(exp, scaled, (((0,), (0,)), ((), ())))
             dw = (more if dw is None else dw + more).astype(sum_dtype)
@@ -253,6 +221,75 @@ def _local(hidden, unembedding, targets, weights, sources, *, options, parts, gr
     sums = sums.astype(jnp.float32) if wide == jnp.float32 else sums
     by_source = sums[count:].reshape(2, source_count) if source_count else None
     return LossSums(*sums[:count])._replace(by_source=by_source), dx, dw
+
+
+def _supervised_first(weight, chunk: int):
+    """(order of a device's tokens, a multiple of `chunk`; how many chunks hold supervised ones, on any device).
+
+    The unsupervised tokens, and the tail of the last chunk, point past the end, each elsewhere, and read zeros.
+    """
+    tokens = weight.shape[0]
+    supervised = jnp.sum(weight != 0)
+    place = jnp.arange(tokens + -tokens % chunk)
+    by_weight = jnp.pad(jnp.argsort(weight == 0, stable=True), (0, -tokens % chunk))
+    order = jnp.where(place < supervised, by_weight, tokens + place)
+    return order, lax.pmax((supervised + chunk - 1) // chunk, _ROWS)  # the same everywhere: collectives in the loop
+
+
+def _separate_target(logits, target):
+    """(logits with -inf at the target; each row's first logit before; the target's, or 0; the target's indices).
+    logits: [C, V/N]; target: [C], on another device where it is not in [0, V/N).
+
+    The target is separated, so that the sums are of the others alone: 1 - p of a confident token is lost in a sum that
+    holds both. All reads of the whole logits come before; otherwise the compiler copies them.
+    """
+    width = logits.shape[1]
+    here = (target >= 0) & (target < width)
+    at_target = jnp.take_along_axis(logits, jnp.clip(target, 0, width - 1)[:, None], axis=1)[:, 0]
+    at_target = jnp.where(here, at_target, 0)
+    first, at_target, logits = lax.optimization_barrier((logits[:, 0], at_target, logits))
+    at = jnp.arange(target.shape[0]), jnp.where(here, target, width)
+    return logits.at[at].set(-jnp.inf, mode="drop", unique_indices=True), first, at_target, at
+
+
+def _sums(p, weight, weighting: Weighting | None):
+    """(weight times the weighting's factor, [C]; a chunk's sums, the fields of `LossSums` but for `by_source`).
+    p: _Distribution; weight: [C], 0 where not supervised.
+    """
+    on, nll, entropy = weight != 0, p.nll, p.entropy
+    weighted, further = weight, []
+    if weighting is not None:
+        statistics = TokenStatistics(nll, jnp.exp(p.target) / p.z, p.others / p.z, jnp.maximum(entropy, 0))
+        factor = weighting(statistics).astype(weight.dtype)
+        weighted, further = weight * factor, [jnp.sum(jnp.where(on, factor, 0))]
+    return weighted, [
+        jnp.sum(weighted * nll),
+        jnp.sum(jnp.where(on, nll, 0)),
+        jnp.sum(jnp.where(on, entropy, 0)),
+        jnp.sum(on & (p.target >= 0)).astype(weight.dtype),
+        jnp.sum(on).astype(weight.dtype),
+        jnp.sum(weight * entropy),
+        *further,
+    ]
+
+
+def _sums_by_source(p, on, source, count: int):
+    """A chunk's sums of nll for each source, then its numbers of supervised tokens. on: [C], whether supervised."""
+    of_source = on[:, None] & (source[:, None] == jnp.arange(count))  # [C, S]
+    nll = jnp.sum(jnp.where(of_source, p.nll[:, None], 0), 0)
+    return [*nll, *jnp.sum(of_source, 0).astype(nll.dtype)]
+
+
+def _logit_gradient(logits, exp, shift, at, weight, p):
+    """[C, V/N] in exp's dtype and [C, 1], whose product is the gradient of the logits.
+
+    It is weight * p, at the target weight * (p - 1) = -weight * the others' p: the factor times exp, from the pass that
+    made the sums, and times -the others' sum.
+    """
+    exp, shift = _within_reach(logits, p.top, p.log_z, shift, exp)
+    factor = (weight * jnp.exp(shift - p.top) / p.z)[:, None]
+    difference = (-p.others * jnp.exp(p.top - shift)).astype(exp.dtype)
+    return exp.at[at].set(difference, mode="drop", unique_indices=True), factor
 
 
 def _statistics(logits, first, dtype, one_pass):
@@ -279,10 +316,28 @@ def _statistics(logits, first, dtype, one_pass):
     return first, exp, top, *sums
 
 
-def _all_devices(statistics):
-    """Statistics of the others' logits and the target's, [5, N, C] (`_statistics`; the logit, or 0 where it is not) ->
-    six of [C]: the largest logit; relative to it z = sum exp, log z, the others' part of z, the mean logit under p, the
-    target's logit.
+class _Distribution(NamedTuple):
+    """p over the whole vocabulary: arrays of [C]. All but `top` are relative to `top`."""
+
+    top: jax.Array  # the largest logit
+    z: jax.Array  # sum of exp
+    log_z: jax.Array
+    others: jax.Array  # z without the target's part
+    mean: jax.Array  # logit under p
+    target: jax.Array  # its logit
+
+    @property
+    def nll(self) -> jax.Array:
+        return self.log_z - self.target
+
+    @property
+    def entropy(self) -> jax.Array:
+        return self.log_z - self.mean
+
+
+def _all_devices(statistics) -> _Distribution:
+    """From the statistics of the others' logits and the target's, [5, N, C] (`_statistics`; the logit, or 0 where it is
+    not).
 
     No logarithm or logit of full size enters: all are differences, exact where they matter.
     """
@@ -295,7 +350,7 @@ def _all_devices(statistics):
     exp = jnp.exp(target)
     z = others + exp
     moments = jnp.sum((weighted * root + totals * root * below) * root, axis=0)
-    return top, z, jnp.log1p(others + (exp - 1)), others, (moments + exp * target) / z, target
+    return _Distribution(top, z, jnp.log1p(others + (exp - 1)), others, (moments + exp * target) / z, target)
 
 
 def _pass_in_xla(logits, shift, *, dtype):
