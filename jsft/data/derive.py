@@ -105,17 +105,7 @@ def match(
     path = check_output(out, overwrite=overwrite)
     source, theirs = open_listed(data), open_listed(other)
     source.require(prompt_key, *([answer_key] if verify else []))
-    theirs.require(other_prompt_key, other_response_key)
-    solutions: dict[str, list[str]] = defaultdict(list)
-    pairs = [
-        (prompt_text(field(value, other_prompt_key, where), where), response)
-        for where, value in _placed(theirs, [other_prompt_key, other_response_key])
-        for response in responses(field(value, other_response_key, where), where)
-    ]
-    ending = "open" if prompt_opened(response for _, response in pairs) else "none"
-    for problem, (_, response) in zip(_problems([prompt for prompt, _ in pairs]), pairs):
-        if not ends_inside(with_opening(response, ending)):
-            solutions[problem].append(response)
+    solutions = _solutions(theirs, other_prompt_key, other_response_key)
     prompts = [prompt_text(field(value, prompt_key, where), where) for where, value in _placed(source, [prompt_key])]
     problems = _problems(prompts)
     if not solutions.keys() & set(problems):
@@ -145,6 +135,22 @@ def match(
     print(f"{path}: {count} rows matched, {left_out} of {len(source)} have no {right}solution there")
     if unanswered:
         print(f"{data}: {unanswered} of these have no '{answer_key}' to verify with (null)")
+
+
+def _solutions(source: Source, prompt_key: str, response_key: str) -> dict[str, list[str]]:
+    """The responses of each problem of `source` that are not cut inside their thinking."""
+    source.require(prompt_key, response_key)
+    pairs = [
+        (prompt_text(field(value, prompt_key, where), where), response)
+        for where, value in _placed(source, [prompt_key, response_key])
+        for response in responses(field(value, response_key, where), where)
+    ]
+    ending = "open" if prompt_opened(response for _, response in pairs) else "none"
+    found: dict[str, list[str]] = defaultdict(list)
+    for problem, (_, response) in zip(_problems([prompt for prompt, _ in pairs]), pairs):
+        if not ends_inside(with_opening(response, ending)):
+            found[problem].append(response)
+    return found
 
 
 def _placed(source: Source, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
