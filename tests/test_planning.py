@@ -20,7 +20,7 @@ from jsft.models.published import PUBLISHED
 from jsft.models.remat import LADDER, REMAT_NAMES, repeated_weights, saved_position
 from jsft.planning import fitting
 from jsft.planning.inputs import find_model
-from jsft.planning.memory import HEADROOM, estimate, parameter_sizes, planned_mesh, sharded_layer_elements
+from jsft.planning.memory import HEADROOM, estimate, parameter_sizes, planned_mesh, saved_bytes, sharded_layer_elements
 from jsft.planning.program_memory import compare
 from jsft.planning.work import Lengths, checkpoint_bytes, plan_work, recomputed
 from jsft.run import preflight
@@ -285,7 +285,10 @@ def test_float8_halves_what_is_saved_of_the_linears_inputs_and_what_is_gathered(
     assert saved_position(model, names, 2, float8=True) == 2 * 4096 + 12288 + 2 * 12288
     wide, narrow = (small_plan(matmul, "layer") for matmul in ("bfloat16", "float8"))
     moved = [found[1]["all-gather"][1] for found in (wide, narrow)]
-    assert narrow[0].kept < wide[0].kept and narrow[0].whole == wide[0].whole == 0 and moved[1] < 0.6 * moved[0]
+    assert narrow[0].kept == wide[0].kept  # with remat=none the backward pass gets transposed copies too
+    assert narrow[0].whole == wide[0].whole == 0 and moved[1] < 0.6 * moved[0]
+    saved = [saved_bytes(model, ",".join(names), 1000, 2, True, float8) for float8 in (False, True)]
+    assert saved[0] - saved[1] == 1000 * (2 * 4096 + 12288)
     once = small_plan("float8", "step")
     matrices = 36 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 12288)
     assert once[0].whole == 2 * matrices  # two forms of a byte

@@ -139,6 +139,9 @@ def saved_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int, pall
         saved += tokens * 4 * model.num_heads
     if everything and (pallas or float8):  # attention's output twice: as the kernel wrote it, as the product reads it
         saved += tokens * (1 if float8 else itemsize) * model.query_size
+    if everything and float8:  # XLA makes the transposed copies in the forward pass, and saves them beside the others
+        operands = [name for name, value in REMAT_NAMES.items() if value.operand]
+        saved += tokens * (saved_position(model, operands, itemsize, float8) + model.query_size)
     if everything and not pallas and itemsize < 4:  # plain XLA attention saves keys and values in float32 instead
         saved += tokens * 2 * model.kv_size * (4 - itemsize)
     return saved
