@@ -15,13 +15,13 @@ from jsft.kernels.norms import rms_norm, rms_norm_rotate, rotate
 from jsft.models.config import ModelConfig
 from jsft.models.float8 import (
     Quantized,
-    as_bytes,
     gather_quantized,
     linear_float8,
     probe_name,
     quantize_shards,
     quantized_input,
     swiglu_linear_float8,
+    through_bytes,
 )
 from jsft.models.layers import add_bias, embed, fan_out_qkv, gather_shards, linear, swiglu, swiglu_linear
 from jsft.models.options import DecoderOptions
@@ -60,6 +60,7 @@ class LayerWeights:
     def __init__(self, local: dict[str, jax.Array], gathered: dict[str, jax.Array], sharded: frozenset[str], options):
         """local: this device's shards; gathered: full weights; sharded: names of the sharded matrices."""
         self._local, self._gathered, self._sharded, self._options = local, gathered, sharded, options
+        self._saves_both = not options.recomputes  # float8 inputs also transposed; else the backward pass transposes
 
     def __getitem__(self, name: str) -> jax.Array:
         return self._local[name]
@@ -68,12 +69,14 @@ class LayerWeights:
         """(x, x in float8 or None) as `project` takes it. remat saves under `name` the one that its products read."""
         if not self._options.float8:
             return checkpoint_name(x, name), None
-        return x, as_bytes(quantized_input(x), lambda part: checkpoint_name(part, name))
+        named = functools.partial(checkpoint_name, name=name)
+        quantized = through_bytes(quantized_input(x, self._saves_both), named)
+        return x, quantized._replace(scale=named(quantized.scale))
 
     def project(self, x: jax.Array, name: str, quantized: Quantized | None = None) -> jax.Array:
         """x [..., in] @ weight^T, and the bias where there is one: [..., out]. quantized: x in float8, if shared."""
         if self._options.float8:
-            quantized = quantized_input(x) if quantized is None else quantized
+            quantized = quantized_input(x, self._saves_both) if quantized is None else quantized
             y = linear_float8(x, quantized, *self._weight(name), self._local.get(probe_name(name)))
         else:
             y = linear(x, *self._weight(name))
@@ -124,11 +127,16 @@ def decode(
         # A loop, and unrolled `run_layers`, keep XLA from merging the two runs of a layer.
         layer = jax.checkpoint(layer, policy=checkpoint_policy(names), prevent_cse=False)
 
-    def shards(weights):  # cast before the gather: half the bytes travel
-        chosen = {name: value for name, value in weights.items() if name in sharded}
-        return quantize_shards(chosen) if options.float8 else {n: v.astype(dtype) for n, v in chosen.items()}
-
-    prefetch = Prefetch(shards, gather_quantized if options.float8 else gather_shards)
+    if options.float8:
+        prefetch = Prefetch(
+            lambda weights: quantize_shards({n: w for n, w in weights.items() if w.ndim == 2}, sharded),
+            functools.partial(gather_quantized, sharded=sharded),
+            late=True,
+        )
+    else:
+        prefetch = Prefetch(  # cast before the gather: half the bytes travel
+            lambda weights: {name: w.astype(dtype) for name, w in weights.items() if name in sharded}, gather_shards
+        )
     stack_options = StackOptions(options.unroll, options.recomputes, prefetch)
     arrays = LayerArrays(parameters["layers"], resident, gathered, accumulated["layers"])
     stream = run_layers(layer, stack_options, Stream(x, None), arrays, context)

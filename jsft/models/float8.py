@@ -12,22 +12,24 @@ the largest. And it is found in the bits of a float32, the same on every device.
 | gradient of W = dy^T x | tokens | dy transposed, x transposed |
 
 A transposed operand is a copy: the tensor cores read float8 with the summed axis last. Saved for the backward pass is x
-as the first product reads it. W is quantised where it is used, or once a step (mesh.gather=step); what devices gather
-is the quantised W. A value that is not finite makes its whole array NaN, so that loss or gradient show it.
+as the first product reads it; where nothing is recomputed, also transposed. W is quantised by each layer, or once a
+step (mesh.gather=step); what devices gather is the quantised W. A value that is not finite makes its whole array NaN, so
+that loss or gradient show it.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jsft.kernels.devices import target_device
+from jsft.kernels import quantize as kernel
+from jsft.kernels.devices import kernels_unavailable, target_device
+from jsft.kernels.quantize import FLOAT8
 from jsft.models.layers import FSDP, swiglu, swiglu_and_gradients
 
-FLOAT8 = jnp.float8_e4m3fn
 LARGEST = 448  # of FLOAT8
 # What a linear's `probe` counts: of each kind the values that are zero in FLOAT8 alone, then those that were not zero.
 PROBE_KINDS = ("inputs", "weights", "gradients")
@@ -36,34 +38,39 @@ _CARRY = 0x1FFFFF  # carries a mantissa above 1.75 = 448 / 2^8 into the exponent
 
 
 class Quantized(NamedTuple):
-    """values * scale. values: FLOAT8 [..., M, K]; scale: float32 powers of two [..., 1, 1]."""
+    """A matrix as values * scale.
+
+    values: FLOAT8 [..., M, K]; scale: float32 powers of two [..., 1, 1]; transposed: the values [..., K, M], or None:
+    they are made where they are needed.
+    """
 
     values: jax.Array
     scale: jax.Array
+    transposed: jax.Array | None = None
 
-    def wide(self, dtype=jnp.float32) -> jax.Array:
-        """The values that it stands for; bfloat16 holds them too, exactly."""
+    def wide(self, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        """The values that it stands for; bfloat16 too holds them exactly."""
         return self.values.astype(dtype) * self.scale.astype(dtype)
 
 
-class QuantizedWeight(NamedTuple):
-    """A full weight for both products that read it.
-
-    plain: [out, in]. transposed: [in, out]; None: the backward pass makes it from `plain`.
+def quantize(x: jax.Array, both: bool = False) -> Quantized:
+    """x [..., M, K], each matrix with the smallest power of two with which its largest value fits. both: also transposed,
+    in the same pass.
     """
-
-    plain: Quantized
-    transposed: Quantized | None
+    return _quantized(x, jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True), both)
 
 
-def quantize(x: jax.Array) -> Quantized:
-    """x [..., M, K] in FLOAT8, each matrix with the smallest power of two with which its largest value fits."""
-    return _quantized(x, jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
-
-
-def _quantized(x: jax.Array, largest: jax.Array) -> Quantized:
+def _quantized(x: jax.Array, largest: jax.Array, both: bool = False) -> Quantized:
     scale, inverse = _scales(largest.astype(jnp.float32))
-    return Quantized((x * inverse.astype(x.dtype)).astype(FLOAT8), scale)
+    if both and _kernel_takes(x):
+        values, transposed = kernel.quantize_transposed(x, inverse.reshape(()), plain=True)
+        return Quantized(values, scale, transposed)
+    made = Quantized((x * inverse.astype(x.dtype)).astype(FLOAT8), scale)
+    return with_transposed(made) if both else made
+
+
+def _kernel_takes(x: jax.Array) -> bool:
+    return target_device().platform == "gpu" and kernels_unavailable() is None and kernel.fits(x.shape)
 
 
 def _scales(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -75,71 +82,70 @@ def _scales(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(finite, scale, jnp.nan), jnp.where(finite, inverse, jnp.nan)
 
 
-def transposed(x: Quantized) -> Quantized:
-    """The same with its last two axes exchanged."""
-    return Quantized(jnp.swapaxes(x.values, -1, -2), x.scale)
+def with_transposed(x: Quantized) -> Quantized:
+    """x with its `transposed`, whose values do not change."""
+    if x.transposed is not None:
+        return x
+    if _kernel_takes(x.values):
+        transposed = kernel.quantize_transposed(x.values, jnp.float32(1), plain=False)[1]
+    else:
+        transposed = jnp.swapaxes(x.values, -1, -2)
+    return x._replace(transposed=transposed)
 
 
-def quantize_weight(weight: jax.Array, replicate: Callable[[jax.Array], jax.Array]) -> QuantizedWeight:
-    """A weight [..., out, in] for both products. replicate: makes a full array of one with sharded rows."""
-    largest = jnp.max(_for_maximum(jnp.max(jnp.abs(weight), axis=-1, keepdims=True)), axis=-2, keepdims=True)
-    plain = as_bytes(_quantized(weight, largest), replicate)
-    return QuantizedWeight(plain, transposed(plain))
+def _transpose(x: Quantized) -> Quantized:
+    x = with_transposed(x)
+    return Quantized(x.transposed, x.scale, x.values)
 
 
-def quantize_shards(weights: dict[str, jax.Array]) -> dict[str, QuantizedWeight]:
-    """This device's rows [rows, in] of weights, each with the scale of the full weight, for `gather_quantized`."""
-    if not weights:
-        return {}
-    largest = lax.pmax(_for_maximum(jnp.stack([jnp.max(jnp.abs(value)) for value in weights.values()])), FSDP)
-    return {
-        name: QuantizedWeight(_quantized(value, largest[i].reshape(1, 1)), None)
-        for i, (name, value) in enumerate(weights.items())
-    }
+def quantize_shards(weights: dict[str, jax.Array], sharded: Collection[str]) -> dict[str, Quantized]:
+    """This device's part of weights [..., out, in], each with the scale of the full weight. sharded: names of those
+    whose rows are sharded over 'fsdp'.
+    """
+    largest = {name: jnp.max(jnp.abs(w), axis=(-2, -1), keepdims=True) for name, w in weights.items()}
+    if names := [name for name in weights if name in sharded]:
+        own = jnp.stack([largest[name] for name in names]).astype(jnp.float32)
+        own = jnp.where(jnp.isnan(own), jnp.inf, own)  # a maximum over devices may drop NaN
+        largest |= dict(zip(names, lax.pmax(own, FSDP)))
+    return {name: _quantized(weight, largest[name]) for name, weight in weights.items()}
 
 
-def _for_maximum(largest):
-    """NaN as infinity: a maximum over devices may drop NaN."""
-    return jnp.where(jnp.isnan(largest), jnp.inf, largest)
+def gather_quantized(shards: dict[str, Quantized], sharded: Collection[str]) -> dict[str, Quantized]:
+    """The full weights of `quantize_shards`: half the bytes of bfloat16 travel."""
+
+    def gathered(values):
+        return lax.all_gather(values, FSDP, axis=values.ndim - 2, tiled=True)
+
+    return {name: through_bytes(part, gathered) if name in sharded else part for name, part in shards.items()}
 
 
-def gather_quantized(shards: dict[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
-    """The full weights of each of this device's shards: half the bytes of bfloat16 travel."""
-
-    def gather(values):
-        return lax.all_gather(values, FSDP, tiled=True)
-
-    return {
-        name: QuantizedWeight(Quantized(_moved(shard.plain.values, gather), shard.plain.scale), None)
-        for name, shard in shards.items()
-    }
-
-
-def as_bytes(x: Quantized, move: Callable[[jax.Array], jax.Array]) -> Quantized:
-    """x after a collective or a name for remat, which get the values as bytes.
+def through_bytes(x: Quantized, move: Callable[[jax.Array], jax.Array]) -> Quantized:
+    """x with its values after `move`, a collective or a name for remat, which gets them as bytes.
 
     Not every collective knows FLOAT8, and `jax.checkpoint` reduces what it saves to its dtype's precision: it takes the
     largest exponent of FLOAT8 for infinities, as IEEE has them.
     """
-    return Quantized(_moved(x.values, move), move(x.scale))
 
+    def moved(values):
+        return lax.bitcast_convert_type(move(lax.bitcast_convert_type(values, jnp.uint8)), FLOAT8)
 
-def _moved(values, move):
-    return lax.bitcast_convert_type(move(lax.bitcast_convert_type(values, jnp.uint8)), FLOAT8)
+    return x._replace(values=moved(x.values), transposed=None if x.transposed is None else moved(x.transposed))
 
 
 def _product(a: Quantized, b: Quantized, dtype: jnp.dtype) -> jax.Array:
     """a [M, K] @ b [N, K]^T: [M, N], float32 sums rounded to `dtype`."""
     # On a GPU the compiler makes one call of cuBLASLt of this, which reads FLOAT8 and scales the sums.
-    wide = jnp.bfloat16 if target_device().platform == "gpu" else jnp.float32
-    contract = (((1,), (1,)), ((), ()))
-    sums = dtype if wide == jnp.bfloat16 else jnp.float32
-    return lax.dot_general(a.wide(wide), b.wide(wide), contract, preferred_element_type=sums).astype(dtype)
+    wide, sums = (jnp.bfloat16, dtype) if target_device().platform == "gpu" else (jnp.float32, jnp.float32)
+    y = lax.dot_general(a.wide(wide), b.wide(wide), (((1,), (1,)), ((), ())), preferred_element_type=sums)
+    return y.astype(dtype)
 
 
-def quantized_input(x: jax.Array) -> Quantized:
-    """x [..., in] as `linear_float8` takes it, [tokens, in], without a gradient. Several linears may share it."""
-    return quantize(_rows(lax.stop_gradient(x)))
+def quantized_input(x: jax.Array, both: bool = False) -> Quantized:
+    """x [..., in] as `linear_float8` takes it, [tokens, in], without a gradient. Several linears may share it.
+
+    both: as in `quantize`; for the backward pass, where this is saved.
+    """
+    return quantize(_rows(lax.stop_gradient(x)), both)
 
 
 def _rows(x: jax.Array) -> jax.Array:
@@ -163,7 +169,7 @@ def linear_float8(
     x: jax.Array,
     quantized: Quantized,
     weight: jax.Array,
-    full: QuantizedWeight | None,
+    full: Quantized | None,
     sharded: bool,
     reduce_dtype: jnp.dtype,
     probe: jax.Array | None = None,
@@ -181,21 +187,22 @@ def linear_float8(
 
     Returns [..., out]. The weight's gradient has the weight's dtype and sharding.
     """
-    y = _product(quantized, _full(weight, full, sharded).plain, x.dtype)
+    y = _product(quantized, _full(weight, full, sharded), x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _full(weight, full, sharded) -> QuantizedWeight:
+def _full(weight, full, sharded) -> Quantized:
     if full is not None:
         return full
-    return gather_quantized(quantize_shards({"": weight}))[""] if sharded else QuantizedWeight(quantize(weight), None)
+    names = ("",) if sharded else ()
+    return gather_quantized(quantize_shards({"": weight}, names), names)[""]
 
 
 def _forward_counts(x, quantized, weight, sharded, probe):
     """The part of a probe's counts that the forward pass knows."""
     if probe is None:
         return None
-    rows = quantize_shards({"": weight})[""].plain if sharded else quantize(weight)
+    rows = quantize_shards({"": weight}, ("",) if sharded else ())[""]
     return jnp.concatenate([_count(_rows(x), quantized), _count(weight, rows)])
 
 
@@ -210,7 +217,7 @@ def _linear_forward(x, quantized, weight, full, sharded, reduce_dtype, probe):
 
 def _linear_backward(sharded, reduce_dtype, residuals, g):
     quantized, weight, full, counts = residuals
-    by_token = quantize(_rows(g))
+    by_token = quantize(_rows(g), both=True)
     dweight = _weight_gradient(by_token, quantized, weight, sharded, reduce_dtype)
     return _input_gradient(g, by_token, weight, full, sharded), None, dweight, None, _all_counts(counts, g, by_token)
 
@@ -219,15 +226,13 @@ linear_float8.defvjp(_linear_forward, _linear_backward)
 
 
 def _input_gradient(g, by_token, weight, full, sharded):
-    full = _full(weight, full, sharded)
-    by_input = transposed(full.plain) if full.transposed is None else full.transposed
-    dx = _product(by_token, by_input, g.dtype)
+    dx = _product(by_token, _transpose(_full(weight, full, sharded)), g.dtype)
     return dx.reshape(*g.shape[:-1], dx.shape[-1])
 
 
 def _weight_gradient(g, x, weight, sharded, reduce_dtype):
     """g [tokens, out], x [tokens, in]: both quantised."""
-    dweight = _product(transposed(g), transposed(x), reduce_dtype)
+    dweight = _product(_transpose(g), _transpose(x), reduce_dtype)
     if sharded:
         dweight = lax.psum_scatter(dweight, FSDP, tiled=True)
     return dweight.astype(weight.dtype)
@@ -238,7 +243,7 @@ def swiglu_linear_float8(
     gate: jax.Array,
     up: jax.Array,
     weight: jax.Array,
-    full: QuantizedWeight | None,
+    full: Quantized | None,
     sharded: bool,
     reduce_dtype: jnp.dtype,
     probe: jax.Array | None = None,
@@ -257,11 +262,9 @@ def _swiglu_linear_forward(gate, up, weight, full, sharded, reduce_dtype, probe)
 
 def _swiglu_linear_backward(sharded, reduce_dtype, residuals, g):
     gate, up, weight, full, counts = residuals
-    by_token = quantize(_rows(g))
+    by_token = quantize(_rows(g), both=True)
     hidden, dgate, dup = swiglu_and_gradients(gate, up, _input_gradient(g, by_token, weight, full, sharded))
-    # Without the barrier the compiler would write dgate and dup in float32, for the quantisation that follows.
-    dgate, dup = lax.optimization_barrier((dgate, dup))
-    dweight = _weight_gradient(by_token, quantized_input(hidden), weight, sharded, reduce_dtype)
+    dweight = _weight_gradient(by_token, quantized_input(hidden, both=True), weight, sharded, reduce_dtype)
     return dgate, dup, dweight, None, _all_counts(counts, g, by_token)
 
 

@@ -17,7 +17,7 @@ from jsft.hardware.mesh import BATCH, partition_spec
 from jsft.models.config import ModelConfig
 from jsft.models.decoder import PackedRows, decode
 from jsft.models.families import parameter_table
-from jsft.models.float8 import QuantizedWeight, probe_name
+from jsft.models.float8 import Quantized, probe_name
 from jsft.models.options import DecoderOptions
 from jsft.models.parameters import ParameterSpec, leaves, tree_from
 from jsft.models.stack import unstack
@@ -29,13 +29,14 @@ class StepArrays(NamedTuple):
     resident: with `unroll`, the parameters as they are in memory, where the given ones have unstacked matrices. Without
     it the backward pass holds a second copy of the layers' shards.
     gathered: the `sharded_matrices` in full ([L, out, in], in the compute dtype, replicated); the layers then gather
-    nothing. With `options.float8` all `layer_matrices`, as `QuantizedWeight`; the layers then quantise none.
+    nothing. With `options.float8` all `layer_matrices`, as `Quantized` or, with `unroll`, lists of one for each layer;
+    the layers then quantise none.
     accumulated: gradients of earlier micro batches, like the parameters and in their dtype. Where
     `accumulates_in_place`, a parameter's gradient includes them.
     """
 
     resident: dict[str, Any] | None = None
-    gathered: dict[str, jax.Array | QuantizedWeight] | None = None
+    gathered: dict[str, jax.Array | Quantized | list[Quantized]] | None = None
     accumulated: dict[str, Any] | None = None
 
 
@@ -69,8 +70,10 @@ def hidden_states(
         specs["layers"][name] = (BATCH,) * len(value) if isinstance(value, tuple) else PartitionSpec(None, *BATCH)
     sharded = sharded_names(model, mesh) - set(placeholders)
     gathered = step.gathered or {}
-    slices_again = step.resident and not gathered
-    resident = {n: v for n, v in step.resident["layers"].items() if n in sharded} if slices_again else {}
+    resident = {}
+    if step.resident and not gathered:
+        sliced_again = layer_matrices(model) if options.float8 else sharded
+        resident = {name: value for name, value in step.resident["layers"].items() if name in sliced_again}
     resident_specs = {name: _local_specs(table["layers"][name], value, mesh) for name, value in resident.items()}
     in_place = {"layers": {}, "embedding": False}
     if step.accumulated:

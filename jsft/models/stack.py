@@ -22,10 +22,15 @@ Layer = Callable[[Tree, Tree, Tree, Tree], Tree]  # (x, a layer's weights, gathe
 
 
 class Prefetch(NamedTuple):
-    """How unrolled layers gather their weights one layer early."""
+    """How unrolled layers gather their weights one layer early.
+
+    late: the forward pass slices `resident` again, as the backward pass does. Otherwise XLA would compute the shards of
+    several layers in one kernel, where they are more than casts, and hold them until they are used.
+    """
 
     shards: Callable[[Tree], Tree]  # one layer's weights -> this device's shards of those that are gathered
     gather: Callable[[Tree], Tree]  # these shards -> the full weights
+    late: bool = False
 
 
 class StackOptions(NamedTuple):
@@ -50,7 +55,7 @@ class LayerArrays(NamedTuple):
     resident: entries of `weights` that are unstacked, as they are in memory. With `unroll` the backward pass slices
     these again; otherwise XLA would save the slices of `weights`, or their casts, in the forward pass: one more copy of
     this device's shards of all layers.
-    gathered: entries of `weights` in full and in the compute dtype (or float8: `QuantizedWeight`), with a leading axis
+    gathered: entries of `weights` in full and in the compute dtype (or `Quantized`), with a leading axis L or in lists of
     L, where they were gathered before; otherwise {}. The layers get slices of these, and nothing is prefetched.
     accumulated: entries of `weights` in the same form, shape and dtype: gradients so far. The gradients of these
     weights include them.
@@ -116,7 +121,11 @@ def _slice(weights: Tree, index: int) -> Tree:
 
 def _slice_gathered(arrays: LayerArrays, index: int) -> Tree:
     """A layer's entries of `gathered`, each an array or a tree of arrays."""
-    return jax.tree.map(lambda value: value[index], arrays.gathered)
+
+    def cut(value):
+        return value[index] if isinstance(value, list) else jax.tree.map(lambda array: array[index], value)
+
+    return {name: cut(value) for name, value in arrays.gathered.items()}
 
 
 def _slice_again(arrays: LayerArrays, index: int, traced_index: jax.Array) -> Tree:
@@ -145,7 +154,13 @@ def _prefetch_next(x: Tree, full: Tree, prefetch: Prefetch, arrays: LayerArrays,
     """
     if arrays.gathered:
         return x, full, _slice_gathered(arrays, index) if index < _depth(arrays) else {}
-    coming = prefetch.shards(_slice(arrays.weights, index)) if index < _depth(arrays) else {}
+    if index == _depth(arrays):
+        coming = {}
+    elif prefetch.late:
+        x, traced_index = lax.optimization_barrier((x, jnp.int32(index)))
+        coming = prefetch.shards(_slice_again(arrays, index, traced_index))
+    else:
+        coming = prefetch.shards(_slice(arrays.weights, index))
     if full:
         x, full, coming = lax.optimization_barrier((x, full, coming))
     return x, full, prefetch.gather(coming)

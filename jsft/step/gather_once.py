@@ -19,8 +19,9 @@ from ml_collections import ConfigDict
 from jsft.config import multiplies_float8
 from jsft.models.config import ModelConfig
 from jsft.models.families import abstract_parameters
-from jsft.models.float8 import QuantizedWeight, quantize_weight
+from jsft.models.float8 import Quantized, gather_quantized, quantize_shards, with_transposed
 from jsft.models.forward import layer_matrices, sharded_matrices
+from jsft.models.layers import FSDP
 
 Tree = dict[str, Any]
 
@@ -41,14 +42,28 @@ def gathered_weights(parameters: Tree, model: ModelConfig, dtype: jnp.dtype, mes
     return jax.lax.with_sharding_constraint(full, NamedSharding(mesh, PartitionSpec()))
 
 
-def quantized_weights(parameters: Tree, model: ModelConfig, mesh: Mesh) -> dict[str, QuantizedWeight]:
-    """{name: [L, out, in] replicated, for both products} of all `layer_matrices`."""
+def quantized_weights(
+    parameters: Tree, model: ModelConfig, mesh: Mesh, unstacked: bool
+) -> dict[str, Quantized | list[Quantized]]:
+    """All `layer_matrices` in full, replicated, for both products that read them: [L, out, in] and transposed, or lists
+    of L where `unstacked`: products would copy slices.
+    """
+    sharded = sharded_matrices(model, mesh)
+    weights = {name: parameters["layers"][name] for name in layer_matrices(model)}
 
-    def replicate(x):  # the barrier: what is gathered are these bytes, not values that they are computed from
-        full = NamedSharding(mesh, PartitionSpec())
-        return jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(x), full)
+    def quantized(weights):
+        full = gather_quantized(quantize_shards(weights, sharded), sharded)
+        return {name: with_transposed(part) for name, part in full.items()}
 
-    return {name: quantize_weight(parameters["layers"][name], replicate) for name in layer_matrices(model)}
+    def local(weights):
+        if not unstacked:
+            return quantized(weights)
+        layers = [quantized({name: w[i] for name, w in weights.items()}) for i in range(model.num_layers)]
+        return {name: [layer[name] for layer in layers] for name in weights}
+
+    specs = {name: PartitionSpec(None, FSDP) if name in sharded else PartitionSpec() for name in weights}
+    run = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(), check_vma=False)
+    return run(weights)
 
 
 def unreduced_form(form: Tree, model: ModelConfig, mesh: Mesh, unstacked: bool) -> Tree:

@@ -225,7 +225,7 @@ def _gather(job: _Job):
 
     def gather_all(parameters):
         if job.options.float8:
-            return quantized_weights(parameters, job.model, job.mesh)
+            return quantized_weights(parameters, job.model, job.mesh, job.options.unroll)
         return gathered_weights(parameters, job.model, job.options.compute_dtype, job.mesh)
 
     return jax.jit(gather_all, in_shardings=(_shardings(job.parameters),), out_shardings=job.replicated)

@@ -1,5 +1,7 @@
 """Linears in float8: their rounding, their errors against float64 on hard inputs, and the decoder made of them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,16 +13,13 @@ from jsft.hardware.mesh import make_mesh
 from jsft.models.float8 import (
     FLOAT8,
     LARGEST,
-    QuantizedWeight,
-    as_bytes,
     gather_quantized,
     linear_float8,
     quantize,
     quantize_shards,
-    quantize_weight,
     quantized_input,
     swiglu_linear_float8,
-    transposed,
+    through_bytes,
 )
 from jsft.models.layers import swiglu
 from jsft.models.remat import checkpoint_policy
@@ -152,9 +151,6 @@ def test_what_is_not_finite_in_any_shard_makes_the_full_weight_nan(bad, row):
     """A maximum over devices may drop NaN."""
     weight = jnp.asarray(random(1, OUT, IN), jnp.float32).at[row, 4].set(bad)
     assert np.isnan(gathered(weight).wide()).all()
-    sharded = jax.device_put(weight, jax.NamedSharding(fsdp(), PartitionSpec("fsdp")))
-    once = jax.jit(lambda value: quantize_weight(value, lambda array: array))(sharded)
-    assert np.isnan(once.plain.wide()).all() and np.isnan(once.transposed.wide()).all()
 
 
 def fsdp():
@@ -165,7 +161,8 @@ def gathered(weight):
     """The full weight that each of eight devices makes of its rows, and of a second weight's beside it."""
 
     def make(rows):
-        return gather_quantized(quantize_shards({"one": rows, "other": 1000 * rows}))["one"].plain
+        weights = {"one": rows, "other": 1000 * rows}
+        return gather_quantized(quantize_shards(weights, weights), weights)["one"]
 
     spec = PartitionSpec("fsdp")
     run = jax.shard_map(make, mesh=fsdp(), in_specs=spec, out_specs=PartitionSpec(), check_vma=False)
@@ -201,14 +198,15 @@ def test_devices_with_the_same_largest_values_have_the_products_of_one_device(gi
 
 def test_the_maxima_of_a_layers_weights_travel_together():
     weights = {name: jnp.zeros((OUT, IN)) for name in ("query", "gate", "up")}
-    run = jax.shard_map(quantize_shards, mesh=fsdp(), in_specs=PartitionSpec("fsdp"), out_specs=PartitionSpec("fsdp"))
+    made = functools.partial(quantize_shards, sharded=weights)
+    run = jax.shard_map(made, mesh=fsdp(), in_specs=PartitionSpec("fsdp"), out_specs=PartitionSpec("fsdp"))
     assert str(jax.make_jaxpr(run)(weights)).count("pmax[") == 1
 
 
 def test_a_scale_is_the_smallest_power_of_two_with_which_the_largest_value_fits():
     x = random(0, 200, 6, IN) * 2.0 ** np.arange(-100, 100)[:, None, None]
     x[0, 0, 0], x[1, 1, 1], x[2, 2, 2] = -448, 448.5, 447
-    values, scale = quantize(jnp.asarray(x, jnp.float32))
+    values, scale, _ = quantize(jnp.asarray(x, jnp.float32))
     largest = np.abs(np.asarray(x, np.float32)).max((1, 2))
     scale = np.asarray(scale)
     assert scale.shape == (200, 1, 1) and np.all(np.exp2(np.round(np.log2(scale))) == scale)
@@ -251,10 +249,10 @@ def test_weights_quantised_before_give_the_same_products():
     x, weight, g = (
         jnp.asarray(v, jnp.float32) for v in (random(0, TOKENS, IN), random(1, OUT, IN), random(2, TOKENS, OUT))
     )
-    both = quantize_weight(weight, lambda array: array)
-    assert both.transposed.values.shape == (IN, OUT) and both.transposed.values.dtype == FLOAT8
+    both = quantize(weight, both=True)
+    assert both.transposed.shape == (IN, OUT) and both.transposed.dtype == FLOAT8
     expected = products(x, weight, g)
-    for full in (both, QuantizedWeight(both.plain, None)):
+    for full in (both, both._replace(transposed=None)):
         y, vjp = jax.vjp(lambda x, w: linear(x, w, full), x, weight)
         for a, b in zip((y, *vjp(g)), expected):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
@@ -279,14 +277,13 @@ def test_inputs_of_several_rows_are_one_matrix():
 
 def test_a_stack_of_weights_has_a_scale_for_each():
     weights = jnp.asarray(random(1, 3, OUT, IN) * np.array([1, 64, 2**-9])[:, None, None], jnp.float32)
-    both = quantize_weight(weights, lambda array: array)
-    assert both.plain.scale.shape == both.transposed.scale.shape == (3, 1, 1)
+    both = quantize(weights, both=True)
+    assert both.scale.shape == (3, 1, 1) and both.transposed.shape == (3, IN, OUT)
     for index, weight in enumerate(weights):
         alone = quantize(weight)
-        assert both.plain.scale[index] == alone.scale
-        np.testing.assert_array_equal(np.asarray(both.plain.wide()[index]), alone.wide())
-    back = transposed(both.transposed)
-    np.testing.assert_array_equal(back.wide(), both.plain.wide())
+        assert both.scale[index] == alone.scale
+        np.testing.assert_array_equal(np.asarray(both.wide()[index]), alone.wide())
+    np.testing.assert_array_equal(jnp.swapaxes(both.transposed, 1, 2), both.values)
 
 
 def test_the_gated_product_may_be_recomputed():
@@ -308,7 +305,7 @@ def test_a_saved_copy_keeps_its_largest_values():
     )
 
     def named(x, weight):
-        quantized = as_bytes(quantized_input(x), lambda part: checkpoint_name(part, "mlp_input"))
+        quantized = through_bytes(quantized_input(x), lambda part: checkpoint_name(part, "mlp_input"))
         return linear_float8(x, quantized, weight, None, False, jnp.float32)
 
     saves = jax.checkpoint(named, policy=checkpoint_policy(("mlp_input",)))

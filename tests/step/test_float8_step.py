@@ -7,8 +7,9 @@ import pytest
 
 from jsft.hardware.mesh import make_mesh, replicated, shard_batch
 from jsft.hf.random_model import write_random_model
+from jsft.kernels.quantize import FLOAT8
 from jsft.models.families import initial_parameters, read_config
-from jsft.models.float8 import FLOAT8, linear_float8, quantized_input
+from jsft.models.float8 import linear_float8, quantized_input
 from jsft.models.remat import LADDER
 from jsft.step.components import programs
 from jsft.step.flushed import make_flushed, shares
@@ -53,14 +54,16 @@ def distance(found, expected) -> float:
 def test_weights_quantised_once_a_step_are_the_same_on_every_mesh(model):
     def quantised(mesh):
         parameters = initial_parameters(model, mesh, jnp.float32, 0)
-        made = jax.jit(lambda p: quantized_weights(p, model, mesh), out_shardings=replicated(mesh))(parameters)
+        made = jax.jit(lambda p: quantized_weights(p, model, mesh, unstacked=False), out_shardings=replicated(mesh))(
+            parameters
+        )
         return jax.tree.map(lambda part: np.asarray(part.astype(jnp.float32)), made), made
 
     (one, arrays), (other, _) = quantised(one_device()), quantised(make_mesh(2))
     jax.tree.map(np.testing.assert_array_equal, one, other)
     gate = arrays["gate"]
-    assert len(arrays) == 7 and gate.plain.values.dtype == FLOAT8 and gate.plain.scale.shape == (2, 1, 1)
-    assert gate.plain.values.shape == (2, 128, 64) and gate.transposed.values.shape == (2, 64, 128)
+    assert len(arrays) == 7 and gate.values.dtype == FLOAT8 and gate.scale.shape == (2, 1, 1)
+    assert gate.values.shape == (2, 128, 64) and gate.transposed.shape == (2, 64, 128)
 
 
 def test_one_device_quantises_once_a_step_where_it_is_asked_to(model):
