@@ -1,8 +1,9 @@
 """Float8 copies of a matrix, transposed and not, as a Pallas kernel: each value is read once.
 
 The tensor cores read float8 with the summed axis last, so that a matrix that two products read is needed both ways. The
-compiler transposes bytes at half the memory's speed. Here a thread holds 32 rows of four columns: it exchanges rows and
-columns within its registers, and reads and writes whole sectors.
+compiler transposes bytes at less than half the memory's speed. Here a thread holds 32 rows of four columns. It exchanges
+rows and columns within its registers, then 16 rows of each column with its neighbour, so that the two of them write 32
+bytes side by side: a whole sector of the memory.
 """
 
 import functools
@@ -59,10 +60,10 @@ def _layouts():
 
     plgpu = rows.pallas()
     whole = BLOCK, BLOCK
-    # [4 warps, 1, 32 rows, 32 lanes, 1, 4 columns]; [1, 4 warps, 32 lanes, 1, 4 columns, 2, 1, 16 rows]
+    # [4 warps, 1, 32 rows, 32 lanes, 1, 4 columns]; [1, 4 warps, 16 pairs of lanes, 1, 2 x 4 columns, 2 lanes, 1, 16 rows]
     return (
         layout((whole, (32, 128), (1, 4)), (-6,), (-3,), -1),
-        layout((whole, (128, 32), (4, 32), (1, 16)), (-7,), (-6,), -1),
+        layout((whole, (128, 32), (8, 32), (1, 16)), (-7,), (-6, -3), -1),
     )
 
 
@@ -73,7 +74,7 @@ def _rounded_both_ways(values, layout, layout_transposed, interpret):
         return plain, plain.T
     from jax.experimental.mosaic import gpu as mosaic
     from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import llvm, vector
+    from jaxlib.mlir.dialects import arith, llvm, vector
 
     plgpu = rows.pallas()
     shape = (BLOCK, BLOCK)
@@ -115,7 +116,15 @@ def _rounded_both_ways(values, layout, layout_transposed, interpret):
             high = [select_bytes(a, b, "7362") for a, b in (w[:2], w[2:])]
             for i, (two, which) in enumerate(((low, "5410"), (low, "7632"), (high, "5410"), (high, "7632"))):
                 columns[i].append(select_bytes(*two, which))
-        transposed = [register(column[half : half + 4]) for column in columns for half in (0, 4)]
+        # The even thread of a pair takes the first 16 rows of both threads' columns, the odd one the other 16.
+        bit = arith.andi(mosaic.utils.thread_idx(), arith.constant(i32, ir.IntegerAttr.get(i32, 1)))
+        odd = arith.trunci(ir.IntegerType.get_signless(1), bit)
+        kept = [[arith.select(odd, c[k + 4], c[k]) for k in range(4)] for c in columns]
+        sent = [[arith.select(odd, c[k], c[k + 4]) for k in range(4)] for c in columns]
+        taken = [[mosaic.utils.shfl_bfly(word, 1) for word in words] for words in sent]
+        of_even = [[arith.select(odd, b, a) for a, b in zip(*pair)] for pair in zip(kept, taken)]
+        of_odd = [[arith.select(odd, a, b) for a, b in zip(*pair)] for pair in zip(kept, taken)]
+        transposed = [register(words) for words in (*of_even, *of_odd)]
         return array([register([word]) for word in words], layout), array(transposed, layout_transposed)
 
     return run(values)

@@ -186,7 +186,7 @@ def test_devices_with_the_same_largest_values_have_the_products_of_one_device(gi
     x, weight, g = (jnp.asarray(value, jnp.float32) for value in (x, weight, g))
 
     def make(x, weight, g):
-        full = gather_quantized(quantize_shards({"": weight}))[""] if given else None
+        full = gather_quantized(quantize_shards({"": weight}, [""]), [""])[""] if given else None
         y, vjp = jax.vjp(lambda x, w: linear_float8(x, quantized_input(x), w, full, True, jnp.float32), x, weight)
         return y, *vjp(g)
 
