@@ -18,6 +18,7 @@ from jsft.models.parameters import count_parameters
 from jsft.models.remat import parse_remat, repeated_weights, repeats_attention, saved_on_device, saved_on_host
 from jsft.planning.memory import host_bytes, parameter_sizes, sharded_layer_elements, takes_kernel
 from jsft.planning.packing import Packed, drawn_lengths, pack_steps
+from jsft.planning.quantising import quantising_bytes
 from jsft.step.gather_once import gathers_once, reduces_once
 
 # Assumed of the published data sets (docs/recipes.md): mean tokens of a document, and mean of squares / mean.
@@ -76,6 +77,7 @@ class Work(NamedTuple):
     collective_seconds: float
     waiting_seconds: float  # of the computation, for collectives
     host_seconds: float  # that it waits for values on their way to the host and back
+    quantising_seconds: float  # of the computation, for float8 products
 
     @property
     def seconds(self) -> float:
@@ -97,27 +99,34 @@ def plan_work(
     tokens = batch * lengths.mean
     micro_batches, padding, imbalance = lengths.packed(model, config, mesh.size)
     squares = tokens * lengths.weighted
-    flops = step_flops(model, matmul_parameters(model), int(tokens), int(squares))
+    count = matmul_parameters(model)
+    flops = step_flops(model, count, int(tokens), int(squares))
     products, attention = recomputed(model, remat)
     extra_products, extra_attention = (
         2.0 * products * tokens,
         2.0 * model.num_layers * model.query_size * squares * attention,
     )
-    matmul = 6.0 * matmul_parameters(model) * tokens + extra_products
     attend = 6.0 * model.num_layers * model.query_size * squares + extra_attention
     moved = (
         RATES.passes * model.num_layers * tokens * 2 * (model.intermediate_size + model.hidden_size + model.query_size)
     )
+    share = 1 / mesh.size / (1 - padding)  # of the positions, one device's
     scale = device.peak / RATES.peak
-    share = 1 / mesh.size / (1 - padding)
+    float8 = multiplies_float8(config)
+    layers_rate = scale * (RATES.matmul_float8 if float8 and device.float8 else RATES.matmul)
+    of_layers = sum(size.full for size in parameter_sizes(model, mesh) if size.layer_matrix)
+    repeated = share * extra_products / layers_rate
+    others = (count - of_layers) / RATES.matmul / scale  # the output matrix, never in float8
+    products = share * 6.0 * tokens * (of_layers / layers_rate + others) + repeated
     attention = (1 + imbalance) / mesh.size * attend / RATES.attention / scale  # the kernels skip the padding
     if not attention_kernel(model, config, device):
         attention = (
             tokens / mesh.size / (1 - padding) * _xla_attention_flops(model, config) / (RATES.float32 * device.float32)
         )
-    compute = attention + share * (matmul / RATES.matmul / scale + moved / RATES.elementwise)
-    repeated = share * extra_products / RATES.matmul / scale + attention * extra_attention / attend
-    host = _host_seconds(model, config, remat, share * tokens, (compute - repeated) / 3)
+    quantising = quantising_bytes(model, config, mesh, remat, share * tokens, micro_batches) / RATES.elementwise
+    compute = attention + products + share * moved / RATES.elementwise + quantising
+    forward = (compute - repeated - attention * extra_attention / attend) / 3
+    host = _host_seconds(model, config, remat, share * tokens, (forward, compute - forward))
     state = sum(size.local for size in parameter_sizes(model, mesh))
     moments = jnp.dtype(config.precision.moments).itemsize
     parameters = 4 if config.precision.params == "float32" else 2
@@ -132,7 +141,19 @@ def plan_work(
     waiting = RATES.waiting * sum(size for _, size in collectives.values()) / device.link
     extra = extra_products + extra_attention
     return Work(
-        tokens, micro_batches, padding, imbalance, flops, extra, collectives, compute, attention, seconds, waiting, host
+        tokens,
+        micro_batches,
+        padding,
+        imbalance,
+        flops,
+        extra,
+        collectives,
+        compute,
+        attention,
+        seconds,
+        waiting,
+        host,
+        quantising,
     )
 
 
@@ -165,13 +186,15 @@ def recomputed(model: ModelConfig, remat: str) -> tuple[float, float]:
     return float(model.num_layers * repeated_weights(model, names)), float(repeats_attention(names))
 
 
-def _host_seconds(model: ModelConfig, config: ConfigDict, remat: str, tokens: float, forward: float) -> float:
-    """Seconds that the passes of a step wait for the host's memory. forward: of the forward pass; the backward pass
-    takes at least twice as long. tokens: of a device, with padding.
+def _host_seconds(
+    model: ModelConfig, config: ConfigDict, remat: str, tokens: float, passes: tuple[float, float]
+) -> float:
+    """Seconds that the passes of a step wait for the host's memory. passes: seconds of the forward and of the backward
+    pass; tokens: of a device, with padding.
     """
     itemsize, float8 = jnp.dtype(config.precision.compute).itemsize, multiplies_float8(config)
     moved = model.num_layers * tokens * host_bytes(model, remat, 1, itemsize, float8)
-    return sum(max(0.0, moved / RATES.host - taken) for taken in (forward, 2 * forward))
+    return sum(max(0.0, moved - RATES.host * taken) / RATES.host_alone for taken in passes)
 
 
 def _collectives(model, config, mesh, micro_batches, tokens) -> dict[str, tuple[float, float]]:

@@ -5,10 +5,11 @@ mesh.reduce=step each device also sums its own rows' gradients over the micro ba
 reduced after the last one. Both trade memory for traffic: docs/memory-and-speed.md.
 
 In float8 all matrices of the layers are quantised with mesh.gather=step, on one device too: once a step, not in each
-micro batch.
+micro batch. `settle_gather` says what mesh.gather=auto is.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,9 +27,41 @@ from jsft.models.layers import FSDP
 Tree = dict[str, Any]
 
 
+def possible_gathers(config: ConfigDict) -> tuple[str, ...]:
+    """What mesh.gather may become, the one that needs least memory first; a single one where nothing is to be chosen."""
+    if config.mesh.gather != "auto":
+        return (config.mesh.gather,)
+    if config.mesh.reduce == "step":  # works on such weights alone
+        return ("step",)
+    return ("layer", "step") if multiplies_float8(config) else ("layer",)
+
+
+def with_gather(config: ConfigDict, gather: str) -> ConfigDict:
+    """A copy with this mesh.gather."""
+    config = config.copy_and_resolve_references()
+    config.mesh.gather = gather
+    return config
+
+
+def settle_gather(config: ConfigDict, fits: Callable[[ConfigDict], bool]) -> ConfigDict:
+    """A copy whose mesh.gather is `layer` or `step`.
+
+    fits: whether a config with this mesh.gather has room; asked only where `auto` may be both.
+    """
+    leanest, *others = possible_gathers(config)
+    for gather in others:
+        if fits(asked := with_gather(config, gather)):
+            return asked
+    return with_gather(config, leanest)
+
+
 def gathers_once(config: ConfigDict, mesh) -> bool:
-    """Whether weights are gathered, or quantised, once a step. mesh: anything with `shape`."""
-    return config.mesh.gather == "step" and (mesh.shape["fsdp"] > 1 or multiplies_float8(config))
+    """Whether weights are gathered, or quantised, once a step. mesh: anything with `shape`.
+
+    `auto` that is not settled counts as the leanest that it may become.
+    """
+    once = possible_gathers(config)[0] == "step"
+    return once and (mesh.shape["fsdp"] > 1 or multiplies_float8(config))
 
 
 def reduces_once(config: ConfigDict, mesh) -> bool:
