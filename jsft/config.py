@@ -119,8 +119,11 @@ def _check_together(config: ConfigDict) -> None:
             "precision.matmul=float8: the published runs, whose arithmetic fidelity=reference stands for, multiplied "
             "bfloat16; set fidelity=best, or ask for both with precision.matmul=float8_anyway"
         )
-    if config.mesh.reduce == "step" and config.mesh.gather != "step":
-        raise ConfigError("mesh.reduce=step works on weights that are gathered once a step; set mesh.gather=step too")
+    if config.mesh.reduce == "step" and config.mesh.gather == "layer":
+        raise ConfigError(
+            "mesh.reduce=step works on weights that are gathered once a step, and mesh.gather=layer gathers them in each "
+            "layer; leave mesh.gather out, or set it to step"
+        )
     objectives.token_weights(
         objective.name,
         [1] * (config.train.global_batch or objective.reference_ranks * objective.reference_micro_batch),

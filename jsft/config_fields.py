@@ -319,19 +319,21 @@ FIELDS: tuple[Field, ...] = (
     Field(
         "mesh.gather",
         str,
-        "layer",
+        "auto",
         "When the layers' sharded weights are gathered: by each layer, in the forward and in the backward pass; or "
-        "once a step, and held in full in precision.compute: less communication, more memory (not timed on GPUs yet). "
-        "With precision.matmul=float8 they are held in float8, and quantised once a step on one device too.",
-        choices=("layer", "step"),
+        "once a step, and held in full in precision.compute: less communication, more memory (not timed on several GPUs "
+        "yet). With precision.matmul=float8 they are quantised at the same time, on one device too: once a step, and "
+        "held in both forms (two bytes a weight). auto is layer; with float8 it is step where that fits with the remat "
+        "that layer gets (on a CPU: layer), and with mesh.reduce=step it is step.",
+        choices=("auto", "layer", "step"),
     ),
     Field(
         "mesh.reduce",
         str,
         "layer",
         "When the gradients of these weights are summed over devices: layer by layer in each micro batch; or once a "
-        "step, until which each device accumulates its own full gradient in precision.gradients (needs "
-        "mesh.gather=step; not timed on GPUs yet).",
+        "step, until which each device accumulates its own full gradient in precision.gradients (with it "
+        "mesh.gather=auto is step; not timed on GPUs yet).",
         choices=("layer", "step"),
     ),
     Field(

@@ -98,9 +98,11 @@ def main(argv: list[str] | None = None) -> int:
     plan["chosen"] = chosen
     if flags.compile:
         from jsft.planning.program_memory import compare, compile_kind
+        from jsft.step.gather_once import with_gather
 
+        settled = with_gather(config, plan["memory"]["gather"])
         kind = compile_kind(flags.device)
-        plan["compiled"] = compare(config, flags.devices, plan["memory"]["remat"], kind)
+        plan["compiled"] = compare(settled, flags.devices, plan["memory"]["remat"], kind)
     if flags.price:
         plan["time"] |= {"price": flags.price, "cost": flags.price * flags.devices * plan["time"]["hours"]}
     if flags.json:

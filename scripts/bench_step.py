@@ -38,7 +38,7 @@ def parse():
     add("--params", default="bfloat16", choices=("float32", "bfloat16"), help="weights, moments and gradients")
     add("--matmul", default="bfloat16", choices=("bfloat16", "float8"), help="precision.matmul")
     add("--reduce", default=None, help="precision.reduce (default: float32 with float32 weights, else bfloat16)")
-    add("--gather", default="layer", choices=("layer", "step"), help="mesh.gather")
+    add("--gather", default="auto", choices=("auto", "layer", "step"), help="mesh.gather (default: as in a run)")
     add("--reduce_when", default="layer", choices=("layer", "step"), help="mesh.reduce")
     add("--remat", default="auto", help="the config's remat")
     add("--unroll", action=argparse.BooleanOptionalAction, help="train.unroll_layers (default: the program's)")
@@ -105,14 +105,14 @@ class RandomData(NamedTuple):
 
 
 def build(options):
-    """The real run's parts, on random weights: (Components, remat)."""
+    """The real run's parts, on random weights, with the mesh.gather that a run takes: (Components, remat)."""
     import jax
 
     from jsft import config as schema
     from jsft.hardware.mesh import make_mesh
     from jsft.models.families import abstract_parameters
     from jsft.models.published import PUBLISHED
-    from jsft.planning.remat import choose_remat
+    from jsft.planning.remat import choose_gather, choose_remat
     from jsft.step.components import Components
     from jsft.step.optimizer import initial_state, parameter_dtype
 
@@ -139,7 +139,8 @@ def build(options):
     rows = (document_lengths(options.tokens, options.median, seed) for seed in range(16))
     data = RandomData(lengths=tuple(length for row in rows for length in row))
     parts = Components(config, None, model, mesh, abstract, shardings, data, mesh.size * options.rows)
-    return parts, choose_remat(parts, print)
+    remat = choose_remat(parts, print)
+    return choose_gather(parts, remat, print), remat
 
 
 def compile_programs(parts, remat):
@@ -223,6 +224,7 @@ def measure(options) -> dict:
         "params": options.params,
         "matmul": options.matmul,
         "remat": remat,
+        "gather": parts.config.mesh.gather,
         "device": jax.devices()[0].device_kind,
         "devices": mesh.size,
         "version": f"jax {jax.__version__}",
@@ -256,7 +258,7 @@ def show(result: dict) -> None:
     float8 = result.get("matmul", "bfloat16") != "bfloat16"
     if float8 and result.get("mfu"):
         mfu += " of the bfloat16 peak"
-    products = f", {result['matmul']} products" if float8 else ""
+    products = f", {result['matmul']} products, gather {result.get('gather')}" if float8 else ""
     compiled = f", compiled in {result['compile_seconds']:.0f} s" if "compile_seconds" in result else ""
     print(
         f"{result['who']}: {result['model']} ({result['layers']} layers, {result['params']}{products}, remat {result['remat']}) on "

@@ -10,14 +10,27 @@ from jsft.errors import ConfigError
 from jsft.models.config import ModelConfig
 from jsft.models.remat import LADDER
 from jsft.planning.memory import HEADROOM, Memory, estimate, planned_mesh
+from jsft.step.gather_once import settle_gather
 
 
-class Fit(NamedTuple):
-    """rung: what each layer saves; memory: with it; fits: within the limit; changes: what would make it fit."""
+class Best(NamedTuple):
+    """rung: what each layer saves; memory: with it; fits: within the limit; gather: mesh.gather, where it is auto what
+    it becomes.
+    """
 
     rung: str
     memory: Memory
     fits: bool
+    gather: str
+
+
+class Fit(NamedTuple):
+    """The fields of `Best`, and changes: what would make it fit."""
+
+    rung: str
+    memory: Memory
+    fits: bool
+    gather: str
     changes: list[str]
 
 
@@ -27,24 +40,32 @@ def rungs(
     """(rung, memory, fits within `limit` bytes) of the whole ladder, best first."""
     mesh = planned_mesh(config, devices)
     found = [(rung, estimate(model, config, mesh, rung, platform)) for rung in LADDER]
-    return [(rung, memory, memory.total <= HEADROOM * limit) for rung, memory in found]
+    return [(rung, memory, _within(memory, limit)) for rung, memory in found]
 
 
-def best_rung(
-    model: ModelConfig, config: ConfigDict, devices: int, limit: float, platform: str = "gpu"
-) -> tuple[str, Memory, bool]:
-    """(rung, memory, fits) of the config's remat, or for `auto` of the first rung that fits; of the last if none does."""
-    if config.remat == "auto":
-        ladder = rungs(model, config, devices, limit, platform)
-        return next((row for row in ladder if row[2]), ladder[-1])
-    memory = estimate(model, config, planned_mesh(config, devices), config.remat, platform)
-    return config.remat, memory, memory.total <= HEADROOM * limit
+def best_rung(model: ModelConfig, config: ConfigDict, devices: int, limit: float, platform: str = "gpu") -> Best:
+    """Of the config's remat, or for `auto` of the first rung that fits; of the last if none does. mesh.gather=auto does
+    not change the rung.
+    """
+    mesh = planned_mesh(config, devices)
+    ladder = LADDER if config.remat == "auto" else (config.remat,)
+    for rung in ladder:  # with the leanest mesh.gather
+        if _within(estimate(model, config, mesh, rung, platform), limit):
+            break
+
+    config = settle_gather(config, lambda asked: _within(estimate(model, asked, mesh, rung, platform), limit))
+    memory = estimate(model, config, mesh, rung, platform)
+    return Best(rung, memory, _within(memory, limit), config.mesh.gather)
+
+
+def _within(memory: Memory, limit: float) -> bool:
+    return memory.total <= HEADROOM * limit
 
 
 def fit(model: ModelConfig, config: ConfigDict, devices: int, limit: float, platform: str = "gpu") -> Fit:
     """The config's remat, or for `auto` the first rung that fits `limit` bytes; the last one if none does."""
-    rung, memory, fits = best_rung(model, config, devices, limit, platform)
-    return Fit(rung, memory, fits, [] if fits else changes(model, config, devices, limit, platform))
+    best = best_rung(model, config, devices, limit, platform)
+    return Fit(*best, [] if best.fits else changes(model, config, devices, limit, platform))
 
 
 def changes(model: ModelConfig, config: ConfigDict, devices: int, limit: float, platform: str = "gpu") -> list[str]:
@@ -55,6 +76,8 @@ def changes(model: ModelConfig, config: ConfigDict, devices: int, limit: float, 
     if config.remat != "auto":
         found += [f"remat={rung}" for rung, _, fits in rungs(model, config, devices, limit, platform) if fits][:1]
     options: list[dict] = []
+    if config.mesh.gather == "step" and config.mesh.reduce == "layer":
+        options.append({"mesh.gather": "layer"})
     if config.data.rows_per_device > 1:
         options.append({"data.rows_per_device": 1})
     shortest = round_up(config.data.max_length)

@@ -12,6 +12,7 @@ from jsft.models.config import ModelConfig
 from jsft.planning import fitting
 from jsft.planning.memory import planned_mesh
 from jsft.planning.work import Lengths, plan_work
+from jsft.step.gather_once import with_gather
 
 _NODES = (1, 2, 4, 8)
 
@@ -27,6 +28,7 @@ class Layout(NamedTuple):
     memory_bytes: int
     seconds: float  # of an update
     device_hours: float
+    gather: str  # what mesh.gather becomes
 
 
 def cheapest_layouts(
@@ -34,7 +36,7 @@ def cheapest_layouts(
 ) -> list[Layout]:
     """The layouts that fit, those that take the fewest device hours first: the best one of each number of devices.
 
-    The config's remat and mesh.gather are kept, so are all fields that change the arithmetic.
+    The config's remat and mesh.gather are kept (auto is settled for each), so are all fields that change the arithmetic.
     """
     counts = sorted({n for n in (1, 2, 4, 8) if n <= per_node} | {n * per_node for n in _NODES})
     shortest = round_up(config.data.max_length)
@@ -73,10 +75,10 @@ def _layout(
         mesh = planned_mesh(config, devices)
     except ConfigError:
         return None
-    rung, memory, fits = fitting.best_rung(model, config, devices, device.usable)
+    rung, memory, fits, gather = fitting.best_rung(model, config, devices, device.usable)
     if not fits:
         return None
-    work = plan_work(model, config, mesh, rung, lengths, device, per_node)
+    work = plan_work(model, with_gather(config, gather), mesh, rung, lengths, device, per_node)
     data, hours = config.data, work.seconds / 3600 * devices
     return Layout(
         devices,
@@ -87,4 +89,5 @@ def _layout(
         memory.total,
         work.seconds,
         hours,
+        gather,
     )

@@ -4,6 +4,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jsft.config import multiplies_float8
 from jsft.hardware.cards import RATES, SPREAD, UNMEASURED_SPREAD, Device
 from jsft.models.families import parameter_table
 from jsft.models.parameters import count_parameters
@@ -12,6 +13,7 @@ from jsft.planning.inputs import find_lengths, find_model
 from jsft.planning.layouts import cheapest_layouts
 from jsft.planning.memory import HEADROOM, Memory, planned_mesh
 from jsft.planning.work import attention_kernel, checkpoint_bytes, plan_work, updates
+from jsft.step.gather_once import with_gather
 
 
 def make_plan(
@@ -40,6 +42,7 @@ def make_plan(
         config = config.copy_and_resolve_references()
         config.attention.implementation = "xla"  # as `auto` will choose there
     fit = fitting.fit(model, config, devices, device.usable)
+    config = with_gather(config, fit.gather)
     work = plan_work(model, config, mesh, fit.rung, lengths, device, per_node)
     full, parameters, milestones = checkpoint_bytes(model, config, steps)
     ladder = fitting.rungs(model, config, devices, device.usable)
@@ -64,6 +67,7 @@ def make_plan(
         },
         "memory": {
             "remat": fit.rung,
+            "gather": fit.gather,
             **_memory(fit.memory),
             "limit_bytes": HEADROOM * device.usable,
             "rungs": [{"remat": rung, "total_bytes": memory.total, "fits": fits} for rung, memory, fits in ladder],
@@ -91,6 +95,7 @@ def make_plan(
             "collective_seconds": work.collective_seconds,
             "waiting_seconds": work.waiting_seconds,
             "host_seconds": work.host_seconds,
+            "quantising_seconds": work.quantising_seconds,
             "seconds": work.seconds,
             "tokens_per_second": work.tokens / work.seconds,
             "mfu": work.flops / work.seconds / devices / device.peak,
@@ -99,7 +104,7 @@ def make_plan(
             "steps": steps,
             "hours": steps * work.seconds / 3600,
             "spread": SPREAD if kernel else UNMEASURED_SPREAD,
-            "rates": RATES.source,
+            "rates": f"{RATES.source}; {RATES.float8_source}" if multiplies_float8(config) else RATES.source,
         },
         "disk": {
             "checkpoint_bytes": full,

@@ -104,14 +104,18 @@ def details(plan: dict[str, Any]) -> list[str]:
         return _gib(memory[key])
 
     verdict = "fits" if plan["fits"] else "DOES NOT FIT"
-    once = f"gathered for a step {gib('whole_bytes')}, " if memory["whole_bytes"] else ""
+    quantises = step["quantising_seconds"] > 0
+    once = ""
+    if memory["whole_bytes"]:
+        once = f"{'quantised' if quantises else 'gathered'} for a step {gib('whole_bytes')}, "
     found = [
         f"{'run:':11}{plan['run']} on {devices['count']} x {devices['kind']} (replica={devices['replica']}, "
         f"fsdp={devices['fsdp']}): {verdict}",
         f"{'model:':11}{model['family']}, {model['parameters'] / 1e6:,.1f} M parameters, {model['layers']} layers "
         f"({model['source']})",
         f"{'memory:':11}{gib('total_bytes')} GiB of {memory['limit_bytes'] / GIB:.1f} GiB per device "
-        f"({devices['memory_bytes'] / GIB:.0f} on the card); layers save: {memory['remat']}",
+        f"({devices['memory_bytes'] / GIB:.0f} on the card); mesh.gather={memory['gather']}, layers save: "
+        f"{memory['remat']}",
         f"{'':11}parameters {gib('parameters_bytes')}, {once}moments {gib('moments_bytes')}, gradients "
         f"{_gib(memory['gradients_bytes'] + memory['beside_bytes'])}, saved activations {gib('kept_bytes')}, then the "
         f"larger of",
@@ -131,7 +135,8 @@ def details(plan: dict[str, Any]) -> list[str]:
         f"{data['micro_batches']:.1f} micro batches of {data['rows']} x {data['pack_length']:,}, "
         f"padding {data['padding_share']:.1%}, attention imbalance {data['device_imbalance']:.1%}",
         f"{'':11}{step['flops'] / 1e15:,.3g} PFLOP, and {step['recomputed_flops'] / 1e15:,.3g} of recompute; attention: "
-        f"{step['attention']}, {step['attention_seconds']:.2f} s",
+        f"{step['attention']}, {step['attention_seconds']:.2f} s"
+        + (f"; quantising to float8: {step['quantising_seconds']:.2f} s" if quantises else ""),
     ]
     for kind, row in step["collectives"].items():
         found.append(f"{'':11}{kind}: {row['calls']:,.0f} calls, {_gib(row['bytes'])} GiB in and out of a device")
@@ -140,7 +145,8 @@ def details(plan: dict[str, Any]) -> list[str]:
     found += [
         f"{'':11}{step['seconds']:.2f} s ({step['compute_seconds']:.2f} s of computation, "
         f"{step['waiting_seconds']:.2f} s of waiting for {step['collective_seconds']:.2f} s of collectives{host}), "
-        f"{step['tokens_per_second']:,.0f} tokens/s, MFU {step['mfu']:.0%}",
+        f"{step['tokens_per_second']:,.0f} tokens/s, MFU {step['mfu']:.0%}"
+        + (" of the bfloat16 peak" if quantises else ""),
         f"{'time:':11}{time['steps']:,} steps, {time['hours'] * (1 - spread):.2f} to "
         f"{time['hours'] * (1 + spread):.2f} h"
         + (

@@ -22,7 +22,7 @@ from jsft.hardware.cards import peak_flops
 from jsft.hf.digest import model_digest
 from jsft.hf.load import load_parameters
 from jsft.models.flops import matmul_parameters, step_flops
-from jsft.planning.remat import advise_out_of_memory, choose_remat
+from jsft.planning.remat import advise_out_of_memory, choose_gather, choose_remat
 from jsft.run import checkpoint
 from jsft.run.agreement import check_agreement, check_workdir
 from jsft.run.directory import RunDirectory, check_same_run
@@ -145,14 +145,15 @@ def _train(components: Components, options: RunOptions, process: Supervision) ->
         return
     process.status("running", step)
     at("choosing remat, which compiles")
-    remat = choose_remat(components, say)
+    asked, remat = components, choose_remat(components, say)
+    components = choose_gather(asked, remat, say)
     write_summary(components, options.name, workdir, remat, step, say)
     if process.directory:
         write_run_readme(components, options.name, workdir)
     if state is None:
         at("reading the base model's weights")
         state = _first_state(components)
-    facts = _manifest_facts(components, options, process, step)
+    facts = _manifest_facts(asked, options, process, step)
     with _outputs(components, options, process, step, facts) as outputs, _out_of_memory_advice(components, remat, at):
         loop = _make_loop(components, remat, eval_data, outputs, process)
         at("compiling")
@@ -298,6 +299,7 @@ def dry_run(config: ConfigDict, options: RunOptions) -> int:
         digest = model_digest(components.model_dir)
         check_same_run(workdir, components.config, options.allow_changed, components.data.fingerprint, digest)
         remat = choose_remat(components, show)
+        components = choose_gather(components, remat, show)
         write_summary(components, options.name, workdir, remat, steps[-1] if steps else 0, show)
         compiled = compile_gradients(components, remat)
         memory = compiled.memory_analysis()

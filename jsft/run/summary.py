@@ -15,6 +15,7 @@ from jsft.objectives import describe
 from jsft.run.preflight import expectation
 from jsft.run.run_log import INDENT
 from jsft.step.components import typical_length
+from jsft.step.gather_once import gathers_once
 
 Say = Callable[[str | Text], None]
 
@@ -56,6 +57,8 @@ def write_summary(components, name: str, workdir: Path | None, remat: str, step:
         if config.fidelity == "reference":
             line("", "note: the published runs, which fidelity=reference stands for, did not multiply float8")
     line("memory", f"{_size(held)} of parameters and optimizer state per device; layers save: {remat}")
+    if weights := _weights(components):
+        line("", weights)
     line(
         "objective",
         f"{describe(config.objective)} (fidelity {config.fidelity}); {optimizer.schedule} schedule to "
@@ -73,6 +76,15 @@ def write_summary(components, name: str, workdir: Path | None, remat: str, step:
     )
     for row in components.data.preview().split():
         line("", row)
+
+
+def _weights(components) -> str:
+    """How the layers get their weights; '' where no choice was to be made and the default is taken."""
+    config, mesh = components.config, components.mesh
+    once, done = gathers_once(config, mesh), "quantised" if multiplies_float8(config) else "gathered"
+    if once:
+        return f"weights of the layers are {done} once a step (mesh.gather=step)"
+    return "weights are quantised by each layer (mesh.gather=layer)" if multiplies_float8(config) else ""
 
 
 def _epoch(steps: int, components) -> str:

@@ -5,9 +5,11 @@ import os
 import signal
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
+from jsft import config as schema
 from jsft.run.manifest import list_steps
 from tests.run.processes import STEPS, assert_same_run, output, run, start, status, wait_for
 
@@ -85,16 +87,15 @@ def test_out_of_memory_names_the_next_rung_that_fits(monkeypatch):
             return {"bytes_limit": 80 * gib}
 
     monkeypatch.setattr(remat.jax, "local_devices", lambda: [Device()])
-    text = remat.advise_out_of_memory(None, "none")
+    parts = SimpleNamespace(config=schema.default_config(), mesh=SimpleNamespace(shape={"fsdp": 1}))
+    text = remat.advise_out_of_memory(parts, "none")
     assert text == (
         "the plan for remat=none was 90 GiB of 80.0 GiB per device; the next that fits is remat=d with 70 GiB"
     )
-    assert "no rung needs less" in remat.advise_out_of_memory(None, "full")
+    assert "no rung needs less" in remat.advise_out_of_memory(parts, "full")
 
 
 def test_rungs_far_too_large_by_the_plan_are_not_compiled(monkeypatch):
-    from types import SimpleNamespace
-
     from jsft.planning import remat
 
     gib, compiled, said = 2**30, [], []

@@ -175,7 +175,8 @@ def test_float8_products_resume_bit_for_bit(tiny, tmp_path):
     """And TensorBoard has the share of values that float8 loses."""
     straight, killed, float8 = tmp_path / "straight", tmp_path / "killed", "--config.precision.matmul=float8"
     assert run(tiny, straight, float8) == 0
-    assert "in float8 (e4m3)" in output(straight).read_text()
+    log = output(straight).read_text()
+    assert "in float8 (e4m3)" in log and "weights are quantised by each layer (mesh.gather=layer)" in log
     assert run(tiny, killed, float8, faults="slow:0.3,kill-step:5") == KILLED
     assert run(tiny, killed, float8) == 0
     assert_same_run(killed, straight)
