@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Proof 4: training with float8 products beside training with bfloat16 ones, from the same start on the same rows.
 #
-#   scripts/proof_fp8.sh --gsm8k FOLDER [--no-serve] [--stages a,b]
+#   scripts/proof_fp8.sh --gsm8k FOLDER [--no-serve] [--together] [--stages a,b]
 #   scripts/proof_fp8.sh --tiny
 #
 # GSM8K from SmolLM2-135M, three data seeds in bfloat16 and one in float8; Countdown from scratch, 1,000 updates;
-# a random model as large as Qwen3-4B, 100 updates. FOLDER (or JSFT_GSM8K) as for proof_pretrained.sh. All of it lies
-# in runs/proof/fp8 (--tiny: runs/proof_tiny/fp8, with very small models); the same command resumes.
+# a random model as large as Qwen3-4B, 100 updates, whose state is never saved. FOLDER (or JSFT_GSM8K) as for
+# proof_pretrained.sh. All of it lies in runs/proof/fp8 (--tiny: runs/proof_tiny/fp8, with very small models); the same
+# command resumes. results.md says which criteria hold.
 set -euo pipefail
 name=fp8
 stages=(data models gsm8k countdown large export evaluate figures)
@@ -36,16 +37,42 @@ stage_models() {
     --size "$size"
 }
 
-run() {  # run WHAT PRODUCTS SEED
-  train "fp8_$1$tiny" "$folder/$1/$2_seed$3" "--config.precision.matmul=$2" "--config.train.seed=$3"
+run() {  # run WHAT PRODUCTS SEED; with --together in the background
+  local command=(train "fp8_$1$tiny" "$folder/$1/$2_seed$3" "--config.precision.matmul=$2" "--config.train.seed=$3")
+  if [[ -z $together ]]; then
+    "${command[@]}"
+    return
+  fi
+  mkdir -p "$folder/logs"
+  echo "$1, $2, seed $3: $folder/logs/$1_$2_seed$3.log"
+  XLA_PYTHON_CLIENT_MEM_FRACTION=0.2 "${command[@]}" >"$folder/logs/$1_$2_seed$3.log" 2>&1 &
+  started+=($!)
 }
 
+finish() {  # waits for what `run` started
+  local pid failed=0
+  for pid in ${started[@]+"${started[@]}"}; do wait "$pid" || failed=1; done
+  started=()
+  [[ $failed == 0 ]] || fail "a run failed: the logs in $folder/logs say why"
+}
+
+started=()
 stage_gsm8k() {
   run gsm8k float8 0
   for seed in 0 1 2; do run gsm8k bfloat16 "$seed"; done
+  finish
 }
-stage_countdown() { for products in bfloat16 float8; do run countdown "$products" 0; done; }
-stage_large() { for products in bfloat16 float8; do run large "$products" 0; done; }
+stage_countdown() {
+  for products in bfloat16 float8; do run countdown "$products" 0; done
+  finish
+}
+stage_large() {
+  for products in bfloat16 float8; do
+    say "training: $products; no checkpoints"
+    "$python" scripts/proof/unsaved.py "$folder/large/${products}_seed0" --config "configs/proof.py:fp8_large$tiny" \
+      "--config.precision.matmul=$products"
+  done
+}
 
 lowest() {  # lowest RUN: its saved step with the lowest held-out loss
   "$python" - "$1" <<'PYTHON'

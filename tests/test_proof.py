@@ -35,16 +35,38 @@ def test_help_and_wrong_options(name):
         assert done.stderr.count("\n") == 1
 
 
-def test_recipes_resolve():
-    spec = importlib.util.spec_from_file_location("proof", ROOT / "configs" / "proof.py")
+def module_of(file: Path):
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_recipes_resolve():
+    module = module_of(ROOT / "configs" / "proof.py")
     assert len(module.RECIPES) == 18
     for recipe in module.RECIPES:
         config = schema.resolve(module.get_config(recipe))
         assert ("proof_tiny" in config.data.train) == recipe.endswith("_tiny")
         modes = {"fidelity_reference": "reference"}
         assert config.fidelity == modes.get(recipe.removesuffix("_tiny"), "best")
+
+
+def test_float8_criteria_hold_or_not():
+    figures = module_of(ROOT / "scripts" / "proof" / "figures.py")
+    learnt = lambda loss, held=1.0, solved=0.5: figures.Learnt(672, loss, held, {"mean": solved, "ci95": (0.4, 0.6)})
+    wide = {f"bfloat16_seed{i}": learnt(loss) for i, loss in enumerate((0.500, 0.504, 0.498))}
+
+    def holds(float8) -> list[str]:
+        return [row.split("|")[-2].strip() for row in figures.fp8_criteria("gsm8k", wide | {"float8_seed0": float8})]
+
+    assert holds(learnt(0.505)) == ["yes"] * 5
+    assert holds(learnt(0.509)) == ["yes", "yes", "no", "yes", "yes"]  # farther than any two seeds
+    assert holds(learnt(0.515)) == ["yes", "no", "no", "yes", "yes"]
+    assert holds(learnt(0.505, held=1.02)) == ["yes", "yes", "yes", "no", "yes"]
+    assert holds(learnt(0.505, solved=0.3)) == ["yes", "yes", "yes", "yes", "no"]
+    assert holds(learnt(0.505)._replace(updates=600, solved=None)) == ["no", "yes", "yes", "yes", "not evaluated"]
+    assert figures.fp8_criteria("large", {"float8_seed0": learnt(0.5)}) == ["| large | both runs are there | | | no |"]
 
 
 def whole(name: str, *arguments) -> tuple[Path, str]:
@@ -86,8 +108,11 @@ def test_fp8():
         wide, float8 = (curve(folder / what / f"{p}_seed0", "metrics.jsonl", "loss") for p in ("bfloat16", "float8"))
         assert wide != float8 and wide[-1] < wide[0] - 0.5
         assert max(abs(a - b) for a, b in zip(wide, float8, strict=True)) < 0.1
-        assert f"- {what}: training loss" in results and f"| {what} | float8 | 0 |" in results
-    assert (folder / "gsm8k/float8_seed0/hf").is_dir()
+        assert f"| {what} | training loss: within 0.01 |" in results and f"| {what} | float8 | 0 |" in results
+    assert "| gsm8k | training loss: within the spread of bfloat16's 3 seeds |" in results
+    assert (folder / "gsm8k/float8_seed0/hf").is_dir() and not list(
+        (folder / "large/float8_seed0/checkpoints").iterdir()
+    )
 
 
 @pytest.mark.slow

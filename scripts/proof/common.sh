@@ -7,7 +7,7 @@
 python=${JSFT_VENV:-.venv}/bin/python
 serve_venv=${JSFT_SERVE_VENV:-.venv-serve}
 torch_python=${JSFT_TORCH_PYTHON:-$serve_venv/bin/python}
-tiny='' serve=1 setup=1 gsm8k=${JSFT_GSM8K:-} wanted='' limit='' samples=4
+tiny='' serve=1 setup=1 together='' gsm8k=${JSFT_GSM8K:-} wanted='' limit='' samples=4
 
 say() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 fail() { echo "proof_$name: $*" >&2; exit 2; }
@@ -21,6 +21,7 @@ usage() {
   --stages a,b   some stages only, of: ${stages[*]}
   --no-setup     the environments are there as they should be: install nothing
   --limit N      evaluate with the first N problems only
+  --together     proof_fp8.sh: the runs of a stage side by side on the GPU, each with a fifth of its memory
 TEXT
 }
 
@@ -44,6 +45,7 @@ parse() {
       --tiny) tiny=_tiny ;;
       --no-serve) serve=0 ;;
       --no-setup) setup=0 ;;
+      --together) together=1 ;;
       --stages | --limit | --gsm8k)
         [[ $# -ge 2 ]] || fail "$1 needs a value; --help lists the options"
         case $1 in
@@ -84,10 +86,11 @@ train() {  # train RECIPE WORKDIR [OPTION...]: a run, or what is left of it
 }
 
 export_steps() {  # export_steps WORKDIR STEPS: those that are not there yet
-  local step
+  local step missing=()
   for step in ${2//,/ }; do
-    [[ -d $1/hf/step_$step ]] || "$python" -m jsft.export --workdir "$1" --step "$step"
+    [[ -d $1/hf/step_$step ]] || missing+=("$step")
   done
+  [[ ${#missing[@]} == 0 ]] || (IFS=, && "$python" -m jsft.export --workdir "$1" --step "${missing[*]}")
 }
 
 evaluate() {  # evaluate MODEL OUT OPTION...

@@ -9,6 +9,7 @@ metrics.jsonl, heldout.jsonl and results.json.
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -278,39 +279,79 @@ def fidelity(folder: Path) -> tuple[Figure, list[str]]:
     return figure, lines
 
 
+FP8_TASKS = {"gsm8k": "reference", "countdown": "solved", "large": None}  # and the metric of the problems solved
+
+
+class Learnt(NamedTuple):
+    """What a run of the float8 proof came to."""
+
+    updates: int
+    loss: float  # mean training loss of the last 100 updates, or of the second half of fewer
+    held_out: float  # lowest
+    solved: dict | None  # mean and ci95 of the problems solved
+
+
+def learnt(run: Path, what: str) -> Learnt:
+    _, loss = curve(run / "metrics.jsonl", "loss")
+    _, held = curve(run / "heldout.jsonl", "heldout/loss")
+    found, metric = score(run / "eval" / what), FP8_TASKS[what]
+    last = loss[-min(100, (len(loss) + 1) // 2) :].mean()
+    return Learnt(len(loss), last, held.min(initial=np.inf), found["metrics"][metric]["avg"] if found else None)
+
+
+def fp8_criteria(what: str, runs: dict[str, Learnt]) -> list[str]:
+    """Rows of a table: does float8 learn as bfloat16 does? `runs` by name, as in float8_seed0."""
+    float8, wide = runs.get("float8_seed0"), runs.get("bfloat16_seed0")
+    if not float8 or not wide:
+        return [f"| {what} | both runs are there | | | no |"]
+    seeds = [run.loss for name, run in runs.items() if name.startswith("bfloat16")]
+    gap, spread = float8.loss - wide.loss, max(seeds) - min(seeds)
+    rows = [
+        ("both made the same updates", float8.updates, wide.updates, float8.updates == wide.updates),
+        ("training loss: within 0.01", f"{float8.loss:.4f}", f"{wide.loss:.4f}", abs(gap) <= 0.01),
+    ]
+    if len(seeds) > 1:
+        within = f"within the spread of bfloat16's {len(seeds)} seeds"
+        rows.append((f"training loss: {within}", f"{gap:+.4f}", f"{spread:.4f}", abs(gap) <= spread))
+    apart = float8.held_out - wide.held_out
+    rows.append(
+        ("held-out loss, lowest: within 0.01", f"{float8.held_out:.4f}", f"{wide.held_out:.4f}", abs(apart) <= 0.01)
+    )
+    table = [f"| {what} | {claim} | {a} | {b} | {'yes' if holds else 'no'} |" for claim, a, b, holds in rows]
+    if FP8_TASKS[what]:
+        claim = "solved, %: within bfloat16's interval"
+        if float8.solved and wide.solved and wide.solved["ci95"]:
+            low, high = wide.solved["ci95"]
+            holds = "yes" if low <= float8.solved["mean"] <= high else "no"
+            table.append(f"| {what} | {claim} | {percent(float8.solved)} | {percent(wide.solved)} | {holds} |")
+        else:
+            table.append(f"| {what} | {claim} | | | not evaluated |")
+    return table
+
+
 def fp8(folder: Path) -> tuple[Figure, list[str]]:
     """Float8 beside bfloat16, of the same seed; the further seeds of bfloat16 show how much a run differs anyway."""
     lines = ["| run | products | seed | updates | training loss, last 100 | held-out loss, lowest | solved, % (95 %) |"]
     lines += ["|" + "---|" * 7]
-    verdicts = [""]
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    for axes, what in zip(figure.subplots(1, 3), ("gsm8k", "countdown", "large")):
-        runs = {run.name: run for run in sorted((folder / what).glob("*_seed*")) if records(run / "metrics.jsonl")}
-        losses = {}
+    criteria = ["", "| task | criterion | float8 | bfloat16 | holds |", "|" + "---|" * 5]
+    figure = Figure(figsize=(12, 6.8), layout="constrained")
+    for axes, what in zip(figure.subplots(2, 3).T, FP8_TASKS):
+        there = sorted((folder / what).glob("*_seed*"), key=lambda run: (run.name.startswith("bfloat16"), run.name))
+        folders = {run.name: run for run in there if records(run / "metrics.jsonl")}
+        runs = {name: learnt(run, what) for name, run in folders.items()}
         for name, run in runs.items():
-            steps, loss = curve(run / "metrics.jsonl", "loss")
-            losses[name] = loss[-min(100, len(loss) // 2) :].mean()
-            _, held = curve(run / "heldout.jsonl", "heldout/loss")
             products, _, seed = name.partition("_seed")
-            found = score(run / "eval" / what)
-            metric = {"gsm8k": "reference", "countdown": "solved"}.get(what)
-            solved = percent(found["metrics"][metric]["avg"]) if found and metric else "-"
             lines.append(
-                f"| {what} | {products} | {seed} | {len(steps)} | {losses[name]:.4f} | {held.min():.4f} | {solved} |"
+                f"| {what} | {products} | {seed} | {run.updates} | {run.loss:.4f} | {run.held_out:.4f} "
+                f"| {percent(run.solved) if run.solved else '-'} |"
             )
-        draw_losses(axes, {name.replace("_seed", ", seed "): run for name, run in runs.items()}, 25)
-        axes.set_title(f"training loss, {what}")
-        wide = [loss for name, loss in losses.items() if name.startswith("bfloat16")]
-        if {"float8_seed0", "bfloat16_seed0"} <= set(losses):
-            gap = losses["float8_seed0"] - losses["bfloat16_seed0"]
-            spread = f"; bfloat16's seeds differ by {max(wide) - min(wide):.4f}" if len(wide) > 1 else ""
-            lowest = [
-                curve(runs[f"{p}_seed0"] / "heldout.jsonl", "heldout/loss")[1].min() for p in ("float8", "bfloat16")
-            ]
-            verdicts.append(
-                f"- {what}: training loss {gap:+.4f}, lowest held-out loss {lowest[0] - lowest[1]:+.4f} in float8{spread}"
-            )
-    return figure, lines + verdicts
+        criteria += fp8_criteria(what, runs)
+        labelled = {name.replace("_seed", ", seed "): run for name, run in folders.items()}
+        draw_losses(axes[0], labelled, 25 if max((run.updates for run in runs.values()), default=0) >= 100 else 1)
+        draw_heldout(axes[1], labelled)
+        axes[0].set_title(f"training loss, {what}")
+        axes[1].set_title(f"held-out loss, {what}")
+    return figure, lines + criteria
 
 
 def main(proof: str, folder: Path) -> None:
