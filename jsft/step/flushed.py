@@ -17,7 +17,7 @@ from jsft.config import multiplies_float8
 from jsft.data.batch import Batch
 from jsft.hardware.mesh import batch_sharding, replicated
 from jsft.models.float8 import PROBE_KINDS, probe_name
-from jsft.models.forward import layer_matrices, unstack_matrices
+from jsft.models.forward import StepArrays, layer_matrices, unstack_matrices
 from jsft.step.components import Components
 from jsft.step.programs import decoder_options, loss_sums
 
@@ -35,12 +35,13 @@ def make_flushed(components: Components, remat) -> Flushed | None:
     names, full = layer_matrices(model), replicated(mesh)
 
     def flushed(parameters, batch):
+        step = StepArrays(resident=parameters if options.unroll else None)  # as in the program of gradients
         if options.unroll:
             parameters = unstack_matrices(parameters, model)
 
         def objective(probes):
             layers = parameters["layers"] | {probe_name(name): value for name, value in probes.items()}
-            return loss_sums(parameters | {"layers": layers}, batch, model, options).loss
+            return loss_sums(parameters | {"layers": layers}, batch, model, options, step).loss
 
         zeros = jnp.zeros((model.num_layers, 2 * len(PROBE_KINDS)), jnp.float32)
         return jax.grad(objective)(dict.fromkeys(names, zeros))

@@ -1,6 +1,7 @@
 """Programs compiled for GPUs that are not here. Compiling needs JAX's CUDA plugin: without it only the refusals run."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,16 @@ from jsft import config as schema
 from jsft import plan
 from jsft.errors import ConfigError
 from jsft.hardware import deviceless
+from jsft.hardware.mesh import make_mesh
+from jsft.models.families import abstract_parameters
 from jsft.models.float8 import linear_float8, quantized_input
 from jsft.models.layers import linear
 from jsft.models.published import PUBLISHED
 from jsft.planning import program_memory
 from jsft.planning.memory import estimate, planned_mesh
+from jsft.step.components import Components, arguments, programs
+from jsft.step.flushed import make_flushed
+from jsft.step.optimizer import initial_state
 
 needs_plugin = pytest.mark.skipif(not deviceless.available(), reason="needs JAX's CUDA plugin: pip install jax[cuda13]")
 PLAN = ["--config", "configs/qwen3_4b.py:math_cot_ep8", "--compile"]
@@ -117,7 +123,9 @@ def test_short_products_with_slices_of_weights_are_autotuned():
 @needs_plugin
 @pytest.mark.parametrize("devices", [1, 2])
 def test_linears_in_float8_are_three_cublas_products_of_float8(devices):
-    """It gets the scales too. The compiler makes the transposed copies; sharded weights travel as bytes."""
+    """It gets the scales too. A kernel makes the transposed copies; sharded weights travel as bytes, their largest value
+    before them.
+    """
     mesh = Mesh(np.array(deviceless.gpus("h200", devices)), ("fsdp",))
     sharded = devices > 1
 
@@ -135,11 +143,42 @@ def test_linears_in_float8_are_three_cublas_products_of_float8(devices):
     lowered = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",))
     text = lowered.compile(compiler_options=deviceless.COMPILER_OPTIONS).as_text()
     assert text.count('custom_call_target="__cublas$lt$matmul$f8"') == 3
+    assert text.count('custom_call_target="mosaic_gpu') == 3  # dy both ways, x and W transposed
     gathers = [line for line in text.splitlines() if " all-gather-start(" in line or " all-gather(" in line]
     assert len(gathers) == (1 if sharded else 0)  # of values alone
     assert all("u8[4096,2048]" in line and "f32" not in line and "bf16" not in line for line in gathers)
     maxima = [line for line in text.splitlines() if " all-reduce-start(" in line or " all-reduce(" in line]
-    assert len(maxima) == len(gathers) and all("bf16[1]" in line for line in maxima)
+    assert len(maxima) == len(gathers) and all("f32[1,1,1]" in line for line in maxima)
+
+
+@needs_plugin
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["add_gradients", "flushed"])
+def test_unrolled_layers_hold_no_float8_weights_but_their_own(program):
+    """A layer adds to the temporaries its saved input alone: the compiler would quantise several layers at once."""
+    same = dict.fromkeys(("precision__params", "precision__moments", "precision__gradients"), "bfloat16")
+    config = small_config(precision__matmul="float8", fidelity="best", train__unroll_layers=True, **same)
+    mesh = make_mesh(devices=deviceless.gpus("h200", 1))
+
+    def needed(layers):
+        sizes = dict(hidden_size=2048, num_layers=layers, num_heads=16, num_kv_heads=8, intermediate_size=8192)
+        model = dataclasses.replace(PUBLISHED["qwen3_14b"], vocab_size=4096, **sizes)
+        state = initial_state(abstract_parameters(model, mesh, jnp.bfloat16), config)
+        shardings = jax.tree.map(lambda p: p.sharding, state.parameters)
+        data = SimpleNamespace(total_steps=1, lengths=())
+        parts = Components(config, None, model, mesh, state, shardings, data, 1)
+        jitted = programs(parts, "full")
+        given = arguments(parts, jitted)["add_gradients"]
+        if program == "flushed":
+            traced = make_flushed(parts, "full").trace(state.parameters, given[1])
+        else:
+            traced = jitted.add_gradients.trace(*given)
+        compiled = traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=deviceless.COMPILER_OPTIONS)
+        kept = estimate(model, config, mesh, "full").kept
+        return compiled.memory_analysis().temp_size_in_bytes - kept
+
+    layer = 2048 * (2 * 2048 + 2 * 1024) + 3 * 2048 * 8192  # bytes in float8
+    assert (needed(8) - needed(4)) / 4 < 0.3 * layer
 
 
 def test_without_the_plugin_it_says_what_to_install(monkeypatch):
