@@ -38,6 +38,11 @@ def test_a_run_says_its_model_data_duration_and_hyperparameters(tmp_path):
     assert rows == {"optimizer.learning_rate": "1e-05", "train.global_batch": "32", "train.epochs": "2"}
 
 
+def test_a_run_says_whether_its_products_were_float8(tmp_path):
+    run = read_runs([write_run(tmp_path / "one", precision__matmul="float8")])
+    assert dict(settings_table(run).rows)["precision.matmul"] == "float8"
+
+
 def test_runs_of_one_name_are_told_apart_by_the_fields_that_differ(tmp_path):
     rates = {"a": 1e-5, "b": 3e-5}
     paths = [

@@ -23,6 +23,7 @@ _SHOWN = (  # of a single run, in this order
     "fidelity",
     "precision.params",
     "precision.compute",
+    "precision.matmul",
 )
 # Fields that say where a run kept things and when it looked, not what it learnt from.
 _NO_DIFFERENCE = re.compile(r"checkpoint\.|log\.|eval\.|data\.(eval|cache_dir|workers)|train\.\w+_(seconds|minutes)")
