@@ -2,8 +2,9 @@
 
 Every operand is e4m3 with one scale, taken from the values at hand (no history: a step stays a function of its inputs).
 The scale is a power of two, for three reasons. It multiplies without rounding, so that cuBLASLt may apply it to the
-sums. Rounding to e4m3 does not depend on it, but for values small enough to become subnormal: those below 2^-14.8 of
-the largest. And it is found in the bits of a float32, the same on every device.
+sums. Rounding to e4m3 does not depend on it, but for values small enough to become subnormal: those below 2^-13.8 of
+the largest, or 2^-14.8 where that is 448 times the scale. And it is found in the bits of a float32, the same on
+every device.
 
 | product | sums over | operands |
 |---|---|---|
@@ -217,16 +218,17 @@ def _linear_forward(x, quantized, weight, full, sharded, reduce_dtype, probe):
 
 def _linear_backward(sharded, reduce_dtype, residuals, g):
     quantized, weight, full, counts = residuals
-    by_token = quantize(_rows(g), both=True)
-    dweight = _weight_gradient(by_token, quantized, weight, sharded, reduce_dtype)
-    return _input_gradient(g, by_token, weight, full, sharded), None, dweight, None, _all_counts(counts, g, by_token)
+    quantized_g = quantize(_rows(g), both=True)
+    dweight = _weight_gradient(quantized_g, quantized, weight, sharded, reduce_dtype)
+    dx = _input_gradient(g, quantized_g, weight, full, sharded)
+    return dx, None, dweight, None, _all_counts(counts, g, quantized_g)
 
 
 linear_float8.defvjp(_linear_forward, _linear_backward)
 
 
-def _input_gradient(g, by_token, weight, full, sharded):
-    dx = _product(by_token, _transpose(_full(weight, full, sharded)), g.dtype)
+def _input_gradient(g, quantized_g, weight, full, sharded):
+    dx = _product(quantized_g, _transpose(_full(weight, full, sharded)), g.dtype)
     return dx.reshape(*g.shape[:-1], dx.shape[-1])
 
 
@@ -262,10 +264,10 @@ def _swiglu_linear_forward(gate, up, weight, full, sharded, reduce_dtype, probe)
 
 def _swiglu_linear_backward(sharded, reduce_dtype, residuals, g):
     gate, up, weight, full, counts = residuals
-    by_token = quantize(_rows(g), both=True)
-    hidden, dgate, dup = swiglu_and_gradients(gate, up, _input_gradient(g, by_token, weight, full, sharded))
-    dweight = _weight_gradient(by_token, quantized_input(hidden, both=True), weight, sharded, reduce_dtype)
-    return dgate, dup, dweight, None, _all_counts(counts, g, by_token)
+    quantized_g = quantize(_rows(g), both=True)
+    hidden, dgate, dup = swiglu_and_gradients(gate, up, _input_gradient(g, quantized_g, weight, full, sharded))
+    dweight = _weight_gradient(quantized_g, quantized_input(hidden, both=True), weight, sharded, reduce_dtype)
+    return dgate, dup, dweight, None, _all_counts(counts, g, quantized_g)
 
 
 swiglu_linear_float8.defvjp(_swiglu_linear_forward, _swiglu_linear_backward)

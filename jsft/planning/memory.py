@@ -139,7 +139,7 @@ def saved_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int, pall
         saved += tokens * 4 * model.num_heads
     if everything and (pallas or float8):  # attention's output twice: as the kernel wrote it, as the product reads it
         saved += tokens * (1 if float8 else itemsize) * model.query_size
-    if everything and float8:  # XLA makes the transposed copies in the forward pass, and saves them beside the others
+    if everything and float8:  # the transposed copies, which are made and saved with the others
         operands = [name for name, value in REMAT_NAMES.items() if value.operand]
         saved += tokens * (saved_position(model, operands, itemsize, float8) + model.query_size)
     if everything and not pallas and itemsize < 4:  # plain XLA attention saves keys and values in float32 instead
