@@ -47,6 +47,16 @@ def check_agreement(link: PeerLink, components: Components) -> None:
     link.agree(facts, waiting_for="it may still be preparing its data")
 
 
+def check_choices(link: PeerLink, remat: str, gather: str) -> None:
+    """Raises ConfigError, on every process, where remat=auto or mesh.gather=auto chose otherwise on one of them.
+
+    They follow from the memory of a process's devices and host. Other programs would wait for each other for ever.
+    """
+    facts = {"remat (its devices' or host's memory differs; set remat)": remat}
+    facts["mesh.gather (its devices' memory differs; set mesh.gather)"] = gather
+    link.agree(facts, waiting_for="it may still be compiling")
+
+
 def check_workdir(link: PeerLink, workdir: Path, owner: str) -> None:
     """Raises ConfigError, on every process, where `workdir` is not the folder that process 0 has locked.
 

@@ -24,7 +24,7 @@ from jsft.hf.load import load_parameters
 from jsft.models.flops import matmul_parameters, step_flops
 from jsft.planning.remat import advise_out_of_memory, choose_gather, choose_remat
 from jsft.run import checkpoint
-from jsft.run.agreement import check_agreement, check_workdir
+from jsft.run.agreement import check_agreement, check_choices, check_workdir
 from jsft.run.directory import RunDirectory, check_same_run
 from jsft.run.loop import Loop
 from jsft.run.manifest import check_base, list_steps, read_manifest
@@ -64,6 +64,7 @@ class Supervision(NamedTuple):
     log: RunLog
     stop: StopRequest
     watchdog: Watchdog
+    link: PeerLink | None  # to the run's other processes, if any
 
     def status(self, state: str, step: int, reason: str = "") -> None:
         """Writes status.json on process 0."""
@@ -102,7 +103,7 @@ def train(config: ConfigDict, options: RunOptions, link: PeerLink | None = None)
         watchdog = Watchdog(workdir, jax.process_index(), 60 * config.train.hang_minutes, process_exit)
         try:
             with _device_errors(), explained(CheckpointError, f"the run in {workdir} had to end", RESUME_HINT):
-                _train(components, options, Supervision(directory, log, stop, watchdog))
+                _train(components, options, Supervision(directory, log, stop, watchdog, link))
         except Exception as error:
             if directory:
                 directory.status("failed", directory.last_step, " ".join(str(error).split())[:500])
@@ -147,6 +148,8 @@ def _train(components: Components, options: RunOptions, process: Supervision) ->
     at("choosing remat, which compiles")
     asked, remat = components, choose_remat(components, say)
     components = choose_gather(asked, remat, say)
+    if process.link:
+        check_choices(process.link, remat, components.config.mesh.gather)
     write_summary(components, options.name, workdir, remat, step, say)
     if process.directory:
         write_run_readme(components, options.name, workdir)

@@ -14,6 +14,7 @@ hang-step:K        step K never ends
 loader:K           the loader fails at step K
 least:SECONDS      the watchdog's least limit of a step
 oom:K              the device runs out of memory in step K
+remat:NAMES        remat=auto chooses these
 """
 
 import os
@@ -60,8 +61,10 @@ def install() -> None:
 
     from jsft.cluster import watchdog
     from jsft.data import cache, loader
-    from jsft.run import checkpoint, loop
+    from jsft.run import checkpoint, loop, run
 
+    if "remat" in FAULTS:
+        run.choose_remat = lambda components, say: FAULTS["remat"]
     if "least" in FAULTS:
         watchdog.Watchdog.__init__.__kwdefaults__["least_seconds"] = float(FAULTS["least"])
 

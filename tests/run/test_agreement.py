@@ -49,6 +49,20 @@ def test_one_folder_under_two_paths_is_one_and_two_folders_are_refused(tmp_path,
             assert isinstance(result, ConfigError) and "disagree on the folder of --workdir" in str(result), result
 
 
+def test_another_choice_on_one_process_is_refused_on_all():
+    def check(remats, gathers):
+        links = open_all(2)
+        results = together(links, lambda link: agreement.check_choices(link, remats[link.rank], gathers[link.rank]))
+        close_all(links)
+        return results
+
+    assert check(["none", "none"], ["step", "step"]) == [None, None]
+    for result in check(["none", "full"], ["layer", "layer"]):
+        assert isinstance(result, ConfigError) and "disagree on remat" in str(result) and "full" in str(result)
+    for result in check(["none", "none"], ["step", "layer"]):
+        assert isinstance(result, ConfigError) and "disagree on mesh.gather" in str(result)
+
+
 def start_each(tiny, workdir, flags, faults=("", "")):
     """A process with each of `flags`, of four devices. Returns [(process, log)] by rank."""
     port = processes.free_port()
@@ -114,6 +128,12 @@ def test_processes_that_disagree_in_ten_ways_are_refused_within_a_minute(tiny, t
         started = start_each(tiny, tmp_path / f"run{i}", [(), tuple(flags)])
         assert assert_refused(started, words) < 60 + agreement._SHARED_DISK_SECONDS * ("folder" in words)
         assert not list((tmp_path / f"run{i}").glob("checkpoints/*"))
+
+
+@pytest.mark.slow
+def test_processes_whose_memory_leads_to_other_programs_are_refused(tiny, tmp_path):
+    started = start_each(tiny, tmp_path / "run", [(), ()], faults=("", "remat:full"))
+    assert_refused(started, "disagree on remat", "set remat")
 
 
 @pytest.mark.slow
