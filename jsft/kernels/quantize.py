@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jsft.kernels import rows
+from jsft.kernels.rows import over_rows
 
 FLOAT8 = jnp.float8_e4m3fn
 BLOCK = 128  # rows and columns of a program
@@ -31,24 +32,30 @@ def quantize_transposed(
 ) -> tuple[jax.Array | None, jax.Array]:
     """(x * inverse in FLOAT8 [M, N], or None unless `plain`; the same transposed, [N, M]).
 
-    x: [M, N] as `fits` says, FLOAT8 or wider; inverse: float32 scalar. Products above the largest FLOAT8 become it; NaN
+    x: [M, N] as `fits` says, FLOAT8 or wider; inverse: float32 [M], for each row, or a scalar. Products above the largest FLOAT8 become it; NaN
     stays NaN. Raises ValueError for a shape that does not fit.
     """
     if not fits(x.shape):
         raise ValueError(f"x: {BLOCK} must divide both sizes of a matrix, not {x.shape}")
-    M, N = x.shape
+    (M, N), by_row = x.shape, inverse.ndim == 1
     layout, layout_transposed = _layouts()
 
     def kernel(x_ref, inverse_ref, *out_refs):
         at = [pl.ds(lax.axis_index(name) * BLOCK, BLOCK) for name in ("rows", "columns")]
-        values = rows.load(x_ref.at[*at], layout) * inverse_ref[0]
+        if by_row:
+            inverse = over_rows(rows.load(inverse_ref.at[at[0]], layout.reduce((1,))), (BLOCK, BLOCK))
+        else:  # a register of each thread, where rows need 32
+            inverse = inverse_ref[0]
+        values = rows.load(x_ref.at[*at], layout) * inverse
         both = _rounded_both_ways(values, layout, layout_transposed, interpret)
         if plain:
             rows.store(out_refs[0].at[*at], both[0])
         rows.store(out_refs[-1].at[*at[::-1]], both[1])
 
     out = [jax.ShapeDtypeStruct((M, N), FLOAT8)] * plain + [jax.ShapeDtypeStruct((N, M), FLOAT8)]
-    made = rows.call(kernel, out, "quantize", interpret, columns=N // BLOCK, rows=M // BLOCK)(x, inverse[None])
+    made = rows.call(kernel, out, "quantize", interpret, columns=N // BLOCK, rows=M // BLOCK)(
+        x, jnp.broadcast_to(inverse, M)
+    )
     return made[0] if plain else None, made[-1]
 
 

@@ -65,12 +65,15 @@ class LayerWeights:
     def __getitem__(self, name: str) -> jax.Array:
         return self._local[name]
 
-    def input(self, x: jax.Array, name: str) -> tuple[jax.Array, Quantized | None]:
-        """(x, x in float8 or None) as `project` takes it. remat saves under `name` the one that its products read."""
+    def input(self, x: jax.Array, name: str, by_token: bool = False) -> tuple[jax.Array, Quantized | None]:
+        """(x, x in float8 or None) as `project` takes it. remat saves under `name` the one that its products read.
+
+        by_token: as in `quantized_input`.
+        """
         if not self._options.float8:
             return checkpoint_name(x, name), None
         named = functools.partial(checkpoint_name, name=name)
-        quantized = through_bytes(quantized_input(x, self._saves_both), named)
+        quantized = through_bytes(quantized_input(x, self._saves_both, by_token), named)
         return x, quantized._replace(scale=named(quantized.scale))
 
     def project(self, x: jax.Array, name: str, quantized: Quantized | None = None) -> jax.Array:
@@ -90,7 +93,7 @@ class LayerWeights:
     def project_swiglu(self, gate: jax.Array, up: jax.Array, name: str) -> jax.Array:
         """`project` of silu(gate) * up. That product is recomputed by the backward pass, unless remat names it."""
         if self._options.saves("mlp_hidden"):
-            hidden, quantized = self.input(swiglu(gate, up), "mlp_hidden")
+            hidden, quantized = self.input(swiglu(gate, up), "mlp_hidden", by_token=True)
             return self.project(hidden, name, quantized)
         if self._options.float8:
             return swiglu_linear_float8(gate, up, *self._weight(name), self._local.get(probe_name(name)))

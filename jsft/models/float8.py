@@ -12,6 +12,9 @@ every device.
 | gradient of x = dy W | output features | dy, W transposed |
 | gradient of W = dy^T x | tokens | dy transposed, x transposed |
 
+The input of the down projection, which no norm has tamed, has a scale for each token. It multiplies the rows of y after
+the product, and those of dy before the product that makes the gradient of W.
+
 A transposed operand is a copy: the tensor cores read float8 with the summed axis last. Saved for the backward pass is x
 as the first product reads it; where nothing is recomputed, also transposed. W is quantised by each layer, or once a
 step (mesh.gather=step); what devices gather is the quantised W. A value that is not finite makes its whole array NaN, so
@@ -25,11 +28,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jsft.kernels import quantize as kernel
 from jsft.kernels.devices import kernels_unavailable, target_device
 from jsft.kernels.quantize import FLOAT8
 from jsft.models.layers import FSDP, swiglu, swiglu_and_gradients
+from jsft.models.remat import SCALE
 
 LARGEST = 448  # of FLOAT8
 # What a linear's `probe` counts: of each kind the values that are zero in FLOAT8 alone, then those that were not zero.
@@ -41,8 +46,8 @@ _CARRY = 0x1FFFFF  # carries a mantissa above 1.75 = 448 / 2^8 into the exponent
 class Quantized(NamedTuple):
     """A matrix as values * scale.
 
-    values: FLOAT8 [..., M, K]; scale: float32 powers of two [..., 1, 1]; transposed: the values [..., K, M], or None:
-    they are made where they are needed.
+    values: FLOAT8 [..., M, K]; scale: float32 powers of two [..., 1, 1], or [M, 1] from `quantized_input` by token;
+    transposed: the values [..., K, M], or None: they are made where they are needed.
     """
 
     values: jax.Array
@@ -62,9 +67,13 @@ def quantize(x: jax.Array, both: bool = False) -> Quantized:
 
 
 def _quantized(x: jax.Array, largest: jax.Array, both: bool = False) -> Quantized:
-    scale, inverse = _scales(largest.astype(jnp.float32))
+    return _scaled(x, *_scales(largest.astype(jnp.float32)), both)
+
+
+def _scaled(x: jax.Array, scale: jax.Array, inverse: jax.Array, both: bool) -> Quantized:
     if both and _kernel_takes(x):
-        values, transposed = kernel.quantize_transposed(x, inverse.reshape(()), plain=True)
+        inverse = inverse[:, 0] if len(inverse) > 1 else inverse.reshape(())
+        values, transposed = kernel.quantize_transposed(x, inverse, plain=True)
         return Quantized(values, scale, transposed)
     made = Quantized((x * inverse.astype(x.dtype)).astype(FLOAT8), scale)
     return with_transposed(made) if both else made
@@ -135,18 +144,24 @@ def through_bytes(x: Quantized, move: Callable[[jax.Array], jax.Array]) -> Quant
 
 def _product(a: Quantized, b: Quantized, dtype: jnp.dtype) -> jax.Array:
     """a [M, K] @ b [N, K]^T: [M, N], float32 sums rounded to `dtype`."""
-    # On a GPU the compiler makes one call of cuBLASLt of this, which reads FLOAT8 and scales the sums.
+    # On a GPU the compiler makes one call of cuBLASLt of this, which reads FLOAT8 and scales the sums. Scales of rows
+    # follow, in a pass of their own: powers of two, they round nothing.
+    rows = a.scale if len(a.scale) > 1 else None
+    a = a if rows is None else a._replace(scale=jnp.ones_like(b.scale))
     wide, sums = (jnp.bfloat16, dtype) if target_device().platform == "gpu" else (jnp.float32, jnp.float32)
     y = lax.dot_general(a.wide(wide), b.wide(wide), (((1,), (1,)), ((), ())), preferred_element_type=sums)
-    return y.astype(dtype)
+    y = y.astype(dtype)
+    return y if rows is None else (y.astype(jnp.float32) * rows).astype(dtype)
 
 
-def quantized_input(x: jax.Array, both: bool = False) -> Quantized:
+def quantized_input(x: jax.Array, both: bool = False, by_token: bool = False) -> Quantized:
     """x [..., in] as `linear_float8` takes it, [tokens, in], without a gradient. Several linears may share it.
 
-    both: as in `quantize`; for the backward pass, where this is saved.
+    both: as in `quantize`; for the backward pass, where this is saved. by_token: a scale for each token, for inputs
+    that no norm has tamed: trained models have tokens with values of 10,000 times the others'.
     """
-    return quantize(_rows(lax.stop_gradient(x)), both)
+    x = _rows(lax.stop_gradient(x))
+    return _quantized(x, jnp.max(jnp.abs(x), axis=-1 if by_token else (-2, -1), keepdims=True), both)
 
 
 def _rows(x: jax.Array) -> jax.Array:
@@ -219,7 +234,7 @@ def _linear_forward(x, quantized, weight, full, sharded, reduce_dtype, probe):
 def _linear_backward(sharded, reduce_dtype, residuals, g):
     quantized, weight, full, counts = residuals
     quantized_g = quantize(_rows(g), both=True)
-    dweight = _weight_gradient(quantized_g, quantized, weight, sharded, reduce_dtype)
+    dweight = _weight_gradient(g, quantized_g, quantized, weight, sharded, reduce_dtype)
     dx = _input_gradient(g, quantized_g, weight, full, sharded)
     return dx, None, dweight, None, _all_counts(counts, g, quantized_g)
 
@@ -232,9 +247,12 @@ def _input_gradient(g, quantized_g, weight, full, sharded):
     return dx.reshape(*g.shape[:-1], dx.shape[-1])
 
 
-def _weight_gradient(g, x, weight, sharded, reduce_dtype):
-    """g [tokens, out], x [tokens, in]: both quantised."""
-    dweight = _product(_transpose(g), _transpose(x), reduce_dtype)
+def _weight_gradient(g, quantized_g, x, weight, sharded, reduce_dtype):
+    """quantized_g: of g; x: the quantised input [tokens, in]."""
+    if len(x.scale) > 1:  # the sum is over tokens: their scales multiply the gradient's rows instead
+        quantized_g = quantize(_rows(g) * x.scale.astype(g.dtype), both=True)
+        x = x._replace(scale=jnp.ones_like(quantized_g.scale))
+    dweight = _product(_transpose(quantized_g), _transpose(x), reduce_dtype)
     if sharded:
         dweight = lax.psum_scatter(dweight, FSDP, tiled=True)
     return dweight.astype(weight.dtype)
@@ -250,23 +268,27 @@ def swiglu_linear_float8(
     reduce_dtype: jnp.dtype,
     probe: jax.Array | None = None,
 ) -> jax.Array:
-    """`linear_float8` of `swiglu`, which the backward pass recomputes: see `jsft.models.layers.swiglu_linear`."""
+    """`linear_float8` of `swiglu`, by token. The backward pass recomputes it: see `jsft.models.layers.swiglu_linear`."""
     hidden = swiglu(gate, up)
-    return linear_float8(hidden, quantized_input(hidden), weight, full, sharded, reduce_dtype)
+    return linear_float8(hidden, quantized_input(hidden, by_token=True), weight, full, sharded, reduce_dtype)
 
 
 def _swiglu_linear_forward(gate, up, weight, full, sharded, reduce_dtype, probe):
     hidden = swiglu(gate, up)
-    quantized = quantized_input(hidden)
+    quantized = quantized_input(hidden, by_token=True)
+    # Saved whatever is recomputed: a maximum of each token would be one more pass over gate and up.
+    scale = checkpoint_name(quantized.scale, SCALE)
     counts = _forward_counts(hidden, quantized, weight, sharded, probe)
-    return linear_float8(hidden, quantized, weight, full, sharded, reduce_dtype), (gate, up, weight, full, counts)
+    y = linear_float8(hidden, quantized._replace(scale=scale), weight, full, sharded, reduce_dtype)
+    return y, (gate, up, scale, weight, full, counts)
 
 
 def _swiglu_linear_backward(sharded, reduce_dtype, residuals, g):
-    gate, up, weight, full, counts = residuals
+    gate, up, scale, weight, full, counts = residuals
     quantized_g = quantize(_rows(g), both=True)
     hidden, dgate, dup = swiglu_and_gradients(gate, up, _input_gradient(g, quantized_g, weight, full, sharded))
-    dweight = _weight_gradient(quantized_g, quantized_input(hidden, both=True), weight, sharded, reduce_dtype)
+    hidden = _scaled(_rows(hidden), scale, 1 / scale, both=True)  # 1 / scale is exact
+    dweight = _weight_gradient(g, quantized_g, hidden, weight, sharded, reduce_dtype)
     return dgate, dup, dweight, None, _all_counts(counts, g, quantized_g)
 
 

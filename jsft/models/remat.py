@@ -44,6 +44,7 @@ REMAT_NAMES = {
     "mlp_hidden": SavedValue("silu(gate) * up, input of the down projection", "intermediate_size", operand=True),
 }
 
+SCALE = "float8_scale"  # of each token of a recomputed float8 input: saved always, 4 bytes a token
 _HOST = "@host"
 
 
@@ -105,7 +106,7 @@ def repeats_attention(names: Sequence[str]) -> bool:
 def checkpoint_policy(names: Sequence[str]) -> Callable[..., object]:
     """The policy of `jax.checkpoint` that saves `names`."""
     return jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=list(saved_on_device(names)),
+        names_which_can_be_saved=[*saved_on_device(names), SCALE],
         names_which_can_be_offloaded=list(saved_on_host(names)),
         offload_src="device",
         offload_dst="pinned_host",

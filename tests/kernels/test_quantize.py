@@ -40,6 +40,15 @@ def test_both_copies_are_rounded_to_nearest(interpret, dtype, plain):
         np.testing.assert_array_equal(np.asarray(values).astype(np.float32), right)
 
 
+def test_each_row_may_have_its_own_scale(interpret):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(256, 128)), jnp.bfloat16)
+    inverse = jnp.exp2(jnp.arange(256, dtype=jnp.float32) % 7)
+    values, transposed = quantize_transposed(x, inverse, plain=True, interpret=interpret)
+    right = expected(np.asarray(x, np.float32) * np.asarray(inverse)[:, None], 1)
+    np.testing.assert_array_equal(np.asarray(values).astype(np.float32), right)
+    np.testing.assert_array_equal(np.asarray(transposed).astype(np.float32).T, right)
+
+
 def test_bytes_that_are_float8_already_are_only_moved(interpret):
     x = jnp.asarray(np.clip(hard_values(128, 256), -448, 448), jnp.float32).astype(FLOAT8)
     values, transposed = quantize_transposed(x, jnp.float32(1), plain=False, interpret=interpret)

@@ -295,7 +295,44 @@ def test_the_gated_product_may_be_recomputed():
         return y, vjp(g)
 
     recomputed = both(lambda gate, up, weight: swiglu_linear_float8(gate, up, weight, None, False, jnp.float32))
-    assert_close(both(lambda gate, up, weight: linear(swiglu(gate, up), weight)), recomputed, 0.01)
+
+    def saved(gate, up, weight):
+        hidden = swiglu(gate, up)
+        return linear_float8(hidden, quantized_input(hidden, by_token=True), weight, None, False, jnp.float32)
+
+    assert_close(both(saved), recomputed, 0.01)
+
+
+@pytest.mark.parametrize("times", [1e3, 1e5, 1e7])
+def test_an_outlier_before_the_down_projection_costs_the_other_tokens_nothing(times):
+    """Its input has a scale for each token: no norm has tamed it."""
+    gate, up = (jnp.asarray(random(seed, TOKENS, IN), jnp.float32) for seed in (0, 3))
+    weight, g = jnp.asarray(random(1, OUT, IN), jnp.float32), jnp.asarray(random(2, TOKENS, OUT), jnp.float32)
+
+    def results(up, g):
+        y, vjp = jax.vjp(
+            lambda gate, up, w: swiglu_linear_float8(gate, up, w, None, False, jnp.float32), gate, up, weight
+        )
+        return y, *vjp(g)
+
+    silent = g.at[5].set(0)  # the outlier's own gradient, which would hide the others' in the weight's
+    calm, wild = results(up, silent), results(up.at[5].multiply(times), silent)
+    others = np.arange(TOKENS) != 5
+    for a, b in zip(calm[:3], wild[:3]):
+        np.testing.assert_array_equal(np.asarray(a)[others], np.asarray(b)[others])
+    np.testing.assert_array_equal(calm[3], wild[3])
+    exact = np.asarray(silent, np.float64).T @ np.asarray(swiglu(gate, up), np.float64)
+    assert np.linalg.norm(wild[3] - exact) <= 0.05 * np.linalg.norm(exact)
+
+
+def test_scales_of_tokens_multiply_the_gradient_where_the_sum_is_over_tokens():
+    x = random(0, TOKENS, IN) * 10.0 ** np.linspace(-2, 2, TOKENS)[:, None]
+    x, weight, g = (jnp.asarray(v, jnp.float32) for v in (x, random(1, OUT, IN), random(2, TOKENS, OUT)))
+    quantized = quantized_input(x, by_token=True)
+    assert quantized.scale.shape == (TOKENS, 1)
+    y, vjp = jax.vjp(lambda x, w: linear_float8(x, quantized, w, None, False, jnp.float32), x, weight)
+    for found, expected in zip((y, *vjp(g)), exact_products(x, weight, g)):
+        assert np.linalg.norm(found - expected) <= 0.05 * np.linalg.norm(expected)
 
 
 def test_a_saved_copy_keeps_its_largest_values():
