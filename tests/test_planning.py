@@ -20,12 +20,10 @@ from jsft.models.published import PUBLISHED
 from jsft.models.remat import LADDER, REMAT_NAMES, repeated_weights, saved_position
 from jsft.planning import fitting
 from jsft.planning.inputs import find_model
-from jsft.planning.memory import HEADROOM, estimate, parameter_sizes, planned_mesh, saved_bytes, sharded_layer_elements
+from jsft.planning.memory import HEADROOM, estimate, parameter_sizes, planned_mesh, sharded_layer_elements
 from jsft.planning.program_memory import compare
-from jsft.planning.quantising import quantising_bytes
 from jsft.planning.work import Lengths, checkpoint_bytes, plan_work, recomputed
 from jsft.run import preflight
-from jsft.step.gather_once import with_gather
 
 GIB = 2**30
 RECIPES = Path(__file__).parents[1] / "configs"
@@ -112,72 +110,18 @@ MEASURED = [
 ]
 
 
-@pytest.mark.parametrize("base, remat, measured, _", MEASURED)
-def test_time_agrees_with_measured_steps(base, remat, measured, _):
-    """Steps of two rows, each of three documents."""
+def step_of_two_rows(base, remat):
+    """The work of a step of one H200 with two rows, each of three documents."""
     config = make_config(data__pack_length=16384, data__max_length=16384, train__global_batch=6, **BFLOAT16)
     lengths = Lengths(1000, 16384 / 3, 5636, "recorded", micro_batches=2, padding=0.0)
-    work = plan_work(PUBLISHED[base], config, planned_mesh(config, 1), remat, lengths, find_device("h200"))
+    return plan_work(PUBLISHED[base], config, planned_mesh(config, 1), remat, lengths, find_device("h200"))
+
+
+@pytest.mark.parametrize("base, remat, measured, _", MEASURED)
+def test_time_agrees_with_measured_steps(base, remat, measured, _):
+    work = step_of_two_rows(base, remat)
     assert work.tokens / work.seconds == pytest.approx(measured, rel=0.03)
     assert work.collectives == {} and work.waiting_seconds == 0
-
-
-# One H200, jax 0.11.2, driver 580.159.04, 2026-12-01: steps of two rows of 16,384 in one call, in float8 and in bfloat16
-# (scripts/bench_step.py): what was saved, mesh.gather in float8, seconds of both.
-MEASURED_FLOAT8 = [
-    ("qwen3_4b", "none", "step", 1.285, 1.680),
-    ("qwen3_8b", LADDER[1], "step", 2.002, 2.801),
-    ("qwen3_14b", LADDER[6], "layer", 4.119, 5.538),
-]
-
-
-@pytest.mark.parametrize("base, remat, gather, float8, bfloat16", MEASURED_FLOAT8)
-def test_time_agrees_with_measured_steps_in_float8(base, remat, gather, float8, bfloat16):
-    """Six documents of 4,372 to 6,954 tokens."""
-    lengths = Lengths(1000, 32768 / 6, 5634, "recorded", micro_batches=2, padding=0.0)
-    for matmul, measured in (("float8", float8), ("bfloat16", bfloat16)):
-        fields = dict(precision__matmul=matmul, mesh__gather=gather, fidelity="best", train__global_batch=6, **BFLOAT16)
-        config = make_config(data__pack_length=16384, data__max_length=16384, **fields)
-        work = plan_work(PUBLISHED[base], config, planned_mesh(config, 1), remat, lengths, find_device("h200"))
-        assert work.seconds == pytest.approx(measured, rel=0.05)
-        assert (work.quantising_seconds > 0) == (matmul == "float8")
-
-
-def test_a_card_without_float8_multiplies_at_the_rate_of_bfloat16():
-    lengths, seconds = Lengths(1000, 5461, 5634, "recorded", micro_batches=2, padding=0.0), {}
-    for card in ("a100", "h100"):
-        for matmul in ("bfloat16", "float8"):
-            config = make_config(fidelity="best", precision__matmul=matmul, attention__implementation="xla")
-            work = plan_work(PUBLISHED["qwen3_4b"], config, planned_mesh(config, 1), "none", lengths, find_device(card))
-            seconds[card, matmul] = work.compute_seconds - work.quantising_seconds
-    assert seconds["a100", "float8"] == pytest.approx(seconds["a100", "bfloat16"])
-    assert seconds["h100", "float8"] < seconds["h100", "bfloat16"]
-
-
-def test_bytes_that_quantising_moves():
-    """By hand for Qwen3-8B in bfloat16 weights: D = Q = 4,096, KV 1,024, F 12,288. A value read twice and written once is
-    5 bytes, twice 6.
-    """
-    model = PUBLISHED["qwen3_8b"]
-    config = make_config(precision__matmul="float8", fidelity="best", mesh__gather="layer", **BFLOAT16)
-    step = with_gather(config, "step")
-    weights = 36 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288)
-
-    def moved(config, remat, tokens, devices=1):
-        return quantising_bytes(model, config, planned_mesh(config, devices), remat, tokens, micro_batches=3)
-
-    assert moved(step, "none", 0) == weights * (5 + 2)
-    assert moved(config, "none", 0) == 3 * weights * (2 * 5 + 2)
-    assert moved(step, "none", 0, devices=8) == weights * (5 / 8 + 2)
-    gradients = 6 * (4096 + 2 * 1024 + 2 * 12288 + 2 * 4096)
-    inputs = {
-        "none": 6 * (3 * 4096 + 12288),
-        "full": (5 + 5 + 2) * 3 * 4096 + (5 + 6) * 12288,
-        "attention_input,mlp_hidden": (5 + 2) * (4096 + 12288) + (5 + 5 + 2) * 2 * 4096,
-    }
-    for remat, size in inputs.items():
-        assert moved(step, remat, 100) - moved(step, remat, 0) == 36 * 100 * (gradients + size)
-    assert quantising_bytes(model, make_config(), planned_mesh(config, 1), "none", 100, 3) == 0
 
 
 def test_what_is_saved_on_the_host_is_not_recomputed():
@@ -195,9 +139,7 @@ ON_HOST = [
 
 @pytest.mark.parametrize("base, remat, measured, waits", ON_HOST)
 def test_a_step_waits_for_the_host_where_its_transfers_last_longer_than_a_pass(base, remat, measured, waits):
-    config = make_config(data__pack_length=16384, data__max_length=16384, train__global_batch=6, **BFLOAT16)
-    lengths = Lengths(1000, 16384 / 3, 5636, "recorded", micro_batches=2, padding=0.0)
-    work = plan_work(PUBLISHED[base], config, planned_mesh(config, 1), remat, lengths, find_device("h200"))
+    work = step_of_two_rows(base, remat)
     assert work.tokens / work.seconds == pytest.approx(measured, rel=0.03)
     assert work.host_seconds == pytest.approx(waits, abs=0.1)
 
@@ -335,36 +277,6 @@ def test_what_a_saved_value_spares():
     assert {name: size for name, size in spared.items() if size} == products
     assert repeated_weights(model, ("query", "query_projection")) == everything - 4096 * 4096
     assert saved_position(model, ("attention_lse", "value", "gate"), 2) == 2 * (1024 + 12288)
-
-
-def test_float8_halves_what_is_saved_of_the_linears_inputs_and_what_is_gathered():
-    """By hand for Qwen3-8B: D 4,096, F 12,288."""
-    model = PUBLISHED["qwen3_8b"]
-    names = ("attention_input", "mlp_input", "mlp_hidden", "gate")
-    assert saved_position(model, names, 2) == 2 * (2 * 4096 + 2 * 12288)
-    assert saved_position(model, names, 2, float8=True) == 2 * 4096 + 12288 + 2 * 12288
-    wide, narrow = (small_plan(matmul, "layer") for matmul in ("bfloat16", "float8"))
-    moved = [found[1]["all-gather"][1] for found in (wide, narrow)]
-    assert narrow[0].kept == wide[0].kept  # with remat=none the backward pass gets transposed copies too
-    assert narrow[0].whole == wide[0].whole == 0 and moved[1] < 0.6 * moved[0]
-    saved = [saved_bytes(model, ",".join(names), 1000, 2, True, float8) for float8 in (False, True)]
-    assert saved[0] - saved[1] == 1000 * (2 * 4096 + 12288)
-    once = small_plan("float8", "step")
-    matrices = 36 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 12288)
-    assert once[0].whole == 2 * matrices  # two forms of a byte
-
-
-def small_plan(matmul: str, gather: str):
-    """(memory, collectives) of Qwen3-8B on eight devices."""
-    config = schema.default_config()
-    config.model.path, config.data.train = "model", "data"
-    config.precision.matmul, config.mesh.gather = matmul, gather
-    config, model = schema.resolve(config), PUBLISHED["qwen3_8b"]
-    mesh = planned_mesh(config, 8)
-    lengths = Lengths(20480, 6600, 8500, "assumed")
-    return estimate(model, config, mesh, "none"), plan_work(
-        model, config, mesh, "none", lengths, find_device("H200")
-    ).collectives
 
 
 def test_the_peak_of_devices_is_that_of_their_cards():

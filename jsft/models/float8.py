@@ -12,7 +12,7 @@ every device.
 | gradient of x = dy W | output features | dy, W transposed |
 | gradient of W = dy^T x | tokens | dy transposed, x transposed |
 
-The input of the down projection, which no norm has tamed, has a scale for each token. It multiplies the rows of y after
+The input of the down projection does not come from a norm, and has a scale for each token. It multiplies the rows of y after
 the product, and those of dy before the product that makes the gradient of W.
 
 A transposed operand is a copy: the tensor cores read float8 with the summed axis last. Saved for the backward pass is x
@@ -158,7 +158,7 @@ def quantized_input(x: jax.Array, both: bool = False, by_token: bool = False) ->
     """x [..., in] as `linear_float8` takes it, [tokens, in], without a gradient. Several linears may share it.
 
     both: as in `quantize`; for the backward pass, where this is saved. by_token: a scale for each token, for inputs
-    that no norm has tamed: trained models have tokens with values of 10,000 times the others'.
+    that do not come from a norm: in trained models a token may have values 10,000 times as large as the others'.
     """
     x = _rows(lax.stop_gradient(x))
     return _quantized(x, jnp.max(jnp.abs(x), axis=-1 if by_token else (-2, -1), keepdims=True), both)

@@ -1,7 +1,8 @@
 """Bytes that travel through a device's memory to quantise for float8 products: what `jsft.models.float8` does.
 
 Read for the largest value, read again and written: weights, inputs of the linears, gradients of their outputs. Where two
-products read an array, it is also written transposed: in the same pass, or by one that reads what was quantised.
+products read an array, it is also written transposed: in the same pass, or by one that reads what was quantised. Not
+counted are the passes for the token scales of the down projection, 0.8 % of a step of Qwen3-4B.
 """
 
 import jax.numpy as jnp

@@ -52,8 +52,8 @@ def check_choices(link: PeerLink, remat: str, gather: str) -> None:
 
     They follow from the memory of a process's devices and host. Other programs would wait for each other for ever.
     """
-    facts = {"remat (its devices' or host's memory differs; set remat)": remat}
-    facts["mesh.gather (its devices' memory differs; set mesh.gather)"] = gather
+    facts = {"remat (chosen from the memory of devices and host; set remat)": remat}
+    facts["mesh.gather (chosen from the memory of the devices; set mesh.gather)"] = gather
     link.agree(facts, waiting_for="it may still be compiling")
 
 
