@@ -52,6 +52,18 @@ def test_recipes_resolve():
         assert config.fidelity == modes.get(recipe.removesuffix("_tiny"), "best")
 
 
+@pytest.mark.parametrize(
+    "options, layers", [((), 10), (("--tiny",), 2), (("--size", "qwen3_4b"), 36)], ids=["neither", "tiny", "size"]
+)
+def test_the_base_model_has_the_size_that_the_options_name(monkeypatch, tmp_path, options, layers):
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "proof")
+    models = module_of(ROOT / "scripts" / "proof" / "models.py")
+    monkeypatch.setattr(sys, "argv", ["models.py", "countdown", "train.parquet", str(tmp_path / "base"), *options])
+    made = []
+    monkeypatch.setattr(models, "countdown", lambda data, out, sizes: made.append(sizes["layers"]))
+    assert models.main() == 0 and made == [layers]
+
+
 def test_float8_criteria_hold_or_not():
     figures = module_of(ROOT / "scripts" / "proof" / "figures.py")
     learnt = lambda loss, held=1.0, solved=0.5: figures.Learnt(672, loss, held, {"mean": solved, "ci95": (0.4, 0.6)})

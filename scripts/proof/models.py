@@ -107,8 +107,10 @@ def main() -> int:
     one = kinds.add_parser("countdown")
     one.add_argument("data", type=Path)
     one.add_argument("out", type=Path)
+    # Of two options with one destination, argparse takes the first one's default: both leave theirs to the parser.
     one.add_argument("--tiny", dest="size", action="store_const", const="tiny")
-    one.add_argument("--size", choices=SIZES, default="large")
+    one.add_argument("--size", choices=SIZES)
+    one.set_defaults(size="large")
     kinds.add_parser("pair").add_argument("out", type=Path)
     args = parser.parse_args()
     if args.out.exists():
