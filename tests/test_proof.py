@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import jsft
 from jsft import config as schema
+from jsft.hf.random_model import write_random_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("pretrained", "scratch", "fidelity", "fp8")
@@ -81,6 +83,29 @@ def test_float8_criteria_hold_or_not():
     assert figures.fp8_criteria("large", {"float8_seed0": learnt(0.5)}) == ["| large | both runs are there | | | no |"]
 
 
+@pytest.mark.vllm
+def test_solve_samples_as_the_model_answers(serve_python, tmp_path):
+    """Prompts of several lengths in one padded batch, greedily: most first tokens are those of our own generation."""
+    base = write_random_model(tmp_path / "model", std=0.2)
+    data = tmp_path / "data"
+    data.mkdir()
+    puzzles = [{"numbers": numbers, "target": 9} for numbers in ([4, 5], [1, 2, 3, 3], [12, 13, 14, 15, 16], [90, 81])]
+    (data / "countdown.jsonl").write_text("".join(json.dumps(puzzle) + "\n" for puzzle in puzzles))
+    command = [serve_python, ROOT / "scripts/proof/solve.py", base, tmp_path / "out", "--task", "countdown"]
+    command += ["--data_dir", data, "--temperature", "0", "--max_tokens", "4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "countdown 0.0 %" in done.stdout and "4 problems x 1" in done.stdout
+    samples = [json.loads(line) for line in (tmp_path / "out/countdown/samples.jsonl").read_text().splitlines()]
+    ours = jsft.load_model(base).generate([sample["prompt"] for sample in samples], max_tokens=4)
+    assert sum(sample["response"] == text != "" for sample, text in zip(samples, ours, strict=True)) >= 3, (
+        samples,
+        ours,
+    )
+    assert len(set(ours)) > 1
+
+
 def whole(name: str, *arguments) -> tuple[Path, str]:
     """Runs a whole proof from scratch; its folder and its results."""
     folder = ROOT / "runs" / "proof_tiny" / name
@@ -125,6 +150,19 @@ def test_fp8():
     assert (folder / "gsm8k/float8_seed0/hf").is_dir() and not list(
         (folder / "large/float8_seed0/checkpoints").iterdir()
     )
+    runs = [folder / f"gsm8k/{products}_seed0" for products in ("float8", "bfloat16")]
+    command = [sys.executable, ROOT / "scripts/proof/both_products.py", *runs, "--updates", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    for run in runs:
+        found = json.loads((run / "both_products.json").read_text())
+        for losses in found.values():
+            assert 0 < abs(losses["float8"] - losses["bfloat16"]) < 0.01
+        assert found["heldout rows"]["bfloat16"] == pytest.approx(
+            curve(run, "heldout.jsonl", "heldout/loss")[-1], abs=1e-4
+        )
+        # The weights of all updates but the last few are worse, those of the last ones as good.
+        assert found["training rows"]["bfloat16"] == pytest.approx(curve(run, "metrics.jsonl", "loss")[-1], abs=0.1)
 
 
 @pytest.mark.slow
