@@ -50,19 +50,24 @@ def _last_batches(data, updates: int) -> list[Batch]:
     return [batch for step in steps for batch in step.micro_batches]
 
 
-def _loss(components, parameters, batches: Iterable[Batch], products: str) -> float:
+def program(components, products: str):
+    """The jitted function of (parameters, batch): summed nats of the trained tokens, and their number."""
     config, mesh = components.config, components.mesh
     options = decoder_options(config, mesh, "none")
     # A short program: nothing is differentiated, so that layers in a loop cost no memory.
     options = dataclasses.replace(options, matmul=products, unroll=False, defer_reduce=False)
 
-    @jax.jit
     def sums(parameters, batch):
         found = loss_sums(parameters, batch, components.model, options)
         return found.nll, found.count
 
-    found = [sums(parameters, shard_batch(batch, mesh)) for batch in batches]
-    nll, count = (sum(float(value) for value in values) for values in zip(*jax.device_get(found)))
+    return jax.jit(sums)
+
+
+def _loss(components, parameters, batches: Iterable[Batch], products: str) -> float:
+    sums = program(components, products)
+    found = [sums(parameters, shard_batch(batch, components.mesh)) for batch in batches]
+    nll, count = (sum(map(float, values)) for values in zip(*jax.device_get(found)))
     return nll / count
 
 
