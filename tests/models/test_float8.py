@@ -172,7 +172,7 @@ def gathered(weight):
 @pytest.mark.parametrize("row", [0, 13, 31])
 def test_a_sharded_weight_has_the_scale_of_its_largest_value_on_any_device(row):
     weight = jnp.asarray(random(1, OUT, IN), jnp.float32).at[row, 4].set(1e4)
-    expected, found = quantize(weight), gathered(weight)
+    expected, found = quantize(weight.astype(jnp.bfloat16)), gathered(weight)
     assert found.scale.shape == (1, 1) and found.scale == expected.scale
     np.testing.assert_array_equal(*(np.asarray(part.values, np.float32) for part in (found, expected)))
 
@@ -194,6 +194,15 @@ def test_devices_with_the_same_largest_values_have_the_products_of_one_device(gi
     run = jax.shard_map(make, mesh=fsdp(), in_specs=spec, out_specs=spec, check_vma=False)
     for found, expected in zip(jax.jit(run)(x, weight, g), products(x, weight, g)):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def test_an_update_below_bfloat16s_precision_changes_no_weight():
+    """Float32 master weights of a bfloat16 model: one in 16 lies half way between two FLOAT8 values."""
+    weight = jnp.asarray(random(1, OUT, IN), jnp.bfloat16).astype(jnp.float32)
+    update = 1e-6 * jnp.abs(weight) * jnp.sign(random(2, OUT, IN))
+    before, after = (quantize_shards({"": w}, ())[""] for w in (weight, weight + update))
+    np.testing.assert_array_equal(before.wide(), after.wide())
+    assert (quantize(weight).wide() != quantize(weight + update).wide()).mean() > 1 / 40  # what it protects from
 
 
 def test_the_maxima_of_a_layers_weights_travel_together():
@@ -249,7 +258,7 @@ def test_weights_quantised_before_give_the_same_products():
     x, weight, g = (
         jnp.asarray(v, jnp.float32) for v in (random(0, TOKENS, IN), random(1, OUT, IN), random(2, TOKENS, OUT))
     )
-    both = quantize(weight, both=True)
+    both = quantize(weight.astype(jnp.bfloat16), both=True)
     assert both.transposed.shape == (IN, OUT) and both.transposed.dtype == FLOAT8
     expected = products(x, weight, g)
     for full in (both, both._replace(transposed=None)):
@@ -357,7 +366,7 @@ def test_the_decoders_gradients_are_those_of_wide_products_but_for_the_rounding(
     found = loss_and_gradient(random_model("qwen3"), one_device(), batch, remat=remat, matmul="float8")
     assert abs(float(found[0]) - float(wide[0])) < 0.05 * abs(float(wide[0]))
     for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(wide[1])):
-        assert 0 < np.linalg.norm(a - b) < 0.3 * np.linalg.norm(b)
+        assert 0 < np.linalg.norm(a - b) < 0.35 * np.linalg.norm(b)
 
 
 @pytest.mark.slow
