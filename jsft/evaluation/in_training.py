@@ -1,9 +1,9 @@
 """Evaluation during a training run: steps are sampled in the background while training continues.
 
 The training loop exports a step (it waits for nothing else), passes the directory to `StepEvaluator.start`, and asks
-`poll` at later steps for new scores. Sampling runs in a separate process: with vLLM in the serving environment on
-devices that training does not use, or on a vLLM server named by a URL, which loads each step's weights. Where
-CUDA_VISIBLE_DEVICES keeps training off some GPUs, JSFT_SAMPLING_GPUS names those that sampling uses.
+`poll` at later steps for new scores. Sampling runs in a separate process: with vLLM in the serving environment on the
+GPUs that JSFT_SAMPLING_GPUS names, or on a vLLM server named by a URL, which loads each step's weights. Those GPUs may
+be training's own, if it leaves memory there (XLA_PYTHON_CLIENT_MEM_FRACTION) and `options` have a small --gpu_memory.
 """
 
 import dataclasses

@@ -18,7 +18,21 @@ from jsft.errors import ConfigError, JsftError, ModelError, OutOfMemoryError
 from jsft.evaluation.sampling import Completion, Request
 
 _ERROR = re.compile(r"\b((?:\w+\.)*\w*(?:Error|Exception)): (.+)")
-_MEMORY = re.compile(r"out of memory|no available memory|kv cache.*(?:larger|needed)|free memory on device", re.I)
+_LITTLE_MEMORY = "has too little memory"
+# Errors of memory: a pattern in vLLM's words, what happened, what helps. The first that matches is taken.
+_MEMORY = (
+    (
+        "error in memory profiling",
+        "could not measure its memory",
+        "another process gave memory of the GPU back meanwhile: start again when no other starts or ends there",
+    ),
+    ("free memory on device", _LITTLE_MEMORY, "other processes hold the rest: lower --gpu_memory, or end them"),
+    (
+        "out of memory|no available memory|kv cache.*(?:larger|needed)|killed by signal 9",
+        _LITTLE_MEMORY,
+        "raise --tp or --gpu_memory, or lower --max_model_len",
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +149,13 @@ class VllmEngine:
             killed = f"vLLM's process was killed by signal {-code}" if code and code < 0 else "vLLM ended"
             reason = found[0] if found else said or killed
         reason = " ".join(str(reason).split())[:500]
-        if _MEMORY.search(reason) or self._process.poll() == -9:
-            return OutOfMemoryError(
-                f"vLLM has too little memory for {self.settings.model} with --tp {self.settings.tp} "
-                f"({reason}); raise --tp or --gpu_memory, or lower --max_model_len; its log: {log}"
-            )
+        ended = "killed by signal 9" if self._process.poll() == -9 else ""  # by the system, mostly for memory
+        for pattern, what, advice in _MEMORY:
+            if re.search(pattern, reason + ended, re.I):
+                return OutOfMemoryError(
+                    f"vLLM {what} for {self.settings.model} with --tp {self.settings.tp} "
+                    f"({reason}); {advice}; its log: {log}"
+                )
         verb = "failed while sampling from" if hasattr(self, "facts") else "refused"
         return ModelError(f"vLLM {verb} {self.settings.model}: {reason} (its log: {log})")
 

@@ -47,7 +47,7 @@ def test_steps_on_a_server(fake_openai, rows, tmp_path, monkeypatch):
 
 
 def test_sampling_has_its_own_gpus(tmp_path, monkeypatch):
-    """vLLM must not share the GPUs of the training process, whose environment it inherits."""
+    """It inherits the training process's environment, but not its GPUs where JSFT_SAMPLING_GPUS is set."""
     python = tmp_path / "serve" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES" >> {tmp_path}/seen\n')

@@ -174,7 +174,29 @@ RuntimeError: Engine core initialization failed. See root cause above. Failed co
             OutOfMemoryError,
             "CUDA out of memory",
         ),
-        (None, "", -9, OutOfMemoryError, "killed by signal 9"),
+        (None, "", -9, OutOfMemoryError, "killed by signal 9.*raise --tp"),
+        (None, "ValueError: something before", -9, OutOfMemoryError, "something before.*raise --tp"),
+        (
+            "AssertionError: Error in memory profiling. Initial free memory 68.15 GiB, current free memory 103.37 GiB. "
+            "This happens when other processes sharing the same container release GPU memory while vLLM is profiling "
+            "during initialization.",
+            "",
+            1,
+            OutOfMemoryError,
+            "could not measure its memory for .*68.15 GiB.*; another process gave memory of the GPU back meanwhile: "
+            "start again",
+        ),
+        (
+            "RuntimeError: Engine core initialization failed. See root cause above.",
+            ROOT_CAUSE.format(
+                error="ValueError: Free memory on device cuda:0 (7.1/139.8 GiB) on startup is less than desired GPU "
+                "memory utilization (0.85, 118.83 GiB). Decrease GPU memory utilization or reduce GPU memory used by "
+                "other processes."
+            ),
+            1,
+            OutOfMemoryError,
+            "too little memory for .*7.1/139.8 GiB.*; other processes hold the rest: lower --gpu_memory",
+        ),
         (
             "ValueError: To serve at least one request, 4.5 GiB KV cache is needed, larger than the 1 GiB",
             "",
