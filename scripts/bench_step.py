@@ -8,7 +8,9 @@
     scripts/bench_step.py --model qwen3_14b --mock_devices 8 --params float32 # the 8-device program on one card
 
 Prints tokens/s, MFU (definition: jsft/models/flops.py; the peer's is the same), peak memory, and with --profile the
-time by part. Runs on whatever devices JAX finds; a CPU needs --layers and --tokens small.
+time by part. The seconds of compiling count all programs that were tried for remat=auto and mesh.gather=auto; they are
+fewer where an earlier call left programs in the compilation cache (JSFT_COMPILATION_CACHE). Runs on whatever devices JAX
+finds; a CPU needs --layers and --tokens small.
 """
 
 import argparse
@@ -105,14 +107,14 @@ class RandomData(NamedTuple):
 
 
 def build(options):
-    """The real run's parts, on random weights, with the mesh.gather that a run takes: (Components, remat)."""
+    """The real run's parts, on random weights, with the remat and mesh.gather that a run takes: a `Chosen`."""
     import jax
 
     from jsft import config as schema
     from jsft.hardware.mesh import make_mesh
     from jsft.models.families import abstract_parameters
     from jsft.models.published import PUBLISHED
-    from jsft.planning.remat import choose_gather, choose_remat
+    from jsft.planning.remat import choose_program
     from jsft.step.components import Components
     from jsft.step.optimizer import initial_state, parameter_dtype
 
@@ -139,20 +141,20 @@ def build(options):
     rows = (document_lengths(options.tokens, options.median, seed) for seed in range(16))
     data = RandomData(lengths=tuple(length for row in rows for length in row))
     parts = Components(config, None, model, mesh, abstract, shardings, data, mesh.size * options.rows)
-    remat = choose_remat(parts, print)
-    return choose_gather(parts, remat, print), remat
+    return choose_program(parts, print)
 
 
-def compile_programs(parts, remat):
-    """The step's programs compiled, the same by name, and the seconds it took."""
+def compile_programs(chosen):
+    """The step's programs compiled, and the same by name; that of gradients as it was compiled to choose, if it was."""
     from jsft.step.components import arguments, programs
 
-    started = time.perf_counter()
-    jitted = programs(parts, remat)
-    given = arguments(parts, jitted)
-    names = [name for name in ("start", "gather", "add_gradients", "reduce", "update") if getattr(jitted, name)]
-    compiled = {name: getattr(jitted, name).lower(*given[name]).compile() for name in names}
-    return jitted._replace(**compiled), compiled, time.perf_counter() - started
+    jitted = programs(chosen.components, chosen.remat)
+    given = arguments(chosen.components, jitted)
+    compiled = {"add_gradients": chosen.gradients} if chosen.gradients else {}
+    for name in ("start", "gather", "add_gradients", "reduce", "update"):
+        if name not in compiled and getattr(jitted, name):
+            compiled[name] = getattr(jitted, name).lower(*given[name]).compile()
+    return jitted._replace(**compiled), compiled
 
 
 def report_programs(compiled, devices: int) -> None:
@@ -187,9 +189,12 @@ def measure(options) -> dict:
     from jsft.models.flops import matmul_parameters, step_flops
     from jsft.step.optimizer import initial_state, parameter_dtype
 
-    parts, remat = build(options)
+    started = time.perf_counter()
+    chosen = build(options)
+    programs, compiled = compile_programs(chosen)
+    compile_seconds = time.perf_counter() - started
+    parts, remat = chosen.components, chosen.remat
     model, mesh = parts.model, parts.mesh
-    programs, compiled, compile_seconds = compile_programs(parts, remat)
     report_programs(compiled, mesh.size)
     state = initial_state(initial_parameters(model, mesh, parameter_dtype(parts.config), seed=0), parts.config)
     batches, lengths = [], []
@@ -259,7 +264,7 @@ def show(result: dict) -> None:
     if float8 and result.get("mfu"):
         mfu += " of the bfloat16 peak"
     products = f", {result['matmul']} products, gather {result.get('gather')}" if float8 else ""
-    compiled = f", compiled in {result['compile_seconds']:.0f} s" if "compile_seconds" in result else ""
+    compiled = f", chosen and compiled in {result['compile_seconds']:.0f} s" if "compile_seconds" in result else ""
     print(
         f"{result['who']}: {result['model']} ({result['layers']} layers, {result['params']}{products}, remat {result['remat']}) on "
         f"{result['devices']} x {result['device']}: {result['tokens_per_second']:,.0f} tok/s a device, {mfu}, "

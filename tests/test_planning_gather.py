@@ -1,6 +1,7 @@
-"""mesh.gather=auto: what it becomes in a run, by the compiler's count, and in a plan, by its estimate."""
+"""mesh.gather=auto: what it and remat=auto become in a run, by the compiler's count, and in a plan, by its estimate."""
 
 import json
+import random
 from types import SimpleNamespace
 
 import jax
@@ -15,7 +16,7 @@ from jsft.models.remat import LADDER
 from jsft.planning import fitting, remat
 from jsft.planning.memory import HEADROOM, estimate, planned_mesh
 from jsft.step.components import Components
-from jsft.step.gather_once import gathers_once, possible_gathers, reduces_once, settle_gather, with_gather
+from jsft.step.gather_once import gathers_once, possible_gathers, reduces_once, with_gather
 
 GIB = 2**30
 
@@ -45,11 +46,6 @@ FLOAT8 = dict(precision__matmul="float8")
 def test_what_auto_may_become(fields, possible):
     config = make_config(**fields)
     assert possible_gathers(config) == possible
-    for room in (True, False):
-        asked = []
-        settled = settle_gather(config, lambda config: asked.append(config.mesh.gather) or room)
-        assert settled.mesh.gather == possible[-1 if room else 0]
-        assert asked == list(possible[1:])  # nothing is compiled where nothing is chosen
     assert config.mesh.gather == fields.get("mesh__gather", "auto")
 
 
@@ -67,7 +63,7 @@ def test_gradients_reduced_once_a_step_need_weights_gathered_once_a_step():
 
 
 class Compiled:
-    """Stands for a device of 80 GiB, the plan and the compiler: GiB of each mesh.gather."""
+    """Stands for a device of 80 GiB, the plan and the compiler: GiB of each mesh.gather, or of (mesh.gather, rung)."""
 
     def __init__(self, monkeypatch, needs, planned=None, limit=80 * GIB):
         self.compiled, self.said, planned = [], [], planned or needs
@@ -75,19 +71,24 @@ class Compiled:
         monkeypatch.setattr(remat.jax, "local_devices", lambda: [device])
 
         def compile_program(parts, rung):
-            gather = parts.config.mesh.gather
-            self.compiled.append((gather, rung))
-            return needs[gather] and remat.Needed(int(needs[gather] * GIB), 0)
+            program = parts.config.mesh.gather, rung
+            self.compiled.append(program)
+            gib = needs.get(program, needs.get(program[0]))
+            return gib and remat.Needed(int(gib * GIB), 0, program)
 
         def plan_of(model, config, mesh, rung, platform):
-            return SimpleNamespace(total=planned[config.mesh.gather] * GIB)
+            gather = config.mesh.gather
+            return SimpleNamespace(total=planned.get((gather, rung), planned.get(gather, 0)) * GIB)
 
         monkeypatch.setattr(remat, "bytes_needed", compile_program)
         monkeypatch.setattr(remat, "estimate", plan_of)
 
     def choose(self, rung="full", **fields):
-        parts = components(make_config(**fields))
-        return remat.choose_gather(parts, rung, self.said.append).config.mesh.gather
+        """mesh.gather and the rung."""
+        chosen = remat.choose_program(components(make_config(remat=rung, **fields)), self.said.append)
+        found = chosen.components.config.mesh.gather, chosen.remat
+        assert chosen.gradients == (found if found in self.compiled else None)  # a run goes on with this program
+        return found
 
 
 def components(config):
@@ -97,48 +98,77 @@ def components(config):
 
 def test_float8_is_quantised_once_a_step_where_the_compiled_program_fits(monkeypatch):
     compiler = Compiled(monkeypatch, {"step": 78.3})
-    assert compiler.choose("gate,up", **FLOAT8) == "step"
+    assert compiler.choose("gate,up", **FLOAT8) == ("step", "gate,up")
     assert compiler.compiled == [("step", "gate,up")]
     assert compiler.said == ["gather:    step needs 78.3 of 80.0 GiB"]
     compiler = Compiled(monkeypatch, {"step": 78.5})  # above the headroom
-    assert compiler.choose(**FLOAT8) == "layer"
+    assert compiler.choose(**FLOAT8) == ("layer", "full")
     assert compiler.said == ["gather:    step would need 78.5 of 80.0 GiB"]
     compiler = Compiled(monkeypatch, {"step": None}, {"step": 80})
-    assert compiler.choose(**FLOAT8) == "layer"
+    assert compiler.choose(**FLOAT8) == ("layer", "full")
     assert compiler.said == ["gather:    step would need more than 80.0 GiB"]
 
 
 def test_a_program_far_too_large_by_the_plan_is_not_compiled(monkeypatch):
     compiler = Compiled(monkeypatch, {"step": 70}, {"step": 93})
-    assert compiler.choose(**FLOAT8) == "layer" and compiler.compiled == []
+    assert compiler.choose(**FLOAT8) == ("layer", "full") and compiler.compiled == []
     assert compiler.said == ["gather:    not tried, by the plan: step (93 GiB)"]
 
 
 def test_where_nothing_is_to_be_chosen_nothing_is_compiled_or_said(monkeypatch):
     compiler = Compiled(monkeypatch, {"step": 1, "layer": 1})
-    assert compiler.choose() == "layer"
-    assert compiler.choose(mesh__gather="layer", **FLOAT8) == "layer"
-    assert compiler.choose(mesh__gather="step", **FLOAT8) == "step"
-    assert compiler.choose(mesh__reduce="step") == "step"
+    assert compiler.choose() == ("layer", "full")
+    assert compiler.choose(mesh__gather="layer", **FLOAT8) == ("layer", "full")
+    assert compiler.choose(mesh__gather="step", **FLOAT8) == ("step", "full")
+    assert compiler.choose(mesh__reduce="step") == ("step", "full")
     assert compiler.compiled == [] and compiler.said == []
     unknown = Compiled(monkeypatch, {"step": 1}, limit=None)  # a CPU
-    assert unknown.choose(**FLOAT8) == "layer" and unknown.compiled == [] and unknown.said == []
+    assert unknown.choose("auto", **FLOAT8) == ("layer", "none") and unknown.compiled == [] and unknown.said == []
 
 
-def test_the_rung_is_chosen_as_each_layer_quantises(monkeypatch):
-    """The weights of a step would not fit with the second rung; the first rung that they fit with is not taken."""
-    needs = {("auto", 0): 90, ("auto", 1): 75, ("step", 1): 82, ("step", 2): 60}
-    Compiled(monkeypatch, {}, {"auto": 0, "step": 0})
-    monkeypatch.setattr(
-        remat,
-        "bytes_needed",
-        lambda parts, rung: remat.Needed(needs[parts.config.mesh.gather, LADDER.index(rung)] * GIB, 0),
-    )
-    parts, said = components(make_config(**FLOAT8)), []
-    rung = remat.choose_remat(parts, said.append)
-    assert rung == LADDER[1]
-    assert remat.choose_gather(parts, rung, said.append).config.mesh.gather == "layer"
-    assert len(said) == 2
+def test_where_the_fastest_program_fits_it_is_the_only_one_compiled(monkeypatch):
+    compiler = Compiled(monkeypatch, {"step": 78, "layer": 70})
+    assert compiler.choose("auto", **FLOAT8) == ("step", "none")
+    assert compiler.compiled == [("step", "none")]
+    assert compiler.said == ["remat:     none needs 78.0 of 80.0 GiB", "gather:    step needs 78.0 of 80.0 GiB"]
+    compiler = Compiled(monkeypatch, {"layer": 70})
+    assert compiler.choose("auto") == ("layer", "none")
+    assert compiler.compiled == [("layer", "none")] and compiler.said == ["remat:     none needs 70.0 of 80.0 GiB"]
+
+
+def test_weights_of_a_step_cost_no_rung(monkeypatch):
+    """They would not fit with the second rung; the first rung that they fit with is not taken."""
+    first, second, third = LADDER[:3]
+    needs = {("layer", first): 90, ("layer", second): 75, ("step", second): 82, ("step", third): 60}
+    compiler = Compiled(monkeypatch, needs, needs | {("step", first): 97})
+    assert compiler.choose("auto", **FLOAT8) == ("layer", second)
+    assert compiler.compiled == [("layer", first), ("layer", second), ("step", second)]
+    assert compiler.said == [
+        f"remat:     {second} needs 75.0 of 80.0 GiB",
+        "gather:    step would need 82.0 of 80.0 GiB",
+    ]
+
+
+@pytest.mark.parametrize("error", [0, 0.1])
+def test_one_search_finds_what_two_would(monkeypatch, error):
+    """remat with the leanest mesh.gather, then mesh.gather. With a plan that is right it compiles no more than they."""
+    rng = random.Random(0)
+    for _ in range(200):
+        layer = sorted((rng.uniform(40, 120) for _ in LADDER[:-1]), reverse=True) + [40]
+        gathered = rng.uniform(0, 20)
+        needs = {("layer", rung): gib for rung, gib in zip(LADDER, layer)}
+        needs |= {("step", rung): gib + gathered for rung, gib in zip(LADDER, layer)}
+        planned = {program: gib * (1 + rng.uniform(-error, error)) for program, gib in needs.items()}
+        compiler = Compiled(monkeypatch, needs, planned)
+        tried = [rung for rung in LADDER if planned["layer", rung] <= 1.15 * 80]
+        rung = next(rung for rung in tried if needs["layer", rung] <= HEADROOM * 80)
+        possible = planned["step", rung] <= 1.15 * 80
+        gather = "step" if possible and needs["step", rung] <= HEADROOM * 80 else "layer"
+        assert compiler.choose("auto", **FLOAT8) == (gather, rung)
+        assert len(set(compiler.compiled)) == len(compiler.compiled)
+        if not error:
+            assert len(compiler.compiled) <= tried.index(rung) + 1 + possible
+        assert len(compiler.said) == 2 + (len(tried) < len(LADDER))
 
 
 def test_a_run_out_of_memory_may_quantise_layer_by_layer(monkeypatch):

@@ -1,5 +1,6 @@
 """Does it fit, on which rung of the remat ladder, and what to change if not."""
 
+import itertools
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -10,7 +11,7 @@ from jsft.errors import ConfigError
 from jsft.models.config import ModelConfig
 from jsft.models.remat import LADDER
 from jsft.planning.memory import HEADROOM, Memory, estimate, planned_mesh
-from jsft.step.gather_once import settle_gather
+from jsft.step.gather_once import possible_gathers, with_gather
 
 
 class Best(NamedTuple):
@@ -48,14 +49,12 @@ def best_rung(model: ModelConfig, config: ConfigDict, devices: int, limit: float
     not change the rung.
     """
     mesh = planned_mesh(config, devices)
-    ladder = LADDER if config.remat == "auto" else (config.remat,)
-    for rung in ladder:  # with the leanest mesh.gather
-        if _within(estimate(model, config, mesh, rung, platform), limit):
+    rungs = LADDER if config.remat == "auto" else (config.remat,)
+    for rung, gather in itertools.product(rungs, reversed(possible_gathers(config))):  # the leanest last
+        memory = estimate(model, with_gather(config, gather), mesh, rung, platform)
+        if _within(memory, limit):
             break
-
-    config = settle_gather(config, lambda asked: _within(estimate(model, asked, mesh, rung, platform), limit))
-    memory = estimate(model, config, mesh, rung, platform)
-    return Best(rung, memory, _within(memory, limit), config.mesh.gather)
+    return Best(rung, memory, _within(memory, limit), gather)
 
 
 def _within(memory: Memory, limit: float) -> bool:

@@ -1,85 +1,80 @@
-"""What each layer saves for the backward pass: the fastest rung of the ladder that fits.
+"""What each layer saves for the backward pass, and mesh.gather: the fastest program of gradients that fits.
 
-Saving more avoids recompute and costs memory. `remat=auto` compiles the gradient program of each rung, from the one
-that saves most, and takes the first that fits the device together with the optimizer's state, by the compiler's own
-count. Rungs that the plan finds far too large are skipped: a large model's program takes half a minute to compile.
-`mesh.gather=auto` is chosen after it, in the same way: it never costs a rung.
+Saving more avoids recompute and costs memory. `remat=auto` takes the first rung of the ladder, from the one that saves
+most, whose program fits the device together with the optimizer's state, by the compiler's own count; mesh.gather=auto
+never costs a rung. A large model's program takes half a minute to compile. So rungs that the plan finds far too large
+are skipped, both choices are made in one search, and a run goes on with the program that was compiled for it.
 """
 
+import functools
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from jsft.errors import OutOfMemoryError
 from jsft.hardware.mesh import shard_bytes
+from jsft.hardware.xla import device_memory
 from jsft.models.remat import LADDER
 from jsft.planning.memory import HEADROOM, estimate
 from jsft.step.components import Components, compile_gradients
-from jsft.step.gather_once import gathers_once, settle_gather, with_gather
+from jsft.step.gather_once import gathers_once, possible_gathers, with_gather
 
 _HOST_SHARE = 0.8  # of the host's memory; the rest is for the loader and the processes themselves
 _FAR_TOO_LARGE = 1.15  # of the device's memory
 _LAST_RESORTS = "lower data.rows_per_device or data.pack_length, use more devices, or set precision.params=bfloat16"
 
 
-def choose_remat(parts, say) -> str:
-    """The config's remat, or for `auto` the first rung of LADDER that fits. Raises OutOfMemoryError if none does.
-
-    On a device that does not report its memory (a CPU) auto is `none`.
+class Chosen(NamedTuple):
+    """components: with a mesh.gather that is not `auto`; gradients: what `compile_gradients` makes of them and of
+    `remat`, where it was compiled to choose.
     """
-    asked = parts.config.remat
-    if asked != "auto":
-        return asked
-    limit = _limit()
-    if not limit:
-        return "none"
+
+    components: Components
+    remat: str
+    gradients: Any = None
+
+
+def choose_program(parts: Components, say) -> Chosen:
+    """The config's remat and mesh.gather. Where they are `auto`: the first rung of LADDER that fits, and with it the
+    mesh.gather that needs most memory and still fits. Raises OutOfMemoryError if no rung fits.
+
+    Where nothing is open nothing is compiled. On a device that does not report its memory (a CPU) remat is `none` and
+    mesh.gather the one that needs least.
+    """
+    config, limit = parts.config, device_memory()
+    automatic = config.remat == "auto"
+    gathers = possible_gathers(config)
+    least, most = gathers[0], gathers[-1]  # of memory
+    settled = {gather: parts._replace(config=with_gather(config, gather)) for gather in gathers}
+    if not limit or not (automatic or least != most):
+        return Chosen(settled[least], "none" if automatic else config.remat)
     passed_over = []
-    for rung in LADDER:
-        planned = _planned(parts, rung)
-        if planned > _FAR_TOO_LARGE * limit and rung != LADDER[-1]:
-            passed_over.append(f"{rung} ({planned / 2**30:.0f} GiB)")
+    for rung in LADDER if automatic else (config.remat,):
+        planned = {gather: _planned(settled[gather], rung) for gather in gathers}
+        if automatic and planned[least] > _FAR_TOO_LARGE * limit and rung != LADDER[-1]:
+            passed_over.append(f"{rung} ({planned[least] / 2**30:.0f} GiB)")
             continue
-        needed = bytes_needed(parts, rung)
-        if _fits(needed, limit):
-            if passed_over:
-                say(f"remat:     not tried, by the plan: {'; '.join(passed_over)}")
-            host = f", and {needed.host / 2**30:.1f} of the host's for each device" if needed.host else ""
-            say(f"remat:     {rung} needs {needed.device / 2**30:.1f} of {limit / 2**30:.1f} GiB{host}")
-            return rung
+        needed = functools.cache(lambda gather, rung=rung: bytes_needed(settled[gather], rung))
+        tries_most = least != most and planned[most] <= _FAR_TOO_LARGE * limit
+        # `most` fits only where `least` does. Where the plan expects that it fits it is tried first, and `least` never.
+        expected = tries_most and planned[most] <= HEADROOM * limit
+        if automatic and not (expected and _fits(needed(most), limit)) and not _fits(needed(least), limit):
+            continue
+        gather = most if tries_most and _fits(needed(most), limit) else least
+        if passed_over:
+            say(f"remat:     not tried, by the plan: {'; '.join(passed_over)}")
+        if automatic:
+            say(f"remat:     {rung} needs {_describe(needed(gather), limit)}")
+        if tries_most:
+            verb = "needs" if gather == most else "would need"
+            say(f"gather:    {most} {verb} {_describe(needed(most), limit, host=False)}")
+        elif least != most:
+            say(f"gather:    not tried, by the plan: {most} ({planned[most] / 2**30:.0f} GiB)")
+        return Chosen(settled[gather], rung, needed(gather).program if automatic or gather == most else None)
     raise OutOfMemoryError(
-        f"even remat=full needs {f'{needed.device / 2**30:.1f}' if needed else 'more than the'} GiB of "
-        f"{limit / 2**30:.1f} GiB per device; {_LAST_RESORTS}"
+        f"even remat=full needs {_describe(needed(least), limit, host=False)} per device; {_LAST_RESORTS}"
     )
-
-
-def choose_gather(parts: Components, remat: str, say) -> Components:
-    """`parts` with a mesh.gather that is not `auto`: `settle_gather`, by whether the program with remat `remat` fits.
-
-    On a device that does not report its memory (a CPU) it does not.
-    """
-    limit = _limit()
-
-    def fits(config) -> bool:
-        if not limit:
-            return False
-        asked, gather = parts._replace(config=config), config.mesh.gather
-        planned = _planned(asked, remat)
-        if planned > _FAR_TOO_LARGE * limit:
-            say(f"gather:    not tried, by the plan: {gather} ({planned / 2**30:.0f} GiB)")
-            return False
-        needed = bytes_needed(asked, remat)
-        found = _fits(needed, limit)
-        needs = f"{needed.device / 2**30:.1f} of" if needed else "more than"
-        say(f"gather:    {gather} {'needs' if found else 'would need'} {needs} {limit / 2**30:.1f} GiB")
-        return found
-
-    return parts._replace(config=settle_gather(parts.config, fits))
-
-
-def _limit() -> int | None:
-    """Bytes that a program may use of a device; None where it does not report them."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def _planned(parts, rung: str) -> int:
@@ -88,10 +83,19 @@ def _planned(parts, rung: str) -> int:
 
 
 class Needed(NamedTuple):
-    """Bytes for each device."""
+    """Bytes for each device, by the program that was compiled."""
 
     device: int
     host: int  # values saved there for the backward pass, and the copy of the state while a checkpoint is written
+    program: Any = None
+
+
+def _describe(needed: Needed | None, limit: int, host: bool = True) -> str:
+    """What it needs `of` what there is, in GiB."""
+    if needed is None:
+        return f"more than {limit / 2**30:.1f} GiB"
+    text = f"{needed.device / 2**30:.1f} of {limit / 2**30:.1f} GiB"
+    return f"{text}, and {needed.host / 2**30:.1f} of the host's for each device" if host and needed.host else text
 
 
 def _fits(needed: Needed | None, limit: int | None) -> bool:
@@ -114,22 +118,23 @@ def bytes_needed(parts, rung: str) -> Needed | None:
     state = sum(map(shard_bytes, jax.tree.leaves(parts.abstract)))
     parameters = sum(map(shard_bytes, jax.tree.leaves(parts.abstract.parameters)))
     try:
-        memory = compile_gradients(parts, rung).memory_analysis()
+        program = compile_gradients(parts, rung)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             return None
         raise
+    memory = program.memory_analysis()
     # The program's arguments are the parameters, the gradients (updated in place) and the batch. The moments are added:
     # they stay in memory.
     needed = state - parameters + memory.argument_size_in_bytes + memory.temp_size_in_bytes
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
     on_host = memory.host_temp_size_in_bytes
-    return Needed(needed, on_host + state if on_host else 0)
+    return Needed(needed, on_host + state if on_host else 0, program)
 
 
 def advise_out_of_memory(parts, remat: str) -> str:
     """One sentence for a run that ran out of memory with `remat`: what it needed, and the next rung that fits."""
-    limit = _limit()
+    limit = device_memory()
     of = f" of {limit / 2**30:.1f} GiB" if limit else ""
     config = parts.config
     leaner = config.mesh.reduce == "layer" and gathers_once(config, parts.mesh)

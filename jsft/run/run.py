@@ -22,7 +22,7 @@ from jsft.hardware.cards import peak_flops
 from jsft.hf.digest import model_digest
 from jsft.hf.load import load_parameters
 from jsft.models.flops import matmul_parameters, step_flops
-from jsft.planning.remat import advise_out_of_memory, choose_gather, choose_remat
+from jsft.planning.remat import advise_out_of_memory, choose_program
 from jsft.run import checkpoint
 from jsft.run.agreement import check_agreement, check_choices, check_workdir
 from jsft.run.directory import RunDirectory, check_same_run
@@ -146,8 +146,8 @@ def _train(components: Components, options: RunOptions, process: Supervision) ->
         return
     process.status("running", step)
     at("choosing remat, which compiles")
-    asked, remat = components, choose_remat(components, say)
-    components = choose_gather(asked, remat, say)
+    asked = components
+    components, remat, gradients = choose_program(asked, say)
     if process.link:
         check_choices(process.link, remat, components.config.mesh.gather)
     write_summary(components, options.name, workdir, remat, step, say)
@@ -160,7 +160,9 @@ def _train(components: Components, options: RunOptions, process: Supervision) ->
     with _outputs(components, options, process, step, facts) as outputs, _out_of_memory_advice(components, remat, at):
         loop = _make_loop(components, remat, eval_data, outputs, process)
         at("compiling")
-        loop.programs, loop.histograms = precompile(loop.programs, loop.histograms, components, bool(eval_data), say)
+        loop.programs, loop.histograms = precompile(
+            loop.programs, loop.histograms, components, bool(eval_data), say, gradients
+        )
         state, step, stopped = loop.run(state, components.data, step, evaluated)
         at("waiting for the last save")
         outputs.saver.wait()
@@ -301,11 +303,9 @@ def dry_run(config: ConfigDict, options: RunOptions) -> int:
         check_start(components, workdir, not steps, show, options.ignore_plan)
         digest = model_digest(components.model_dir)
         check_same_run(workdir, components.config, options.allow_changed, components.data.fingerprint, digest)
-        remat = choose_remat(components, show)
-        components = choose_gather(components, remat, show)
+        components, remat, gradients = choose_program(components, show)
         write_summary(components, options.name, workdir, remat, steps[-1] if steps else 0, show)
-        compiled = compile_gradients(components, remat)
-        memory = compiled.memory_analysis()
+        memory = (gradients or compile_gradients(components, remat)).memory_analysis()
         show(
             f"step:      compiled; per device {memory.argument_size_in_bytes / 2**30:.2f} GiB of arguments, "
             f"{memory.temp_size_in_bytes / 2**30:.2f} GiB of temporaries"

@@ -5,11 +5,10 @@ mesh.reduce=step each device also sums its own rows' gradients over the micro ba
 reduced after the last one. Both trade memory for traffic: docs/memory-and-speed.md.
 
 In float8 all matrices of the layers are quantised with mesh.gather=step, on one device too: once a step, not in each
-micro batch. `settle_gather` says what mesh.gather=auto is.
+micro batch. `possible_gathers` says what mesh.gather=auto may become.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,18 +40,6 @@ def with_gather(config: ConfigDict, gather: str) -> ConfigDict:
     config = config.copy_and_resolve_references()
     config.mesh.gather = gather
     return config
-
-
-def settle_gather(config: ConfigDict, fits: Callable[[ConfigDict], bool]) -> ConfigDict:
-    """A copy whose mesh.gather is `layer` or `step`.
-
-    fits: whether a config with this mesh.gather has room; asked only where `auto` may be both.
-    """
-    leanest, *others = possible_gathers(config)
-    for gather in others:
-        if fits(asked := with_gather(config, gather)):
-            return asked
-    return with_gather(config, leanest)
 
 
 def gathers_once(config: ConfigDict, mesh) -> bool:

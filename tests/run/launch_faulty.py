@@ -15,6 +15,7 @@ loader:K           the loader fails at step K
 least:SECONDS      the watchdog's least limit of a step
 oom:K              the device runs out of memory in step K
 remat:NAMES        remat=auto chooses these
+memory:GIB         the device has so much, and each program that is compiled, or read from the cache, is printed
 """
 
 import os
@@ -55,16 +56,26 @@ def keep_all_programs() -> None:
     xla.configure = configure_and_keep
 
 
+def say_compiled(event: str, seconds: float, fun_name: str = "", **more) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        print(f"compiled {fun_name}", flush=True)
+
+
 def install() -> None:
     import jax
     import jax.numpy as jnp
 
     from jsft.cluster import watchdog
     from jsft.data import cache, loader
+    from jsft.planning import remat
     from jsft.run import checkpoint, loop, run
 
     if "remat" in FAULTS:
-        run.choose_remat = lambda components, say: FAULTS["remat"]
+        choose = run.choose_program
+        run.choose_program = lambda components, say: choose(components, say)._replace(remat=FAULTS["remat"])
+    if "memory" in FAULTS:
+        remat.device_memory = lambda: int(float(FAULTS["memory"]) * 2**30)
+        jax.monitoring.register_event_duration_secs_listener(say_compiled)
     if "least" in FAULTS:
         watchdog.Watchdog.__init__.__kwdefaults__["least_seconds"] = float(FAULTS["least"])
 

@@ -11,6 +11,7 @@ import pytest
 
 from jsft import config as schema
 from jsft.run.manifest import list_steps
+from jsft.step.components import Components
 from tests.run.processes import STEPS, assert_same_run, output, run, start, status, wait_for
 
 
@@ -110,13 +111,25 @@ def test_rungs_far_too_large_by_the_plan_are_not_compiled(monkeypatch):
     monkeypatch.setattr(remat, "bytes_needed", compile_rung)
     monkeypatch.setattr(remat, "estimate", lambda *given: SimpleNamespace(total=planned[given[3]] * gib))
     monkeypatch.setattr(remat.jax, "local_devices", lambda: [device])
-    parts = SimpleNamespace(config=SimpleNamespace(remat="auto"), model=None, mesh=None)
-    assert remat.choose_remat(parts, said.append) == "c"
+    parts = Components(schema.default_config(), None, None, None, None, None, None, 1)
+    assert remat.choose_program(parts, said.append).remat == "c"
     assert compiled == ["a", "b", "c"]
     assert said == [
         "remat:     not tried, by the plan: none (93 GiB)",
         "remat:     c needs 77.0 of 80.0 GiB",
     ]
+
+
+def test_a_start_compiles_the_gradients_once(tiny, tmp_path):
+    """The program by which remat and mesh.gather were chosen is the one that trains."""
+    flags = ["--config.precision.matmul=float8", "--config.fidelity=best", "--config.train.max_steps=2"]
+    assert run(tiny, tmp_path / "run", *flags, faults="memory:64") == 0, output(tmp_path / "run").read_text()[-3000:]
+    lines = output(tmp_path / "run").read_text().splitlines()
+    said = [line for line in lines if line.startswith(("remat: ", "gather: ", "compiled: "))]
+    assert [line.split()[1] for line in said[:2]] == ["none", "step"]
+    assert "besides the one compiled to choose (rows of 128 tokens)" in said[2]
+    compiled = [line for line in lines if line.startswith("compiled ")]
+    assert all(sum(name in line for line in compiled) == 1 for name in ("add_gradients", "update"))
 
 
 @pytest.mark.slow
