@@ -119,6 +119,12 @@ def _check_together(config: ConfigDict) -> None:
             "precision.matmul=float8: the published runs, whose arithmetic fidelity=reference stands for, multiplied "
             "bfloat16; set fidelity=best, or ask for both with precision.matmul=float8_anyway"
         )
+    if multiplies_float8(config) and config.precision.float8_forward != "all" and config.mesh.reduce == "step":
+        raise ConfigError(
+            f"mesh.reduce=step holds the weights in float8 alone, and precision.float8_forward="
+            f"{config.precision.float8_forward} multiplies them in {config.precision.compute}; set mesh.reduce=layer, or "
+            f"precision.float8_forward=all"
+        )
     if config.mesh.reduce == "step" and config.mesh.gather == "layer":
         raise ConfigError(
             "mesh.reduce=step works on weights that are gathered once a step, and mesh.gather=layer gathers them in each "

@@ -300,6 +300,14 @@ FIELDS: tuple[Field, ...] = (
         "(docs/float8.md; on an H200 a step is 1.3 to 1.4 times as fast). float8_anyway: also where fidelity=reference refuses float8.",
         choices=("bfloat16", "float8", "float8_anyway"),
     ),
+    Field(
+        "precision.float8_forward",
+        str,
+        "all",
+        "With precision.matmul=float8, which linears also multiply float8 in the forward pass; the products of the "
+        "gradients are float8 in any case. none learns as bfloat16 does, all is fastest (docs/float8.md).",
+        choices=("all", "mlp", "none"),
+    ),
     Field("precision.reduce", str, None, "Dtype in which gradients are reduced over devices.", choices=_FLOATS),
     Field(
         "precision.gradients",

@@ -39,6 +39,7 @@ def parse():
     add("--steps", type=int, default=8, help="timed steps, after two of warm-up")
     add("--params", default="bfloat16", choices=("float32", "bfloat16"), help="weights, moments and gradients")
     add("--matmul", default="bfloat16", choices=("bfloat16", "float8"), help="precision.matmul")
+    add("--float8_forward", default="all", choices=("all", "mlp", "none"), help="precision.float8_forward")
     add("--reduce", default=None, help="precision.reduce (default: float32 with float32 weights, else bfloat16)")
     add("--gather", default="auto", choices=("auto", "layer", "step"), help="mesh.gather (default: as in a run)")
     add("--reduce_when", default="layer", choices=("layer", "step"), help="mesh.reduce")
@@ -127,7 +128,7 @@ def build(options):
     config.data.max_length = min(options.tokens, 20000)
     config.precision.params = config.precision.moments = config.precision.gradients = options.params
     config.precision.reduce = options.reduce or options.params
-    config.precision.matmul = options.matmul
+    config.precision.matmul, config.precision.float8_forward = options.matmul, options.float8_forward
     config.remat, config.attention.implementation = options.remat, options.attention
     config.attention.backward, config.norm.implementation = options.backward, options.norms
     config.mesh.gather, config.mesh.reduce = options.gather, options.reduce_when
@@ -229,6 +230,7 @@ def measure(options) -> dict:
         "params": options.params,
         "matmul": options.matmul,
         "remat": remat,
+        "float8_forward": options.float8_forward,
         "gather": parts.config.mesh.gather,
         "device": jax.devices()[0].device_kind,
         "devices": mesh.size,
@@ -263,7 +265,9 @@ def show(result: dict) -> None:
     float8 = result.get("matmul", "bfloat16") != "bfloat16"
     if float8 and result.get("mfu"):
         mfu += " of the bfloat16 peak"
-    products = f", {result['matmul']} products, gather {result.get('gather')}" if float8 else ""
+    forward = result.get("float8_forward", "all")
+    products = f", {result['matmul']} products" + ("" if forward == "all" else f", forward {forward}")
+    products = f"{products}, gather {result.get('gather')}" if float8 else ""
     compiled = f", chosen and compiled in {result['compile_seconds']:.0f} s" if "compile_seconds" in result else ""
     print(
         f"{result['who']}: {result['model']} ({result['layers']} layers, {result['params']}{products}, remat {result['remat']}) on "

@@ -3,7 +3,7 @@
 import pytest
 
 from jsft import config as schema
-from jsft.hardware.cards import find_device
+from jsft.hardware.cards import RATES, find_device
 from jsft.models.published import PUBLISHED
 from jsft.models.remat import LADDER, saved_position
 from jsft.planning.memory import estimate, planned_mesh, saved_bytes
@@ -81,6 +81,28 @@ def small_plan(matmul: str, gather: str):
     return estimate(model, config, mesh, "none"), plan_work(
         model, config, mesh, "none", lengths, find_device("H200")
     ).collectives
+
+
+def test_a_wide_forward_pass_is_planned_at_the_rate_and_with_the_bytes_of_bfloat16():
+    """By hand for Qwen3-8B on eight devices: attention has 41.9 of a layer's 192.9 million weights."""
+    model, lengths = PUBLISHED["qwen3_8b"], Lengths(20480, 6600, 8500, "assumed")
+    attention, matrices = 36 * 4096 * (2 * 4096 + 2 * 1024), 36 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 12288)
+    found = {}
+    for gather in ("layer", "step"):
+        for forward in ("all", "mlp", "none"):
+            fields = dict(precision__matmul="float8", precision__float8_forward=forward, mesh__gather=gather)
+            config = make_config(fidelity="best", **fields)
+            mesh = planned_mesh(config, 8)
+            found[gather, forward] = plan_work(model, config, mesh, "none", lengths, find_device("h200"))
+    everything = found["layer", "all"]
+    for forward, weights in (("mlp", attention), ("none", matrices)):
+        work = found["layer", forward]
+        positions = work.tokens / 8 / (1 - work.padding)
+        later = 2 * positions * weights * (1 / RATES.matmul - 1 / RATES.matmul_float8)
+        assert work.compute_seconds - everything.compute_seconds == pytest.approx(later)
+        for gather, more in (("layer", 1), ("step", 2)):  # bytes of a weight, in each micro batch
+            moved = [found[gather, f].collectives["all-gather"][1] for f in (forward, "all")]
+            assert moved[0] - moved[1] == pytest.approx(work.micro_batches * 7 / 8 * more * weights)
 
 
 def test_float8_halves_what_is_saved_of_the_linears_inputs_and_what_is_gathered():

@@ -80,7 +80,7 @@ class LayerWeights:
         """x [..., in] @ weight^T, and the bias where there is one: [..., out]. quantized: x in float8, if shared."""
         if self._options.float8:
             quantized = quantized_input(x, self._saves_both) if quantized is None else quantized
-            y = linear_float8(x, quantized, *self._weight(name), self._local.get(probe_name(name)))
+            y = linear_float8(x, quantized, *self._float8_weight(name))
         else:
             y = linear(x, *self._weight(name))
         return add_bias(y, self._local[f"{name}_bias"]) if f"{name}_bias" in self._local else y
@@ -90,13 +90,17 @@ class LayerWeights:
         full, sharded = self._gathered.get(name), name in self._sharded
         return self._local[name], full, sharded, self._options.reduce_dtype
 
+    def _float8_weight(self, name: str) -> tuple:
+        """The same of a float8 linear."""
+        return *self._weight(name), self._options.wide_forward(name), self._local.get(probe_name(name))
+
     def project_swiglu(self, gate: jax.Array, up: jax.Array, name: str) -> jax.Array:
         """`project` of silu(gate) * up. That product is recomputed by the backward pass, unless remat names it."""
         if self._options.saves("mlp_hidden"):
             hidden, quantized = self.input(swiglu(gate, up), "mlp_hidden", by_token=True)
             return self.project(hidden, name, quantized)
         if self._options.float8:
-            return swiglu_linear_float8(gate, up, *self._weight(name), self._local.get(probe_name(name)))
+            return swiglu_linear_float8(gate, up, *self._float8_weight(name))
         return swiglu_linear(gate, up, *self._weight(name))
 
 

@@ -33,7 +33,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jsft.kernels import quantize as kernel
 from jsft.kernels.devices import kernels_unavailable, target_device
 from jsft.kernels.quantize import FLOAT8
-from jsft.models.layers import FSDP, swiglu, swiglu_and_gradients
+from jsft.models.layers import FSDP, linear, swiglu, swiglu_and_gradients
 from jsft.models.remat import SCALE
 
 LARGEST = 448  # of FLOAT8
@@ -185,7 +185,7 @@ def _count(wide: jax.Array, quantized: Quantized) -> jax.Array:
     return jnp.stack([jnp.sum(flushed, dtype=jnp.float32), jnp.sum(there, dtype=jnp.float32)])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def linear_float8(
     x: jax.Array,
     quantized: Quantized,
@@ -193,21 +193,25 @@ def linear_float8(
     full: Quantized | None,
     sharded: bool,
     reduce_dtype: jnp.dtype,
+    wide_forward: bool = False,
     probe: jax.Array | None = None,
 ) -> jax.Array:
     """x @ weight^T in x's dtype, all three products in FLOAT8.
 
     Args:
-      x: [..., in]; gives the dtype and gets the gradient. Its values are not read (but counted for a probe).
+      x: [..., in]; gives the dtype and gets the gradient. Its values are read for `wide_forward` or a probe alone.
       quantized: `quantized_input` of x; saved for the backward pass.
       weight: [out, in], or this device's rows of it where `sharded`; any float dtype.
-      full: the full weight, where it was quantised before; else None. It gets no gradient, and `weight` is not read
-        where it is given.
+      full: the full weight, where it was quantised before; else None. It gets no gradient. Where it is given, `weight` is
+        read for `wide_forward` alone.
       sharded, reduce_dtype: as in `jsft.models.layers.linear`.
+      wide_forward: the output is the product of x and weight in x's dtype, not rounded to FLOAT8.
       probe: float32 [2 * len(PROBE_KINDS)] that is not read; its cotangent are this device's counts.
 
     Returns [..., out]. The weight's gradient has the weight's dtype and sharding.
     """
+    if wide_forward:
+        return linear(x, weight, None, sharded, reduce_dtype)
     y = _product(quantized, _full(weight, full, sharded), x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -231,12 +235,13 @@ def _all_counts(counts, g, quantized):
     return None if counts is None else jnp.concatenate([counts, _count(_rows(g), quantized)])
 
 
-def _linear_forward(x, quantized, weight, full, sharded, reduce_dtype, probe):
+def _linear_forward(x, quantized, weight, full, sharded, reduce_dtype, wide_forward, probe):
     counts = _forward_counts(x, quantized, weight, sharded, probe)
-    return linear_float8(x, quantized, weight, full, sharded, reduce_dtype), (quantized, weight, full, counts)
+    y = linear_float8(x, quantized, weight, full, sharded, reduce_dtype, wide_forward)
+    return y, (quantized, weight, full, counts)
 
 
-def _linear_backward(sharded, reduce_dtype, residuals, g):
+def _linear_backward(sharded, reduce_dtype, wide_forward, residuals, g):
     quantized, weight, full, counts = residuals
     quantized_g = quantize(_rows(g), both=True)
     dweight = _weight_gradient(g, quantized_g, quantized, weight, sharded, reduce_dtype)
@@ -263,7 +268,7 @@ def _weight_gradient(g, quantized_g, x, weight, sharded, reduce_dtype):
     return dweight.astype(weight.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def swiglu_linear_float8(
     gate: jax.Array,
     up: jax.Array,
@@ -271,24 +276,26 @@ def swiglu_linear_float8(
     full: Quantized | None,
     sharded: bool,
     reduce_dtype: jnp.dtype,
+    wide_forward: bool = False,
     probe: jax.Array | None = None,
 ) -> jax.Array:
     """`linear_float8` of `swiglu`, by token. The backward pass recomputes it: see `jsft.models.layers.swiglu_linear`."""
     hidden = swiglu(gate, up)
-    return linear_float8(hidden, quantized_input(hidden, by_token=True), weight, full, sharded, reduce_dtype)
+    quantized = quantized_input(hidden, by_token=True)
+    return linear_float8(hidden, quantized, weight, full, sharded, reduce_dtype, wide_forward)
 
 
-def _swiglu_linear_forward(gate, up, weight, full, sharded, reduce_dtype, probe):
+def _swiglu_linear_forward(gate, up, weight, full, sharded, reduce_dtype, wide_forward, probe):
     hidden = swiglu(gate, up)
     quantized = quantized_input(hidden, by_token=True)
     # Saved whatever is recomputed: a maximum of each token would be one more pass over gate and up.
     scale = checkpoint_name(quantized.scale, SCALE)
     counts = _forward_counts(hidden, quantized, weight, sharded, probe)
-    y = linear_float8(hidden, quantized._replace(scale=scale), weight, full, sharded, reduce_dtype)
+    y = linear_float8(hidden, quantized._replace(scale=scale), weight, full, sharded, reduce_dtype, wide_forward)
     return y, (gate, up, scale, weight, full, counts)
 
 
-def _swiglu_linear_backward(sharded, reduce_dtype, residuals, g):
+def _swiglu_linear_backward(sharded, reduce_dtype, wide_forward, residuals, g):
     gate, up, scale, weight, full, counts = residuals
     quantized_g = quantize(_rows(g), both=True)
     hidden, dgate, dup = swiglu_and_gradients(gate, up, _input_gradient(g, quantized_g, weight, full, sharded))

@@ -7,6 +7,11 @@ from jax.sharding import Mesh
 
 from jsft.models.remat import parse_remat, saves
 
+ATTENTION_LINEARS = ("query", "key", "value", "output")
+MLP_LINEARS = ("gate", "up", "down")
+# Linears that multiply `compute_dtype` in the forward pass, by the value of `float8_forward`.
+WIDE_FORWARD = {"all": (), "mlp": ATTENTION_LINEARS, "none": (*ATTENTION_LINEARS, *MLP_LINEARS)}
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderOptions:
@@ -16,6 +21,7 @@ class DecoderOptions:
     compute_dtype: jnp.dtype  # of activations and matrix products, whose sums are float32; norms and rotary are float32
     reduce_dtype: jnp.dtype = jnp.dtype("float32")  # for the sums of weight gradients over tokens and devices
     matmul: str = "bfloat16"  # of the layers' linears: in compute_dtype, or "float8" (`jsft.models.float8`)
+    float8_forward: str = "all"  # linears whose forward product is float8 too: a key of WIDE_FORWARD
     attention: str = "auto"  # implementation of `packed_attention`
     attention_backward: str = "auto"  # backward of `packed_attention`
     norms: str = "auto"  # implementation of `rms_norm` and `rms_norm_rotate`
@@ -48,6 +54,10 @@ class DecoderOptions:
     def float8(self) -> bool:
         """Whether the layers' linears multiply float8."""
         return self.matmul == "float8"
+
+    def wide_forward(self, name: str) -> bool:
+        """Whether the float8 linear `name` multiplies `compute_dtype` in the forward pass."""
+        return name in WIDE_FORWARD[self.float8_forward]
 
     def saves(self, *names: str) -> bool:
         """Whether all these values of a layer are saved for the backward pass, on the device or on the host."""

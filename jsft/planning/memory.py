@@ -88,6 +88,7 @@ def planned_mesh(config: ConfigDict, devices: int) -> AbstractMesh:
 class ParameterSize(NamedTuple):
     """Elements of a parameter."""
 
+    name: str
     full: int
     local: int  # on one device
     layer_matrix: bool  # a matrix of the layers: gathered before use
@@ -100,11 +101,11 @@ class ParameterSize(NamedTuple):
 def parameter_sizes(model: ModelConfig, mesh) -> list[ParameterSize]:
     """The size of every parameter in the table's order; mesh: anything with `shape`."""
     sizes = []
-    for _, spec in leaves(parameter_table(model)):
+    for path, spec in leaves(parameter_table(model)):
         full = math.prod(spec.shape)
         sharded = "fsdp" in meshes.partition_spec(spec.axes, spec.shape, mesh)
         local = full // mesh.shape["fsdp"] if sharded else full
-        sizes.append(ParameterSize(full, local, spec.stacked and len(spec.layer_shape) > 1))
+        sizes.append(ParameterSize(path[-1], full, local, spec.stacked and len(spec.layer_shape) > 1))
     return sizes
 
 

@@ -14,9 +14,10 @@ from jsft.hardware.cards import NETWORK, RATES, Device
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
 from jsft.models.flops import matmul_parameters, step_flops
+from jsft.models.options import WIDE_FORWARD
 from jsft.models.parameters import count_parameters
 from jsft.models.remat import parse_remat, repeated_weights, repeats_attention, saved_on_device, saved_on_host
-from jsft.planning.memory import host_bytes, parameter_sizes, sharded_layer_elements, takes_kernel
+from jsft.planning.memory import ParameterSize, host_bytes, parameter_sizes, sharded_layer_elements, takes_kernel
 from jsft.planning.packing import Packed, drawn_lengths, pack_steps
 from jsft.planning.quantising import quantising_bytes
 from jsft.step.gather_once import gathers_once, reduces_once
@@ -112,12 +113,14 @@ def plan_work(
     )
     share = 1 / mesh.size / (1 - padding)  # of the positions, one device's
     scale = device.peak / RATES.peak
-    float8 = multiplies_float8(config)
-    layers_rate = scale * (RATES.matmul_float8 if float8 and device.float8 else RATES.matmul)
-    of_layers = sum(size.full for size in parameter_sizes(model, mesh) if size.layer_matrix)
-    repeated = share * extra_products / layers_rate
-    others = (count - of_layers) / RATES.matmul / scale  # the output matrix, never in float8
-    products = share * 6.0 * tokens * (of_layers / layers_rate + others) + repeated
+    matrices = [size for size in parameter_sizes(model, mesh) if size.layer_matrix]
+    of_layers = sum(size.full for size in matrices)
+    wide = sum(size.full for size in _wide_forward(config, matrices)) / of_layers
+    rate = RATES.matmul_float8 if multiplies_float8(config) and device.float8 else RATES.matmul
+    forward_rate = 1 / (wide / RATES.matmul + (1 - wide) / rate)  # of repeated products too
+    repeated = share * extra_products / forward_rate / scale
+    others = 3 * (count - of_layers) / RATES.matmul  # the output matrix, never in float8
+    products = share * 2.0 * tokens / scale * (of_layers * (1 / forward_rate + 2 / rate) + others) + repeated
     attention = (1 + imbalance) / mesh.size * attend / RATES.attention / scale  # the kernels skip the padding
     if not attention_kernel(model, config, device):
         attention = (
@@ -155,6 +158,12 @@ def plan_work(
         host,
         quantising,
     )
+
+
+def _wide_forward(config: ConfigDict, matrices: list[ParameterSize]) -> list[ParameterSize]:
+    """Those of `matrices` that a float8 run multiplies in precision.compute in the forward pass."""
+    names = WIDE_FORWARD[config.precision.float8_forward] if multiplies_float8(config) else ()
+    return [size for size in matrices if size.name in names]
 
 
 def attention_kernel(model: ModelConfig, config: ConfigDict, device: Device) -> bool:
@@ -210,7 +219,12 @@ def _collectives(model, config, mesh, micro_batches, tokens) -> dict[str, tuple[
         loss = hidden * (parts - 1) * compute  # every device meets the hidden states of all
         gathers = 1 if gathers_once(config, mesh) else 2 * micro_batches  # of each weight
         weight = 1 if multiplies_float8(config) else compute  # bytes of a gathered one
-        found["all-gather"] = (gathers * matrices, gathers * layers * away * weight + loss)
+        traffic = gathers * layers * away * weight + loss
+        # The forward pass gathers these itself, and in the layer's own pass their float8 form is not needed.
+        wide = [size for size in parameter_sizes(model, mesh) if size.layer_matrix and size.sharded]
+        spared = 0 if gathers_once(config, mesh) else weight
+        traffic += micro_batches * away * (compute - spared) * sum(size.full for size in _wide_forward(config, wide))
+        found["all-gather"] = (gathers * matrices, traffic)
         reductions = 1 if reduces_once(config, mesh) else micro_batches  # of each gradient
         found["reduce-scatter"] = (
             reductions * matrices,

@@ -18,6 +18,11 @@ from jsft.step.components import typical_length
 from jsft.step.gather_once import gathers_once
 
 Say = Callable[[str | Text], None]
+_FLOAT8 = {  # by precision.float8_forward
+    "all": "forward and backward",
+    "mlp": "forward those of the MLP, backward all",
+    "none": "backward alone",
+}
 
 
 def write_summary(components, name: str, workdir: Path | None, remat: str, step: int, say: Say) -> None:
@@ -53,7 +58,9 @@ def write_summary(components, name: str, workdir: Path | None, remat: str, step:
         f"{precision.gradients}, reduce {precision.reduce}",
     )
     if multiplies_float8(config):
-        line("", "linears of the layers in float8 (e4m3), forward and backward; held-out losses without")
+        line(
+            "", f"linears of the layers in float8 (e4m3): {_FLOAT8[precision.float8_forward]}; held-out losses without"
+        )
         if config.fidelity == "reference":
             line("", "note: the published runs, which fidelity=reference stands for, did not multiply float8")
     line("memory", f"{_size(held)} of parameters and optimizer state per device; layers save: {remat}")

@@ -102,6 +102,7 @@ def decoder_options(config: ConfigDict, mesh: Mesh, remat, typical_length: float
         compute_dtype=config.precision.compute,
         reduce_dtype=config.precision.reduce,
         matmul="float8" if multiplies_float8(config) else "bfloat16",
+        float8_forward=config.precision.float8_forward,
         attention=config.attention.implementation,
         attention_backward=settle_backward(backward, typical_length),
         norms=config.norm.implementation,

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from jsft.hardware.mesh import make_mesh
+from jsft.models import layers
 from jsft.models.float8 import (
     FLOAT8,
     LARGEST,
@@ -265,6 +266,27 @@ def test_weights_quantised_before_give_the_same_products():
         y, vjp = jax.vjp(lambda x, w: linear(x, w, full), x, weight)
         for a, b in zip((y, *vjp(g)), expected):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_wide_forward_product_is_exact_and_its_gradients_are_those_of_float8(given):
+    x, weight, g = (
+        jnp.asarray(v, jnp.bfloat16) for v in (random(0, TOKENS, IN), random(1, OUT, IN), random(2, TOKENS, OUT))
+    )
+    full = quantize(weight, both=True) if given else None
+
+    def made(wide):
+        return jax.vjp(lambda x, w: linear_float8(x, quantized_input(x), w, full, False, jnp.float32, wide), x, weight)
+
+    (y, vjp), (_, expected) = made(True), made(False)
+    np.testing.assert_array_equal(y, layers.linear(x, weight, None, False, jnp.float32))
+    jax.tree.map(np.testing.assert_array_equal, vjp(g), expected(g))
+
+    gate, up = (jnp.asarray(random(seed, TOKENS, IN), jnp.bfloat16) for seed in (3, 4))
+    y, vjp = jax.vjp(lambda *v: swiglu_linear_float8(*v, full, False, jnp.float32, True), gate, up, weight)
+    _, expected = jax.vjp(lambda *v: swiglu_linear_float8(*v, full, False, jnp.float32), gate, up, weight)
+    np.testing.assert_array_equal(y, layers.linear(swiglu(gate, up), weight, None, False, jnp.float32))
+    jax.tree.map(np.testing.assert_array_equal, vjp(g), expected(g))
 
 
 def test_the_backward_pass_is_saved_one_byte_for_each_input_value():

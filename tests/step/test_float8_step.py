@@ -80,7 +80,7 @@ def test_values_that_become_zero_are_counted_by_layer():
     x[2] = (448, 2.0**-11, 0, 0)
 
     def output(probe):
-        return linear_float8(x, quantized_input(x), weight, None, False, jnp.float32, probe)
+        return linear_float8(x, quantized_input(x), weight, None, False, jnp.float32, False, probe)
 
     counts = jax.vjp(output, jnp.zeros(6))[1](jnp.ones((5, 3)).at[0, 0].set(1e-9))[0]
     assert np.array_equal(counts, [1, 18, 1, 11, 1, 15])
@@ -143,6 +143,29 @@ def test_every_way_to_run_the_layers_gives_the_plain_gradients(
     fields = dict(mesh__gather=gather, mesh__reduce=reduce, train__unroll_layers=unroll, **FLOAT8_FIELDS)
     found = gradients_of(make_components(model, mesh, 128, **fields), rung, batches)
     assert found[0] == pytest.approx(plain[0], rel=1e-3) and distance(found, plain) < TOLERANCE[devices]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forward", ["mlp", "none"])
+def test_a_wide_forward_pass_leaves_the_rounding_of_gradients(model, batches, forward):
+    """The loss comes near to that of wide products, or equals it; the gradients' products remain float8."""
+    fields = FLOAT8_FIELDS | {"precision__float8_forward": forward}
+    plain, found = (
+        gradients_of(make_components(model, one_device(), 128, **f), "none", batches) for f in (FLOAT8_FIELDS, fields)
+    )
+    exact = gradients_of(make_components(model, one_device(), 128), "none", batches)
+    assert abs(found[0] - exact[0]) < (1e-6 if forward == "none" else abs(plain[0] - exact[0]))
+    assert 0.01 < distance(found, exact) < distance(plain, exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("gather, rung", [("layer", NAMES), ("step", "none"), ("layer", "full")])
+def test_a_wide_forward_pass_is_the_same_on_eight_devices(model, batches, unroll, gather, rung):
+    fields = FLOAT8_FIELDS | dict(precision__float8_forward="mlp", mesh__gather=gather, train__unroll_layers=unroll)
+    one = gradients_of(make_components(model, one_device(), 128, **fields), "none", batches)
+    found = gradients_of(make_components(model, make_mesh(), 128, **fields), rung, batches)
+    assert found[0] == pytest.approx(one[0], rel=1e-3) and distance(found, one) < TOLERANCE[8]
 
 
 @pytest.mark.slow
