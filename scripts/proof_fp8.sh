@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Proof 4: training with float8 products beside training with bfloat16 ones, from the same start on the same rows.
 #
-#   scripts/proof_fp8.sh --gsm8k FOLDER [--no-serve] [--together] [--stages a,b]
+#   scripts/proof_fp8.sh --gsm8k FOLDER [--no-serve] [--together] [--forward mlp,none] [--stages a,b]
 #   scripts/proof_fp8.sh --tiny
 #
 # GSM8K from SmolLM2-135M, three data seeds in bfloat16 and one in float8; Countdown from scratch, 1,000 updates;
@@ -37,8 +37,9 @@ stage_models() {
     --size "$size"
 }
 
-run() {  # run WHAT PRODUCTS SEED; with --together in the background
-  local command=(train "fp8_$1$tiny" "$folder/$1/$2_seed$3" "--config.precision.matmul=$2" "--config.train.seed=$3")
+run() {  # run WHAT PRODUCTS SEED; PRODUCTS: bfloat16, float8 or float8-FORWARD; with --together in the background
+  local command=(train "fp8_$1$tiny" "$folder/$1/$2_seed$3" "--config.precision.matmul=${2%-*}" "--config.train.seed=$3")
+  [[ $2 != *-* ]] || command+=("--config.precision.float8_forward=${2#*-}")
   if [[ -z $together ]]; then
     "${command[@]}"
     return
@@ -59,11 +60,13 @@ finish() {  # waits for what `run` started
 started=()
 stage_gsm8k() {
   run gsm8k float8 0
+  for value in $forward; do run gsm8k "float8-$value" 0; done
   for seed in 0 1 2; do run gsm8k bfloat16 "$seed"; done
   finish
 }
 stage_countdown() {
   for products in bfloat16 float8; do run countdown "$products" 0; done
+  for value in $forward; do run countdown "float8-$value" 0; done
   finish
 }
 stage_large() {

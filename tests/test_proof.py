@@ -80,6 +80,10 @@ def test_float8_criteria_hold_or_not():
     assert holds(learnt(0.505, held=1.02)) == ["yes", "yes", "yes", "no", "yes"]
     assert holds(learnt(0.505, solved=0.3)) == ["yes", "yes", "yes", "yes", "no"]
     assert holds(learnt(0.505)._replace(updates=600, solved=None)) == ["no", "yes", "yes", "yes", "not evaluated"]
+    further = figures.fp8_criteria("gsm8k", wide | {"float8-none_seed0": wide["bfloat16_seed0"]})
+    assert further[1].startswith("| gsm8k, forward none | training loss: within 0.01 |") and further[1].endswith(
+        "| yes |"
+    )
     assert figures.fp8_criteria("large", {"float8_seed0": learnt(0.5)}) == ["| large | both runs are there | | | no |"]
 
 
@@ -140,12 +144,16 @@ def test_fidelity():
 
 @pytest.mark.slow
 def test_fp8():
-    folder, results = whole("fp8", "--no-serve")
+    folder, results = whole("fp8", "--no-serve", "--forward", "none")
     for what in ("gsm8k", "countdown", "large"):
         wide, float8 = (curve(folder / what / f"{p}_seed0", "metrics.jsonl", "loss") for p in ("bfloat16", "float8"))
         assert wide != float8 and wide[-1] < wide[0] - 0.5
         assert max(abs(a - b) for a, b in zip(wide, float8, strict=True)) < 0.1
         assert f"| {what} | training loss: within 0.01 |" in results and f"| {what} | float8 | 0 |" in results
+        if what != "large":
+            none = curve(folder / what / "float8-none_seed0", "metrics.jsonl", "loss")
+            assert abs(none[0] - wide[0]) < 1e-3 * abs(float8[0] - wide[0])  # the forward pass is bfloat16's
+            assert f"| {what}, forward none | training loss: within 0.01 |" in results
     assert "| gsm8k | training loss: within the spread of bfloat16's 3 seeds |" in results
     assert (folder / "gsm8k/float8_seed0/hf").is_dir() and not list(
         (folder / "large/float8_seed0/checkpoints").iterdir()

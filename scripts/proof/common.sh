@@ -7,7 +7,7 @@
 python=${JSFT_VENV:-.venv}/bin/python
 serve_venv=${JSFT_SERVE_VENV:-.venv-serve}
 torch_python=${JSFT_TORCH_PYTHON:-$serve_venv/bin/python}
-tiny='' serve=1 setup=1 together='' gsm8k=${JSFT_GSM8K:-} wanted='' limit='' samples=4
+tiny='' serve=1 setup=1 together='' gsm8k=${JSFT_GSM8K:-} wanted='' limit='' samples=4 forward=''
 
 say() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 fail() { echo "proof_$name: $*" >&2; exit 2; }
@@ -21,6 +21,7 @@ usage() {
   --stages a,b   some stages only, of: ${stages[*]}
   --no-setup     the environments are there as they should be: install nothing
   --limit N      evaluate with the first N problems only
+  --forward a,b  proof_fp8.sh: float8 with these values of precision.float8_forward too (mlp, none)
   --together     proof_fp8.sh: the runs of a stage side by side on the GPU, each with a fifth of its memory
 TEXT
 }
@@ -46,12 +47,13 @@ parse() {
       --no-serve) serve=0 ;;
       --no-setup) setup=0 ;;
       --together) together=1 ;;
-      --stages | --limit | --gsm8k)
+      --stages | --limit | --gsm8k | --forward)
         [[ $# -ge 2 ]] || fail "$1 needs a value; --help lists the options"
         case $1 in
           --stages) wanted=${2//,/ } ;;
           --limit) limit=$2 ;;
           --gsm8k) gsm8k=$2 ;;
+          --forward) forward=${2//,/ } ;;
         esac
         shift
         ;;

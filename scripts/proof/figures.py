@@ -300,10 +300,17 @@ def learnt(run: Path, what: str) -> Learnt:
 
 
 def fp8_criteria(what: str, runs: dict[str, Learnt]) -> list[str]:
-    """Rows of a table: does float8 learn as bfloat16 does? `runs` by name, as in float8_seed0."""
-    float8, wide = runs.get("float8_seed0"), runs.get("bfloat16_seed0")
-    if not float8 or not wide:
-        return [f"| {what} | both runs are there | | | no |"]
+    """Rows of a table: does float8 learn as bfloat16 does? `runs` by name, as in float8_seed0 or float8-mlp_seed0."""
+    wide, rows = runs.get("bfloat16_seed0"), []
+    if wide:
+        for name, run in runs.items():
+            if name.startswith("float8"):
+                label = what + name.removeprefix("float8").removesuffix("_seed0").replace("-", ", forward ")
+                rows += _criteria(what, label, run, wide, runs)
+    return rows or [f"| {what} | both runs are there | | | no |"]
+
+
+def _criteria(what: str, label: str, float8: Learnt, wide: Learnt, runs: dict[str, Learnt]) -> list[str]:
     # The loss falls to the end: a run that is shorter would make the spread a large one.
     seeds = [r.loss for name, r in runs.items() if name.startswith("bfloat16") and r.updates == wide.updates]
     gap, spread = float8.loss - wide.loss, max(seeds) - min(seeds)
@@ -318,15 +325,15 @@ def fp8_criteria(what: str, runs: dict[str, Learnt]) -> list[str]:
     rows.append(
         ("held-out loss, lowest: within 0.01", f"{float8.held_out:.4f}", f"{wide.held_out:.4f}", abs(apart) <= 0.01)
     )
-    table = [f"| {what} | {claim} | {a} | {b} | {'yes' if holds else 'no'} |" for claim, a, b, holds in rows]
+    table = [f"| {label} | {claim} | {a} | {b} | {'yes' if holds else 'no'} |" for claim, a, b, holds in rows]
     if FP8_TASKS[what]:
         claim = "solved, %: within bfloat16's interval"
         if float8.solved and wide.solved and wide.solved["ci95"]:
             low, high = wide.solved["ci95"]
             holds = "yes" if low <= float8.solved["mean"] <= high else "no"
-            table.append(f"| {what} | {claim} | {percent(float8.solved)} | {percent(wide.solved)} | {holds} |")
+            table.append(f"| {label} | {claim} | {percent(float8.solved)} | {percent(wide.solved)} | {holds} |")
         else:
-            table.append(f"| {what} | {claim} | | | not evaluated |")
+            table.append(f"| {label} | {claim} | | | not evaluated |")
     return table
 
 
