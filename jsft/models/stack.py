@@ -248,15 +248,17 @@ def _backward_unrolled(layer_gradients, options, residuals, full, arrays, dx):
     by_layer, residuals = [], list(residuals)
     for index in reversed(range(_depth(arrays))):
         # Weights are prefetched as in the forward pass. The gradients of two layers ago were reduced during the
-        # previous layer.
-        reduced = by_layer[-2] if (full or gathered) and len(by_layer) > 1 else {}
+        # previous layer. Values that are fetched from the host wait for the gradients of the previous layer: to hide
+        # the fetches of later layers, XLA would delay these products, and hold what they read until the end.
+        behind = 2 if full or gathered else 1 if _split_by_memory(residuals[-1].saved)[1] else None
+        due = by_layer[-behind] if behind and len(by_layer) >= behind else {}
         below = jnp.int32(index - 1)
         if options.recompute:
-            dx, residuals, (full, below, reduced) = _begin_recompute(dx, residuals, (full, below, reduced))
+            dx, residuals, (full, below, due) = _begin_recompute(dx, residuals, (full, below, due))
         elif full or gathered:
-            dx, full, below, reduced = lax.optimization_barrier((dx, full, below, reduced))
-        if reduced:
-            by_layer[-2] = reduced
+            dx, full, below, due = lax.optimization_barrier((dx, full, below, due))
+        if due:
+            by_layer[-behind] = due
         coming = prefetch.shards(_slice_again(arrays, index - 1, below)) if index and not gathered else {}
         following = prefetch.gather(coming)
         own = _slice(weights, index), _slice_gathered(arrays, index) if gathered else full

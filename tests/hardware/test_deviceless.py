@@ -18,6 +18,7 @@ from jsft.models.families import abstract_parameters
 from jsft.models.float8 import linear_float8, quantized_input
 from jsft.models.layers import linear
 from jsft.models.published import PUBLISHED
+from jsft.models.remat import LADDER
 from jsft.planning import program_memory
 from jsft.planning.memory import estimate, planned_mesh
 from jsft.step.components import Components, arguments, programs
@@ -81,6 +82,23 @@ def test_the_backward_pass_saves_no_copy_of_the_sharded_weights(params, when):
 
     layer = 2048 * (2 * 2048 + 2 * 1024) + 3 * 2048 * 8192  # bytes of a device's half in bfloat16
     assert (needed(8) - needed(4)) / 4 < 0.3 * layer
+
+
+@needs_plugin
+@pytest.mark.parametrize("remat", [rung for rung in LADDER if "@host" in rung])
+def test_what_unrolled_layers_send_to_the_host_is_not_on_the_device(remat):
+    """A layer adds to the temporaries only what it saves on the device, and no operands of gradients that wait."""
+    same = dict.fromkeys(("precision__params", "precision__moments", "precision__gradients"), "bfloat16")
+    config = small_config(data__max_length=16384, data__pack_length=16384, train__unroll_layers=True, **same)
+
+    def needed(layers):
+        model = dataclasses.replace(PUBLISHED["qwen3_8b"], vocab_size=4096, num_layers=layers)
+        devices = deviceless.gpus("h200", 1)
+        found = program_memory.program_memory(config, model, devices, remat, ("add_gradients",))["add_gradients"]
+        return found.temporaries, estimate(model, config, planned_mesh(config, 1), remat).kept
+
+    (few, few_kept), (many, many_kept) = needed(4), needed(8)
+    assert many - few < 1.5 * (many_kept - few_kept)
 
 
 @needs_plugin
