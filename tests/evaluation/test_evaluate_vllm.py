@@ -105,7 +105,7 @@ def test_step_of_a_run_interrupted_and_gone_on(serve_python, tiny_model, tmp_pat
         str(ROOT / "scripts" / "eval_vllm.sh"),
         str(run),
         "--samples",
-        "4",
+        "16",
         "--max_tokens",
         "300",
         "--limit",
@@ -117,15 +117,15 @@ def test_step_of_a_run_interrupted_and_gone_on(serve_python, tiny_model, tmp_pat
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        if (folder / "samples.jsonl").exists() and len((folder / "samples.jsonl").read_bytes().splitlines()) >= 3:
+        if (folder / "samples.jsonl").exists() and len((folder / "samples.jsonl").read_bytes().splitlines()) >= 1:
             break
-        time.sleep(0.02)  # the rest of the samples come soon
+        time.sleep(0.02)  # the rest come soon: 128, so that a busy machine too interrupts before the last
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in errors
     assert not still_running(str(run)), "vLLM's process outlived the command"
     before = (folder / "samples.jsonl").read_text().splitlines()
-    assert 3 <= len(before) < 32 and json.loads((folder / "results.json").read_text())["state"] == "running"
+    assert 1 <= len(before) < 128 and json.loads((folder / "results.json").read_text())["state"] == "running"
 
     done = subprocess.run(command, capture_output=True, text=True, timeout=2 * START_SECONDS)
     assert done.returncode == 0, done.stderr
@@ -135,12 +135,12 @@ def test_step_of_a_run_interrupted_and_gone_on(serve_python, tiny_model, tmp_pat
         "step": 2,
         "where": str(run / "hf" / "step_2"),
     }
-    assert found["response"]["prompt_thinking"] == {"open": 32}
+    assert found["response"]["prompt_thinking"] == {"open": 128}
     assert found["response"]["share_unclosed_think"] == 1.0  # before and after the interruption
     after = {
         (s["problem"], s["sample"]): s for s in map(json.loads, (folder / "samples.jsonl").read_text().splitlines())
     }
-    assert len(after) == 32
+    assert len(after) == 128
     for line in before:  # samples that were there were not drawn again
         old = json.loads(line)
         assert after[old["problem"], old["sample"]]["response"] == old["response"]
