@@ -216,4 +216,8 @@ def test_float8_products_with_the_published_arithmetic_must_be_asked_for_twice()
     with pytest.raises(ConfigError, match="fidelity=reference.*precision.matmul=float8_anyway"):
         schema.resolve(filled(precision__matmul="float8", fidelity="reference"))
     anyway = schema.resolve(filled(precision__matmul="float8_anyway", fidelity="reference"))
+    with pytest.raises(
+        ConfigError, match="mesh.reduce=step holds .* float8 alone, .*float8_forward=mlp.* set mesh.reduce=layer"
+    ):
+        schema.resolve(filled(precision__matmul="float8", precision__float8_forward="mlp", mesh__reduce="step"))
     assert schema.multiplies_float8(anyway) and not schema.multiplies_float8(schema.resolve(filled()))

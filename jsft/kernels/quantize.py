@@ -32,8 +32,8 @@ def quantize_transposed(
 ) -> tuple[jax.Array | None, jax.Array]:
     """(x * inverse in FLOAT8 [M, N], or None unless `plain`; the same transposed, [N, M]).
 
-    x: [M, N] as `fits` says, FLOAT8 or wider; inverse: float32 [M], for each row, or a scalar. Products above the largest FLOAT8 become it; NaN
-    stays NaN. Raises ValueError for a shape that does not fit.
+    x: [M, N] as `fits` says, FLOAT8 or wider; inverse: float32 [M], for each row, or a scalar. Products above the
+    largest FLOAT8 become it; NaN stays NaN. Raises ValueError for a shape that does not fit.
     """
     if not fits(x.shape):
         raise ValueError(f"x: {BLOCK} must divide both sizes of a matrix, not {x.shape}")

@@ -12,8 +12,8 @@ every device.
 | gradient of x = dy W | output features | dy, W transposed |
 | gradient of W = dy^T x | tokens | dy transposed, x transposed |
 
-The input of the down projection does not come from a norm, and has a scale for each token. It multiplies the rows of y after
-the product, and those of dy before the product that makes the gradient of W.
+The input of the down projection does not come from a norm, and has a scale for each token. It multiplies the rows of y
+after the product, and those of dy before the product that makes the gradient of W.
 
 A transposed operand is a copy: the tensor cores read float8 with the summed axis last. Saved for the backward pass is x
 as the first product reads it; where nothing is recomputed, also transposed. W is quantised by each layer, or once a
@@ -112,9 +112,10 @@ def quantize_shards(weights: dict[str, jax.Array], sharded: Collection[str]) -> 
     """This device's part of weights [..., out, in], each with the scale of the full weight. sharded: names of those
     whose rows are sharded over 'fsdp'.
 
-    Weights are rounded to bfloat16 first. One in 16 bfloat16 values lies half way between two FLOAT8 values. As float32
-    master weights of a bfloat16 model, all of these would take a step of FLOAT8 at the first update, however small, each in
-    the direction of its update: a kick of half a unit of bfloat16's last place for every weight.
+    Weights are rounded to bfloat16 first. One in 16 bfloat16 values lies half way between two FLOAT8 values. Without this
+    rounding, float32 master weights of a bfloat16 model would leave all these ties at the first update, however small:
+    each would take a step of FLOAT8 in the direction of its update. That averages to half a unit of bfloat16's last
+    place for every weight.
     """
     weights = {name: weight.astype(jnp.bfloat16) for name, weight in weights.items()}
     largest = {name: jnp.max(jnp.abs(w), axis=(-2, -1), keepdims=True) for name, w in weights.items()}
@@ -202,8 +203,8 @@ def linear_float8(
       x: [..., in]; gives the dtype and gets the gradient. Its values are read for `wide_forward` or a probe alone.
       quantized: `quantized_input` of x; saved for the backward pass.
       weight: [out, in], or this device's rows of it where `sharded`; any float dtype.
-      full: the full weight, where it was quantised before; else None. It gets no gradient. Where it is given, `weight` is
-        read for `wide_forward` alone.
+      full: the full weight, where it was quantised before; else None. It gets no gradient. Where it is given, `weight`
+        is read for `wide_forward` alone.
       sharded, reduce_dtype: as in `jsft.models.layers.linear`.
       wide_forward: the output is the product of x and weight in x's dtype, not rounded to FLOAT8.
       probe: float32 [2 * len(PROBE_KINDS)] that is not read; its cotangent are this device's counts.

@@ -3,7 +3,7 @@
 Saving more avoids recompute and costs memory. `remat=auto` takes the first rung of the ladder, from the one that saves
 most, whose program fits the device together with the optimizer's state, by the compiler's own count; mesh.gather=auto
 never costs a rung. A large model's program takes half a minute to compile. So rungs that the plan finds far too large
-are skipped, both choices are made in one search, and a run goes on with the program that was compiled for it.
+are skipped, both choices are made in one search, and the run uses the program that was compiled for it.
 """
 
 import functools

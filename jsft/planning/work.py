@@ -219,12 +219,13 @@ def _collectives(model, config, mesh, micro_batches, tokens) -> dict[str, tuple[
         loss = hidden * (parts - 1) * compute  # every device meets the hidden states of all
         gathers = 1 if gathers_once(config, mesh) else 2 * micro_batches  # of each weight
         weight = 1 if multiplies_float8(config) else compute  # bytes of a gathered one
-        traffic = gathers * layers * away * weight + loss
-        # The forward pass gathers these itself, and in the layer's own pass their float8 form is not needed.
-        wide = [size for size in parameter_sizes(model, mesh) if size.layer_matrix and size.sharded]
-        spared = 0 if gathers_once(config, mesh) else weight
-        traffic += micro_batches * away * (compute - spared) * sum(size.full for size in _wide_forward(config, wide))
-        found["all-gather"] = (gathers * matrices, traffic)
+        # Wide forward products gather their weights in `compute`, in each micro batch. Where each layer gathers, this
+        # replaces the float8 weights of its forward pass.
+        sharded = [size for size in parameter_sizes(model, mesh) if size.layer_matrix and size.sharded]
+        wide = sum(size.full for size in _wide_forward(config, sharded))
+        replaced = 0 if gathers_once(config, mesh) else weight
+        traffic = gathers * layers * weight + micro_batches * wide * (compute - replaced)
+        found["all-gather"] = (gathers * matrices, away * traffic + loss)
         reductions = 1 if reduces_once(config, mesh) else micro_batches  # of each gradient
         found["reduce-scatter"] = (
             reductions * matrices,
