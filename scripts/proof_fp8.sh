@@ -46,8 +46,12 @@ run() {  # run WHAT PRODUCTS SEED; PRODUCTS: bfloat16, float8 or float8-FORWARD;
   fi
   mkdir -p "$folder/logs"
   echo "$1, $2, seed $3: $folder/logs/$1_$2_seed$3.log"
-  XLA_PYTHON_CLIENT_MEM_FRACTION=0.2 "${command[@]}" >"$folder/logs/$1_$2_seed$3.log" 2>&1 &
+  XLA_PYTHON_CLIENT_MEM_FRACTION=$share "${command[@]}" >"$folder/logs/$1_$2_seed$3.log" 2>&1 &
   started+=($!)
+}
+
+share_among() {  # share_among RUNS: what each of them gets of the GPU's memory, a tenth left for what JAX does not count
+  share=$(printf '0.%02d' $((90 / $1)))
 }
 
 finish() {  # waits for what `run` started
@@ -57,14 +61,16 @@ finish() {  # waits for what `run` started
   [[ $failed == 0 ]] || fail "a run failed: the logs in $folder/logs say why"
 }
 
-started=()
+started=() share=''
 stage_gsm8k() {
+  share_among $((4 + $(wc -w <<<"$forward")))
   run gsm8k float8 0
   for value in $forward; do run gsm8k "float8-$value" 0; done
   for seed in 0 1 2; do run gsm8k bfloat16 "$seed"; done
   finish
 }
 stage_countdown() {
+  share_among $((2 + $(wc -w <<<"$forward")))
   for products in bfloat16 float8; do run countdown "$products" 0; done
   for value in $forward; do run countdown "float8-$value" 0; done
   finish
