@@ -297,15 +297,16 @@ FIELDS: tuple[Field, ...] = (
         str,
         "bfloat16",
         "How the seven linears of a layer multiply: in precision.compute, or in float8 (e4m3), all three products "
-        "(docs/float8.md; on an H200 a step is 1.3 to 1.4 times as fast). float8_anyway: also where fidelity=reference refuses float8.",
+        "(docs/float8.md; on an H200 a step is 1.2 to 1.4 times as fast). float8_anyway: also where fidelity=reference refuses float8.",
         choices=("bfloat16", "float8", "float8_anyway"),
     ),
     Field(
         "precision.float8_forward",
         str,
-        "all",
+        "mlp",
         "With precision.matmul=float8, which linears also multiply float8 in the forward pass; the products of the "
-        "gradients are float8 in any case. none learns as bfloat16 does, all is fastest (docs/float8.md).",
+        "gradients are float8 in any case. all is fastest and memorises least; none learns as bfloat16 does "
+        "(docs/float8.md).",
         choices=("all", "mlp", "none"),
     ),
     Field("precision.reduce", str, None, "Dtype in which gradients are reduced over devices.", choices=_FLOATS),

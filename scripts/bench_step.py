@@ -39,7 +39,7 @@ def parse():
     add("--steps", type=int, default=8, help="timed steps, after two of warm-up")
     add("--params", default="bfloat16", choices=("float32", "bfloat16"), help="weights, moments and gradients")
     add("--matmul", default="bfloat16", choices=("bfloat16", "float8"), help="precision.matmul")
-    add("--float8_forward", default="all", choices=("all", "mlp", "none"), help="precision.float8_forward")
+    add("--float8_forward", default="mlp", choices=("all", "mlp", "none"), help="precision.float8_forward")
     add("--reduce", default=None, help="precision.reduce (default: float32 with float32 weights, else bfloat16)")
     add("--gather", default="auto", choices=("auto", "layer", "step"), help="mesh.gather (default: as in a run)")
     add("--reduce_when", default="layer", choices=("layer", "step"), help="mesh.reduce")
@@ -265,9 +265,10 @@ def show(result: dict) -> None:
     float8 = result.get("matmul", "bfloat16") != "bfloat16"
     if float8 and result.get("mfu"):
         mfu += " of the bfloat16 peak"
-    forward = result.get("float8_forward", "all")
-    products = f", {result['matmul']} products" + ("" if forward == "all" else f", forward {forward}")
-    products = f"{products}, gather {result.get('gather')}" if float8 else ""
+    told = [
+        f"{word} {result[key]}" for word, key in (("forward", "float8_forward"), ("gather", "gather")) if key in result
+    ]
+    products = ", ".join(["", f"{result['matmul']} products", *told]) if float8 else ""
     compiled = f", chosen and compiled in {result['compile_seconds']:.0f} s" if "compile_seconds" in result else ""
     print(
         f"{result['who']}: {result['model']} ({result['layers']} layers, {result['params']}{products}, remat {result['remat']}) on "

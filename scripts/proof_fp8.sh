@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Proof 4: training with float8 products beside training with bfloat16 ones, from the same start on the same rows.
 #
-#   scripts/proof_fp8.sh --gsm8k FOLDER [--no-serve] [--together] [--forward mlp,none] [--stages a,b]
+#   scripts/proof_fp8.sh --gsm8k FOLDER [--no-serve] [--together] [--forward all,none] [--stages a,b]
 #   scripts/proof_fp8.sh --tiny
 #
 # GSM8K from SmolLM2-135M, three data seeds in bfloat16 and one in float8; Countdown from scratch, 1,000 updates;
@@ -106,7 +106,7 @@ stage_evaluate() {
     local task options
     task=$(basename "$(dirname "$made")")
     options=(--tasks "$task" --data_dir "$folder" --max_tokens 1024)
-    if [[ $task == gsm8k ]]; then options=(--tasks gsm8k --data_dir "$folder/gsm8k" --max_tokens 512 --samples 4); fi
+    if [[ $task == gsm8k ]]; then options=(--tasks gsm8k --data_dir "$folder/gsm8k" --max_tokens 512 --samples 16); fi
     if [[ -n $tiny ]]; then options+=(--max_tokens 32 --limit 20); fi
     evaluate "$made/hf/step_$(lowest "$made")" "$made/eval" "${options[@]}"
   done

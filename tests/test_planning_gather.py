@@ -40,7 +40,7 @@ FLOAT8 = dict(precision__matmul="float8")
         (dict(mesh__gather="layer", **FLOAT8), ("layer",)),
         (dict(mesh__gather="step"), ("step",)),
         (dict(mesh__reduce="step"), ("step",)),
-        (dict(mesh__reduce="step", **FLOAT8), ("step",)),
+        (dict(mesh__reduce="step", precision__float8_forward="all", **FLOAT8), ("step",)),
     ],
 )
 def test_what_auto_may_become(fields, possible):

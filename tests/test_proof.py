@@ -12,6 +12,7 @@ import pytest
 
 import jsft
 from jsft import config as schema
+from jsft.evaluation.models import find_targets
 from jsft.hf.random_model import write_random_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +86,21 @@ def test_float8_criteria_hold_or_not():
         "| yes |"
     )
     assert figures.fp8_criteria("large", {"float8_seed0": learnt(0.5)}) == ["| large | both runs are there | | | no |"]
+
+
+def test_float8_reads_the_scores_where_evaluation_writes_them(tmp_path):
+    figures, run = module_of(ROOT / "scripts" / "proof" / "figures.py"), tmp_path / "run"
+    model = write_random_model(run / "hf/step_224")
+    (run / "checkpoints").mkdir()
+    (run / "config.json").write_text("{}")
+    (target,) = find_targets(str(model), None, run / "eval")
+    for name, record in (("metrics", {"step": 1, "loss": 2.0}), ("heldout", {"step": 1, "heldout/loss": 3.0})):
+        (run / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
+    assert figures.learnt(run, "gsm8k").solved is None
+    solved = {"mean": 0.5, "ci95": [0.4, 0.6]}
+    (target.out / "gsm8k").mkdir(parents=True)
+    (target.out / "gsm8k/results.json").write_text(json.dumps({"metrics": {"reference": {"avg": solved}}}))
+    assert figures.learnt(run, "gsm8k").solved == solved
 
 
 @pytest.mark.vllm

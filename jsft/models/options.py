@@ -21,7 +21,7 @@ class DecoderOptions:
     compute_dtype: jnp.dtype  # of activations and matrix products, whose sums are float32; norms and rotary are float32
     reduce_dtype: jnp.dtype = jnp.dtype("float32")  # for the sums of weight gradients over tokens and devices
     matmul: str = "bfloat16"  # of the layers' linears: in compute_dtype, or "float8" (`jsft.models.float8`)
-    float8_forward: str = "all"  # linears whose forward product is float8 too: a key of WIDE_FORWARD
+    float8_forward: str = "mlp"  # linears whose forward product is float8 too: a key of WIDE_FORWARD
     attention: str = "auto"  # implementation of `packed_attention`
     attention_backward: str = "auto"  # backward of `packed_attention`
     norms: str = "auto"  # implementation of `rms_norm` and `rms_norm_rotate`

@@ -21,7 +21,7 @@ usage() {
   --stages a,b   some stages only, of: ${stages[*]}
   --no-setup     the environments are there as they should be: install nothing
   --limit N      evaluate with the first N problems only
-  --forward a,b  proof_fp8.sh: float8 with these values of precision.float8_forward too (mlp, none)
+  --forward a,b  proof_fp8.sh: float8 with these values of precision.float8_forward too (all, none)
   --together     proof_fp8.sh: the runs of a stage side by side on the GPU, which divide its memory
 TEXT
 }

@@ -294,7 +294,8 @@ class Learnt(NamedTuple):
 def learnt(run: Path, what: str) -> Learnt:
     _, loss = curve(run / "metrics.jsonl", "loss")
     _, held = curve(run / "heldout.jsonl", "heldout/loss")
-    found, metric = score(run / "eval" / what), FP8_TASKS[what]
+    scores = (score(out) for out in sorted(run.glob(f"eval/step_*/{what}")))  # of the one update that was exported
+    found, metric = next(filter(None, scores), None), FP8_TASKS[what]
     last = loss[-min(100, (len(loss) + 1) // 2) :].mean()
     return Learnt(len(loss), last, held.min(initial=np.inf), found["metrics"][metric]["avg"] if found else None)
 

@@ -171,11 +171,12 @@ def test_linears_in_float8_are_three_cublas_products_of_float8(devices):
 
 @needs_plugin
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["add_gradients", "flushed"])
-def test_unrolled_layers_hold_no_float8_weights_but_their_own(program):
+@pytest.mark.parametrize("program, forward", [("add_gradients", "all"), ("add_gradients", "mlp"), ("flushed", "mlp")])
+def test_unrolled_layers_hold_no_float8_weights_but_their_own(program, forward):
     """A layer adds to the temporaries its saved input alone: the compiler would quantise several layers at once."""
     same = dict.fromkeys(("precision__params", "precision__moments", "precision__gradients"), "bfloat16")
-    config = small_config(precision__matmul="float8", fidelity="best", train__unroll_layers=True, **same)
+    same |= dict(precision__matmul="float8", precision__float8_forward=forward, fidelity="best")
+    config = small_config(train__unroll_layers=True, **same)
     mesh = make_mesh(devices=deviceless.gpus("h200", 1))
 
     def needed(layers):

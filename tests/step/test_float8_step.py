@@ -17,7 +17,7 @@ from jsft.step.gather_once import quantized_weights
 from jsft.step.optimizer import initial_state
 from tests.step.test_programs import gradients_of, make_batch, make_components
 
-FLOAT8_FIELDS = dict(precision__matmul="float8")
+FLOAT8_FIELDS = dict(precision__matmul="float8", precision__float8_forward="all")
 # By devices. A scale of inputs and gradients is that of a device's tokens: other small values round another way.
 TOLERANCE = {1: 1e-5, 8: 0.02}
 
