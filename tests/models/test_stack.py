@@ -2,20 +2,24 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from jsft.models.remat import checkpoint_policy
 from jsft.models.stack import LayerArrays, Prefetch, StackOptions, run_layers
 
 
-def test_values_are_fetched_from_the_host_after_the_gradients_two_layers_above():
+@pytest.mark.parametrize("behind", [1, 2])
+def test_values_are_fetched_from_the_host_after_gradients_of_layers_above(behind):
     """Otherwise XLA would delay these gradients to hide the fetches, and hold what they read."""
 
     def layer(x, weights, gathered, constants):
         return jnp.tanh(checkpoint_name(x @ weights["down"], "attention_out")) @ weights["up"]
 
     layer = jax.checkpoint(layer, policy=checkpoint_policy(["attention_out@host"]))
-    options = StackOptions(unroll=True, recompute=True, prefetch=Prefetch(lambda weights: {}, lambda shards: {}))
+    options = StackOptions(
+        unroll=True, recompute=True, prefetch=Prefetch(lambda weights: {}, lambda shards: {}), fetch_behind=behind
+    )
 
     def loss(weights, x):
         return run_layers(layer, options, x, LayerArrays(weights, {}, {}, {}), {}).sum()
@@ -34,4 +38,4 @@ def test_values_are_fetched_from_the_host_after_the_gradients_two_layers_above()
     ]
     # The forward pass waits for the copies of three layers. The backward pass starts three fetches, and above the first
     # of them there is no layer with gradients.
-    assert [shapes >= {(8, 3), (3, 8)} for shapes in fetching] == [False] * 3 + [False, True, True]
+    assert [shapes >= {(8, 3), (3, 8)} for shapes in fetching] == [False] * 3 + [False, behind == 1, True]
