@@ -297,7 +297,8 @@ FIELDS: tuple[Field, ...] = (
         str,
         "bfloat16",
         "How the seven linears of a layer multiply: in precision.compute, or in float8 (e4m3), all three products "
-        "(docs/float8.md; on an H200 a step is 1.2 to 1.4 times as fast). float8_anyway: also where fidelity=reference refuses float8.",
+        "(docs/float8.md; on an H200 a step is 1.2 to 1.4 times as fast). float8_anyway: also where fidelity=reference "
+        "refuses float8.",
         choices=("bfloat16", "float8", "float8_anyway"),
     ),
     Field(

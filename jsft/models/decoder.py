@@ -25,7 +25,7 @@ from jsft.models.float8 import (
 )
 from jsft.models.layers import add_bias, embed, fan_out_qkv, gather_shards, linear, swiglu, swiglu_linear
 from jsft.models.options import DecoderOptions
-from jsft.models.remat import checkpoint_policy, saved_on_host
+from jsft.models.remat import checkpoint_policy
 from jsft.models.rotary import rotary_tables
 from jsft.models.stack import LayerArrays, Prefetch, StackOptions, run_layers
 
@@ -144,12 +144,7 @@ def decode(
         prefetch = Prefetch(  # cast before the gather: half the bytes travel
             lambda weights: {name: w.astype(dtype) for name, w in weights.items() if name in sharded}, gather_shards
         )
-    fetched = () if isinstance(options.remat, str) else saved_on_host(options.remat)
-    # A layer hides the fetch of one array, and at 131,072 positions 2 would hold 12 GiB more (8B). It does not hide the
-    # fetch of what 14B saves there: with 1 its step took 5 % longer.
-    stack_options = StackOptions(
-        options.unroll, options.recomputes, prefetch, fetch_behind=2 if len(fetched) > 1 else 1
-    )
+    stack_options = StackOptions(options.unroll, options.recomputes, prefetch)
     arrays = LayerArrays(parameters["layers"], resident, gathered, accumulated["layers"])
     stream = run_layers(layer, stack_options, Stream(x, None), arrays, context)
     return rms_norm(*stream, parameters["final_norm"], model.rms_eps, options.norms)[1]

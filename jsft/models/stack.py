@@ -41,14 +41,11 @@ class StackOptions(NamedTuple):
     recompute: the backward pass recomputes values of the layer.
     prefetch: with `unroll`, a layer's weights are gathered while the layer before it runs, in both passes, and its
     gradients are reduced while the next layer of the backward pass runs. Otherwise each layer gathers its own.
-    fetch_behind: with `unroll`, values of a layer are fetched from the host while the layer above runs, once the gradients
-    of the one (1) or of the two (2) layers above that are done. 1 holds less, 2 leaves the fetch more time.
     """
 
     unroll: bool
     recompute: bool
     prefetch: Prefetch
-    fetch_behind: int = 1
 
 
 class LayerArrays(NamedTuple):
@@ -252,10 +249,12 @@ def _backward_unrolled(layer_gradients, options, residuals, full, arrays, dx):
     for index in reversed(range(_depth(arrays))):
         # Weights are prefetched as in the forward pass. The gradients of two layers ago were reduced during the
         # previous layer. Values that are fetched from the host wait for gradients too: to hide the fetches of later
-        # layers, XLA would delay these products, and hold what they read until the end.
-        fetched = bool(_split_by_memory(residuals[-1].saved)[1])
-        behind = 2 if full or gathered else options.fetch_behind if fetched else None
-        due = by_layer[-behind] if behind and len(by_layer) >= behind else {}
+        # layers, XLA would delay these products, and hold what they read until the end. A layer hides the fetch of one
+        # value: it waits for the previous layer's gradients, so that less is held. Several need more time.
+        fetched = len(_split_by_memory(residuals[-1].saved)[1])
+        behind = 2 if full or gathered or fetched > 1 else 1
+        waits = full or gathered or fetched
+        due = by_layer[-behind] if waits and len(by_layer) >= behind else {}
         below = jnp.int32(index - 1)
         if options.recompute:
             dx, residuals, (full, below, due) = _begin_recompute(dx, residuals, (full, below, due))

@@ -60,8 +60,7 @@ def hold(found: dict, uid: int) -> None:
     assert found["uid"] == uid
     assert found["probe_ended"].startswith("ok"), found["probe_ended"]
     assert found["probes"] >= 55 and found["escaped"] == []
-    # The watcher looks every so often: on a busy machine it misses some of the rooms.
-    assert found["alive"] == [] and found["rooms"] >= 5
+    assert found["alive"] == [] and found["rooms"] >= 10
     assert {state for state, _ in found["survivors"].values()} <= {"ok", "timeout", "failed"}
     assert not [name for name, (solved, _) in found["forgeries"].items() if solved]
     assert {state for state, _ in found["hoarders"].values()} <= {"memory", "failed"}, found["hoarders"]

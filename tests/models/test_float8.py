@@ -26,6 +26,8 @@ from jsft.models.layers import swiglu
 from jsft.models.remat import checkpoint_policy
 from tests.models.test_decoder import assert_close, loss_and_gradient, one_device
 
+ALL_FLOAT8 = dict(matmul="float8", float8_forward="all")
+
 TOKENS, IN, OUT = 48, 64, 32
 
 
@@ -386,9 +388,7 @@ def test_a_saved_copy_keeps_its_largest_values():
 def test_the_decoders_gradients_are_those_of_wide_products_but_for_the_rounding(random_model, packed_rows):
     batch, remat = packed_rows([[20, 9]], 32, 259), ("attention_input", "mlp_input", "mlp_hidden")
     wide = loss_and_gradient(random_model("qwen3"), one_device(), batch, remat="none")
-    found = loss_and_gradient(
-        random_model("qwen3"), one_device(), batch, remat=remat, matmul="float8", float8_forward="all"
-    )
+    found = loss_and_gradient(random_model("qwen3"), one_device(), batch, remat=remat, **ALL_FLOAT8)
     assert abs(float(found[0]) - float(wide[0])) < 0.05 * abs(float(wide[0]))
     for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(wide[1])):
         assert 0 < np.linalg.norm(a - b) < 0.35 * np.linalg.norm(b)
@@ -398,12 +398,8 @@ def test_the_decoders_gradients_are_those_of_wide_products_but_for_the_rounding(
 @pytest.mark.parametrize("remat", ["full", ("attention_input", "mlp_input", "mlp_hidden"), ("attention_out", "gate")])
 def test_remat_changes_memory_not_results(random_model, packed_rows, remat):
     batch = packed_rows([[20, 9]], 32, 259)
-    expected = loss_and_gradient(
-        random_model("qwen3"), one_device(), batch, remat="none", matmul="float8", float8_forward="all"
-    )
-    found = loss_and_gradient(
-        random_model("qwen3"), one_device(), batch, remat=remat, matmul="float8", float8_forward="all"
-    )
+    expected = loss_and_gradient(random_model("qwen3"), one_device(), batch, remat="none", **ALL_FLOAT8)
+    found = loss_and_gradient(random_model("qwen3"), one_device(), batch, remat=remat, **ALL_FLOAT8)
     assert_close(expected, found, 1e-5)
 
 
@@ -412,10 +408,8 @@ def test_remat_changes_memory_not_results(random_model, packed_rows, remat):
 @pytest.mark.parametrize("replica", [1, 2])
 def test_every_family_has_the_same_gradients_on_every_mesh(random_model, packed_rows, family, replica):
     batch = packed_rows([[20, 9], [31], [5, 5, 5], [32], [16, 16], [1], [30], [2, 29]], 32, 259)
-    expected = loss_and_gradient(random_model(family), one_device(), batch, matmul="float8", float8_forward="all")
-    found = loss_and_gradient(
-        random_model(family), make_mesh(replica=replica), batch, matmul="float8", float8_forward="all"
-    )
+    expected = loss_and_gradient(random_model(family), one_device(), batch, **ALL_FLOAT8)
+    found = loss_and_gradient(random_model(family), make_mesh(replica=replica), batch, **ALL_FLOAT8)
     wide = loss_and_gradient(random_model(family), one_device(), batch)
     assert abs(float(expected[0]) - float(found[0])) < 1e-3 * abs(float(wide[0]))
     assert abs(float(expected[0]) - float(wide[0])) < 0.05 * abs(float(wide[0]))
