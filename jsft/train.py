@@ -5,6 +5,7 @@ Parses the command line and connects the processes; `jsft.run.run` is the run it
 
 import os
 import sys
+import time
 from pathlib import Path
 
 from jsft import cli, errors
@@ -66,6 +67,7 @@ def _define_flags(values) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    began = time.monotonic()
     config, name, flags = cli.parse(sys.argv[1:] if argv is None else argv, _define_flags, USAGE)
     config = schema.resolve(config)
     unknown = sorted(set(flags.allow_changed) - set(schema.BY_NAME))
@@ -90,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         frozenset(flags.allow_changed),
         flags.ignore_plan,
         parse_window(flags.profile_steps) if flags.profile_steps else None,
+        began,
     )
     if flags.dry_run:
         return run.dry_run(config, options)

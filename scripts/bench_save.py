@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jsft.hardware.mesh import describe, make_mesh
-from jsft.run.checkpoint import Policy, Saver, restore
+from jsft.run.checkpoint import Policy, Saver, find_step, restore
 from jsft.run.manifest import verify
 from jsft.step.optimizer import TrainState
 
@@ -77,7 +77,7 @@ def main() -> None:
         checked = time.perf_counter() - began
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         began = time.perf_counter()
-        jax.block_until_ready(restore(workdir, abstract, print))
+        jax.block_until_ready(restore(workdir, find_step(workdir, print), abstract))
         whole = time.perf_counter() - began
         print(f"restore: {whole:.2f} s, {checked:.2f} s of it for the checksums ({size / checked / 1e9:.2f} GB/s)")
     finally:

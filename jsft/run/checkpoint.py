@@ -112,11 +112,11 @@ def _unreadable(workdir: Path, step: int) -> str | None:
     return None
 
 
-def restore(workdir: Path, abstract: TrainState, say: Say) -> TrainState | None:
-    """The newest whole checkpoint, on the shardings of `abstract` (any number of devices), or None.
+def find_step(workdir: Path, say: Say) -> int | None:
+    """Step of the newest whole checkpoint, the same for all processes, or None. For the owner of the run's lock only.
 
     A damaged or unfinished one is named through `say`, and the previous one is used. Raises CheckpointError when none
-    is whole, or when the checkpoint is of another model.
+    is whole.
     """
     step = -1
     if jax.process_index() == 0:
@@ -125,8 +125,14 @@ def restore(workdir: Path, abstract: TrainState, say: Say) -> TrainState | None:
         step = -1 if found is None else found
     if jax.process_count() > 1:
         step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
-    if step < 0:
-        return None
+    return None if step < 0 else step
+
+
+def restore(workdir: Path, step: int, abstract: TrainState) -> TrainState:
+    """The state after `step` updates (`find_step`), on the shardings of `abstract` (any number of devices).
+
+    Raises CheckpointError when the checkpoint is of another model.
+    """
     items = _load(workdir, step, _split(abstract))
     return TrainState(parameters=items[PARAMETERS], **items[OPTIMIZER])
 

@@ -1,6 +1,7 @@
 """A run from its resolved config to its last step: checks everything, says what it will do, trains."""
 
 import shlex
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,7 @@ from jsft.run.run_log import COMMAND, RunLog, show
 from jsft.run.run_readme import write_run_readme
 from jsft.run.sampling import Generation, open_generation
 from jsft.run.setup import build
+from jsft.run.start_times import StartTimes
 from jsft.run.summary import write_summary
 from jsft.run.trackers import open_trackers
 from jsft.step.components import Components, compile_gradients, programs
@@ -55,6 +57,7 @@ class RunOptions(NamedTuple):
     allow_changed: frozenset[str] = frozenset()  # fields that may differ from the run in `workdir`
     ignore_plan: bool = False  # start even if the plan says that the run does not fit
     profile: tuple[int, int] | None = None  # first step under the profiler, and the one after the last
+    began: float | None = None  # when the command did, by time.monotonic
 
 
 class Supervision(NamedTuple):
@@ -65,6 +68,12 @@ class Supervision(NamedTuple):
     stop: StopRequest
     watchdog: Watchdog
     link: PeerLink | None  # to the run's other processes, if any
+    times: StartTimes
+
+    def at(self, part: str, doing: str = "") -> None:
+        """A part of the start begins. `doing`: what the watchdog says of it, if it is more than the part's name."""
+        self.times.at(part)
+        self.watchdog.at(doing or part)
 
     def status(self, state: str, step: int, reason: str = "") -> None:
         """Writes status.json on process 0."""
@@ -78,7 +87,9 @@ def train(config: ConfigDict, options: RunOptions, link: PeerLink | None = None)
     link: to the other processes of the run, if any (`jsft.cluster.processes.session`).
     """
     xla.configure()  # before JAX looks for devices
+    times = StartTimes("imports and devices", options.began or time.monotonic())
     workdir, primary = options.workdir, jax.process_index() == 0
+    times.at("model and data")
     process_exit = ProcessExit(link)
     stop = StopRequest(process_exit)
     directory = log = watchdog = None
@@ -99,11 +110,11 @@ def train(config: ConfigDict, options: RunOptions, link: PeerLink | None = None)
         if link:
             check_workdir(link, workdir, directory.owner if directory else "")
         with explained(CheckpointError, f"--workdir {workdir} cannot be written", "choose another"):
-            log = RunLog(workdir / "log.txt" if primary else None, quiet=not primary)
+            log = RunLog(workdir / "log.txt" if primary else None, not primary, times)
         watchdog = Watchdog(workdir, jax.process_index(), 60 * config.train.hang_minutes, process_exit)
         try:
             with _device_errors(), explained(CheckpointError, f"the run in {workdir} had to end", RESUME_HINT):
-                _train(components, options, Supervision(directory, log, stop, watchdog, link))
+                _train(components, options, Supervision(directory, log, stop, watchdog, link, times))
         except Exception as error:
             if directory:
                 directory.status("failed", directory.last_step, " ".join(str(error).split())[:500])
@@ -135,9 +146,9 @@ def _train(components: Components, options: RunOptions, process: Supervision) ->
     """The run while its directory is open: restore, choose remat, compile, loop, report."""
     workdir, total = options.workdir, components.data.total_steps
     say, at = process.log.line, process.watchdog.at
-    at("reading the checkpoint")
-    state = checkpoint.restore(workdir, components.abstract, say)
-    step = int(state.step) if state is not None else 0
+    process.at("checking checkpoints")
+    found = checkpoint.find_step(workdir, say)
+    step = found or 0
     eval_data = _eval_data(components)
     evaluated = any_process(process.directory is not None and has_heldout(workdir, step))
     if step >= total and (evaluated or not eval_data):
@@ -145,7 +156,7 @@ def _train(components: Components, options: RunOptions, process: Supervision) ->
         say(f"{workdir} is done: {step} of {total} steps")
         return
     process.status("running", step)
-    at("choosing remat, which compiles")
+    process.at("compiling", "choosing remat, which compiles")
     asked = components
     components, remat, gradients = choose_program(asked, say)
     if process.link:
@@ -153,16 +164,20 @@ def _train(components: Components, options: RunOptions, process: Supervision) ->
     write_summary(components, options.name, workdir, remat, step, say)
     if process.directory:
         write_run_readme(components, options.name, workdir)
-    if state is None:
-        at("reading the base model's weights")
+    if found is None:
+        process.at("reading weights", "reading the base model's weights")
         state = _first_state(components)
+    else:
+        process.at("reading the checkpoint")
+        state = checkpoint.restore(workdir, found, components.abstract)
     facts = _manifest_facts(asked, options, process, step)
     with _outputs(components, options, process, step, facts) as outputs, _out_of_memory_advice(components, remat, at):
         loop = _make_loop(components, remat, eval_data, outputs, process)
-        at("compiling")
+        process.at("compiling")
         loop.programs, loop.histograms = precompile(
             loop.programs, loop.histograms, components, bool(eval_data), say, gradients
         )
+        process.at("evaluating")
         state, step, stopped = loop.run(state, components.data, step, evaluated)
         at("waiting for the last save")
         outputs.saver.wait()

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from jsft.run.start_times import StartTimes
+
 INDENT = 11  # columns of a summary's heads; what does not fit in a line of the terminal continues there
 COMMAND = " " * 4
 _BAR = 10  # columns of the shortest progress bar
@@ -48,15 +50,19 @@ def show(text: str | Text) -> None:
 
 
 class RunLog:
-    """Prints lines and, on a terminal, a progress bar; the same lines go to `log.txt`."""
+    """Prints lines and, on a terminal, a progress bar; the same lines go to `log.txt`.
 
-    def __init__(self, log: Path | None, quiet: bool = False):
+    times: of the run's start, told after its first step.
+    """
+
+    def __init__(self, log: Path | None, quiet: bool = False, times: StartTimes | None = None):
         self._log = log.open("a", encoding="utf-8", errors="backslashreplace") if log else None
         self._quiet = quiet
         self._console = Console(file=sys.stdout, highlight=False)
         self._progress: Progress | None = None
         self._task = None
         self._began = self._done = None
+        self._times = times
 
     def line(self, text: str | Text) -> None:
         """One line to the console and the log."""
@@ -79,6 +85,8 @@ class RunLog:
     def start(self, total: int, done: int) -> None:
         """Starts the clock, and where there is a terminal the progress bar. done: updates before this start."""
         self._began, self._done = time.monotonic(), done
+        if self._times:
+            self._times.at("first step")
         if self._quiet or not self._console.is_terminal:
             return
         # The text is made to fit (`fields_that_fit`): the bar takes what is left of the line.
@@ -98,6 +106,8 @@ class RunLog:
             self._log_line(whole)
         else:
             self.line(whole)
+        if self._times and (told := self._times.finish()):
+            self.line(told)
 
     def _fields(self, step: int, total: int, metrics: dict[str, float]) -> dict[str, str]:
         """What is shown of a step, in its order."""

@@ -78,6 +78,24 @@ def oracle(q, k, v, do, doc_start, scale):
     return tuple(x.swapaxes(1, 2) for x in (o, dq, dk, dv))
 
 
+def oracle_of_some(q, k, v, do, asked, doc_start, scale):
+    """`oracle` where only the queries at `asked` have a gradient, for the query heads of one key head.
+
+    Args: q, do [n, G, h] of the n asked positions; k, v [T, h]; doc_start [T]. Returns o, dq [n, G, h]; dk, dv [T, h].
+    """
+    o, dq, dk, dv = (np.zeros_like(x) for x in (q, q, k, v))
+    for n, i in enumerate(asked):
+        seen = slice(doc_start[i], i + 1)
+        p = np.exp(q[n] @ k[seen].T * scale)
+        p /= p.sum(-1, keepdims=True)
+        o[n] = p @ v[seen]
+        ds = p * (do[n] @ v[seen].T - (o[n] * do[n]).sum(-1, keepdims=True)) * scale
+        dq[n] = ds @ k[seen]
+        dk[seen] += ds.T @ q[n]
+        dv[seen] += p.T @ do[n]
+    return o, dq, dk, dv
+
+
 def relative(ours, want) -> float:
     """||ours - want|| / ||want||; against 0.1 for each entry where the truth is zero, as with one-token documents."""
     size = max(np.linalg.norm(want), 0.1 * np.sqrt(want.size) if np.abs(want).max() < 1e-9 else 0)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import make, oracle, relative, with_growing_keys
+from attention_cases import make, oracle, oracle_of_some, ranges, relative, with_growing_keys
 
 from jsft.kernels.attention import packed_attention
 from jsft.kernels.norms import rms_norm_rotate
@@ -91,6 +91,29 @@ def check_errors(case):
             a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
             assert relative(a, want) < 1e-2 and relative(a, want) <= 2 * relative(b, want) + 1e-3
             assert np.abs(a - want).max() <= 2 * np.abs(b - want).max() + 1e-2
+
+
+@pytest.mark.parametrize("backward", ["deterministic", "fused"])
+@pytest.mark.parametrize("T, H", [(532_480, 16), (286_720, 32)], ids=["qwen3_1_7b", "qwen3_4b"])
+def test_the_longest_rows_that_a_gpu_holds(T, H, backward):
+    """Past 2^31 bytes an array. Only `asked` positions have a gradient, so that float64 needs no T x T logits."""
+    K, h = 8, 128
+    scale, split = h**-0.5, T - 70_001
+    asked = np.array([0, 1, 70_001, T // 2, split - 1, split, T - 129, T - 1])
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, do = (jax.random.normal(key, (1, T, n, h), jnp.bfloat16) for key, n in zip(keys, (H, K, K, H)))
+    do = jnp.zeros_like(do).at[:, asked].set(do[:, asked])
+    start, end = ranges([[split, T - split]])
+    ours = run(packed_attention, q, k, v, do, start, end, scale=scale, implementation="pallas", backward=backward)
+    for head in (0, K - 1):
+        group = slice(head * H // K, (head + 1) * H // K)
+        heads = (q[0, asked, group], k[0, :, head], v[0, :, head], do[0, asked, group])
+        wanted = oracle_of_some(*(np.asarray(x, np.float64) for x in heads), asked, start[0], scale)
+        found = (ours[0][0, asked, group], ours[1][0, asked, group], ours[2][0, :, head], ours[3][0, :, head])
+        for name, a, want in zip(("o", "dq", "dk", "dv"), found, wanted):
+            assert relative(np.asarray(a, np.float64), want) < 1e-2, name
+        others = np.setdiff1d(np.arange(0, T, 4096), asked)
+        assert not np.asarray(ours[1][0, others, group], np.float32).any()
 
 
 def test_float16_and_huge_logits():

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jsft.errors import CheckpointError
 from jsft.hardware.mesh import make_mesh
 from jsft.run import checkpoint, orbax_io
-from jsft.run.checkpoint import Policy, Saver, newest_whole, restore, restore_parameters
+from jsft.run.checkpoint import Policy, Saver, find_step, newest_whole, restore, restore_parameters
 from jsft.run.manifest import list_steps, manifest_bytes, read_manifest, reading, verify
 from jsft.step.optimizer import TrainState
 
@@ -45,6 +45,12 @@ def assert_equal(ours, theirs):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+def newest(workdir, abstract, say):
+    """The newest whole state, as a run that resumes reads it; None where there is none."""
+    step = find_step(workdir, say)
+    return None if step is None else restore(workdir, step, abstract)
+
+
 @pytest.fixture
 def said():
     return []
@@ -61,7 +67,7 @@ def save_steps(workdir, said, steps, **policy):
 def test_comes_back_on_any_number_of_devices(tmp_path, said):
     save_steps(tmp_path, said, [3])
     for devices in (8, 4, 1):
-        state = restore(tmp_path, abstract(make_state(devices=devices)), said.append)
+        state = newest(tmp_path, abstract(make_state(devices=devices)), said.append)
         assert_equal(state, make_state(3))
         assert len(state.parameters["a"].sharding.device_set) == devices
     assert_equal(restore_parameters(tmp_path, 3, abstract(make_state()).parameters), make_state(3).parameters)
@@ -73,7 +79,7 @@ def test_bfloat16_is_read_back_as_it_was_before_it_is_sealed(tmp_path, said):
     saver = Saver(tmp_path, Policy(), {}, said.append)
     saver.save(3, state)
     saver.wait()
-    assert_equal(restore(tmp_path, abstract(state), said.append), state)
+    assert_equal(newest(tmp_path, abstract(state), said.append), state)
     assert said == []
 
 
@@ -88,7 +94,7 @@ def test_donating_the_state_at_once_does_not_change_what_is_saved(tmp_path, said
         state = scramble(state)
     jax.block_until_ready(state)
     saver.wait()
-    assert_equal(restore(tmp_path, abstract(before), said.append), before)
+    assert_equal(newest(tmp_path, abstract(before), said.append), before)
 
 
 def flip_a_byte(root):
@@ -160,7 +166,7 @@ def test_damaged_is_named_and_the_one_before_is_used(tmp_path, said, damage, pro
     saver = save_steps(tmp_path, said, [1, 2])
     damage(tmp_path / "checkpoints" / "2")
     assert problem in verify(tmp_path, 2)
-    state = restore(tmp_path, abstract(make_state()), said.append)
+    state = newest(tmp_path, abstract(make_state()), said.append)
     assert_equal(state, make_state(1))
     assert len(said) == 1 and said[0].startswith("checkpoint 2 is damaged (") and problem in said[0]
     assert list_steps(tmp_path) == [1] and (tmp_path / "checkpoints" / "2.damaged").is_dir()
@@ -194,7 +200,7 @@ def test_a_checkpoint_of_before_the_manifest_had_a_checksum_is_read(tmp_path, sa
     there = json.loads(path.read_text())
     del there["checksum"]
     path.write_text(json.dumps(there | {"format": 1}, indent=1))
-    assert_equal(restore(tmp_path, abstract(make_state()), said.append), make_state(1))
+    assert_equal(newest(tmp_path, abstract(make_state()), said.append), make_state(1))
     assert said == []
 
 
@@ -205,7 +211,7 @@ def test_exchanged_directories_are_found(tmp_path, said):
         (folder / old).rename(folder / new)
     with pytest.raises(CheckpointError, match="3 holds the checkpoint of step 2; rename it back"):
         restore_parameters(tmp_path, 3, abstract(make_state()).parameters)
-    assert_equal(restore(tmp_path, abstract(make_state()), said.append), make_state(1))
+    assert_equal(newest(tmp_path, abstract(make_state()), said.append), make_state(1))
     assert len(said) == 2 and "holds the checkpoint of step 2" in said[0]
 
 
@@ -214,7 +220,7 @@ def test_a_name_that_orbax_takes_for_a_pattern_loses_nothing(tmp_path, said, nam
     workdir = tmp_path / name
     (tmp_path / "axb" / "checkpoints" / "1.orbax-checkpoint-tmp" / "parameters" / "ocdbt.process_0").mkdir(parents=True)
     save_steps(workdir, said, [1, 2], keep=1)
-    assert_equal(restore(workdir, abstract(make_state()), said.append), make_state(2))
+    assert_equal(newest(workdir, abstract(make_state()), said.append), make_state(2))
     assert_equal(restore_parameters(workdir, 2, abstract(make_state()).parameters), make_state(2).parameters)
     assert said == [] and [p.name for p in (workdir / "checkpoints").iterdir()] == ["2"]
 
@@ -290,7 +296,7 @@ def test_what_a_killed_process_left_is_named_and_removed(tmp_path, said):
     (folder / "2" / "manifest.json").unlink()
     shutil.copytree(folder / "1", folder / "3.orbax-checkpoint-tmp")
     (folder / "1" / "optimizer.removed").mkdir()
-    assert_equal(restore(tmp_path, abstract(make_state()), said.append), make_state(1))
+    assert_equal(newest(tmp_path, abstract(make_state()), said.append), make_state(1))
     assert said == [
         "checkpoint 2 was not finished and is removed",
         "checkpoint 3 was not finished and is removed",
@@ -303,15 +309,15 @@ def test_other_model_format_or_place(tmp_path, said):
     with pytest.raises(
         CheckpointError, match=r"of another model: optimizer/first_moment/a is \[64, 8\] there and \[32, 8\]"
     ):
-        restore(tmp_path, abstract(make_state(width=32)), said.append)
+        newest(tmp_path, abstract(make_state(width=32)), said.append)
     with pytest.raises(CheckpointError, match="c is absent there"):
         restore_parameters(tmp_path, 1, abstract(make_state(names=("a", "b", "c"))).parameters)
     with pytest.raises(CheckpointError, match="no finished checkpoint of step 7 in .*; there are: 1"):
         restore_parameters(tmp_path, 7, None)
     reseal(tmp_path, 1, format=99)
     with pytest.raises(CheckpointError, match=r"has format 99, this jsft reads 2; use the version that wrote it \(1\)"):
-        restore(tmp_path, abstract(make_state()), said.append)
-    assert restore(tmp_path / "nothing", abstract(make_state()), said.append) is None
+        newest(tmp_path, abstract(make_state()), said.append)
+    assert newest(tmp_path / "nothing", abstract(make_state()), said.append) is None
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         Saver(tmp_path / "file", Policy(), {}, said.append)

@@ -18,10 +18,10 @@ import time
 import pytest
 
 from jsft.errors import CheckpointError
-from jsft.run.checkpoint import Policy, Saver, newest_whole, restore
+from jsft.run.checkpoint import Policy, Saver, newest_whole
 from jsft.run.directory import RunDirectory
 from jsft.run.metrics import MetricsWriter
-from tests.run.test_checkpoint import abstract, assert_equal, make_state
+from tests.run.test_checkpoint import abstract, assert_equal, make_state, newest
 from tests.run.test_directory import make_config
 
 CUTS = int(os.environ.get("JSFT_POWER_CUTS", 10))
@@ -120,7 +120,7 @@ def test_a_power_cut_costs_the_steps_since_the_last_save_and_no_more(disk):
         try:
             json.loads((workdir / "config.json").read_text())
             json.loads((workdir / "status.json").read_text())
-            state = restore(workdir, abstract(make_state(devices=1)), said.append)
+            state = newest(workdir, abstract(make_state(devices=1)), said.append)
             found = newest_whole(workdir, said.append)
             assert found is not None and before <= found <= training.step, f"{found} after {before}"
             assert_equal(state, make_state(found, devices=1))

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from jsft.run.run_log import INDENT, RunLog, fields_that_fit, print_line
+from jsft.run.start_times import StartTimes
 
 METRICS = {"loss": 0.61234, "lr": 4.5e-5, "grad_norm": 0.312, "tokens_per_second": 53000.0, "mfu": 0.451}
 
@@ -64,3 +65,20 @@ def test_time_left_counts_the_updates_of_this_start(monkeypatch, capsys, resumed
     log.step(10, 20, METRICS)
     line = capsys.readouterr().out
     assert line.startswith("step 10/20  loss 0.6123") and line.endswith(f"MFU 45.1%  elapsed 0:00:30  left {left}\n")
+
+
+def test_the_parts_of_a_start_are_told_once_after_the_first_step(monkeypatch, capsys):
+    clock = iter([112.0, 112.2, 150.0, 160.0, 160.0, 171.0, 171.0, 172.0])  # the log reads it too
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    times = StartTimes("imports", 100.0)
+    for part in ("checks", "compiling", "reading weights"):
+        times.at(part)
+    log = RunLog(None, times=times)
+    log.start(20, 0)
+    log.step(1, 20, METRICS)
+    log.step(2, 20, METRICS)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:10] for line in lines] == ["step 1/20 ", "start:    ", "step 2/20 "]
+    assert lines[1] == (
+        "start:     71 s to the end of the first step: imports 12, compiling 38, reading weights 10, first step 11"
+    )
