@@ -3,6 +3,7 @@
 import shlex
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,25 +159,22 @@ def _train(components: Components, options: RunOptions, process: Supervision) ->
     process.status("running", step)
     process.at("compiling", "choosing remat, which compiles")
     asked = components
+    reading = _in_background(lambda: _read_state(asked, workdir, found))  # disk and processor have work at once
     components, remat, gradients = choose_program(asked, say)
     if process.link:
         check_choices(process.link, remat, components.config.mesh.gather)
     write_summary(components, options.name, workdir, remat, step, say)
     if process.directory:
         write_run_readme(components, options.name, workdir)
-    if found is None:
-        process.at("reading weights", "reading the base model's weights")
-        state = _first_state(components)
-    else:
-        process.at("reading the checkpoint")
-        state = checkpoint.restore(workdir, found, components.abstract)
     facts = _manifest_facts(asked, options, process, step)
     with _outputs(components, options, process, step, facts) as outputs, _out_of_memory_advice(components, remat, at):
         loop = _make_loop(components, remat, eval_data, outputs, process)
-        process.at("compiling")
+        at("compiling")
         loop.programs, loop.histograms = precompile(
             loop.programs, loop.histograms, components, bool(eval_data), say, gradients
         )
+        process.at("waiting for the weights", "reading the weights")
+        state = reading.result()
         process.at("evaluating")
         state, step, stopped = loop.run(state, components.data, step, evaluated)
         at("waiting for the last save")
@@ -196,8 +194,18 @@ def _train(components: Components, options: RunOptions, process: Supervision) ->
         say(f"{COMMAND}python -m jsft.export --workdir {place} --step {step}")
 
 
-def _first_state(components: Components) -> TrainState:
-    """The state of step 0, from the base model's weights."""
+def _in_background(work: Callable[[], TrainState]) -> Future[TrainState]:
+    """Does it in a thread of its own."""
+    threads = ThreadPoolExecutor(1, "state")
+    future = threads.submit(work)
+    threads.shutdown(wait=False)
+    return future
+
+
+def _read_state(components: Components, workdir: Path, step: int | None) -> TrainState:
+    """The state of the checkpoint of `step`; None: that of step 0, from the base model's weights."""
+    if step is not None:
+        return checkpoint.restore(workdir, step, components.abstract)
     dtype = parameter_dtype(components.config)
     parameters = load_parameters(components.model_dir, components.model, components.mesh, dtype)
     return initial_state(parameters, components.config)
