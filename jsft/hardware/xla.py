@@ -4,6 +4,7 @@ The program sets them, not the user's shell. Environment variables that are alre
 """
 
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -38,6 +39,9 @@ _PREFETCH = {
 }
 
 
+_CODE = Path(__file__).resolve().parents[2]  # what holds the package
+
+
 def prefetch_options(platform: str) -> dict[str, int | bool]:
     """Compiler options, for `jax.jit`, of a program that prefetches weights on devices of `platform`."""
     return _PREFETCH if platform == "gpu" and jaxlib.__version__.startswith(_TRIED) else {}
@@ -48,7 +52,7 @@ def configure() -> None:
 
     The allocator gets 95 % of a GPU (JAX's default of 75 % would leave a quarter of it unused), ptxas assembles the
     kernels, and compiled programs are cached on disk (JSFT_COMPILATION_CACHE; default: ~/.cache/jsft/compiled): a
-    second start of the same config compiles nothing.
+    second start of the same config compiles nothing, nor does one of another copy of this code.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     given = os.environ.get("XLA_FLAGS", "")
@@ -62,6 +66,9 @@ def configure() -> None:
             cache / "spilling"
         )  # programs contain assembled kernels, and JAX's cache key does not name the assembler
     jax.config.update("jax_compilation_cache_dir", str(cache))
+    # Assembled kernels name the files that they were made from. With whole paths a program would be another one in
+    # each environment, for the cache and for processes that share their autotuning.
+    jax.config.update("jax_hlo_source_file_canonicalization_regex", f"^{re.escape(str(_CODE))}/")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 

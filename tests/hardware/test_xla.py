@@ -1,6 +1,7 @@
 """The process's settings for XLA."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -43,3 +44,35 @@ def test_a_virtual_device_may_be_late_without_an_abort(configured):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert (done.returncode == 0) == configured, done.stderr[-2000:]
     assert (done.stdout.strip() == "6.0") == configured
+
+
+LOWERED = """
+import jax, jax.numpy as jnp
+from jsft.hardware import xla
+xla.configure()
+from jsft.kernels.attention import packed_attention
+
+def attend(q, k, start, end):
+    return packed_attention(q, k, k, start, end, scale=0.1, implementation="pallas")
+
+gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
+S = jax.ShapeDtypeStruct
+q, k, position = S((1, 256, 2, 128), jnp.bfloat16), S((1, 256, 1, 128), jnp.bfloat16), S((1, 256), jnp.int32)
+with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=gpu)):
+    print(jax.jit(attend).trace(q, k, position, position).lower(lowering_platforms=("cuda",)).as_text())
+"""
+
+
+def test_a_program_is_the_same_from_any_folder(tmp_path):
+    """Kernels too, so that copies of the code share the compilation cache."""
+    shutil.copytree(ROOT / "jsft", tmp_path / "jsft", ignore=shutil.ignore_patterns("__pycache__"))
+
+    def lowered(folder):
+        environment = os.environ | {"PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-c", LOWERED]
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    here = lowered(ROOT)
+    assert "jsft/kernels/flash/forward.py" in here and here == lowered(tmp_path)
