@@ -248,12 +248,12 @@ def _backward_unrolled(layer_gradients, options, residuals, full, arrays, dx):
     by_layer, residuals = [], list(residuals)
     for index in reversed(range(_depth(arrays))):
         # Weights are prefetched as in the forward pass. The gradients of two layers ago were reduced during the
-        # previous layer. Values that are fetched from the host wait for gradients too: to hide the fetches of later
-        # layers, XLA would delay these products, and hold what they read until the end. A layer hides the fetch of one
-        # value: it waits for the previous layer's gradients, so that less is held. Several need more time.
+        # previous layer. A single value that is fetched from the host waits for gradients too: to hide the fetches of
+        # later layers, XLA would delay these products, and hold what they read until the end. Several values need the
+        # time: waiting costs 14B 4 % of its step, and saves it little memory (docs/lab/2026-12-01-float8.md).
         fetched = len(_split_by_memory(residuals[-1].saved)[1])
-        behind = 2 if full or gathered or fetched > 1 else 1
-        waits = full or gathered or fetched
+        behind = 2 if full or gathered else 1
+        waits = full or gathered or fetched == 1
         due = by_layer[-behind] if waits and len(by_layer) >= behind else {}
         below = jnp.int32(index - 1)
         if options.recompute:
