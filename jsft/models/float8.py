@@ -16,9 +16,9 @@ The input of the down projection does not come from a norm, and has a scale for 
 after the product, and those of dy before the product that makes the gradient of W.
 
 A transposed operand is a copy: the tensor cores read float8 with the summed axis last. Saved for the backward pass is x
-as the first product reads it; where nothing is recomputed, also transposed. W is quantised by each layer, or once a
-step (mesh.gather=step); what devices gather is the quantised W. A value that is not finite makes its whole array NaN, so
-that loss or gradient show it.
+as the first product reads it; where nothing is recomputed, its transposed copy instead. W is quantised by each layer, or
+once a step (mesh.gather=step); what devices gather is the quantised W. A value that is not finite makes its whole array
+NaN, so that loss or gradient show it.
 """
 
 import functools

@@ -5,6 +5,7 @@ saves for the backward pass, and a workspace: that of one layer's backward pass 
 """
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jsft.kernels.attention import HEAD_DIMS
 from jsft.kernels.linear_cross_entropy import chunk_size
 from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
+from jsft.models.options import WIDE_FORWARD
 from jsft.models.parameters import leaves
 from jsft.models.remat import REMAT_NAMES, parse_remat, saved_on_device, saved_on_host, saved_position
 from jsft.step.gather_once import gathers_once, reduces_once
@@ -121,11 +123,19 @@ def host_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int, float
     return tokens * saved_position(model, on_host, itemsize, float8)
 
 
-def saved_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int, pallas: bool, float8: bool = False) -> int:
+def saved_bytes(
+    model: ModelConfig,
+    remat: str,
+    tokens: int,
+    itemsize: int,
+    pallas: bool,
+    float8: bool = False,
+    wide: Collection[str] = (),
+) -> int:
     """Bytes on the device that one layer saves for its backward pass, for `tokens` positions of a device.
 
     remat: "none", "full", or names of REMAT_NAMES; pallas: the attention kernel, which saves a log-sum-exp; float8: the
-    linears' inputs are saved as float8.
+    linears' inputs are saved as float8; wide: names of the linears whose forward product is in the compute dtype.
     """
     everything = remat == "none"
     if everything:
@@ -138,14 +148,28 @@ def saved_bytes(model: ModelConfig, remat: str, tokens: int, itemsize: int, pall
     saved = tokens * (itemsize * model.hidden_size + saved_position(model, names, itemsize, float8))
     if pallas and "attention_lse" in names:
         saved += tokens * 4 * model.num_heads
-    if everything and (pallas or float8):  # attention's output twice: as the kernel wrote it, as the product reads it
-        saved += tokens * (1 if float8 else itemsize) * model.query_size
-    if everything and float8:  # the transposed copies, which are made and saved with the others
-        operands = [name for name, value in REMAT_NAMES.items() if value.operand]
-        saved += tokens * (saved_position(model, operands, itemsize, float8) + model.query_size)
+    if everything and float8:
+        saved += tokens * _inputs_beyond_a_byte(model, itemsize, wide)
+    elif everything and pallas:  # attention's output twice: as the kernel wrote it, as the product reads it
+        saved += tokens * itemsize * model.query_size
     if everything and not pallas and itemsize < 4:  # plain XLA attention saves keys and values in float32 instead
         saved += tokens * 2 * model.kv_size * (4 - itemsize)
     return saved
+
+
+# Inputs of the linears among REMAT_NAMES, each with one of the linears that read it.
+_INPUTS = {"attention_input": "query", "mlp_input": "gate", "mlp_hidden": "down"}
+
+
+def _inputs_beyond_a_byte(model: ModelConfig, itemsize: int, wide: Collection[str]) -> int:
+    """Bytes at each position that a float8 layer with remat=none saves of its linears' inputs, beyond a byte a value.
+
+    A float8 forward product reads its input as quantised, and the backward pass the transposed copy, which is made in the
+    same pass: that alone is saved. A wide forward product reads the input itself. The compiler saves this, and quantises
+    it in the backward pass. Attention's output is saved for attention's own backward pass: its copy comes in addition.
+    """
+    widths = {name: getattr(model, REMAT_NAMES[name].width) for name, linear in _INPUTS.items() if linear in wide}
+    return (itemsize - 1) * sum(widths.values()) + (0 if "output" in wide else model.query_size)
 
 
 def _held_for_a_step(model: ModelConfig, mesh, itemsize: int, float8: bool) -> int:
@@ -170,7 +194,8 @@ def estimate(model: ModelConfig, config: ConfigDict, mesh, remat: str, platform:
     tokens = config.data.rows_per_device * length
     local = sum(size.local for size in parameter_sizes(model, mesh))
     D, F, V = model.hidden_size, model.intermediate_size, model.vocab_size
-    saved = model.num_layers * saved_bytes(model, remat, tokens, compute, pallas, float8)
+    wide = WIDE_FORWARD[config.precision.float8_forward]
+    saved = model.num_layers * saved_bytes(model, remat, tokens, compute, pallas, float8, wide)
     saved += 2 * host_bytes(model, remat, tokens, compute, float8)  # of the layer at work, and of the next, in transfer
     unit = tokens * compute
     once = gathers_once(config, mesh)
