@@ -4,15 +4,18 @@
     scripts/record_memory.py                       all that is not recorded yet (about 40 minutes, one core)
     scripts/record_memory.py --models qwen3_1_7b --anew
     for m in qwen3_8b qwen3_14b; do scripts/record_memory.py --models $m & done; wait     one core each, one file
+    scripts/record_memory.py --matmul float8 --models qwen3_8b qwen3_14b internlm2_5_20b
 
 Needs no GPU, but JAX's CUDA plugin (pip install 'jax[cuda13]'; see jsft/hardware/deviceless.py). For each base model's
 default recipe on 8 x H200 and both presets it walks down the ladder of remat as a run does, to the first rung that fits;
 with that rung of `reference` it compiles the update too, and the program of gradients with its layers in a loop.
-Afterwards tests/test_planning.py holds the plan's estimate to what was recorded.
+In float8 it walks down the ladder with fidelity=best, for each of TOKENS and GATHERS, from the first rung that the plan
+expects to fit. Afterwards tests/test_planning.py holds the plan's estimate to what was recorded.
 """
 
 import argparse
 import fcntl
+import itertools
 import json
 import sys
 import time
@@ -24,10 +27,23 @@ sys.path.insert(0, str(ROOT))
 FILE = ROOT / "tests" / "recorded_memory.json"
 DEVICE, DEVICES = "h200", 8
 FIDELITIES = ("reference", "best")
+TOKENS, GATHERS = (16384, 20480, 32768), ("layer", "step")  # of records in float8
+OLDER = {"matmul": "bfloat16", "gather": "layer", "tokens": 20480}  # of records that lack these keys
+KEY = ("model", "fidelity", "remat", "unrolled", "program", *OLDER)
 
 
 def key(record: dict) -> tuple:
-    return tuple(record[name] for name in ("model", "fidelity", "remat", "unrolled", "program"))
+    return tuple((OLDER | record)[name] for name in KEY)
+
+
+def arguments(record: dict) -> list[str]:
+    """The command line of the run whose program `record` is of, without remat."""
+    fields = {"fidelity": record["fidelity"], "train.unroll_layers": record["unrolled"]}
+    if "matmul" in record:
+        fields |= {"precision.matmul": record["matmul"], "mesh.gather": record["gather"]}
+        fields |= dict.fromkeys(("data.pack_length", "data.max_length"), record["tokens"])
+    config = f"{ROOT}/configs/{record['model']}.py:math_cot_ep8"
+    return ["--config", config, *(f"--config.{name}={value}" for name, value in fields.items())]
 
 
 class Records:
@@ -61,6 +77,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS)
     parser.add_argument("--fidelity", nargs="*", default=FIDELITIES, choices=FIDELITIES)
+    parser.add_argument("--matmul", default="bfloat16", choices=("bfloat16", "float8"))
     parser.add_argument("--anew", action="store_true", help="also what is recorded already")
     parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args()
@@ -79,49 +96,50 @@ def main() -> int:
     limit = HEADROOM * find_device(DEVICE).usable
     records = Records(options.out, options.anew)
 
-    def resolved(model: str, fidelity: str, unrolled: bool):
-        argv = [
-            "--config",
-            f"{ROOT}/configs/{model}.py:math_cot_ep8",
-            f"--config.fidelity={fidelity}",
-            f"--config.train.unroll_layers={unrolled}",
-        ]
-        return schema.resolve(cli.parse(argv, lambda values: None, "")[0])
+    def resolved(record: dict):
+        return schema.resolve(cli.parse(arguments(record), lambda values: None, "")[0])
 
-    def measure(model: str, fidelity: str, rung: str, unrolled: bool, program: str) -> dict:
-        wanted = dict(model=model, fidelity=fidelity, remat=rung, unrolled=unrolled, program=program)
+    def measure(wanted: dict) -> dict:
         if known := records.get(wanted):
             return known
-        config = resolved(model, fidelity, unrolled)
+        config, program = resolved(wanted), wanted["program"]
         began = time.perf_counter()
-        memory = program_memory(config, find_model(config.model.path)[0], gpus, rung, (program,))[program]
+        memory = program_memory(config, find_model(config.model.path)[0], gpus, wanted["remat"], (program,))[program]
         record = wanted | memory._asdict() | {"total": memory.total}
         records.add(record)
         print(
-            f"{model} {fidelity} {program} {'unrolled' if unrolled else 'looped'} {rung}: {memory.total / 2**30:.1f} "
-            f"GiB, temporaries {memory.temporaries / 2**30:.1f} ({time.perf_counter() - began:.0f} s)",
+            f"{' '.join(str(value) for value in wanted.values())}: {memory.total / 2**30:.1f} GiB, temporaries "
+            f"{memory.temporaries / 2**30:.1f} ({time.perf_counter() - began:.0f} s)",
             flush=True,
         )
         return record
 
-    def first_that_fits(model: str, fidelity: str) -> str:
-        config = resolved(model, fidelity, True)
+    def first_that_fits(wanted: dict, near: float) -> str:
+        """near: of the limit, by the plan; rungs beyond it are left out to save time."""
+        config = resolved(wanted | {"unrolled": True})
         mesh, sizes = planned_mesh(config, DEVICES), find_model(config.model.path)[0]
         for rung in LADDER:
-            if estimate(sizes, config, mesh, rung).total > 1.2 * limit:
-                continue  # not even near: left out to save time
-            if measure(model, fidelity, rung, True, "add_gradients")["total"] <= limit:
+            if estimate(sizes, config, mesh, rung).total > near * limit:
+                continue
+            program = wanted | {"remat": rung, "unrolled": True, "program": "add_gradients"}
+            if measure(program)["total"] <= limit:
                 return rung
         return LADDER[-1]
 
+    if options.matmul == "float8":
+        for model in options.models:
+            for tokens, gather in itertools.product(TOKENS, GATHERS):
+                wanted = dict(model=model, fidelity="best", matmul="float8", gather=gather, tokens=tokens)
+                first_that_fits(wanted, near=1)
+        return 0
     rungs = {}
     for fidelity in options.fidelity:
         for model in options.models:
-            rungs[model, fidelity] = first_that_fits(model, fidelity)
+            rungs[model, fidelity] = first_that_fits(dict(model=model, fidelity=fidelity), near=1.2)
     for model in options.models if "reference" in options.fidelity else ():
-        rung = rungs[model, "reference"]
-        measure(model, "reference", rung, False, "add_gradients")
-        measure(model, "reference", rung, True, "update")
+        wanted = dict(model=model, fidelity="reference", remat=rungs[model, "reference"])
+        measure(wanted | {"unrolled": False, "program": "add_gradients"})
+        measure(wanted | {"unrolled": True, "program": "update"})
     return 0
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes what the docs can know from the code: docs/config.md, the plan's table in docs/memory-and-speed.md, the
+"""Writes what the docs can know from the code: docs/config.md, the plan's tables in docs/memory-and-speed.md, the
 cost of the paper's tables in docs/reproduce.md, and the hours of every published run in docs/recipes.md and at the heads
 of configs/*.py.
 
@@ -114,10 +114,15 @@ def config_file(model: str, text: str) -> str:
 
 @cache
 def recorded() -> dict[tuple[str, str, str], int]:
-    """Bytes of the compiled program by model, fidelity and remat, as scripts/record_memory.py found them."""
+    """Bytes of the compiled program in bfloat16 by model, fidelity and remat."""
+    return {(r["model"], r["fidelity"], r["remat"]): r["total"] for r in recorded_programs() if "matmul" not in r}
+
+
+@cache
+def recorded_programs() -> list[dict]:
+    """The programs of gradients with unrolled layers that scripts/record_memory.py compiled."""
     programs = json.loads((ROOT / "tests" / "recorded_memory.json").read_text(encoding="utf-8"))["programs"]
-    wanted = (r for r in programs if r["program"] == "add_gradients" and r["unrolled"])
-    return {(r["model"], r["fidelity"], r["remat"]): r["total"] for r in wanted}
+    return [r for r in programs if r["program"] == "add_gradients" and r["unrolled"]]
 
 
 def plan_table() -> str:
@@ -142,6 +147,32 @@ def plan_table() -> str:
                 f"{found['time']['hours']:.1f} | "
                 f"{disk['checkpoint_bytes'] / 1e9:.0f} | {disk['total_bytes'] / 1e9:.0f} |"
             )
+    return "\n".join(rows)
+
+
+FLOAT8_BEGIN, FLOAT8_END = "<!-- float8: scripts/write_docs.py -->", "<!-- end of float8 -->"
+
+
+def float8_table() -> str:
+    """Plan and compiled program of every recorded run in float8."""
+    from jsft import cli
+    from jsft.planning.inputs import find_model
+    from jsft.planning.memory import estimate, planned_mesh
+    from scripts.record_memory import arguments
+
+    rows = [
+        "| model | tokens a GPU | `mesh.gather` | layers save | planned GiB | compiled GiB | plan / compiled |",
+        "|" + "---|" * 7,
+    ]
+    programs = [r for r in recorded_programs() if r.get("matmul") == "float8"]
+    for r in sorted(programs, key=lambda r: (MODELS.index(r["model"]), r["tokens"], r["gather"], -r["total"])):
+        config = schema.resolve(cli.parse(arguments(r), lambda values: None, "")[0])
+        model, mesh = find_model(config.model.path)[0], planned_mesh(config, 8)
+        planned = estimate(model, config, mesh, r["remat"]).total
+        rows.append(
+            f"| {r['model']} | {r['tokens']:,} | {r['gather']} | {r['remat'].replace(',', ', ')} | "
+            f"{planned / 2**30:.1f} | {r['total'] / 2**30:.1f} | {planned / r['total']:.3f} |"
+        )
     return "\n".join(rows)
 
 
@@ -268,14 +299,16 @@ def pages() -> dict[Path, str]:
     reproduce = ROOT / "docs" / "reproduce.md"
     recipes = ROOT / "docs" / "recipes.md"
     configs = {model: ROOT / "configs" / f"{model}.py" for model in MODELS}
+    planned = page.read_text(encoding="utf-8")
+    for begin, end, table in (
+        (BEGIN, END, plan_table()),
+        (FLOAT8_BEGIN, FLOAT8_END, float8_table()),
+        (LONG_BEGIN, LONG_END, f"{long_rows_table()}\n\n{longest_row_table()}"),
+    ):
+        planned = between(planned, begin, end, table)
     return {
         ROOT / "docs" / "config.md": config_page(),
-        page: between(
-            between(page.read_text(encoding="utf-8"), BEGIN, END, plan_table()),
-            LONG_BEGIN,
-            LONG_END,
-            f"{long_rows_table()}\n\n{longest_row_table()}",
-        ),
+        page: planned,
         reproduce: between(reproduce.read_text(encoding="utf-8"), COST_BEGIN, COST_END, cost_table()),
         recipes: recipes_page(recipes.read_text(encoding="utf-8")),
     } | {path: config_file(model, path.read_text(encoding="utf-8")) for model, path in configs.items()}

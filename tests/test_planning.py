@@ -24,6 +24,7 @@ from jsft.planning.memory import HEADROOM, estimate, parameter_sizes, planned_me
 from jsft.planning.program_memory import compare
 from jsft.planning.work import Lengths, checkpoint_bytes, plan_work, recomputed
 from jsft.run import preflight
+from scripts.record_memory import KEY, arguments
 
 GIB = 2**30
 RECIPES = Path(__file__).parents[1] / "configs"
@@ -209,8 +210,7 @@ RECORDED = json.loads((Path(__file__).parent / "recorded_memory.json").read_text
 
 def planned(record):
     """(estimate, bytes that may be used) of the config that `record` was compiled from."""
-    argv = ["--config", f"configs/{record['model']}.py:math_cot_ep8", f"--config.fidelity={record['fidelity']}"]
-    config = schema.resolve(cli.parse(argv, lambda values: None, "")[0])
+    config = schema.resolve(cli.parse(arguments(record), lambda values: None, "")[0])
     mesh, model = planned_mesh(config, RECORDED["devices"]), find_model(config.model.path)[0]
     return estimate(model, config, mesh, record["remat"]), HEADROOM * find_device(RECORDED["device"]).usable
 
@@ -218,10 +218,10 @@ def planned(record):
 @pytest.mark.parametrize(
     "record",
     [record for record in RECORDED["programs"] if record["program"] == "add_gradients"],
-    ids=lambda r: f"{r['model']}-{r['fidelity']}-{r['remat'][:60]}-{'unrolled' if r['unrolled'] else 'looped'}",
+    ids=lambda r: "-".join(str(value)[:60] for name, value in r.items() if name in KEY),
 )
 def test_memory_is_within_a_tenth_of_the_recorded_programs(record):
-    """Every base model's default recipe on 8 x H200 (scripts/record_memory.py)."""
+    """Every base model's default recipe on 8 x H200, and runs in float8 (scripts/record_memory.py)."""
     memory, _ = planned(record)
     assert 0.9 < memory.total / record["total"] < 1.1, (memory.total / GIB, record["total"] / GIB)
     assert memory.moments == pytest.approx(record["beside"], rel=0.01)
