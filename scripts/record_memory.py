@@ -9,8 +9,8 @@
 Needs no GPU, but JAX's CUDA plugin (pip install 'jax[cuda13]'; see jsft/hardware/deviceless.py). For each base model's
 default recipe on 8 x H200 and both presets it walks down the ladder of remat as a run does, to the first rung that fits;
 with that rung of `reference` it compiles the update too, and the program of gradients with its layers in a loop.
-In float8 it walks down the ladder with fidelity=best, for each of TOKENS and GATHERS, from the first rung that the plan
-expects to fit. Afterwards tests/test_planning.py holds the plan's estimate to what was recorded.
+In float8 it does so with fidelity=best, for each of TOKENS and GATHERS, from the first rung that the plan finds at most 2 %
+too large. Afterwards tests/test_planning.py holds the plan's estimate to what was recorded.
 """
 
 import argparse
@@ -130,7 +130,7 @@ def main() -> int:
         for model in options.models:
             for tokens, gather in itertools.product(TOKENS, GATHERS):
                 wanted = dict(model=model, fidelity="best", matmul="float8", gather=gather, tokens=tokens)
-                first_that_fits(wanted, near=1)
+                first_that_fits(wanted, near=1.02)
         return 0
     rungs = {}
     for fidelity in options.fidelity:

@@ -137,3 +137,28 @@ def test_what_float8_saves_where_nothing_is_recomputed(forward):
     inputs = {"all": 2560 + 4096 + 2560 + 9728, "mlp": 2 * 2560 + 2560 + 9728, "none": 2 * (2560 + 2560 + 9728)}
     found = saved_bytes(PUBLISHED["qwen3_4b"], "none", 1000, 2, True, True, WIDE_FORWARD[forward])
     assert found == 1000 * (others + inputs[forward])
+
+
+@pytest.mark.parametrize(
+    "forward, remat, repeated",
+    [
+        ("mlp", LADDER[3], 4096 * (4096 + 2 * 1024)),  # query, key and value
+        ("mlp", "full", 4096 * (2 * 4096 + 2 * 1024)),
+        ("none", "full", 4096 * (2 * 4096 + 2 * 1024 + 2 * 12288)),  # all but down
+        ("none", "none", 0),
+        ("all", "full", 0),
+    ],
+)
+def test_gathered_weights_of_repeated_wide_products_are_held(forward, remat, repeated):
+    """By hand for Qwen3-8B: beyond what `all` holds, 2 bytes a weight of 36 unrolled layers, where they are sharded."""
+    model = PUBLISHED["qwen3_8b"]
+
+    def held(forward, devices, unrolled):
+        fields = dict(precision__matmul="float8", precision__float8_forward=forward, train__unroll_layers=unrolled)
+        config = make_config(fidelity="best", **fields)
+        tokens, wide = config.data.pack_length, WIDE_FORWARD[forward]
+        kept = estimate(model, config, planned_mesh(config, devices), remat).kept
+        return kept - 36 * saved_bytes(model, remat, tokens, 2, True, True, wide)
+
+    assert held(forward, 8, None) == held(forward, 8, True) == 2 * 36 * repeated
+    assert held(forward, 1, True) == held(forward, 8, False) == 0

@@ -91,11 +91,16 @@ def saved_position(model: ModelConfig, names: Sequence[str], itemsize: int, floa
     return sum(size(REMAT_NAMES[name]) for name in names)
 
 
+def repeated_matrices(names: Sequence[str]) -> set[str]:
+    """A layer's matrices whose products the backward pass repeats when `names` are saved."""
+    spares = {name: value.spares for name, value in REMAT_NAMES.items() if value.spares}
+    return set(spares.values()) - {spares.get(name) for name in names}
+
+
 def repeated_weights(model: ModelConfig, names: Sequence[str]) -> int:
     """Weights of a layer whose product the backward pass repeats when `names` are saved."""
     layer = parameter_table(model)["layers"]
-    repeated = {value.spares for value in REMAT_NAMES.values()} - {REMAT_NAMES[name].spares for name in names}
-    return sum(math.prod(layer[matrix].layer_shape) for matrix in repeated if matrix)
+    return sum(math.prod(layer[matrix].layer_shape) for matrix in repeated_matrices(names))
 
 
 def repeats_attention(names: Sequence[str]) -> bool:

@@ -20,7 +20,14 @@ from jsft.models.config import ModelConfig
 from jsft.models.families import parameter_table
 from jsft.models.options import WIDE_FORWARD
 from jsft.models.parameters import leaves
-from jsft.models.remat import REMAT_NAMES, parse_remat, saved_on_device, saved_on_host, saved_position
+from jsft.models.remat import (
+    REMAT_NAMES,
+    parse_remat,
+    repeated_matrices,
+    saved_on_device,
+    saved_on_host,
+    saved_position,
+)
 from jsft.step.gather_once import gathers_once, reduces_once
 from jsft.step.optimizer import parameter_dtype
 
@@ -60,7 +67,7 @@ class Memory(NamedTuple):
     gradients: int
     beside: int  # a second tree of gradients, where those of a micro batch are not added in place
     batch: int
-    kept: int  # activations that remat saves, over all layers
+    kept: int  # held from the forward to the backward pass: activations that remat saves, over all layers
     layer: int  # workspace of one layer's backward pass, gathered weights and their gradients included
     loss: int  # workspace of a chunk of the loss
     gathered: int  # of `layer`: full weights
@@ -172,6 +179,19 @@ def _inputs_beyond_a_byte(model: ModelConfig, itemsize: int, wide: Collection[st
     return (itemsize - 1) * sum(widths.values()) + (0 if "output" in wide else model.query_size)
 
 
+def _held_between_passes(model: ModelConfig, mesh, remat: str, itemsize: int, wide: Collection[str]) -> int:
+    """Bytes, in unrolled layers, of the gathered weights of wide forward products that the backward pass repeats.
+
+    Nothing separates the gathers of both passes: the compiler makes one of them, and holds all layers' weights.
+    """
+    names = parse_remat(remat)
+    if names == "none":
+        return 0
+    repeated = repeated_matrices(() if names == "full" else saved_on_device(names) + saved_on_host(names))
+    held = [size for size in parameter_sizes(model, mesh) if size.sharded and size.name in repeated & set(wide)]
+    return itemsize * sum(size.full for size in held)
+
+
 def _held_for_a_step(model: ModelConfig, mesh, itemsize: int, float8: bool) -> int:
     """Bytes of the weights that mesh.gather=step holds. In float8: every matrix in both forms, a byte a value."""
     if not float8:
@@ -194,9 +214,12 @@ def estimate(model: ModelConfig, config: ConfigDict, mesh, remat: str, platform:
     tokens = config.data.rows_per_device * length
     local = sum(size.local for size in parameter_sizes(model, mesh))
     D, F, V = model.hidden_size, model.intermediate_size, model.vocab_size
-    wide = WIDE_FORWARD[config.precision.float8_forward]
+    wide = WIDE_FORWARD[config.precision.float8_forward] if float8 else ()
     saved = model.num_layers * saved_bytes(model, remat, tokens, compute, pallas, float8, wide)
     saved += 2 * host_bytes(model, remat, tokens, compute, float8)  # of the layer at work, and of the next, in transfer
+    unrolls = config.train.unroll_layers
+    if unrolls or unrolls is None and platform != "cpu":
+        saved += _held_between_passes(model, mesh, remat, compute, wide)
     unit = tokens * compute
     once = gathers_once(config, mesh)
     gathered = int(work.layer_full * F * D * 4) if parts > 1 and not once else int(work.layer_full * F * D * 4 / 3)
