@@ -37,7 +37,7 @@ def key(record: dict) -> tuple:
 
 
 def arguments(record: dict) -> list[str]:
-    """The command line of the run whose program `record` is of, without remat."""
+    """The command line of the run of `record`, without remat."""
     fields = {"fidelity": record["fidelity"], "train.unroll_layers": record["unrolled"]}
     if "matmul" in record:
         fields |= {"precision.matmul": record["matmul"], "mesh.gather": record["gather"]}

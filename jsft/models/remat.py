@@ -92,7 +92,7 @@ def saved_position(model: ModelConfig, names: Sequence[str], itemsize: int, floa
 
 
 def repeated_matrices(names: Sequence[str]) -> set[str]:
-    """A layer's matrices whose products the backward pass repeats when `names` are saved."""
+    """A layer's matrices that the backward pass multiplies once more to recompute, when `names` are saved."""
     spares = {name: value.spares for name, value in REMAT_NAMES.items() if value.spares}
     return set(spares.values()) - {spares.get(name) for name in names}
 

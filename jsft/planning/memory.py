@@ -142,7 +142,8 @@ def saved_bytes(
     """Bytes on the device that one layer saves for its backward pass, for `tokens` positions of a device.
 
     remat: "none", "full", or names of REMAT_NAMES; pallas: the attention kernel, which saves a log-sum-exp; float8: the
-    linears' inputs are saved as float8; wide: names of the linears whose forward product is in the compute dtype.
+    linears' inputs are saved as float8; wide: names of the linears that multiply the compute dtype in the forward
+    pass.
     """
     everything = remat == "none"
     if everything:
