@@ -200,9 +200,10 @@ def test_weights_gathered_and_gradients_reduced_once_a_step():
 
 @pytest.mark.parametrize("base, remat, _, temporaries", MEASURED)
 def test_memory_agrees_with_measured_gpu_programs(base, remat, _, temporaries):
-    config = make_config(data__pack_length=16384, data__max_length=16384, **BFLOAT16)
+    fields = BFLOAT16 | {"train__unroll_layers": True}
+    config = make_config(data__pack_length=16384, data__max_length=16384, **fields)
     memory = estimate(PUBLISHED[base], config, planned_mesh(config, 1), remat)
-    assert memory.temporaries / GIB == pytest.approx(temporaries, rel=0.1)
+    assert memory.temporaries / GIB == pytest.approx(temporaries, rel=0.03)
 
 
 RECORDED = json.loads((Path(__file__).parent / "recorded_memory.json").read_text())
@@ -220,10 +221,10 @@ def planned(record):
     [record for record in RECORDED["programs"] if record["program"] == "add_gradients"],
     ids=lambda r: "-".join(str(value)[:60] for name, value in r.items() if name in KEY),
 )
-def test_memory_is_within_a_tenth_of_the_recorded_programs(record):
+def test_memory_agrees_with_the_recorded_programs(record):
     """Every base model's default recipe on 8 x H200, and runs in float8 (scripts/record_memory.py)."""
     memory, _ = planned(record)
-    assert 0.9 < memory.total / record["total"] < 1.1, (memory.total / GIB, record["total"] / GIB)
+    assert 0.95 < memory.total / record["total"] < 1.08, (memory.total / GIB, record["total"] / GIB)
     assert memory.moments == pytest.approx(record["beside"], rel=0.01)
 
 

@@ -138,12 +138,13 @@ def saved_bytes(
     pallas: bool,
     float8: bool = False,
     wide: Collection[str] = (),
+    unrolled: bool = True,
 ) -> int:
     """Bytes on the device that one layer saves for its backward pass, for `tokens` positions of a device.
 
     remat: "none", "full", or names of REMAT_NAMES; pallas: the attention kernel, which saves a log-sum-exp; float8: the
     linears' inputs are saved as float8; wide: names of the linears that multiply the compute dtype in the forward
-    pass.
+    pass; unrolled: no loop over the layers.
     """
     everything = remat == "none"
     if everything:
@@ -158,7 +159,7 @@ def saved_bytes(
         saved += tokens * 4 * model.num_heads
     if everything and float8:
         saved += tokens * _inputs_beyond_a_byte(model, itemsize, wide)
-    elif everything and pallas:  # attention's output twice: as the kernel wrote it, as the product reads it
+    elif everything and pallas and not unrolled:  # attention's output twice: as written, and as the product reads it
         saved += tokens * itemsize * model.query_size
     if everything and not pallas and itemsize < 4:  # plain XLA attention saves keys and values in float32 instead
         saved += tokens * 2 * model.kv_size * (4 - itemsize)
@@ -216,10 +217,11 @@ def estimate(model: ModelConfig, config: ConfigDict, mesh, remat: str, platform:
     local = sum(size.local for size in parameter_sizes(model, mesh))
     D, F, V = model.hidden_size, model.intermediate_size, model.vocab_size
     wide = WIDE_FORWARD[config.precision.float8_forward] if float8 else ()
-    saved = model.num_layers * saved_bytes(model, remat, tokens, compute, pallas, float8, wide)
+    unrolled = config.train.unroll_layers
+    unrolled = platform != "cpu" if unrolled is None else unrolled
+    saved = model.num_layers * saved_bytes(model, remat, tokens, compute, pallas, float8, wide, unrolled)
     saved += 2 * host_bytes(model, remat, tokens, compute, float8)  # of the layer at work, and of the next, in transfer
-    unrolls = config.train.unroll_layers
-    if unrolls or unrolls is None and platform != "cpu":
+    if unrolled:
         saved += _held_between_passes(model, mesh, remat, compute, wide)
     unit = tokens * compute
     once = gathers_once(config, mesh)
