@@ -18,9 +18,11 @@ from tests.test_planning import BFLOAT16, make_config
 # largest number of GiB in use in float8.
 MEASURED_FLOAT8 = [
     ("qwen3_4b", "none", "all", "step", 1.264, 1.671, 96.4),
+    ("qwen3_4b", "none", "mlp", "step", 1.285, 1.633, 95.4),
     ("qwen3_8b", LADDER[1], "all", "step", 1.968, 2.792, 127.6),
     ("qwen3_8b", LADDER[1], "mlp", "step", 2.029, 2.792, 127.6),
     ("qwen3_14b", LADDER[6], "all", "layer", 4.119, 5.538, 127.2),
+    ("qwen3_14b", LADDER[6], "mlp", "layer", 4.196, 5.538, 127.3),
 ]
 
 
