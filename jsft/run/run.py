@@ -3,7 +3,7 @@
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,28 +159,33 @@ def _train(components: Components, options: RunOptions, process: Supervision) ->
     process.status("running", step)
     process.at("compiling", "choosing remat, which compiles")
     asked = components
-    reading = _in_background(lambda: _read_state(asked, workdir, found))  # disk and processor have work at once
-    components, remat, gradients = choose_program(asked, say)
-    if process.link:
-        check_choices(process.link, remat, components.config.mesh.gather)
-    write_summary(components, options.name, workdir, remat, step, say)
-    if process.directory:
-        write_run_readme(components, options.name, workdir)
-    facts = _manifest_facts(asked, options, process, step)
-    with _outputs(components, options, process, step, facts) as outputs, _out_of_memory_advice(components, remat, at):
-        loop = _make_loop(components, remat, eval_data, outputs, process)
-        at("compiling")
-        loop.programs, loop.histograms = precompile(
-            loop.programs, loop.histograms, components, bool(eval_data), say, gradients
-        )
-        process.at("waiting for the weights", "reading the weights")
-        state = reading.result()
-        process.at("evaluating")
-        state, step, stopped = loop.run(state, components.data, step, evaluated)
-        at("waiting for the last save")
-        outputs.saver.wait()
-        if outputs.sampling and not stopped:
-            outputs.sampling.finish(lambda: at("waiting for the last steps to be sampled"))
+    # The state is read while the programs compile. Leaving the block waits for it; a signal does so for a few seconds.
+    with ThreadPoolExecutor(1, "state") as background:
+        reading = background.submit(_read_state, asked, workdir, found)
+        components, remat, gradients = choose_program(asked, say)
+        if process.link:
+            check_choices(process.link, remat, components.config.mesh.gather)
+        write_summary(components, options.name, workdir, remat, step, say)
+        if process.directory:
+            write_run_readme(components, options.name, workdir)
+        facts = _manifest_facts(asked, options, process, step)
+        with (
+            _outputs(components, options, process, step, facts) as outputs,
+            _out_of_memory_advice(components, remat, at),
+        ):
+            loop = _make_loop(components, remat, eval_data, outputs, process)
+            at("compiling")
+            loop.programs, loop.histograms = precompile(
+                loop.programs, loop.histograms, components, bool(eval_data), say, gradients
+            )
+            process.at("waiting for the weights", "reading the weights")
+            state = reading.result()
+            process.at("evaluating")
+            state, step, stopped = loop.run(state, components.data, step, evaluated)
+            at("waiting for the last save")
+            outputs.saver.wait()
+            if outputs.sampling and not stopped:
+                outputs.sampling.finish(lambda: at("waiting for the last steps to be sampled"))
     if outputs.saver.failed:
         raise CheckpointError(f"{outputs.saver.failed}; see to it, then run the same command again")
     if stopped:
@@ -192,14 +197,6 @@ def _train(components: Components, options: RunOptions, process: Supervision) ->
         place = shlex.quote(str(workdir))
         say(f"done: {step} steps; export with:")
         say(f"{COMMAND}python -m jsft.export --workdir {place} --step {step}")
-
-
-def _in_background(work: Callable[[], TrainState]) -> Future[TrainState]:
-    """Does it in a thread of its own."""
-    threads = ThreadPoolExecutor(1, "state")
-    future = threads.submit(work)
-    threads.shutdown(wait=False)
-    return future
 
 
 def _read_state(components: Components, workdir: Path, step: int | None) -> TrainState:

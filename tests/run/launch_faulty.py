@@ -9,6 +9,7 @@ kill-cache         ... when the token cache is half built
 signal-step:K      SIGTERM to itself in step K;  signal-eval:K, signal-save:K, signal-cache alike
 signal-loader:K    ... and the loader fails at step K
 signal-compile     SIGTERM to itself while a program is compiled that takes very long
+signal-weights     SIGTERM to itself while the weights are read, which takes very long
 twice-step:K       two SIGTERM in a step K that never ends
 hang-step:K        step K never ends
 loader:K           the loader fails at step K
@@ -76,6 +77,14 @@ def install() -> None:
     if "memory" in FAULTS:
         remat.device_memory = lambda: int(float(FAULTS["memory"]) * 2**30)
         jax.monitoring.register_event_duration_secs_listener(say_compiled)
+    if "signal-weights" in FAULTS:
+
+        def read_slowly(*unused):
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(120)
+
+        run.load_parameters = read_slowly
     if "least" in FAULTS:
         watchdog.Watchdog.__init__.__kwdefaults__["least_seconds"] = float(FAULTS["least"])
 

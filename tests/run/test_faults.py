@@ -23,6 +23,7 @@ def test_sigterm_in_each_phase(tiny, reference, tmp_path):
     assert not workdir.exists(), "a run that has not begun leaves no directory"
     assert "stopped by SIGTERM before there was anything new to save" in output(workdir).read_text()
     for faults, step in [
+        ("signal-weights", 0),
         ("signal-compile", 0),
         ("signal-step:2", 2),
         ("signal-save:3", 4),
