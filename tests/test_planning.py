@@ -459,6 +459,19 @@ def test_a_disk_that_cannot_hold_one_checkpoint_is_refused_before_the_start(run_
     assert not capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("platform", "gib", "warned"), [("gpu", 3, True), ("gpu", 4, False), ("cpu", 3, False)])
+def test_a_host_too_small_for_a_save_is_named(monkeypatch, capsys, platform, gib, warned):
+    """On a GPU's host: 1.6 copies of the state of its devices; here 8 of 0.25 GiB each."""
+    state = jax.ShapeDtypeStruct((2**26,), "float32", sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    devices = SimpleNamespace(devices=SimpleNamespace(flat=[SimpleNamespace(platform=platform)]))
+    parts = SimpleNamespace(mesh=devices, abstract=[state], config=make_config(precision__moments="float32"))
+    monkeypatch.setattr(preflight.xla, "host_memory", lambda: gib * GIB)
+    preflight.check_host(parts, print)
+    said = capsys.readouterr().out
+    assert said.startswith("warning: a save takes 3 GiB of this host's memory, which has 3: ") == warned == bool(said)
+    assert ("precision.moments=bfloat16" in said) == warned
+
+
 def test_the_disk_is_the_one_that_a_link_leads_to(run_on_a_disk, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "disk" / "run")  # which the start will make

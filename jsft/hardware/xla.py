@@ -5,6 +5,7 @@ The program sets them, not the user's shell. Environment variables that are alre
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -39,6 +40,7 @@ _PREFETCH = {
 }
 
 
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _CODE = Path(__file__).resolve().parents[2]  # what holds the package
 
 
@@ -86,3 +88,11 @@ def mock_gpus(count: int) -> None:
 def device_memory() -> int | None:
     """Bytes that the allocator may use on a device, or None where the platform does not say (a CPU)."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def host_memory() -> int:
+    """Bytes of memory that processes of this host may use: all of it, or what a container's limit leaves."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no limit: there is no such file, or it says "max"
+        there = min(there, int(_CONTAINER_LIMIT.read_text()))
+    return there

@@ -7,14 +7,13 @@ are skipped, both choices are made in one search, and the run uses the program t
 """
 
 import functools
-import os
 from typing import Any, NamedTuple
 
 import jax
 
 from jsft.errors import OutOfMemoryError
 from jsft.hardware.mesh import shard_bytes
-from jsft.hardware.xla import device_memory
+from jsft.hardware.xla import device_memory, host_memory
 from jsft.models.remat import LADDER
 from jsft.planning.memory import HEADROOM, estimate
 from jsft.step.components import Components, compile_gradients
@@ -106,11 +105,7 @@ def _fits(needed: Needed | None, limit: int | None) -> bool:
     """
     if needed is None or (limit and needed.device > HEADROOM * limit):
         return False
-    return not needed.host or needed.host * len(jax.local_devices()) <= _HOST_SHARE * _host_memory()
-
-
-def _host_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return not needed.host or needed.host * len(jax.local_devices()) <= _HOST_SHARE * host_memory()
 
 
 def bytes_needed(parts, rung: str) -> Needed | None:

@@ -9,6 +9,7 @@ import jax
 from jsft.errors import CheckpointError, OutOfMemoryError, explained
 from jsft.hardware import xla
 from jsft.hardware.cards import SPREAD, UNMEASURED_SPREAD, device_of_kind
+from jsft.hardware.mesh import shard_bytes
 from jsft.planning import fitting
 from jsft.planning.memory import estimate
 from jsft.planning.work import Lengths, attention_kernel, checkpoint_bytes, plan_work
@@ -17,6 +18,7 @@ from jsft.run.manifest import SPACE_MARGIN, unsealed_bytes
 from jsft.run.sampling import check_generation
 from jsft.run.trackers import check_trackers
 
+SAVED_ON_HOST = 1.6  # copies of the state in the host's memory during a save, measured on one H200 (docs/resume.md)
 TOLERANCE = 1.1  # the estimate is within a tenth of the compiled program
 Say = Callable[[str], None]
 
@@ -35,6 +37,7 @@ def check_start(components, workdir: Path, fresh: bool, say: Say, ignore: bool =
             f"be sampled; lower it and checkpoint.every"
         )
     check_writable(workdir)
+    check_host(components, say)
     if fresh:
         check_disk(components, workdir, say, ignore)
 
@@ -60,6 +63,21 @@ def check_memory(components, say: Say, ignore: bool = False) -> None:
     if not ignore:
         raise OutOfMemoryError(f"{text} (python -m jsft.plan shows all; --ignore_plan starts all the same)")
     say(f"warning: {text}")
+
+
+def check_host(components, say: Say) -> None:
+    """Warns where this host's memory is too small for a save. A CPU's state is there already, and is not copied."""
+    if components.mesh.devices.flat[0].platform == "cpu":
+        return
+    state = sum(map(shard_bytes, jax.tree.leaves(components.abstract))) * jax.local_device_count()
+    needed, there = SAVED_ON_HOST * state, xla.host_memory()
+    if needed <= there:
+        return
+    moments = "" if components.config.precision.moments == "bfloat16" else ", or precision.moments=bfloat16"
+    say(
+        f"warning: a save takes {needed / 2**30:.0f} GiB of this host's memory, which has {there / 2**30:.0f}: the system may "
+        f"end the run at its first checkpoint; use a larger host, more hosts{moments}"
+    )
 
 
 def check_disk(components, workdir: Path, say: Say, ignore: bool = False) -> None:

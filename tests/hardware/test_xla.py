@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from jsft.hardware import xla
 from tests.run.processes import ROOT
 
 LATE_DEVICE = """
@@ -76,3 +77,12 @@ def test_a_program_is_the_same_from_any_folder(tmp_path):
 
     here = lowered(ROOT)
     assert "jsft/kernels/flash/forward.py" in here and here == lowered(tmp_path)
+
+
+def test_a_containers_limit_is_the_hosts_memory(monkeypatch, tmp_path):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(xla, "_CONTAINER_LIMIT", limit)
+    whole = xla.host_memory()
+    for text, memory in (("max\n", whole), ("1048576\n", 2**20)):
+        limit.write_text(text)
+        assert xla.host_memory() == memory

@@ -82,7 +82,7 @@ def test_out_of_memory_names_the_next_rung_that_fits(monkeypatch):
     monkeypatch.setattr(
         remat, "bytes_needed", lambda parts, rung: needs[rung] and remat.Needed(needs[rung], host.get(rung, 0))
     )
-    monkeypatch.setattr(remat, "_host_memory", lambda: 100 * gib)
+    monkeypatch.setattr(remat, "host_memory", lambda: 100 * gib)
 
     class Device:
         def memory_stats(self):
