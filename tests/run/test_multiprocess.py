@@ -107,8 +107,9 @@ def test_error_and_hang_of_one_end_all_with_its_code(tiny, tmp_path):
         ("hang-step:3", 8, "no progress for"),
     ]:
         workdir = tmp_path / faults.replace(":", "-")
-        started = start_two(tiny, workdir, "--config.train.hang_minutes=0.3", faults=("", faults))
-        assert finish(started, 90) == [code, code], [log.read_text()[-2000:] for _, log in started]
+        # Longer than two processes compile on a busy machine.
+        started = start_two(tiny, workdir, "--config.train.hang_minutes=0.7", faults=("", faults))
+        assert finish(started, 150) == [code, code], [log.read_text()[-2000:] for _, log in started]
         assert text in started[0][1].read_text() and status(workdir)["state"] == "failed"
 
 
