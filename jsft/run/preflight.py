@@ -37,19 +37,20 @@ def check_start(components, workdir: Path, fresh: bool, say: Say, ignore: bool =
             f"be sampled; lower it and checkpoint.every"
         )
     check_writable(workdir)
-    check_host(components, say)
     if fresh:
         check_disk(components, workdir, say, ignore)
 
 
 def check_memory(components, say: Say, ignore: bool = False) -> None:
-    """Raises OutOfMemoryError where even the config's smallest plan cannot fit; with `ignore`, only warns.
+    """Raises OutOfMemoryError where even the config's smallest plan cannot fit; with `ignore`, only warns. Warns of a
+    host that is too small for a save.
 
     components: `jsft.step.components.Components`. Devices that do not report their memory (CPUs) are not checked.
     """
     limit = xla.device_memory()
     if not limit:
         return
+    check_host(components, say)
     config, model, kind = components.config, components.model, components.mesh.devices.flat[0].platform
     rung = fitting.LADDER[-1] if config.remat == "auto" else config.remat
     needed = estimate(model, config, components.mesh, rung, kind).total
@@ -66,9 +67,7 @@ def check_memory(components, say: Say, ignore: bool = False) -> None:
 
 
 def check_host(components, say: Say) -> None:
-    """Warns where this host's memory is too small for a save. A CPU's state is there already, and is not copied."""
-    if components.mesh.devices.flat[0].platform == "cpu":
-        return
+    """Warns where the memory of a GPU's host is too small for a save."""
     state = sum(map(shard_bytes, jax.tree.leaves(components.abstract))) * jax.local_device_count()
     needed, there = SAVED_ON_HOST * state, xla.host_memory()
     if needed <= there:

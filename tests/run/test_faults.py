@@ -131,6 +131,8 @@ def test_a_start_compiles_the_gradients_once(tiny, tmp_path):
     assert "besides the one compiled to choose (rows of 128 tokens)" in said[2]
     compiled = [line for line in lines if line.startswith("compiled ")]
     assert all(sum(name in line for line in compiled) == 1 for name in ("add_gradients", "update"))
+    (start,) = [line for line in lines if line.startswith("start: ")]
+    assert "compiling" in start and lines[lines.index(start) - 1].startswith("step 1/")
 
 
 @pytest.mark.slow
