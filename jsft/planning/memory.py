@@ -55,7 +55,7 @@ class Workspace(NamedTuple):
 # half the bytes.
 CPU_BFLOAT16 = Workspace(mlp=7.0, residual=13.5, query=8.0, logits=3.0, loss=6.0, chunk=2.0, layer_full=0.0)
 CPU_FLOAT32 = Workspace(mlp=10.0, residual=7.0, query=6.0, logits=3.8, loss=4.0, chunk=2.0, layer_full=0.0)
-# tests/recorded_memory.json holds it to 10 %: a GPU multiplies bfloat16 as it is and fuses elementwise work.
+# tests/recorded_memory.json holds it to 8 %: a GPU multiplies bfloat16 as it is and fuses elementwise work.
 GPU = Workspace(mlp=6.0, residual=8.0, query=4.0, logits=1.7, loss=6.0, chunk=2.0, layer_full=3.0)
 
 

@@ -67,7 +67,7 @@ def check_memory(components, say: Say, ignore: bool = False) -> None:
 
 
 def check_host(components, say: Say) -> None:
-    """Warns where the memory of a GPU's host is too small for a save."""
+    """Warns where the memory of a GPU's host is too small for a save of this process's devices."""
     state = sum(map(shard_bytes, jax.tree.leaves(components.abstract))) * jax.local_device_count()
     needed, there = SAVED_ON_HOST * state, xla.host_memory()
     if needed <= there:

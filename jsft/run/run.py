@@ -72,7 +72,10 @@ class Supervision(NamedTuple):
     times: StartTimes
 
     def at(self, part: str, doing: str = "") -> None:
-        """A part of the start begins. `doing`: what the watchdog says of it, if it is more than the part's name."""
+        """The next work begins; until the end of the first step it is a part of the start.
+
+        doing: what the watchdog says of it, if it is more than the part's name.
+        """
         self.times.at(part)
         self.watchdog.at(doing or part)
 
@@ -146,8 +149,8 @@ def _enter(directory: RunDirectory, components: Components, options: RunOptions)
 def _train(components: Components, options: RunOptions, process: Supervision) -> None:
     """The run while its directory is open: restore, choose remat, compile, loop, report."""
     workdir, total = options.workdir, components.data.total_steps
-    say, at = process.log.line, process.watchdog.at
-    process.at("checking checkpoints")
+    say, at = process.log.line, process.at
+    at("checking checkpoints")
     found = checkpoint.find_step(workdir, say)
     step = found or 0
     eval_data = _eval_data(components)
@@ -157,9 +160,10 @@ def _train(components: Components, options: RunOptions, process: Supervision) ->
         say(f"{workdir} is done: {step} of {total} steps")
         return
     process.status("running", step)
-    process.at("compiling", "choosing remat, which compiles")
+    at("compiling", "choosing remat, which compiles")
     asked = components
-    # The state is read while the programs compile. Leaving the block waits for it; a signal does so for a few seconds.
+    # The state is read while the programs compile. A signal that comes meanwhile waits a few seconds for the thread, as
+    # for a compilation, then ends the process.
     with ThreadPoolExecutor(1, "state") as background:
         reading = background.submit(_read_state, asked, workdir, found)
         components, remat, gradients = choose_program(asked, say)
@@ -178,9 +182,9 @@ def _train(components: Components, options: RunOptions, process: Supervision) ->
             loop.programs, loop.histograms = precompile(
                 loop.programs, loop.histograms, components, bool(eval_data), say, gradients
             )
-            process.at("waiting for the weights", "reading the weights")
+            at("waiting for the state", "reading the state")
             state = reading.result()
-            process.at("evaluating")
+            at("evaluating")
             state, step, stopped = loop.run(state, components.data, step, evaluated)
             at("waiting for the last save")
             outputs.saver.wait()

@@ -4,7 +4,7 @@ import time
 
 
 class StartTimes:
-    """Seconds of each part of a start, until the end of the first step. Parts follow one another; some are short.
+    """Seconds of each part of a start, until the end of the first step. A part that begins twice is added up.
 
     began: when the first part began, by `time.monotonic`.
     """
@@ -15,7 +15,7 @@ class StartTimes:
         self._seconds: dict[str, float] = {}
 
     def at(self, part: str | None) -> None:
-        """The next part begins. None: the start is over."""
+        """The next part begins. None: the start is over, and later calls do nothing."""
         if self._part is None:
             return
         now = time.monotonic()
@@ -23,7 +23,7 @@ class StartTimes:
         self._part, self._since = part, now
 
     def finish(self) -> str | None:
-        """The line of the log that tells them, once; None if it was told. Parts below half a second are left out."""
+        """Ends the start. Returns the log's line, without parts below half a second; None if the start had ended."""
         if self._part is None:
             return None
         self.at(None)
